@@ -1,0 +1,335 @@
+"""CutMix and Mixup as DALI graph functions.
+
+``mix`` is ``apply(draw())``. Everything is made of DALI's own operators, on either backend. On a GPU pipeline
+the draws stay on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and box are
+made on the GPU. A small CPU operator costs about 1 µs a sample whatever it computes, so the draw is written
+for few operators: both pasted regions (the whole canvas, and the box) travel as one 2x2 tensor.
+
+Words: the *canvas* is the sample at its own place, the *partner* the sample mixed into it, ``lam0`` the
+partner's weight. timm and torchvision weigh the canvas: ``lam_timm = 1 - lam0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from numbers import Real
+from operator import add
+from typing import NamedTuple
+
+import numpy as np
+from nvidia.dali import fn, math, types
+from nvidia.dali.data_node import DataNode
+
+from .target import MixTarget
+
+NONE, MIXUP, CUTMIX = 0, 1, 2
+
+# A column picks the region: row 0 the canvas, row 1 the box.
+_CANVAS, _BOX = np.int32([[1], [0]]), np.int32([[0], [1]])
+# A box of λ0 = 16 has four times the image's sides: clipped, it is the whole image wherever its centre lies.
+_WHOLE = np.float32([[16], [0]])
+# Two roundings must not add up to 256 where both halves of a white pixel end in .5.
+_BELOW_HALF = -1e-3 / 255
+
+
+class Draw(NamedTuple):
+    """What is drawn for each sample: CPU DataNodes, since they feed argument inputs.
+
+    Attributes:
+        partner: int32 scalar, the partner's index in the batch.
+        is_cutmix, is_mixup: bool scalars; None: left out of the graph.
+        start, stop: int32 [2, 2], (y, x) corners of the canvas (row 0) and of the box (row 1).
+        weight: float32 scalar, Mixup's λ0, zero for other kinds.
+        lam0: float32 scalar, to be emitted as it is; None: pasted pixels are counted, and `weight` added.
+    """
+
+    partner: DataNode
+    is_cutmix: DataNode | None = None
+    is_mixup: DataNode | None = None
+    start: DataNode | None = None
+    stop: DataNode | None = None
+    weight: DataNode | None = None
+    lam0: DataNode | None = None
+
+
+def mix(
+    images: DataNode,
+    labels: DataNode,
+    *,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 1.0,
+    cutmix_minmax: Sequence[float] | None = None,
+    prob: float | DataNode = 1.0,
+    switch_prob: float = 0.5,
+    mode: str = "elem",
+    correct_lam: bool = True,
+) -> tuple[DataNode, MixTarget]:
+    """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
+
+    Args:
+        images: uint8, HWC, one size for the whole batch, flipped already (a later flip falsifies the box).
+        labels: one integer a sample, of any shape with one element.
+        mixup_alpha: Mixup's λ0 ~ Beta(α, α); 0 leaves Mixup out of the graph.
+        cutmix_alpha: CutMix' drawn λ0 ~ Beta(α, α); 0 leaves CutMix out of the graph.
+        cutmix_minmax: (low, high) in [0, 1]; sides are then uniform between these fractions of the image's,
+            the box lies inside it, and `cutmix_alpha` is not used.
+        prob: probability in [0, 1] that a sample is mixed; a float DataNode may change it at run time.
+        switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
+        mode: "elem", one draw a sample, or "batch", one a batch. Partners always differ by sample.
+        correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
+
+    Returns:
+        Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
+
+    Raises:
+        ValueError: an argument outside its range.
+        RuntimeError: (DALI's, when the batch runs) images of unequal size.
+
+    Note:
+        The arguments mean what timm's `Mixup` means, but partners are a random permutation in which nobody
+        is his own partner, where timm flips the batch. A batch of one stays unmixed. Mixup is
+        rounded to uint8 within one grey level. With `cutmix_minmax`, λ0 is always counted, as in timm.
+    """
+    drawn = draw(
+        images.shape(dtype=types.INT32)[:2],
+        mixup_alpha=mixup_alpha,
+        cutmix_alpha=cutmix_alpha,
+        cutmix_minmax=cutmix_minmax,
+        prob=prob,
+        switch_prob=switch_prob,
+        mode=mode,
+        correct_lam=correct_lam,
+    )
+    return apply(images, labels, drawn)
+
+
+def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options) -> tuple[DataNode, MixTarget]:
+    """CutMix alone (arXiv 1905.04899): `mix` with ``cutmix_alpha=alpha``; `options` are those of `mix`."""
+    return mix(images, labels, mixup_alpha=0.0, cutmix_alpha=alpha, **options)
+
+
+def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options) -> tuple[DataNode, MixTarget]:
+    """Mixup alone (arXiv 1710.09412): `mix` with ``mixup_alpha=alpha``; `options` are those of `mix`."""
+    return mix(images, labels, mixup_alpha=alpha, cutmix_alpha=0.0, **options)
+
+
+def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
+    """The `MixTarget` of samples that nothing is mixed into: λ0 and kind 0, each its own partner.
+
+    Args:
+        labels: one integer a sample, of any shape with one element.
+        device: "cpu" or "gpu", where the target's DataNodes are to be.
+    """
+    labels = _scalar(labels, device)
+    kind = fn.cast(labels * 0, dtype=types.INT32)
+    return MixTarget(labels, labels, fn.cast(kind, dtype=types.FLOAT), kind * np.zeros(4, np.int32), kind)
+
+
+def draw(
+    size: DataNode,
+    *,
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 1.0,
+    cutmix_minmax: Sequence[float] | None = None,
+    prob: float | DataNode = 1.0,
+    switch_prob: float = 0.5,
+    mode: str = "elem",
+    correct_lam: bool = True,
+) -> Draw:
+    """Draws partners, kinds, boxes and weights; the arguments are those of `mix`.
+
+    Args:
+        size: int32 [2] on the CPU, (H, W) of each image: ``images.shape(dtype=types.INT32)[:2]``.
+
+    Returns:
+        A `Draw` for `apply`.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode)
+    with_mixup, with_cutmix = mixup_alpha > 0, cutmix_alpha > 0 or cutmix_minmax is not None
+    partner = fn.batch_permutation(no_fixed_points=True)
+    share = _share(partner, mode)
+    is_cutmix, is_mixup = _kinds(partner, share, prob, switch_prob, with_mixup, with_cutmix)
+
+    start = stop = weight = drawn_lam = None
+    if with_cutmix:
+        if cutmix_minmax is not None:
+            start, stop = _inner_box(size, cutmix_minmax, share, is_cutmix)
+        else:
+            drawn_lam = share(fn.random.beta(alpha=cutmix_alpha, beta=cutmix_alpha)) * is_cutmix
+            start, stop = _box(size, drawn_lam, share)
+    if with_mixup:
+        weight = share(fn.random.beta(alpha=mixup_alpha, beta=mixup_alpha)) * is_mixup
+    lam0 = None
+    if drawn_lam is not None and not correct_lam:
+        lam0 = drawn_lam if weight is None else drawn_lam + weight
+    return Draw(partner, is_cutmix, is_mixup, start, stop, weight, lam0)
+
+
+def given(
+    size: DataNode,
+    partner: DataNode,
+    kind: DataNode,
+    box: DataNode | None = None,
+    weight: DataNode | None = None,
+    lam0: DataNode | None = None,
+) -> Draw:
+    """A `Draw` of the caller's own partners, boxes and weights, for `apply`.
+
+    Args:
+        size: int32 [2] on the CPU, (H, W) of each image.
+        partner: int32 scalar on the CPU, index of the partner in the batch.
+        kind: int32 scalar on the CPU, 0 none, 1 Mixup, 2 CutMix.
+        box: int32 [4] on the CPU, (y0, x0, y1, x1), half-open, inside the image; read where kind is 2.
+        weight: float32 scalar on the CPU, the partner's blend weight in [0, 1]; read where kind is 1.
+        lam0: float32 scalar, emitted as it is; None: counted in pixels (CutMix), `weight` (Mixup).
+
+    Raises:
+        ValueError: neither `box` nor `weight` is given.
+    """
+    if box is None and weight is None:
+        raise ValueError(
+            "box=None, weight=None: nothing to mix; give boxes for CutMix, weights for Mixup, or both"
+        )
+    drawn = Draw(partner, lam0=lam0)
+    if box is not None:
+        is_cutmix = kind == CUTMIX
+        start, stop = _regions(size, box[:2] * is_cutmix, box[2:] * is_cutmix)
+        drawn = drawn._replace(is_cutmix=is_cutmix, start=start, stop=stop)
+    if weight is not None:
+        is_mixup = kind == MIXUP
+        drawn = drawn._replace(is_mixup=is_mixup, weight=weight * is_mixup)
+    return drawn
+
+
+def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, MixTarget]:
+    """Mixes images as drawn and says what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
+
+    Args:
+        images: uint8, HWC, one size for the whole batch.
+        labels: one integer a sample, of any shape with one element.
+        drawn: from `draw` or `given`.
+
+    Returns:
+        Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
+    """
+    device = images.device
+    partners = fn.permute_batch(images, indices=drawn.partner)
+    kinds, weights = [], []
+    if drawn.is_cutmix is not None:
+        is_cutmix, extent = _put(drawn.is_cutmix, device), drawn.stop - drawn.start
+        images = fn.multi_paste(images, partners, in_anchors=drawn.start, out_anchors=drawn.start, shapes=extent)
+        box = fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1] * is_cutmix
+        kinds.append(is_cutmix * CUTMIX)
+        weights.append(_area_ratio(_put(extent, device)))
+    if drawn.is_mixup is not None:
+        images = _blend(images, partners, drawn.weight, drawn.is_mixup)
+        kinds.append(_put(drawn.is_mixup, device) * MIXUP)
+        weights.append(_put(drawn.weight, device))
+    kind = reduce(add, kinds)  # a sample is of one kind: every other addend is zero
+    lam0 = reduce(add, weights) if drawn.lam0 is None else _put(drawn.lam0, device)
+    if drawn.is_cutmix is None:
+        box = kind * np.zeros(4, np.int32)
+    labels = _scalar(labels, device)
+    return images, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind)
+
+
+def check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode) -> None:
+    """Raises ValueError where an argument of `mix` is outside its range."""
+    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+        if not (isinstance(alpha, Real) and 0 <= alpha < float("inf")):
+            raise ValueError(f"{name}={alpha!r}: give a finite number > 0, or 0 to switch it off")
+    if mixup_alpha == 0 and cutmix_alpha == 0 and cutmix_minmax is None:
+        raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
+    for name, value in (("prob", prob), ("switch_prob", switch_prob)):
+        if not (isinstance(value, DataNode) and name == "prob") and not (
+            isinstance(value, Real) and 0 <= value <= 1
+        ):
+            raise ValueError(f"{name}={value!r}: give a probability in [0, 1]")
+    if cutmix_minmax is not None and not (
+        len(cutmix_minmax) == 2 and 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1
+    ):
+        raise ValueError(f"cutmix_minmax={cutmix_minmax!r}: give (low, high) with 0 <= low < high <= 1")
+    if mode not in ("elem", "batch"):
+        remedy = "give 'elem' (one draw a sample) or 'batch' (one a batch)"
+        raise ValueError(f"mode={mode!r}: {'pair is not supported; ' if mode == 'pair' else ''}{remedy}")
+
+
+def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:
+    if mode == "elem":
+        return lambda node: node
+    first = partner * 0  # everybody takes the first sample's draw
+    return lambda node: fn.permute_batch(node, indices=first)
+
+
+def _kinds(partner, share, prob, switch_prob, with_mixup: bool, with_cutmix: bool):
+    """Booleans (is_cutmix, is_mixup); None for what is left out."""
+    # Without fixed points a partner's partner is never the partner, but in a batch of one.
+    partners_partner = fn.permute_batch(partner, indices=partner)
+    if not isinstance(prob, DataNode) and prob == 1 and not (with_mixup and with_cutmix):
+        is_mixed = is_cutmix = partner != partners_partner
+    else:
+        chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == partners_partner)  # alone: 1 or more
+        is_mixed = chance < prob
+        is_cutmix = chance < prob * switch_prob if with_mixup and with_cutmix else is_mixed
+    if with_mixup and with_cutmix:
+        return is_cutmix, is_mixed ^ is_cutmix
+    return (None, is_mixed) if with_mixup else (is_cutmix, None)
+
+
+def _box(size: DataNode, lam: DataNode, share) -> tuple[DataNode, DataNode]:
+    """Corners of canvas and box: side = int(size·√λ0), centre uniform over the pixels, then clipped."""
+    # fn.cast rounds, and would give both ends of the centre's range half their weight: floor first.
+    side = fn.cast(math.floor(math.sqrt(lam + _WHOLE) * size), dtype=types.INT32)
+    centre = fn.cast(math.floor(share(fn.random.uniform(range=[0.0, 1.0], shape=[2])) * size), dtype=types.INT32)
+    low = centre - side // 2
+    return math.clamp(low, 0, size), math.clamp(low + side, 0, size)
+
+
+def _inner_box(size, minmax, share, is_cutmix) -> tuple[DataNode, DataNode]:
+    """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
+    uniform = share(fn.random.uniform(range=[0.0, 1.0], shape=[2, 2]))
+    least, most = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in np.float32(minmax))
+    side = least + fn.cast(math.floor(uniform[0] * (most - least)), dtype=types.INT32)
+    start = fn.cast(math.floor(uniform[1] * (size - side + 1)), dtype=types.INT32)
+    return _regions(size, start * is_cutmix, (start + side) * is_cutmix)
+
+
+def _regions(size: DataNode, start: DataNode, stop: DataNode) -> tuple[DataNode, DataNode]:
+    return start * _BOX, size * _CANVAS + stop * _BOX
+
+
+def _area_ratio(extent: DataNode) -> DataNode:
+    area = extent[:, 0] * extent[:, 1]
+    return area[1] / area[0]
+
+
+def _blend(images: DataNode, partners: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
+    """images·(1 - w) + partners·w where `is_mixup`, within one grey level.
+
+    Float arithmetic and its cast cost the CPU six times as much as two scalings in uint8 of the samples that
+    need it. The split is what DALI makes of an ``if``, which would ask every caller to enable conditionals.
+    """
+    split = fn._conditional.split
+    (own, kept), (other, _), (weight, _) = (
+        split(node, predicate=is_mixup, _if_stmt=True) for node in (images, partners, weight)
+    )
+    blended = _scale(own, 1.0 - weight) + _scale(other, weight)
+    return fn._conditional.merge(blended, kept, predicate=is_mixup)
+
+
+def _scale(images: DataNode, factor: DataNode) -> DataNode:
+    return fn.brightness_contrast(images, brightness=factor, brightness_shift=_BELOW_HALF)
+
+
+def _scalar(labels: DataNode, device: str) -> DataNode:
+    # Readers give [1], lists give scalars: a sum over one element takes both. Cast first, for the sum of a
+    # small integer type is not to be had in int64.
+    return fn.reductions.sum(fn.cast(_put(labels, device), dtype=types.INT64))
+
+
+def _put(node: DataNode, device: str) -> DataNode:
+    return node.gpu() if device == "gpu" and node.device == "cpu" else node

@@ -1,0 +1,272 @@
+"""NumPy oracle of the mixing and of the LUMix loss (arXiv 2211.15846), for tests and for reading.
+
+Written from the paper and not from `fn.py` or `loss.py`, so that an error has to be made twice to go
+unseen. It is slow, in float64, and draws nothing: every random number is an argument.
+
+The image of a batch is the canvas (class b, `labels`); its partner (class a, `partner_labels`) is mixed
+into it with weight `lam0`. timm and torchvision weigh the canvas: lam_timm = 1 - lam0.
+"""
+
+import numpy as np
+
+NONE, MIXUP, CUTMIX, OTHER = range(4)
+
+
+def cut_box(size, lam, centre):
+    """Box of area lam·H·W around a centre, clipped to the image (CutMix, arXiv 1905.04899).
+
+    Args:
+        size: (H, W) of the image in pixels.
+        lam: drawn weight of the partner, float in [0, 1].
+        centre: (cy, cx) in pixels, int, in [0, H) and [0, W).
+
+    Returns:
+        (y0, x0, y1, x1), int, half-open: side int(size·√lam), from c - side//2 to c - side//2 + side.
+
+    Raises:
+        ValueError: lam is outside [0, 1].
+
+    Note:
+        timm's rule since 1.0.29; before, odd sides lost a pixel. Side 0 gives an empty box at the centre.
+    """
+    _check(0 <= lam <= 1, "lam", lam, "in [0, 1]")
+    sides = [int(length * np.sqrt(lam)) for length in size]
+    starts = [int(c) - side // 2 for c, side in zip(centre, sides, strict=True)]
+    stops = [start + side for start, side in zip(starts, sides, strict=True)]
+    corners = np.clip([starts, stops], 0, size)
+    return tuple(int(corner) for corner in corners.ravel())
+
+
+def count_lam0(box, size):
+    """λ0 = r_w·r_h / HW (Algorithm 1), counted pixel by pixel.
+
+    Args:
+        box: (y0, x0, y1, x1), int [B, 4], half-open; what lies outside the image does not count.
+        size: (H, W) in pixels.
+
+    Returns:
+        float64 [B] in [0, 1].
+    """
+    return np.array([_inside(one, size).mean() for one in np.reshape(box, (-1, 4))])
+
+
+def mix_images(images, partner, box, kind, lam0):
+    """Apply drawn Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) to a batch.
+
+    Args:
+        images: uint8 [B, H, W, C], or a list of B arrays [H, W, C] of one size.
+        partner: int [B], index of each sample's partner in this batch.
+        box: int [B, 4], (y0, x0, y1, x1), half-open; read for CutMix only.
+        kind: int [B]: 0 none, 1 Mixup, 2 CutMix.
+        lam0: float [B] in [0, 1], weight of the partner; read for Mixup only.
+
+    Returns:
+        uint8 [B, H, W, C]. CutMix is a bit exact paste; Mixup is own·(1 - lam0) + partner·lam0 in
+        float64, rounded to the nearest level with halves away from zero.
+
+    Raises:
+        ValueError: unequal sizes, a dtype other than uint8, a wrong shape, a value out of range, or
+            kind 3 (mixing by other means cannot be repeated).
+    """
+    shapes = {np.shape(image) for image in images}
+    _check(len(shapes) == 1, "images", shapes, "of one size; resize them first")
+    images = np.asarray(images)
+    _check(images.dtype == np.uint8, "images", images.dtype, "uint8")
+    size = len(images)
+    partner, kind = _column("partner", partner, size, 0, size - 1), _column("kind", kind, size, NONE, CUTMIX)
+    lam0, box = _weight(lam0, size), _array("box", box, (size, 4))
+    mixed = images.copy()
+    for i, own in enumerate(images):
+        other = images[partner[i]]
+        if kind[i] == MIXUP:
+            mixed[i] = np.floor(own * (1 - lam0[i]) + other * lam0[i] + 0.5)
+        elif kind[i] == CUTMIX:
+            pasted = _inside(box[i], own.shape[:2])
+            mixed[i][pasted] = other[pasted]
+    return mixed
+
+
+def dense(labels, partner_labels, lam0, num_classes, smoothing=0.0):
+    """y = λ·v_a + (1 - λ)·v_b with smoothed one-hots v (Eq. 2 and Algorithm 1 of arXiv 2211.15846).
+
+    Args:
+        labels: int [B] in [0, K), class b of the canvas.
+        partner_labels: int [B] in [0, K), class a of the partner.
+        lam0: float [B] in [0, 1], weight of the partner.
+        num_classes: K.
+        smoothing: ε in [0, 1): off = ε/K, on = 1 - ε + off.
+
+    Returns:
+        float64 [B, K]; every row sums to 1.
+
+    Raises:
+        ValueError: a label, lam0 or smoothing is out of range, or an argument is not [B].
+    """
+    _check(0 <= smoothing < 1, "smoothing", smoothing, "in [0, 1)")
+    size = len(labels)
+    labels = _column("labels", labels, size, 0, num_classes - 1)
+    partner_labels = _column("partner_labels", partner_labels, size, 0, num_classes - 1)
+    one_hot = (1 - smoothing) * np.eye(num_classes) + smoothing / num_classes
+    lam = _weight(lam0, size)[:, None]
+    return lam * one_hot[partner_labels] + (1 - lam) * one_hot[labels]
+
+
+def lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, *, box=None, r_r=0.4, r_s=0.1, apply_to="cutmix"):
+    """λ = (1 - r_r - r_s)·λ0 + r_r·λ_r + r_s·λ_s, clamped to [0, 1] (Eqs. 3 and 5 of arXiv 2211.15846).
+
+    Args, Raises:
+        As for `lumix_loss`.
+
+    Returns:
+        float64 [B] in [0, 1]; lam0 itself for the samples that `lumix_loss` gives plain cross entropy.
+    """
+    _check(r_r >= 0 and r_s >= 0 and r_r + r_s <= 1, "(r_r, r_s)", (r_r, r_s), "≥ 0 with a sum ≤ 1")
+    logits, labels, partner_labels = _scores(logits, labels, partner_labels)
+    lam0, lam_r = _weight(lam0, len(logits)), _column("lam_r", lam_r, len(logits))
+    lam_s = _sigmoid(_gap(logits, labels, partner_labels))
+    lam = np.clip((1 - r_r - r_s) * lam0 + r_r * lam_r + r_s * lam_s, 0, 1)
+    return np.where(_applies(lam0, kind, box, apply_to), lam, lam0)
+
+
+def lumix_loss(
+    logits,
+    labels,
+    partner_labels,
+    lam0,
+    kind,
+    lam_r,
+    *,
+    box=None,
+    r_r=0.4,
+    r_s=0.1,
+    eta=1.0,
+    smoothing=0.0,
+    base="softmax",
+    bce_reduction="mean",
+    detach_lam_s=True,
+    apply_to="cutmix",
+):
+    """L = L0 + η·Σ_{k∈{a,b}} y_k·(1 - p_k) and its gradient, per sample (Eqs. 6 and 7 of arXiv 2211.15846).
+
+    Args:
+        logits: float [B, K], finite.
+        labels: int [B] in [0, K), class b of the canvas.
+        partner_labels: int [B] in [0, K), class a of the partner.
+        lam0: float [B] in [0, 1], weight of the partner.
+        kind: int [B]: 0 none, 1 Mixup, 2 CutMix, 3 mixed by other means.
+        lam_r: float [B], the noise λ_r as drawn, any range.
+        box: int [B, 4] or None; needed only where lam0 is not counted from it (correct_lam=False), to
+            find the empty boxes.
+        r_r, r_s: ratios of λ_r and λ_s, ≥ 0 with a sum ≤ 1.
+        eta: η, weight of the regulariser R.
+        smoothing: ε in [0, 1).
+        base: "softmax" or "bce" (sigmoid BCE on y; λ_s and R keep the softmax).
+        bce_reduction: "mean" or "sum" over the K classes of the BCE part.
+        detach_lam_s: the gradient holds λ_s fixed; False lets it through.
+        apply_to: "cutmix": λ and R for CutMix samples; "all": for every mixed sample.
+
+    Returns:
+        (loss, grad): float64 [B], and float64 [B, K], the gradient of each sample's own loss (not
+        divided by B) with respect to its logits.
+
+    Raises:
+        ValueError: an argument has another shape, an unknown value, or is out of range.
+
+    Note:
+        Readings of the paper: b is an OR of the labels (Eq. 8 has AND); R is summed over the classes;
+        λ_s is detached; an unmixed sample, an empty box, lam0 = 0 and lam0 = 1 get plain (smoothed)
+        cross entropy at lam0, and so do samples that `apply_to` leaves out.
+    """
+    _check(base in ("softmax", "bce"), "base", base, '"softmax" or "bce"')
+    _check(bce_reduction in ("mean", "sum"), "bce_reduction", bce_reduction, '"mean" or "sum"')
+    lam = lumix_lam(
+        logits, labels, partner_labels, lam0, kind, lam_r, box=box, r_r=r_r, r_s=r_s, apply_to=apply_to
+    )
+    z, b, a = _scores(logits, labels, partner_labels)
+    y = dense(b, a, lam, z.shape[1], smoothing)
+    applies = _applies(_weight(lam0, len(z)), kind, box, apply_to)
+    log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+    p = np.exp(log_p)
+
+    if base == "softmax":
+        scale = 1.0
+        loss, grad = -(y * log_p).sum(1), p - y
+    else:
+        scale = 1 / z.shape[1] if bce_reduction == "mean" else 1.0
+        loss = scale * (y * np.logaddexp(0, -z) + (1 - y) * np.logaddexp(0, z)).sum(1)
+        grad = scale * (_sigmoid(z) - y)
+
+    classes = np.arange(z.shape[1])
+    y_pos = y * ((classes == a[:, None]) | (classes == b[:, None]))
+    eta = eta * applies
+    loss = loss + eta * (y_pos * (1 - p)).sum(1)
+    grad = grad + eta[:, None] * p * ((y_pos * p).sum(1, keepdims=True) - y_pos)
+
+    if not detach_lam_s:
+        rows, gap = np.arange(len(z)), _gap(z, b, a)
+        # a clamped λ is constant; λ_s(1 - λ_s) as two sigmoids keeps its digits when λ_s is close to 1
+        dlam = r_s * _sigmoid(gap) * _sigmoid(-gap) * (applies & (0 < lam) & (lam < 1))
+        dloss = (1 - smoothing) * (-scale * gap + eta * (p[rows, b] - p[rows, a]))
+        grad[rows, a] += dlam * dloss
+        grad[rows, b] -= dlam * dloss
+    return loss, grad
+
+
+def _applies(lam0, kind, box, apply_to):
+    """Which samples get λ and R: bool [B]."""
+    _check(apply_to in ("cutmix", "all"), "apply_to", apply_to, '"cutmix" or "all"')
+    kind = _column("kind", kind, len(lam0), NONE, OTHER)
+    chosen = kind == CUTMIX if apply_to == "cutmix" else kind != NONE
+    chosen = chosen & (0 < lam0) & (lam0 < 1)
+    if box is None:
+        return chosen
+    y0, x0, y1, x1 = _array("box", box, (len(lam0), 4)).T
+    # the other kinds have no box, so theirs says nothing
+    return chosen & ((kind != CUTMIX) | ((y0 < y1) & (x0 < x1)))
+
+
+def _inside(box, size):
+    """Pixels of the box: bool [H, W]. Compared, not sliced: a negative index would wrap around."""
+    y, x = np.ogrid[: size[0], : size[1]]
+    y0, x0, y1, x1 = box
+    return (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
+
+
+def _gap(z, labels, partner_labels):
+    rows = np.arange(len(z))
+    return z[rows, partner_labels] - z[rows, labels]
+
+
+def _sigmoid(x):
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _scores(logits, labels, partner_labels):
+    logits = np.asarray(logits, np.float64)
+    _check(logits.ndim == 2, "logits", logits.shape, "[B, K]")
+    size, num_classes = logits.shape
+    return (
+        logits,
+        _column("labels", labels, size, 0, num_classes - 1),
+        _column("partner_labels", partner_labels, size, 0, num_classes - 1),
+    )
+
+
+def _weight(lam0, size):
+    return _column("lam0", lam0, size, 0, 1).astype(np.float64)
+
+
+def _column(name, values, size, low=-np.inf, high=np.inf):
+    values = _array(name, values, (size,))
+    _check(((low <= values) & (values <= high)).all(), name, values, f"in [{low}, {high}]")
+    return values
+
+
+def _array(name, values, shape):
+    _check(np.shape(values) == shape, name, np.shape(values), f"of shape {shape}")
+    return np.asarray(values)
+
+
+def _check(ok, name, value, expected):
+    if not ok:
+        raise ValueError(f"{name} is {value}; it must be {expected}")
