@@ -1,0 +1,165 @@
+"""The two pipelines of image classification: training with mixing, and evaluation.
+
+Both run wholly on the CPU (``device_id=None``) or decode and go on on the GPU. They read what `source` names:
+a callable of DALI's ``BatchInfo`` that returns (paths, labels) of that batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import floor
+from typing import Any
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+from . import fn as mixfn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+
+
+@pipeline_def(enable_checkpointing=True)
+def train_pipeline(
+    source: Callable,
+    *,
+    size: Sequence[int] = (224, 224),
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    interpolation: str = "bicubic",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: str = "float32",
+    layout: str = "CHW",
+    mixing: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
+    reader: dict[str, Any] | None = None,
+):
+    """Random resized crop, flip, mix, normalise: timm's training transform, then LUMix Eq. 1.
+
+    Args:
+        source: callable of ``BatchInfo``, gives (list of uint8 paths, list of int64 labels).
+        size: (H, W) of the output.
+        scale: range of the crop's share of the image's area.
+        ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
+        hflip: probability of a horizontal flip, before mixing.
+        interpolation: "bicubic" or "bilinear", both with antialiasing.
+        mean, std: of the normalisation, in units of the full range [0, 1]; not used for uint8.
+        dtype: "float32", "float16", or "uint8" for models that normalise themselves.
+        layout: "CHW" or "HWC".
+        mixing: arguments of `lumix_dali.fn.mix`; None: nothing is mixed.
+        decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
+        reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
+
+    Returns:
+        images [B, C, H, W] or [B, H, W, C], then the five fields of `MixTarget`.
+
+    Note:
+        Arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are given by keyword too.
+        The decoder turns nothing by EXIF, as PIL does not.
+    """
+    device, encoded, labels = _read(source, reader)
+    images = fn.decoders.image_random_crop(
+        encoded,
+        device="mixed" if device == "gpu" else "cpu",
+        random_area=list(scale),
+        random_aspect_ratio=list(ratio),
+        adjust_orientation=False,
+        **(decoder or {}),
+    )
+    images = fn.resize_crop_mirror(
+        images,
+        size=list(size),
+        crop=list(size),
+        interp_type=INTERPOLATIONS[interpolation],
+        mirror=fn.random.coin_flip(probability=hflip) if hflip else 0,
+    )
+    if mixing is None:
+        target = mixfn.unmixed(labels, device)
+    else:
+        images, target = mixfn.mix(images, labels, **mixing)
+    return _normalise(images, mean, std, dtype, layout), *target
+
+
+@pipeline_def(enable_checkpointing=True)
+def val_pipeline(
+    source: Callable,
+    *,
+    size: Sequence[int] = (224, 224),
+    crop_pct: float = 0.875,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: str = "float32",
+    layout: str = "CHW",
+    decoder: dict[str, Any] | None = None,
+    reader: dict[str, Any] | None = None,
+):
+    """Resize, centre crop, normalise: timm's evaluation transform, within .3 grey level in the mean.
+
+    Args:
+        crop_pct: the crop's share of the resized image's shorter side.
+        crop_mode: "center" keeps the aspect ratio, "squash" does not (timm's words).
+
+        The others are those of `train_pipeline`.
+
+    Returns:
+        images [B, C, H, W] or [B, H, W, C], labels [B].
+    """
+    device, encoded, labels = _read(source, reader)
+    full = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
+    images = fn.decoders.image(
+        encoded, device="mixed" if device == "gpu" else "cpu", adjust_orientation=False, **(decoder or {})
+    )
+    resized = _resized(full, [floor(side / crop_pct) for side in size], crop_mode)
+    images = fn.resize(images, size=fn.cast(resized, dtype=types.FLOAT), interp_type=INTERPOLATIONS[interpolation])
+    images = fn.slice(images, _centre(resized, size), np.int32(size), axes=[0, 1])
+    return _normalise(images, mean, std, dtype, layout), labels.gpu() if device == "gpu" else labels
+
+
+@pipeline_def
+def decode_pipeline(path: np.ndarray):
+    """Reads and decodes one file; the loader asks it which file of a batch is the bad one."""
+    encoded = fn.io.file.read(fn.constant(idata=path.tolist(), dtype=types.UINT8))
+    return fn.decoders.image(encoded, device="cpu" if Pipeline.current().device_id is None else "mixed")
+
+
+def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNode, DataNode]:
+    device = "cpu" if Pipeline.current().device_id is None else "gpu"
+    paths, labels = fn.external_source(
+        source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+    )
+    return device, fn.io.file.read(paths, **(reader or {})), labels
+
+
+def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
+    """Size of the whole image after the resize, as torchvision (square) and timm (else) round it."""
+    if crop_mode == "squash":
+        return full * 0 + np.int32(target)
+    height, width = full[0], full[1]
+    if target[0] == target[1]:
+        return full * target[0] // math.min(height, width)
+    times = math.min(height / float(target[0]), width / float(target[1]))
+    return fn.cast(full / times, dtype=types.INT32)
+
+
+def _centre(resized: DataNode, size: Sequence[int]) -> DataNode:
+    # torchvision rounds the centre half to even; fn.crop's positions would round half up.
+    margin = resized - np.int32(size)
+    half = margin // 2
+    return half + (half & margin & 1)
+
+
+def _normalise(images: DataNode, mean, std, dtype: str, layout: str) -> DataNode:
+    scaled = dtype != "uint8"
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=DTYPES[dtype],
+        output_layout=layout,
+        mean=[255 * m for m in mean] if scaled else 0.0,
+        std=[255 * s for s in std] if scaled else 1.0,
+    )

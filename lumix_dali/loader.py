@@ -1,0 +1,448 @@
+"""`create_loader`: DALI's pipelines as a PyTorch loader.
+
+Every epoch runs a pipeline of its own, whose order and draws are a pure function of (seed, epoch, rank). Building
+it takes some 30 ms; in return an abandoned epoch, a switch of mixing, a bad file and a resume are one thing:
+build at a place. Batches leave DALI by DLPack, without a copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+try:
+    import nvidia.dali as dali
+except ImportError as error:
+    raise ImportError(
+        "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
+    ) from error
+
+from . import classification, sources
+from . import fn as mixfn
+from .target import MixTarget
+
+_FORMAT = "lumix_dali.loader/1"
+
+
+def create_loader(
+    source: str | os.PathLike | sources.Samples,
+    *,
+    batch_size: int,
+    input_size: int | Sequence[int] = 224,
+    is_training: bool = True,
+    device: str | torch.device = "auto",
+    mixup_alpha: float = 0.0,
+    cutmix_alpha: float = 0.0,
+    cutmix_minmax: Sequence[float] | None = None,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+    mode: str = "elem",
+    correct_lam: bool = True,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    interpolation: str = "bicubic",
+    mean: Sequence[float] = classification.IMAGENET_MEAN,
+    std: Sequence[float] = classification.IMAGENET_STD,
+    crop_pct: float = 0.875,
+    crop_mode: str = "center",
+    dtype: str = "float32",
+    channels_last: bool = False,
+    drop_last: bool = True,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int | None = None,
+    prefetch_queue_depth: int = 2,
+    on_bad_sample: str = "replace",
+    max_bad: int = 100,
+    decoder: dict[str, Any] | None = None,
+    reader: dict[str, Any] | None = None,
+) -> Loader:
+    """A PyTorch loader over images whose decoding, augmentation and mixing (LUMix Eq. 1) run in DALI.
+
+    Takes what ``timm.data.resolve_data_config`` returns as it is.
+
+    Args:
+        source: class folder (``root/class/image``), list file (``PATH LABEL`` a line), or `sources.Samples`.
+        batch_size: samples a batch, on each rank.
+        input_size: side, (H, W) or (3, H, W) of the images handed out, in pixels.
+        is_training: True: shuffled, cropped at random, flipped, mixed, batches of equal number on all ranks.
+            False: in order, resized, centre-cropped, every sample once over the ranks.
+        device: where the pipeline runs and its batches are: "cpu", "cuda", "cuda:N", or "auto", a GPU if any.
+        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam: of `lumix_dali.fn.mix`;
+            with both alphas 0 nothing is mixed, and targets have kind 0.
+        scale, ratio: ranges of the training crop's share of the area, and of its width over height.
+        hflip: probability of a horizontal flip.
+        interpolation: "bicubic" or "bilinear".
+        mean, std: of the normalisation, in units of [0, 1].
+        crop_pct, crop_mode: evaluation's crop, timm's meaning ("center" or "squash").
+        dtype: "float32", "float16", or "uint8" (not normalised).
+        channels_last: hand out NCHW tensors in channels-last memory format.
+        drop_last: training only: leave out the incomplete last batch. False: keep it, and even out the ranks by
+            repeating fewer samples than there are ranks.
+        seed: of order and draws; ranks draw differently from the same seed.
+        rank, world_size: this process's part of each epoch.
+        num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
+        prefetch_queue_depth: batches that DALI prepares ahead.
+        on_bad_sample: "replace" a file that cannot be decoded by the next good one of the list, and warn with its
+            name, or "raise".
+        max_bad: how many files are replaced before that is an error after all.
+        decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
+        reader: further arguments of ``fn.io.file.read`` (`dont_use_mmap` on network storage).
+
+    Returns:
+        A `Loader`.
+
+    Raises:
+        ValueError: an argument that cannot work, named with its value and a remedy.
+        ImportError: DALI is not installed.
+    """
+    mixing = dict(
+        mixup_alpha=mixup_alpha,
+        cutmix_alpha=cutmix_alpha,
+        cutmix_minmax=None if cutmix_minmax is None else tuple(cutmix_minmax),
+        prob=prob,
+        switch_prob=switch_prob,
+        mode=mode,
+        correct_lam=correct_lam,
+    )
+    with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax)
+    if with_mixing:
+        if not is_training:
+            raise ValueError(
+                "is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0"
+            )
+        mixfn.check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode)
+    _check_int("batch_size", batch_size, 1)
+    _check_int("prefetch_queue_depth", prefetch_queue_depth, 1)
+    _check_int("seed", seed, 0)
+    graph = dict(
+        size=_size(input_size),
+        interpolation=_one_of("interpolation", interpolation, classification.INTERPOLATIONS),
+        mean=_triple("mean", mean),
+        std=_triple("std", std),
+        dtype=_one_of("dtype", dtype, classification.DTYPES),
+        layout="HWC" if channels_last else "CHW",
+    )
+    if is_training:
+        graph |= dict(
+            scale=_range("scale", scale, 1.0), ratio=_range("ratio", ratio), hflip=_fraction("hflip", hflip)
+        )
+    else:
+        graph |= dict(
+            crop_pct=_range("crop_pct", (crop_pct, 1.0), 1.0)[0],
+            crop_mode=_one_of("crop_mode", crop_mode, ("center", "squash")),
+        )
+    samples = sources.load(source)
+    order = sources.Order(
+        len(samples),
+        batch_size,
+        shuffle=is_training,
+        drop_last=is_training and drop_last,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    run = dict(
+        num_threads=_default_threads() if num_threads is None else _check_int("num_threads", num_threads, 1),
+        prefetch_queue_depth=prefetch_queue_depth,
+    )
+    return Loader(
+        samples,
+        order,
+        _device(device),
+        graph,
+        mixing if with_mixing else None,
+        run | dict(decoder=decoder, reader=reader),
+        _check_int("max_bad", max_bad, 0)
+        if _one_of("on_bad_sample", on_bad_sample, ("replace", "raise")) == "replace"
+        else 0,
+    )
+
+
+class Loader:
+    """What `create_loader` returns: iterate it once an epoch.
+
+    Training yields ``(images, MixTarget)``, evaluation ``(images, labels)``, all on `device`. Each ``iter()``
+    starts the next whole epoch, also after a ``break``; only the first one after `load_state_dict` continues
+    where the state was taken.
+
+    Attributes:
+        samples, dataset: the `sources.Samples`.
+        classes, num_classes: class names, and their number.
+        batch_size: samples a batch on this rank.
+        device: torch.device of the batches.
+        mixup_enabled: timm's switch; takes effect with the next ``iter()`` and leaves the order as it is.
+        bad: {index: substitute's index} of samples that could not be decoded and were replaced.
+    """
+
+    def __init__(self, samples, order, device, graph, mixing, run, max_bad):
+        self.samples = self.dataset = samples
+        self.classes, self.num_classes = samples.classes, len(samples.classes)
+        self.batch_size, self.device = order.batch_size, device
+        self.mixup_enabled = True
+        self.bad: dict[int, int] = {}
+        self._order, self._graph, self._mixing, self._run, self._max_bad = order, graph, mixing, run, max_bad
+        self._next = _Place(0, 0)
+        self._current: _Epoch | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Number of batches an epoch on this rank."""
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Starts the next epoch; one still under way is abandoned."""
+        if self._closed:
+            raise ValueError("loader: it is closed; make a new one with create_loader")
+        self._stop()
+        place = self._next if self._next.checkpoint else self._next._replace(mixed=self.mixup_enabled)
+        self._next = _Place(place.epoch + 1, 0)
+        self._current = _Epoch(self, place)
+        return self._current
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes `epoch` the next one, as DistributedSampler's does; without it, epochs count up from 0."""
+        if _check_int("epoch", epoch, 0) != self._next.epoch:
+            self._next = _Place(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands: behind the last batch handed out.
+
+        Returns:
+            A dict of plain values for ``torch.save``; after `load_state_dict` the stream goes on bit for bit.
+        """
+        under_way = self._current is not None and self._current.place.iteration < len(self)
+        state = dict(
+            format=_FORMAT,
+            place=tuple(self._current.place if under_way else self._next),
+            mixup_enabled=self.mixup_enabled,
+            bad=dict(self.bad),
+            fingerprint=self._fingerprint(),
+        )
+        return state | dict(checksum=_checksum(state))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next ``iter()`` go on where `state` was taken.
+
+        Args:
+            state: from `state_dict` of a loader of the same data, batch size, ranks, seed and graph.
+
+        Raises:
+            ValueError: the state is damaged, of another format, or of another loader, and in what.
+        """
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: its format is {found!r}, this version reads {_FORMAT!r}; start the run anew")
+        if _checksum({key: value for key, value in state.items() if key != "checksum"}) != state.get("checksum"):
+            raise ValueError("state: its checksum does not match, it is damaged; take an earlier checkpoint")
+        here, there = self._fingerprint(), state["fingerprint"]
+        if different := [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]:
+            listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
+            raise ValueError(f"state: it is another loader's: {listed}. Make the loader as it was, or start anew")
+        self._stop()
+        self._next, self.mixup_enabled, self.bad = (
+            _Place(*state["place"]),
+            state["mixup_enabled"],
+            dict(state["bad"]),
+        )
+
+    def close(self) -> None:
+        """Frees the pipeline; the loader cannot be iterated afterwards."""
+        self._stop()
+        self._closed = True
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _stop(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    def _fingerprint(self) -> dict[str, Any]:
+        order = dataclasses.asdict(self._order)
+        graph = json.dumps([self._graph, self._mixing], sort_keys=True)
+        return order | dict(data=self.samples.digest, graph=graph, device=self.device.type, dali=dali.__version__)
+
+    def _replace(self, indices: np.ndarray, error: RuntimeError) -> None:
+        """Finds which of `indices` cannot be decoded and names substitutes, or raises."""
+        found = [int(i) for i in indices if not self._decodes(int(i))]
+        if not found:
+            raise error
+        for index in found:
+            name = self.samples.path(index)
+            if len(self.bad) >= self._max_bad:
+                raise ValueError(
+                    f"{name!r} cannot be decoded, {len(self.bad)} replaced so far; repair or remove it, "
+                    f"or give on_bad_sample='replace' and max_bad > {self._max_bad}"
+                ) from error
+            n = len(self.samples)
+            others = ((index + step) % n for step in range(1, n))
+            self.bad[index] = next(i for i in others if i not in self.bad and i not in found and self._decodes(i))
+            warnings.warn(
+                f"{name!r} cannot be decoded; {self.samples.path(self.bad[index])!r} takes its place",
+                stacklevel=4,
+            )
+
+    def _decodes(self, index: int) -> bool:
+        path = np.frombuffer(os.fsencode(self.samples.path(index)), np.uint8)
+        device_id = _device_id(self.device)
+        try:
+            classification.decode_pipeline(path, batch_size=1, num_threads=1, device_id=device_id).run()
+        except RuntimeError:
+            return False
+        return True
+
+
+class _Place(NamedTuple):
+    """A place in the stream, and what restores it there."""
+
+    epoch: int
+    iteration: int
+    checkpoint: bytes | None = None
+    mixed: bool = True
+
+
+class _Epoch(Iterator):
+    """An epoch under way: a pipeline, and the place behind the last batch it handed out."""
+
+    def __init__(self, loader: Loader, place: _Place):
+        self.place = place
+        self._loader = loader
+        self._indices = loader._order.epoch(place.epoch)
+        self._pipe: dali.Pipeline | None = self._build(place)
+
+    def __next__(self) -> tuple[torch.Tensor, Any]:
+        loader = self._loader
+        if self._pipe is None or self.place.iteration == len(loader):
+            self.close()
+            raise StopIteration
+        images, *target = (torch.from_dlpack(output.as_tensor()) for output in self._run())
+        # A checkpoint taken after an error is already behind the batch that failed: take one every time (.2 ms).
+        self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
+        if loader._graph["layout"] == "HWC":
+            images = images.permute(0, 3, 1, 2)  # NCHW to torch, channels-last in memory
+        return images, MixTarget(*target) if loader._order.shuffle else target[0]
+
+    def close(self) -> None:
+        """Frees the pipeline."""
+        self._pipe = None
+
+    def _run(self):
+        stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
+        while True:
+            try:
+                return self._pipe.run(stream)
+            except RuntimeError as error:
+                size = self._loader.batch_size
+                self._loader._replace(self._indices[self.place.iteration * size :][:size], error)
+                self._pipe = self._build(self.place)
+
+    def _build(self, place: _Place) -> dali.Pipeline:
+        loader, order = self._loader, self._loader._order
+        training = dict(mixing=loader._mixing if place.mixed else None) if order.shuffle else {}
+        define = classification.train_pipeline if order.shuffle else classification.val_pipeline
+        # The order has a seed of its own: the draws must differ by rank, the order must not.
+        (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
+        return define(
+            _reader(loader.samples, self._indices, loader.batch_size, loader.bad),
+            **loader._graph,
+            **training,
+            **loader._run,
+            batch_size=loader.batch_size,
+            device_id=_device_id(loader.device),
+            seed=int(seed) & 0x7FFFFFFF,
+            checkpoint=place.checkpoint,
+        )
+
+
+def _reader(samples: sources.Samples, indices: np.ndarray, batch_size: int, bad: dict[int, int]) -> Callable:
+    # Not a method: pipeline and epoch would hold each other, and nothing but gc would free them.
+    def read(info) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        batch = indices[info.iteration * batch_size :][:batch_size]
+        if not len(batch):
+            raise StopIteration
+        batch = [bad.get(i, i) for i in batch.tolist()]
+        return [np.frombuffer(os.fsencode(samples.path(i)), np.uint8) for i in batch], list(samples.labels[batch])
+
+    return read
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: give 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if wanted.type == "cpu":
+        return wanted
+    if wanted.type != "cuda" or (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; give 'cpu' or 'auto'"
+        )
+    return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _device_id(device: torch.device) -> int | None:
+    return device.index if device.type == "cuda" else None
+
+
+def _default_threads() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _size(input_size: int | Sequence[int]) -> tuple[int, int]:
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if len(size) == 3 and size[0] == 3:
+        size = size[1:]
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"input_size={input_size!r}: give a side, (H, W) or (3, H, W), in pixels > 0")
+    return size
+
+
+def _check_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number >= {least}")
+    return value
+
+
+def _one_of(name: str, value: Any, known) -> Any:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}")
+    return value
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: give a number in [0, 1]")
+    return float(value)
+
+
+def _range(name: str, value: Sequence[float], most: float = float("inf")) -> tuple[float, float]:
+    if len(value) != 2 or not 0 < value[0] <= value[1] <= most:
+        raise ValueError(f"{name}={value!r}: give (low, high) with 0 < low <= high" + f" <= {most}" * (most < 2))
+    return float(value[0]), float(value[1])
+
+
+def _triple(name: str, value: Sequence[float]) -> tuple[float, ...]:
+    if len(value) != 3:
+        raise ValueError(f"{name}={value!r}: give three numbers, one a channel, in units of [0, 1]")
+    return tuple(float(v) for v in value)
