@@ -1,12 +1,15 @@
-"""``lumix-dali show ROOT -o mixed.png``: see what the pipeline does to your images."""
+"""The command ``lumix-dali``: ``show`` what the pipeline does to your images, ``check`` them before a run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from . import preflight
 
 KINDS = ("unmixed", "Mixup", "CutMix", "mixed")
 BOX_COLOUR = (255, 64, 64)
@@ -60,37 +63,90 @@ def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: flo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 0, 1 where `check` found faults, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("show", help="a picture of mixed samples, each with its classes, λ0 and box")
-    one.add_argument("root", help="class folder (ROOT/CLASS/IMAGE) or list file (PATH LABEL a line)")
-    one.add_argument("-o", "--out", default="mixed.png", help="name of the picture (%(default)s)")
-    one.add_argument("--count", type=int, default=16, help="number of samples (%(default)s)")
-    one.add_argument("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
-    one.add_argument("--mixup", type=float, default=0.8, help="Mixup's alpha, 0: off (%(default)s)")
-    one.add_argument("--cutmix", type=float, default=1.0, help="CutMix' alpha, 0: off (%(default)s)")
-    one.add_argument("--mixup-mode", default="elem", help="elem or batch (%(default)s)")
-    one.add_argument("--hflip", type=float, default=0.5, help="probability of a flip (%(default)s)")
-    one.add_argument("--seed", type=int, default=0)
+    commands = parser.add_subparsers(required=True)
+    for add in (_add_show, _add_check):
+        add(commands)
     args = parser.parse_args(argv)
     try:
-        show(
-            args.root,
-            args.out,
-            count=args.count,
-            input_size=args.input_size,
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            mode=args.mixup_mode,
-            hflip=args.hflip,
-            seed=args.seed,
-        )
+        return args.run(args)
     except (ValueError, OSError) as error:
         print(f"lumix-dali: {error}", file=sys.stderr)
         return 2
+
+
+def _add_show(commands) -> None:
+    command = commands.add_parser("show", help="a picture of mixed samples, each with its classes, lam0 and box")
+    add = command.add_argument
+    add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line) or manifest")
+    add("-o", "--out", default="mixed.png", help="name of the picture (%(default)s)")
+    add("--count", type=int, default=16, help="number of samples (%(default)s)")
+    add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
+    add("--mixup", type=float, default=0.8, help="Mixup's alpha, 0: off (%(default)s)")
+    add("--cutmix", type=float, default=1.0, help="CutMix' alpha, 0: off (%(default)s)")
+    add("--mixup-mode", default="elem", help="elem or batch (%(default)s)")
+    add("--hflip", type=float, default=0.5, help="probability of a flip (%(default)s)")
+    add("--seed", type=int, default=0)
+    command.set_defaults(run=_show)
+
+
+def _show(args) -> int:
+    show(
+        args.root,
+        args.out,
+        count=args.count,
+        input_size=args.input_size,
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        mode=args.mixup_mode,
+        hflip=args.hflip,
+        seed=args.seed,
+    )
     print(f"wrote {args.out}")
     return 0
+
+
+def _add_check(commands) -> None:
+    command = commands.add_parser("check", help="which files cannot be used, and why; writes a manifest")
+    add = command.add_argument
+    add("root", help="class folder, list file or manifest")
+    add("--full", action="store_true", help="decode every file, instead of looking at headers and ends alone")
+    add("--manifest", metavar="FILE", help="write the usable files here, for create_loader")
+    add("--report", metavar="FILE", help="write what was found here, as JSON")
+    add("--max-pixels", type=int, default=preflight.MAX_PIXELS, help="a larger image is bad (%(default)s)")
+    add("--workers", type=int, help="processes; default: the CPUs this one may use")
+    add("--ranks", type=int, default=1, help="say how many batches each of so many ranks gets (%(default)s)")
+    add("--batch-size", type=int, default=256, help="of these batches (%(default)s)")
+    command.set_defaults(run=_check)
+
+
+def _check(args) -> int:
+    report = preflight.scan(
+        args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=_progress
+    )
+    print(preflight.show(report))
+    print(
+        "{ranks} rank(s), batches of {batch_size}: {batches} a rank, {left_out} samples left out".format(
+            **report.shards(args.ranks, args.batch_size)
+        )
+    )
+    if args.manifest:
+        preflight.write_manifest(report.samples, args.manifest)
+    if args.report:
+        content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
+        with open(args.report, "w", encoding="ascii") as file:
+            json.dump(content, file, indent=1)
+    return 0 if report.ok else 1
+
+
+def _progress(chunks, total: int):
+    """A bar on a terminal; without tqdm, and in a log, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return chunks
+    return tqdm(chunks, total=total, unit="chunk", leave=False, disable=None)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ a callable of DALI's ``BatchInfo`` that returns (paths, labels) of that batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from math import floor
 from typing import Any
@@ -122,10 +123,37 @@ def val_pipeline(
 
 
 @pipeline_def
-def decode_pipeline(path: np.ndarray):
-    """Reads and decodes one file; the loader asks it which file of a batch is the bad one."""
-    encoded = fn.io.file.read(fn.constant(idata=path.tolist(), dtype=types.UINT8))
+def decode_pipeline(paths: Sequence[str]):
+    """Reads and decodes these files, once a run: an error says that one of them is bad."""
+    names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
+    encoded = fn.io.file.read(fn.external_source(lambda: names, batch=True, dtype=types.UINT8, ndim=1))
     return fn.decoders.image(encoded, device="cpu" if Pipeline.current().device_id is None else "mixed")
+
+
+def undecodable(paths: Sequence[str], device_id: int | None = None, num_threads: int = 1) -> dict[str, str]:
+    """Which of these files DALI cannot decode, with its reasons: halves a batch until the bad ones are alone.
+
+    Args:
+        paths: image files.
+        device_id: GPU to decode on; None: the CPU.
+        num_threads: DALI's threads.
+
+    Returns:
+        {path: reason} of the bad ones.
+    """
+    if not paths:
+        return {}
+    try:
+        decode_pipeline(paths, batch_size=len(paths), num_threads=num_threads, device_id=device_id).run()
+    except RuntimeError as error:
+        if len(paths) == 1:
+            reason = str(error).partition("encountered:")[2].partition("\nCurrent pipeline")[0]
+            return {paths[0]: " ".join(reason.partition("\nC++ context")[0].split())}
+        half = len(paths) // 2
+        return undecodable(paths[:half], device_id, num_threads) | undecodable(
+            paths[half:], device_id, num_threads
+        )
+    return {}
 
 
 def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNode, DataNode]:

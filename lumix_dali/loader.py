@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,30 +106,29 @@ def create_loader(
         ValueError: an argument that cannot work, named with its value and a remedy.
         ImportError: DALI is not installed.
     """
+    with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
+    if with_mixing and not is_training:
+        raise ValueError("is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0")
+    mixfn.check(mixup_alpha, cutmix_alpha if with_mixing else 1.0, cutmix_minmax, prob, switch_prob, mode)
     mixing = dict(
-        mixup_alpha=mixup_alpha,
-        cutmix_alpha=cutmix_alpha,
-        cutmix_minmax=None if cutmix_minmax is None else tuple(cutmix_minmax),
-        prob=prob,
-        switch_prob=switch_prob,
+        mixup_alpha=float(mixup_alpha),
+        cutmix_alpha=float(cutmix_alpha),
+        cutmix_minmax=None if cutmix_minmax is None else tuple(map(float, cutmix_minmax)),
+        prob=float(prob),
+        switch_prob=float(switch_prob),
         mode=mode,
-        correct_lam=correct_lam,
+        correct_lam=bool(correct_lam),
     )
-    with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax)
-    if with_mixing:
-        if not is_training:
-            raise ValueError(
-                "is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0"
-            )
-        mixfn.check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode)
     _check_int("batch_size", batch_size, 1)
     _check_int("prefetch_queue_depth", prefetch_queue_depth, 1)
     _check_int("seed", seed, 0)
+    _check_int("rank", rank, 0)
+    _check_int("world_size", world_size, 1)
     graph = dict(
         size=_size(input_size),
         interpolation=_one_of("interpolation", interpolation, classification.INTERPOLATIONS),
         mean=_triple("mean", mean),
-        std=_triple("std", std),
+        std=_triple("std", std, positive=True),
         dtype=_one_of("dtype", dtype, classification.DTYPES),
         layout="HWC" if channels_last else "CHW",
     )
@@ -139,7 +138,7 @@ def create_loader(
         )
     else:
         graph |= dict(
-            crop_pct=_range("crop_pct", (crop_pct, 1.0), 1.0)[0],
+            crop_pct=_fraction("crop_pct", crop_pct, positive=True),
             crop_mode=_one_of("crop_mode", crop_mode, ("center", "squash")),
         )
     samples = sources.load(source)
@@ -205,7 +204,7 @@ class Loader:
         if self._closed:
             raise ValueError("loader: it is closed; make a new one with create_loader")
         self._stop()
-        place = self._next if self._next.checkpoint else self._next._replace(mixed=self.mixup_enabled)
+        place = self._next if self._next.mixed is not None else self._next._replace(mixed=self.mixup_enabled)
         self._next = _Place(place.epoch + 1, 0)
         self._current = _Epoch(self, place)
         return self._current
@@ -273,38 +272,40 @@ class Loader:
             self._current = None
 
     def _fingerprint(self) -> dict[str, Any]:
-        order = dataclasses.asdict(self._order)
-        graph = json.dumps([self._graph, self._mixing], sort_keys=True)
-        return order | dict(data=self.samples.digest, graph=graph, device=self.device.type, dali=dali.__version__)
+        fields = dataclasses.asdict(self._order) | self._graph | (self._mixing or {})
+        return fields | dict(
+            decoder=repr(self._run["decoder"]),
+            data=self.samples.digest,
+            device=self.device.type,
+            dali=dali.__version__,
+        )
 
     def _replace(self, indices: np.ndarray, error: RuntimeError) -> None:
         """Finds which of `indices` cannot be decoded and names substitutes, or raises."""
-        found = [int(i) for i in indices if not self._decodes(int(i))]
+        found = self._undecodable([i for i in indices.tolist() if i not in self.bad])
         if not found:
             raise error
-        for index in found:
+        for index, reason in found.items():
             name = self.samples.path(index)
             if len(self.bad) >= self._max_bad:
                 raise ValueError(
-                    f"{name!r} cannot be decoded, {len(self.bad)} replaced so far; repair or remove it, "
-                    f"or give on_bad_sample='replace' and max_bad > {self._max_bad}"
+                    f"{name!r} cannot be decoded ({reason}), {len(self.bad)} replaced so far; repair or remove "
+                    f"it, or give on_bad_sample='replace' and max_bad > {self._max_bad}"
                 ) from error
             n = len(self.samples)
             others = ((index + step) % n for step in range(1, n))
-            self.bad[index] = next(i for i in others if i not in self.bad and i not in found and self._decodes(i))
-            warnings.warn(
-                f"{name!r} cannot be decoded; {self.samples.path(self.bad[index])!r} takes its place",
-                stacklevel=4,
-            )
+            good = (i for i in others if i not in self.bad and i not in found and not self._undecodable([i]))
+            if (substitute := next(good, None)) is None:
+                raise ValueError(f"{name!r} cannot be decoded, nor can any other; repair the files") from error
+            self.bad[index] = substitute
+            instead = self.samples.path(substitute)
+            warnings.warn(f"{name!r} cannot be decoded ({reason}); {instead!r} takes its place", stacklevel=4)
 
-    def _decodes(self, index: int) -> bool:
-        path = np.frombuffer(os.fsencode(self.samples.path(index)), np.uint8)
-        device_id = _device_id(self.device)
-        try:
-            classification.decode_pipeline(path, batch_size=1, num_threads=1, device_id=device_id).run()
-        except RuntimeError:
-            return False
-        return True
+    def _undecodable(self, indices: list[int]) -> dict[int, str]:
+        paths = {self.samples.path(i): i for i in indices}
+        device_id, threads = _device_id(self.device), self._run["num_threads"]
+        bad = classification.undecodable(list(paths), device_id, threads)
+        return {paths[path]: reason for path, reason in bad.items()}
 
 
 class _Place(NamedTuple):
@@ -313,7 +314,7 @@ class _Place(NamedTuple):
     epoch: int
     iteration: int
     checkpoint: bytes | None = None
-    mixed: bool = True
+    mixed: bool | None = None  # None: as `mixup_enabled` says when the epoch starts
 
 
 class _Epoch(Iterator):
@@ -430,19 +431,20 @@ def _one_of(name: str, value: Any, known) -> Any:
     return value
 
 
-def _fraction(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r}: give a number in [0, 1]")
+def _fraction(name: str, value: float, positive: bool = False) -> float:
+    if not isinstance(value, Real) or not 0 <= value <= 1 or (positive and value == 0):
+        raise ValueError(f"{name}={value!r}: give a number in {'(' if positive else '['}0, 1]")
     return float(value)
 
 
 def _range(name: str, value: Sequence[float], most: float = float("inf")) -> tuple[float, float]:
-    if len(value) != 2 or not 0 < value[0] <= value[1] <= most:
+    if np.shape(value) != (2,) or not 0 < value[0] <= value[1] <= most:
         raise ValueError(f"{name}={value!r}: give (low, high) with 0 < low <= high" + f" <= {most}" * (most < 2))
     return float(value[0]), float(value[1])
 
 
-def _triple(name: str, value: Sequence[float]) -> tuple[float, ...]:
-    if len(value) != 3:
-        raise ValueError(f"{name}={value!r}: give three numbers, one a channel, in units of [0, 1]")
+def _triple(name: str, value: Sequence[float], positive: bool = False) -> tuple[float, ...]:
+    if np.shape(value) != (3,) or (positive and min(value) <= 0):
+        above = " and above 0" * positive
+        raise ValueError(f"{name}={value!r}: give three numbers, one a channel, in units of [0, 1]{above}")
     return tuple(float(v) for v in value)

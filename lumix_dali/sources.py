@@ -7,6 +7,7 @@ iteration), so shards, resume and the replacement of a bad file are arithmetic o
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ EXTENSIONS = (
     ".pgm",
     ".pnm",
 )
+# A list's labels are bounded, since there is a class name for every number up to the largest.
+MAX_CLASSES = 10**6
+MANIFEST = "lumix_dali.manifest/1"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Samples:
 
 
 def load(source: str | os.PathLike | Samples) -> Samples:
-    """Samples of a folder (`folder`), of a list file (`file_list`), or already at hand.
+    """Samples of a folder (`folder`), a list (`file_list`), a manifest of ``lumix-dali check``, or at hand.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be used.
@@ -79,7 +83,9 @@ def load(source: str | os.PathLike | Samples) -> Samples:
     if os.path.isdir(source):
         return folder(source)
     if os.path.isfile(source):
-        return file_list(source)
+        with open(source, "rb") as file:
+            is_manifest = MANIFEST.encode() in file.read(64)
+        return manifest(source) if is_manifest else file_list(source)
     raise ValueError(f"source={os.fspath(source)!r}: no such folder or list file; give one that exists")
 
 
@@ -88,8 +94,8 @@ def folder(root: str | os.PathLike) -> Samples:
 
     Args:
         root: folder with one folder a class. Labels are the classes' places in timm's natural order ("2"
-            before "10"), which for names of equal length is torchvision's. Hidden files, and names without an
-            image's extension, are passed over.
+            before "10"), which for names of equal length is torchvision's. Hidden files and folders, and names
+            without an image's extension, are passed over.
 
     Returns:
         `Samples`, sorted by label, then by name.
@@ -98,13 +104,11 @@ def folder(root: str | os.PathLike) -> Samples:
         ValueError: no class folder, or a class without an image.
     """
     root = os.fspath(root)
-    classes = sorted((e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."), key=natural_key)
-    if not classes:
-        raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
+    classes = class_names(root)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_images_below(root, name))
+        found = sorted(filter(is_image, files_below(root, name)))
         if not found:
             raise ValueError(
                 f"source={root!r}: class {name!r} has no image ({', '.join(sorted(EXTENSIONS))}); "
@@ -127,18 +131,17 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
         `Samples` in the order of the file, with the labels' numbers as class names.
 
     Raises:
-        ValueError: a line that is not ``PATH LABEL``, a label outside [0, 2**31), an empty list.
+        ValueError: a line that is not ``PATH LABEL``, a label outside [0, 10**6), an empty list.
     """
     path = os.fspath(path)
     names, labels = [], []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
-        line = line.strip("\r")
+    for number, line in enumerate(Path(path).read_text("utf-8-sig", "surrogateescape").split("\n"), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.*\S)[ \t]+(\d+)[ \t]*", line, re.ASCII)
-        if not match or int(match[2]) >= 2**31:
+        match = re.fullmatch(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", line, re.ASCII)
+        if not match or int(match[2]) >= MAX_CLASSES:
             raise ValueError(
-                f"source={path!r}, line {number}: {line[:80]!r}; write PATH LABEL, LABEL in [0, 2**31)"
+                f"source={path!r}, line {number}: {line[:80]!r}; write PATH LABEL, LABEL in [0, {MAX_CLASSES})"
             )
         names.append(match[1])
         labels.append(int(match[2]))
@@ -146,6 +149,23 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
         raise ValueError(f"source={path!r}: no sample in it; write one PATH LABEL a line")
     root = os.path.dirname(os.path.abspath(path)) if root is None else os.fspath(root)
     return Samples(root, names, np.array(labels, np.int64), [str(k) for k in range(max(labels) + 1)])
+
+
+def manifest(path: str | os.PathLike) -> Samples:
+    """Samples of a manifest that ``lumix-dali check`` wrote.
+
+    Raises:
+        ValueError: it is damaged, or was changed by hand.
+    """
+    try:
+        content = json.loads(Path(path).read_text("ascii"))
+        labels = np.array(content["labels"], np.int64)
+        samples = Samples(content["root"], content["names"], labels, content["classes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"source={os.fspath(path)!r}: damaged manifest ({error}); write it anew") from error
+    if samples.digest != content.get("digest"):
+        raise ValueError(f"source={os.fspath(path)!r}: its hash does not match its content; write it anew")
+    return samples
 
 
 @dataclass(frozen=True)
@@ -213,8 +233,22 @@ def natural_key(text: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
-def _images_below(root: str, name: str) -> Iterator[str]:
+def class_names(root: str) -> list[str]:
+    """The class folders of `root`, in the order of their labels."""
+    found = (entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+    classes = sorted(sorted(found), key=natural_key)  # "1" and "01" have one key: never scandir's order
+    if not classes:
+        raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
+    return classes
+
+
+def files_below(root: str, name: str) -> Iterator[str]:
+    """All files of class `name`, however deep, relative to `root`."""
     for folder_, _, files in os.walk(os.path.join(root, name), followlinks=True):
-        for file in files:
-            if file[0] != "." and os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(folder_, file), root)
+        yield from (os.path.relpath(os.path.join(folder_, file), root) for file in files)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image, and no part of it is hidden."""
+    hidden = any(part[0] == "." for part in name.split(os.sep))
+    return not hidden and os.path.splitext(name)[1].lower() in EXTENSIONS

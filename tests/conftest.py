@@ -1,0 +1,64 @@
+"""Small graphs fed by hand: what goes in and what comes out are NumPy arrays, on either backend."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from lumix_dali.target import MixTarget
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """DALI's backend; "gpu" is skipped where there is none."""
+    if request.param == "gpu":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def graph(device):
+    """`graph(operation, batch_size, …)` builds a pipeline of one mixing operation and returns its `run`."""
+
+    def build(operation, batch_size=8, *, seed=0, conditionals=False, **options):
+        return _build(operation, batch_size, device, seed, conditionals, options)
+
+    return build
+
+
+def _build(operation, batch_size, device, seed, conditionals, options):
+    """A function of (images, labels, **further inputs) that gives (mixed images, MixTarget) in NumPy.
+
+    Args:
+        operation: as `fn.mix`; after images and labels, parameters without a default are inputs too.
+        options: keyword arguments of `operation`.
+    """
+    from nvidia.dali import fn, pipeline_def
+
+    required = [p.name for p in inspect.signature(operation).parameters.values()
+                if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    further = [name for name in required[2:] if name not in options]
+
+    # a depth of one lets `run` be fed batch by batch
+    @pipeline_def(batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None, seed=seed,
+                  prefetch_queue_depth=1, enable_conditionals=conditionals)
+    def define():
+        images = fn.external_source(name="images", layout="HWC")
+        images = images.gpu() if device == "gpu" else images
+        labels = fn.external_source(name="labels")
+        inputs = {name: fn.external_source(name=name) for name in further}
+        mixed, target = operation(images, labels, **inputs, **options)
+        return mixed, *target
+
+    pipe = define()
+    pipe.build()
+
+    def run(images, labels, **inputs):
+        images = list(images)  # a list may hold images of unequal size
+        outputs = pipe.run(images=images, labels=labels, **inputs)
+        mixed, *target = (np.array(output.as_cpu().as_array()) for output in outputs)
+        return mixed, MixTarget(*target)
+
+    return run

@@ -1,0 +1,552 @@
+"""LUMixLoss against lumix.md's numbers, the float64 oracle, timm and finite differences."""
+
+import copy
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from timm.data.mixup import mixup_target
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lumix_dali import loss as loss_module
+from lumix_dali import reference
+from lumix_dali.loss import LUMixLoss, check_target
+from lumix_dali.target import MixTarget
+
+BOX = {True: (8, 8, 24, 24), False: (0, 0, 0, 0)}
+
+
+def make_target(labels, partner_labels, lam0, kind=2):
+    """Boxes go with the kind: CutMix has one, the others have none."""
+    labels = torch.as_tensor(labels)
+    kind = torch.as_tensor(kind, dtype=torch.int32).expand(labels.shape).contiguous()
+    box = torch.tensor([BOX[bool(k == 2)] for k in kind], dtype=torch.int32).reshape(-1, 4)
+    lam0 = torch.as_tensor(lam0, dtype=torch.float32).expand(labels.shape).contiguous()
+    return MixTarget(labels, torch.as_tensor(partner_labels), lam0, box, kind)
+
+
+def random_case(batch=64, classes=7, seed=0, dtype=torch.float64, spread=3.0):
+    """Every kind, λ0 of 0 and 1, empty boxes with λ0 above 0, equal classes, and noise that gets clamped."""
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.normal(size=(batch, classes)) * spread, dtype=dtype)
+    lam0 = rng.random(batch).round(1)
+    kind = rng.integers(4, size=batch)
+    kind[: batch // 2] = 2
+    target = make_target(rng.integers(classes, size=batch), rng.integers(classes, size=batch), lam0, kind)
+    target.box[:3] = 0
+    return logits, target, torch.tensor(rng.normal(0.5, 1, size=batch))
+
+
+def oracle(logits, target, lam_r, **options):
+    labels, partner_labels, lam0, box, kind = (field.numpy() for field in target)
+    return reference.lumix_loss(
+        logits.double().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, **options
+    )
+
+
+def loss_and_grad(criterion, logits, target, lam_r=None):
+    """Per-sample losses, and the gradient of each sample's own loss."""
+    logits = logits.detach().clone().requires_grad_()
+    loss = criterion(logits, target) if lam_r is None else criterion(logits, target, lam_r)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), grad
+
+
+# lumix.md's worked examples. Case: logits, (b, a), λ0, λ_r, options, λ, L0, R, L, gradient.
+LOGP = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log()
+ZERO = torch.zeros(1, 4, dtype=torch.float64)
+NOISE_ONLY = {"r_r": 0.5, "r_s": 0.0}
+WORKED = {
+    "1": (LOGP, (1, 0), 0.25, 0.6, {}, 0.4275, 0.985595, 0.6145, 1.600095,
+          (0.0515, -0.3286, 0.13855, 0.13855)),
+    "2": (LOGP, (1, 0), 0.25, 0.6, {"smoothing": 0.1}, 0.4275, 1.049593, 0.58305, 1.632643,
+          (0.06885, -0.29224, 0.111695, 0.111695)),
+    "3": (LOGP, (0, 0), 0.25, 0.6, {}, None, 0.693147, 0.5, 1.193147, (-0.75, 0.45, 0.15, 0.15)),
+    "4": (LOGP, (1, 0), 0.25, -1.2, NOISE_ONLY, 0.0, 1.203973, 0.7, 1.903973, None),
+    "5": (ZERO, (3, 2), 0.36, 0.5, {}, 0.43, 1.386294, 0.75, 2.136294, None),
+    "bce": (LOGP, (1, 0), 0.25, 0.6, {"base": "bce"}, 0.4275, 0.461011, 0.6145, 0.461011 + 0.6145, None),
+    "bce sum": (LOGP, (1, 0), 0.25, 0.6, {"base": "bce", "bce_reduction": "sum"}, 0.4275, 1.844045, 0.6145,
+                1.844045 + 0.6145, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_worked_examples(case, dtype):
+    z, (b, a), lam0, lam_r, options, lam, base_loss, regulariser, total, grad = WORKED[case]
+    options = {"smoothing": 0.0, **options}
+    z, target, lam_r = z.to(dtype), make_target([b], [a], lam0), torch.tensor([lam_r])
+    got, got_grad = loss_and_grad(LUMixLoss(**options), z, target, lam_r)
+    without, _ = loss_and_grad(LUMixLoss(**options, eta=0.0), z, target, lam_r)
+    assert got.item() == pytest.approx(total, abs=1e-5)
+    assert without.item() == pytest.approx(base_loss, abs=1e-5)
+    assert (got - without).item() == pytest.approx(regulariser, abs=1e-5)
+    if lam is not None:
+        assert LUMixLoss(**options).lam(z, target, lam_r).item() == pytest.approx(lam, abs=1e-5)
+    if grad is not None:
+        np.testing.assert_allclose(got_grad[0], grad, atol=1e-5)
+
+
+NAMES = ("base", "bce_reduction", "detach_lam_s", "apply_to", "smoothing", "eta", "r_r", "r_s")
+OPTIONS = [
+    dict(zip(NAMES, row, strict=True))
+    for row in itertools.chain.from_iterable(
+        itertools.product(
+            [base], [bce], [True, False], ["cutmix", "all"], [0.0, 0.1], [0.0, 0.7], [r_r], [r_s]
+        )
+        for base, bce in (("softmax", "mean"), ("bce", "mean"), ("bce", "sum"))
+        for r_r, r_s in ((0.4, 0.1), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))
+    )
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_every_option_equals_the_oracle(options):
+    for seed in range(2):
+        logits, target, lam_r = random_case(seed=seed)
+        loss, grad = loss_and_grad(LUMixLoss(**options, reduction="none"), logits, target, lam_r)
+        expected, expected_grad = oracle(logits, target, lam_r, **options)
+        np.testing.assert_allclose(loss, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("apply_to", ["cutmix", "all"])
+def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
+    logits, target, lam_r = random_case()
+    lam = LUMixLoss(apply_to=apply_to).lam(logits.requires_grad_(), target, lam_r)
+    labels, partner_labels, lam0, box, kind = (field.numpy() for field in target)
+    expected = reference.lumix_lam(
+        logits.detach().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, apply_to=apply_to
+    )
+    np.testing.assert_allclose(lam, expected, atol=1e-12)
+    assert not lam.requires_grad
+    changed = lam != target.lam0
+    plain = (target.kind == 0) | (target.lam0 == 0) | (target.lam0 == 1)
+    if apply_to == "cutmix":
+        plain |= target.kind != 2
+    assert not changed[plain].any()
+    assert set(target.kind[changed].tolist()) == ({2} if apply_to == "cutmix" else {1, 2, 3})
+
+
+def test_lam_of_labels_is_zero():
+    assert LUMixLoss().lam(torch.zeros(3, 4), torch.tensor([0, 1, 2])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"detach_lam_s": False}, {"r_s": 0.0}, {"detach_lam_s": False, "base": "bce"}]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradcheck(options, smoothing):
+    logits, target, _ = random_case(batch=12, spread=1.0)
+    lam_r = torch.linspace(
+        0.1, 0.9, 12, dtype=torch.float64
+    )  # finite differences need λ off the clamp's corner
+    criterion = LUMixLoss(**options, smoothing=smoothing, reduction="none")
+    assert torch.autograd.gradcheck(lambda z: criterion(z, target, lam_r), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_detached_gradient_is_the_closed_form_with_lam_held_fixed(smoothing):
+    logits, target, lam_r = random_case()
+    criterion = LUMixLoss(smoothing=smoothing)
+    _, grad = loss_and_grad(criterion, logits, target, lam_r)
+    z, (labels, partner_labels, *_, kind), classes = logits.numpy(), target, np.arange(7)
+    lam = criterion.lam(logits, target, lam_r).numpy()[:, None]
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    y = lam * np.eye(7)[partner_labels] + (1 - lam) * np.eye(7)[labels]
+    y = (1 - smoothing) * y + smoothing / 7
+    chosen = (classes == labels.numpy()[:, None]) | (classes == partner_labels.numpy()[:, None])
+    active = (kind == 2) & (target.lam0 > 0) & (target.lam0 < 1) & (target.box[:, 2] > 0)
+    m = (chosen * y * p).sum(1, keepdims=True)
+    expected = ((p - y) + active.numpy()[:, None] * p * (m - chosen * y)) / len(z)
+    np.testing.assert_allclose(grad, expected, atol=1e-12)
+    np.testing.assert_allclose(grad.sum(1), 0, atol=1e-12)
+
+
+def test_attached_lam_s_changes_the_gradient_and_not_the_loss():
+    case = random_case()
+    detached, attached = (loss_and_grad(LUMixLoss(detach_lam_s=detach), *case) for detach in (True, False))
+    assert torch.equal(detached[0], attached[0])
+    assert (detached[1] - attached[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("lam0", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_lumix_it_equals_timm(lam0, smoothing):
+    """timm weighs the canvas: its lam is 1 - lam0. All kinds, for with r_r = r_s = η = 0 they are one."""
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % 5
+    dense = mixup_target(labels, 10, 1 - lam0, smoothing)
+    for base, timm_loss in (
+        ("softmax", SoftTargetCrossEntropy()),
+        ("bce", BinaryCrossEntropy(smoothing=0.0)),
+    ):
+        expected = loss_and_grad(timm_loss, logits, dense)
+        criterion = LUMixLoss(r_r=0.0, r_s=0.0, eta=0.0, smoothing=smoothing, base=base)
+        for kind in range(4):
+            target = make_target(labels, labels.flip(0), lam0, kind)
+            torch.testing.assert_close(loss_and_grad(criterion, logits, target), expected)
+
+
+@pytest.mark.parametrize("lam0", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
+def test_lam0_of_0_or_1_is_plain_cross_entropy(lam0, kind):
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    b, a = torch.tensor([0, 1, 2, 3]), torch.tensor([5, 4, 3, 2])
+    criterion = LUMixLoss(apply_to="all", smoothing=0.1)
+    expected = torch.nn.functional.cross_entropy(logits, a if lam0 else b, label_smoothing=0.1)
+    torch.testing.assert_close(criterion(logits, make_target(b, a, lam0, kind)), expected)
+
+
+def test_same_class_twice_does_not_depend_on_lam():
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(5)
+    results = [
+        loss_and_grad(LUMixLoss(detach_lam_s=False), logits, make_target(labels, labels, lam0), torch.rand(5))
+        for lam0 in (0.2, 0.9)
+    ]
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_alone_get_smoothed_cross_entropy(smoothing):
+    logits = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8)
+    expected = loss_and_grad(torch.nn.CrossEntropyLoss(label_smoothing=smoothing), logits, labels)
+    torch.testing.assert_close(loss_and_grad(LUMixLoss(smoothing=smoothing), logits, labels), expected)
+    bce, dense = BinaryCrossEntropy(smoothing=0.0), mixup_target(labels, 10, 1.0, smoothing).double()
+    torch.testing.assert_close(
+        loss_and_grad(LUMixLoss(smoothing=smoothing, base="bce"), logits, labels),
+        loss_and_grad(bce, logits, dense),
+        rtol=1e-6, atol=1e-7,  # timm's smoothed one-hots are float32
+    )  # fmt: skip
+
+
+def test_reductions():
+    case = random_case()
+    loss = LUMixLoss(reduction="none")(*case)
+    assert loss.shape == (64,)
+    assert LUMixLoss(reduction="mean")(*case).item() == pytest.approx(loss.mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"base": "bce"}, {"detach_lam_s": False}])
+@pytest.mark.parametrize(
+    ("dtype", "result", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-9),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 8e-3),
+        (torch.float16, torch.float32, 1e-3),
+    ],
+)
+def test_loss_is_at_least_float32_and_the_gradient_has_the_logits_dtype(dtype, result, tolerance, options):
+    logits, target, lam_r = random_case(dtype=dtype)
+    loss, grad = loss_and_grad(LUMixLoss(**options, reduction="none"), logits, target, lam_r)
+    expected, expected_grad = oracle(logits, target, lam_r, smoothing=0.1, **options)
+    assert loss.dtype == result
+    assert grad.dtype == dtype
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)  # the logits are rounded, the sums are not
+    np.testing.assert_allclose(grad.double(), expected_grad, rtol=tolerance, atol=min(tolerance, 1e-4))
+
+
+@pytest.mark.parametrize("base", ["softmax", "bce"])
+def test_autocast_changes_nothing(base):
+    logits, target, lam_r = random_case(dtype=torch.bfloat16)
+    criterion = LUMixLoss(base=base)
+    expected = loss_and_grad(criterion, logits, target, lam_r)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss_and_grad(criterion, logits, target, lam_r)
+    assert got[0].dtype == torch.float32
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("base", ["softmax", "bce"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_large_logits_stay_finite_and_exact(base, detach):
+    logits = torch.tensor([[1e4, -1e4, 0.0, 9999.0], [-1e4, 1e4, 0.0, 5.0], [-1e4, -1e4, 1e4, -1e4]])
+    target, lam_r = make_target([0, 0, 0], [3, 1, 1], 0.3), torch.tensor([0.5, 0.5, 0.5])
+    for smoothing in (0.0, 0.1):
+        options = {"base": base, "smoothing": smoothing, "detach_lam_s": detach}
+        loss, grad = loss_and_grad(LUMixLoss(**options, reduction="none"), logits, target, lam_r)
+        expected, expected_grad = oracle(logits, target, lam_r, **options)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_masked_class_costs_nothing_without_smoothing():
+    logits, target, lam_r = random_case(batch=8)
+    masked = torch.cat((logits, torch.full((8, 1), -torch.inf)), 1)
+    criterion = LUMixLoss(smoothing=0.0)
+    loss, grad = loss_and_grad(criterion, logits, target, lam_r)
+    masked_loss, masked_grad = loss_and_grad(criterion, masked, target, lam_r)
+    torch.testing.assert_close(masked_loss, loss)
+    torch.testing.assert_close(masked_grad[:, :7], grad)
+    assert (masked_grad[:, 7] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.0}, {"base": "bce"}, {"detach_lam_s": False}])
+def test_the_kept_softmax_equals_plain_autograd(options, monkeypatch):
+    case = random_case(dtype=torch.float32)
+    kept = loss_and_grad(LUMixLoss(**options), *case)
+    monkeypatch.setattr(loss_module, "_log_softmax", loss_module._plain_log_softmax)
+    torch.testing.assert_close(kept, loss_and_grad(LUMixLoss(**options), *case))
+
+
+def test_a_retained_graph_gives_the_same_gradient_twice():
+    logits, target, lam_r = random_case()
+    logits.requires_grad_()
+    loss = LUMixLoss()(logits, target, lam_r)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    first = first.clone()
+    (second,) = torch.autograd.grad(3 * loss, logits)
+    torch.testing.assert_close(second, 3 * first)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the storages of at least `numel` elements that operators make."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.made = numel, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.numel:
+            self.made[result.untyped_storage().data_ptr()] = result  # kept, so that no address comes twice
+        return result
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing, detach):
+    logits, target, lam_r = random_case(batch=64, classes=50, dtype=torch.float32)
+    logits.requires_grad_()
+    with LargeTensors(64 * 25) as large:
+        loss = LUMixLoss(smoothing=smoothing, detach_lam_s=detach)(logits, target, lam_r)
+        (grad,) = torch.autograd.grad(loss, logits)
+    assert list(large.made) == [grad.untyped_storage().data_ptr()]
+
+
+def test_no_gradient_is_kept_in_evaluation():
+    logits, target, lam_r = random_case()
+    with torch.no_grad():
+        loss = LUMixLoss()(logits.requires_grad_(), target, lam_r)
+    assert loss.grad_fn is None
+    torch.testing.assert_close(loss, LUMixLoss()(logits, target, lam_r).detach())
+
+
+LAWS = {
+    ("beta", 2.0): stats.beta(2, 2),
+    ("beta", 0.8): stats.beta(0.8, 0.8),
+    ("beta", 1.0): stats.uniform(),
+    ("beta", 0.2): stats.beta(0.2, 0.2),
+    ("beta", 30.0): stats.beta(30, 30),
+    ("normal", 0.0, 1.0): stats.norm(0, 1),
+    ("normal", 0.5, 5**0.5): stats.norm(0.5, 5**0.5),
+    ("uniform",): stats.uniform(),
+}
+
+
+@pytest.mark.parametrize("noise", LAWS, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_noise_follows_its_law(noise, seed):
+    torch.manual_seed(seed)
+    # Beta(.2, .2) puts 2 % of its draws nearer to 1 than float32 can tell apart.
+    lam_r = LUMixLoss(noise=noise).draw(torch.empty(20_000, 2, dtype=torch.float64))
+    assert lam_r.dtype == torch.float64
+    assert stats.kstest(lam_r, LAWS[noise].cdf).pvalue > 1e-3
+    assert abs(np.corrcoef(lam_r[1:], lam_r[:-1])[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 0.05, 2.0, 1e6])
+def test_beta_noise_is_finite_in_float32(alpha):
+    torch.manual_seed(0)
+    lam_r = LUMixLoss(noise=("beta", alpha)).draw(torch.empty(20_000, 2))
+    assert lam_r.dtype == torch.float32
+    assert ((lam_r >= 0) & (lam_r <= 1)).all()
+    assert lam_r.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_loss_draws_per_sample_from_the_default_generator_and_only_when_it_has_to():
+    logits, target, lam_r = random_case()
+    criterion = LUMixLoss(reduction="none")
+    torch.manual_seed(1)
+    drawn = criterion.draw(logits)
+    assert len(set(drawn.tolist())) == 64
+    torch.manual_seed(1)
+    assert torch.equal(criterion(logits, target), criterion(logits, target, drawn))
+    torch.manual_seed(2)
+    assert not torch.equal(criterion(logits, target), criterion(logits, target, drawn))
+    state = torch.get_rng_state()
+    criterion(logits, target, lam_r)
+    LUMixLoss(r_r=0.0)(logits, target)
+    criterion(logits, target.labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("inductor", {}),
+        ("aot_eager", {"smoothing": 0.0, "apply_to": "all", "noise": ("beta", 0.8)}),
+        ("aot_eager", {"base": "bce", "detach_lam_s": False, "noise": ("normal", 0.0, 1.0)}),
+    ],
+)
+def test_compiled_in_one_graph_it_equals_eager(backend, options):
+    torch._dynamo.reset()
+    logits, target, lam_r = random_case(batch=16, dtype=torch.float32)
+    criterion = LUMixLoss(**options)
+    compiled = torch.compile(criterion, fullgraph=True, backend=backend)
+    torch.testing.assert_close(
+        loss_and_grad(compiled, logits, target, lam_r), loss_and_grad(criterion, logits, target, lam_r)
+    )
+    losses = torch.stack([compiled(logits, target) for _ in range(3)])  # the draw is in the graph
+    assert losses.isfinite().all()
+    assert losses.unique().numel() == 3
+
+
+def test_copies_and_pickles_like_any_module():
+    case = random_case()
+    criterion = LUMixLoss(eta=0.3)
+    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(twin(*case), criterion(*case))
+    assert "eta=0.3" in repr(criterion)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"base": "bce", "detach_lam_s": False}, {"noise": ("beta", 0.8)}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_host_synchronisation(options, dtype):
+    logits, target, lam_r = random_case(dtype=dtype)
+    criterion = LUMixLoss(**options)
+    expected = loss_and_grad(criterion, logits, target, lam_r)
+    cuda = logits.cuda(), target.to("cuda"), lam_r.cuda()
+    loss_and_grad(criterion, *cuda)  # the first call loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = loss_and_grad(criterion, *cuda)
+        loss_and_grad(criterion, *cuda[:2])
+        criterion.lam(*cuda[:2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(got, expected, strict=True):
+        rtol = 1e-4 if one.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(one.cpu(), other, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r_r": -0.1}, r"r_r=-0\.1 must lie in \[0, 1\]"),
+        ({"r_s": 1.1}, r"r_s=1\.1 must lie in \[0, 1\]"),
+        ({"r_r": float("nan")}, "r_r=nan"),
+        ({"r_r": 0.7, "r_s": 0.4}, r"r_r=0\.7 and r_s=0\.4 add up to 1\.1: lower one"),
+        ({"eta": -1}, "eta=-1 must"),
+        ({"eta": float("nan")}, "eta=nan must"),
+        ({"smoothing": 1.0}, r"smoothing=1\.0 must lie in \[0, 1\)"),
+        ({"smoothing": -0.1}, r"smoothing=-0\.1"),
+        ({"base": "sigmoid"}, "base='sigmoid' is unknown: choose 'softmax' or 'bce'"),
+        ({"bce_reduction": "none"}, "bce_reduction='none' is unknown"),
+        ({"apply_to": "mixup"}, "apply_to='mixup' is unknown: choose 'cutmix' or 'all'"),
+        ({"reduction": "sum"}, "reduction='sum' is unknown: choose 'mean' or 'none'"),
+        ({"noise": ("beta", 0.0)}, r"noise=\('beta', 0\.0\): alpha must be"),
+        ({"noise": ("beta", -1)}, r"noise=\('beta', -1\): alpha"),
+        ({"noise": ("normal", 0.0, -1.0)}, r"noise=\('normal', 0\.0, -1\.0\): .*std"),
+        ({"noise": ("normal", 0.0)}, r"noise=\('normal', 0\.0\): choose"),
+        ({"noise": ("gamma", 2.0)}, r"noise=\('gamma', 2\.0\): choose"),
+        ({"noise": "beta"}, "noise='beta': choose"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LUMixLoss(**options)
+
+
+def test_shares_that_add_up_to_one_in_decimals_are_accepted():
+    for tenths in range(11):
+        LUMixLoss(r_r=tenths * 0.1, r_s=1 - tenths * 0.1)
+
+
+LABELS = torch.tensor([0, 1, 2])
+GOOD = make_target(LABELS, LABELS.flip(0), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "lam_r", "message"),
+    [
+        (torch.zeros(3), GOOD, None, r"logits are float32 \[3\]"),
+        (torch.zeros(3, 4, 1), GOOD, None, r"logits are float32 \[3, 4, 1\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), GOOD, None, r"logits are int64 \[3, 4\]"),
+        (torch.zeros(5, 4), GOOD, None, "target has 3 rows and logits 5: pass one batch"),
+        (torch.zeros(5, 4), LABELS, None, "target has 3 rows and logits 5"),
+        (torch.zeros(3, 4), GOOD.to("meta"), None, r"target is on meta, logits on cpu: .*target\.to"),
+        (torch.zeros(3, 4), LABELS.int(), None, r"target is int32 \[3\]: pass int64"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), None, r"target is float32 \[3, 4\]: pass int64 \[3\]"),
+        (torch.zeros(3, 4), list(GOOD), None, "target is a list: pass a MixTarget"),
+        (torch.zeros(3, 4), GOOD._replace(labels=LABELS.int()), None, r"labels is int32 \[3\]: pass int64"),
+        (torch.zeros(3, 4), GOOD._replace(labels=torch.tensor(1)), None, r"labels is int64 \[\]"),
+        (torch.zeros(3, 4), GOOD._replace(partner_labels=LABELS[:2]), None, r"partner_labels is int64 \[2\]"),
+        (torch.zeros(3, 4), GOOD._replace(lam0=LABELS), None, r"lam0 is int64 \[3\]: pass a floating"),
+        (torch.zeros(3, 4), GOOD._replace(lam0=torch.zeros(3, 1)), None, r"lam0 is float32 \[3, 1\]"),
+        (torch.zeros(3, 4), GOOD._replace(kind=LABELS), None, r"kind is int64 \[3\]: pass int32"),
+        (
+            torch.zeros(3, 4),
+            GOOD._replace(box=GOOD.box[:2]),
+            None,
+            r"box is int32 \[2, 4\]: pass int32 \[3, 4",
+        ),
+        (torch.zeros(3, 4), GOOD, torch.zeros(4), r"lam_r is float32 \[4\]: pass a floating dtype \[3\]"),
+        (torch.zeros(3, 4), GOOD, LABELS, r"lam_r is int64 \[3\]"),
+        (torch.zeros(3, 4), GOOD, torch.zeros(3, device="meta"), "lam_r is on meta"),
+    ],
+)
+@pytest.mark.parametrize("method", ["forward", "lam"])
+def test_wrong_tensors_are_named(logits, target, lam_r, message, method):
+    with pytest.raises(ValueError, match=message):
+        getattr(LUMixLoss(), method)(logits, target, lam_r)
+
+
+def rows(**fields):
+    return GOOD._replace(
+        **{name: torch.tensor(rows, dtype=getattr(GOOD, name).dtype) for name, rows in fields.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (rows(labels=[0, 4, 1]), r"labels\[1\]=4 must lie in \[0, 4\): the model has 4 classes"),
+        (rows(labels=[0, 1, -1]), r"^labels\[2\]=-1"),
+        (rows(partner_labels=[9, 0, 1]), r"partner_labels\[0\]=9"),
+        (torch.tensor([0, 7]), r"target\[1\]=7 must lie in \[0, 4\)"),
+        (rows(lam0=[0.5, 1.5, 0.5]), r"lam0\[1\]=1\.5 must lie in \[0, 1\]"),
+        (rows(lam0=[0.5, 0.5, float("nan")]), r"lam0\[2\]=nan"),
+        (rows(kind=[2, 2, 4]), r"kind\[2\]=4 must be 0, 1, 2 or 3"),
+        (rows(box=[[0, 0, 1, 1], [2, 0, 1, 1], [0, 0, 1, 1]]), r"box\[1\]=\[2, 0, 1, 1\] must be \(y0"),
+        (rows(box=[[0, 0, 1, 1], [0, -1, 1, 1], [0, 0, 1, 1]]), r"box\[1\]=\[0, -1, 1, 1\]"),
+        (rows(kind=[2, 1, 2]), r"box\[1\]=\[8, 8, 24, 24\] must be zeros where kind is not 2"),
+        (GOOD._replace(lam0=LABELS), r"lam0 is int64"),
+    ],
+)
+def test_check_target_names_the_first_wrong_value(target, message):
+    with pytest.raises(ValueError, match=message):
+        check_target(target, 4)
+
+
+def test_check_target_accepts_what_is_right():
+    check_target(GOOD, 3)
+    check_target(LABELS, 3)
+    check_target(rows(kind=[0, 1, 3], box=[[0] * 4] * 3, lam0=[0.0, 1.0, 0.5]), 3)
+
+
+def test_values_are_not_looked_at_in_the_loss():
+    """They could only be read by waiting for the GPU; on meta tensors there are none to read."""
+    criterion = LUMixLoss(reduction="none")
+    loss = criterion(torch.zeros(3, 4, device="meta", requires_grad=True), GOOD.to("meta"))
+    assert loss.shape == (3,)
+    loss.sum().backward()
