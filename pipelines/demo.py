@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", str(args.output.parent), "--experiment", args.output.name])
     curves(args.output / "log.jsonl", args.output / "curves.png")
     show(str(args.data / "train"), str(args.output / "mixed.png"), input_size=SIZE, cutmix_alpha=1.,
-         seed=args.seed, device=args.device, scale=SCALE, hflip=HFLIP)
+         seed=args.seed, scale=SCALE, hflip=HFLIP)
 
     verdict = "reached" if summary["top1"] >= GOAL else "missed"
     print(f"top-1 of the last epoch: {summary['top1']:.2f} %, the goal of {GOAL:g} % is {verdict}\n"

@@ -18,7 +18,6 @@ import csv
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -168,7 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.noise = (args.noise[0], *map(float, args.noise[1:]))
     except ValueError:
         parser.error(f"--noise {' '.join(args.noise)}: give beta ALPHA, normal MEAN STD, or uniform")
-    args.lr = learning_rate(args)
+    args.lr = learning_rate(args) if args.lr is None else args.lr
     args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.world_size > 1:
         parser.error(f"WORLD_SIZE {args.world_size}: several ranks are not supported yet; "
@@ -239,9 +238,7 @@ def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Sampl
 
 
 def learning_rate(args: argparse.Namespace) -> float:
-    """`--lr`, or `--lr-base` scaled by the batch size by timm's rule."""
-    if args.lr is not None:
-        return args.lr
+    """`--lr-base` scaled by the batch size, by timm's rule."""
     ratio = args.batch_size / args.lr_base_size
     adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
     scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
@@ -360,19 +357,15 @@ def save_checkpoint(folder: Path, state: dict[str, Any], history: list[tuple[flo
     torch.save(state, scratch)
     os.replace(scratch, last)
 
-    def publish(name: str) -> None:
-        shutil.copyfile(last, scratch)
-        os.replace(scratch, folder / name)
-
     epoch, keep = state["epoch"], args.checkpoint_hist
     history.append((-state["metric"] if args.eval_metric == "loss" else state["metric"], epoch))
-    history.sort(key=lambda kept: -kept[0])
-    if history[0][1] == epoch:
-        publish("model_best.pth.tar")
-    if epoch in (kept for _, kept in history[:keep]):
-        publish(f"checkpoint-{epoch}.pth.tar")
-    for _, dropped in history[keep:]:
-        (folder / f"checkpoint-{dropped}.pth.tar").unlink(missing_ok=True)
+    history.sort(key=lambda entry: -entry[0])  # stable: of two equals the earlier stays first
+    for name, best in {"model_best": history[:1], f"checkpoint-{epoch}": history[:keep]}.items():
+        if epoch in (number for _, number in best):
+            shutil.copyfile(last, scratch)
+            os.replace(scratch, folder / f"{name}.pth.tar")
+    for _, old in history[keep:]:
+        (folder / f"checkpoint-{old}.pth.tar").unlink(missing_ok=True)
 
 
 def log_epoch(folder: Path, row: dict[str, float]) -> None:
@@ -406,7 +399,7 @@ def fit(run: Run, train, val, criterion: LUMixLoss, args: argparse.Namespace, fo
         save_checkpoint(folder, checkpoint(run, args, epoch, metric, train.classes), history, args)
         log_epoch(folder, row)
         rows.append(row)
-    versions = {"lumix_dali": __version__, "python": platform.python_version(), "torch": torch.__version__,
+    versions = {"lumix_dali": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
                 "timm": timm.__version__, "dali": dali.__version__}
     return {"top1": row["top1"], "top5": row["top5"], "val_loss": row["val_loss"],
             "best": abs(history[0][0]), "best_epoch": history[0][1], "eval_metric": args.eval_metric,

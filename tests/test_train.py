@@ -38,6 +38,15 @@ def argv(data, output, *more):
             "--lr", "3e-3", "--device", "cpu", "--workers", "2", "--seed", "1", *more]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from threads, which cost much where the CPUs are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"), {"train": 33, "validation": 17})
@@ -115,18 +124,17 @@ def test_checkpoint_of_the_average(run):
     assert ("state_dict_ema" in state) == (name == "test_vit")
 
 
-def test_same_seed_same_run(run, data, tmp_path):
-    folder, _, name = run
-    if name != "test_resnet":
-        pytest.skip("one model is enough")
-    train.main(argv(data, tmp_path, "--channels-last", "--clip-grad", "1", "--epochs", "2"))
-    for ours, theirs in zip(rows(folder), rows(tmp_path / "run"), strict=True):
-        assert {**ours, "images_per_second": 0} == {**theirs, "images_per_second": 0}
+def test_same_seed_same_run(data, tmp_path):
+    for name in "ab":
+        train.main(argv(data, tmp_path / name, "--epochs", "1"))
+    first, second = (rows(tmp_path / name / "run")[0] for name in "ab")
+    assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
 
 
-def test_amp(data, tmp_path):
-    summary = train.main(argv(data, tmp_path, "--amp", "--amp-dtype", "bfloat16", "--epochs", "1"))
-    assert summary["top1"] >= 0
+def test_amp_and_compile(data, tmp_path):
+    more = ["--amp", "--amp-dtype", "bfloat16", "--torchcompile", "eager", "--epochs", "1"]
+    train.main(argv(data, tmp_path, *more))
+    timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
 
 
 def test_no_lumix_is_timms_soft_cross_entropy():
