@@ -32,8 +32,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
 
     if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
         options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
-    options = dict(batch_size=count, drop_last=False, device="cpu") | options | dict(dtype="uint8")
-    with create_loader(root, **options) as loader:
+    fixed: dict[str, Any] = dict(batch_size=count, drop_last=False, dtype="uint8", device="cpu")
+    with create_loader(root, **options, **fixed) as loader:
         images, target = next(iter(loader))
         rows = zip(images.permute(0, 2, 3, 1).numpy(), *(field.tolist() for field in target), strict=True)
         tiles = [_tile(Image.fromarray(image), loader.classes, *row) for image, *row in rows]

@@ -118,7 +118,7 @@ def val_pipeline(
     )
     resized = _resized(full, [floor(side / crop_pct) for side in size], crop_mode)
     images = fn.resize(images, size=fn.cast(resized, dtype=types.FLOAT), interp_type=INTERPOLATIONS[interpolation])
-    images = fn.slice(images, _centre(resized, size), np.int32(size), axes=[0, 1])
+    images = fn.slice(images, _centre(resized, size), list(size), axes=[0, 1])
     return _normalise(images, mean, std, dtype, layout), labels.gpu() if device == "gpu" else labels
 
 
@@ -167,7 +167,7 @@ def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNod
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
     """Size of the whole image after the resize, as torchvision (square) and timm (else) round it."""
     if crop_mode == "squash":
-        return full * 0 + np.int32(target)
+        return full * 0 + np.array(target, np.int32)
     height, width = full[0], full[1]
     if target[0] == target[1]:
         return full * target[0] // math.min(height, width)
@@ -177,7 +177,7 @@ def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
 
 def _centre(resized: DataNode, size: Sequence[int]) -> DataNode:
     # torchvision rounds the centre half to even; fn.crop's positions would round half up.
-    margin = resized - np.int32(size)
+    margin = resized - np.array(size, np.int32)
     half = margin // 2
     return half + (half & margin & 1)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from numbers import Real
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, math, types
@@ -26,9 +26,9 @@ from .target import MixTarget
 NONE, MIXUP, CUTMIX = 0, 1, 2
 
 # A column picks the region: row 0 the canvas, row 1 the box.
-_CANVAS, _BOX = np.int32([[1], [0]]), np.int32([[0], [1]])
+_CANVAS, _BOX = np.array([[1], [0]], np.int32), np.array([[0], [1]], np.int32)
 # A box of λ0 = 16 has four times the image's sides: clipped, it is the whole image wherever its centre lies.
-_WHOLE = np.float32([[16], [0]])
+_WHOLE = np.array([[16], [0]], np.float32)
 # Two roundings must not add up to 256 where both halves of a white pixel end in .5.
 _BELOW_HALF = -1e-3 / 255
 
@@ -47,8 +47,8 @@ class Draw(NamedTuple):
     partner: DataNode
     is_cutmix: DataNode | None = None
     is_mixup: DataNode | None = None
-    start: DataNode | None = None
-    stop: DataNode | None = None
+    start: Any = None
+    stop: Any = None
     weight: DataNode | None = None
     lam0: DataNode | None = None
 
@@ -240,13 +240,13 @@ def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, Mi
 def check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode) -> None:
     """Raises ValueError where an argument of `mix` is outside its range."""
     for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-        if not (isinstance(alpha, Real) and 0 <= alpha < float("inf")):
+        if not (isinstance(alpha, Real) and 0 <= float(alpha) < float("inf")):
             raise ValueError(f"{name}={alpha!r}: give a finite number > 0, or 0 to switch it off")
     if mixup_alpha == 0 and cutmix_alpha == 0 and cutmix_minmax is None:
         raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
     for name, value in (("prob", prob), ("switch_prob", switch_prob)):
         if not (isinstance(value, DataNode) and name == "prob") and not (
-            isinstance(value, Real) and 0 <= value <= 1
+            isinstance(value, Real) and 0 <= float(value) <= 1
         ):
             raise ValueError(f"{name}={value!r}: give a probability in [0, 1]")
     if cutmix_minmax is not None and not (
@@ -292,7 +292,7 @@ def _box(size: DataNode, lam: DataNode, share) -> tuple[DataNode, DataNode]:
 def _inner_box(size, minmax, share, is_cutmix) -> tuple[DataNode, DataNode]:
     """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
     uniform = share(fn.random.uniform(range=[0.0, 1.0], shape=[2, 2]))
-    least, most = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in np.float32(minmax))
+    least, most = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in minmax)
     side = least + fn.cast(math.floor(uniform[0] * (most - least)), dtype=types.INT32)
     start = fn.cast(math.floor(uniform[1] * (size - side + 1)), dtype=types.INT32)
     return _regions(size, start * is_cutmix, (start + side) * is_cutmix)

@@ -220,10 +220,11 @@ class Loader:
         Returns:
             A dict of plain values for ``torch.save``; after `load_state_dict` the stream goes on bit for bit.
         """
-        under_way = self._current is not None and self._current.place.iteration < len(self)
+        current = self._current
+        place = current.place if current is not None and current.place.iteration < len(self) else self._next
         state = dict(
             format=_FORMAT,
-            place=tuple(self._current.place if under_way else self._next),
+            place=tuple(place),
             mixup_enabled=self.mixup_enabled,
             bad=dict(self.bad),
             fingerprint=self._fingerprint(),
@@ -282,7 +283,9 @@ class Loader:
 
     def _replace(self, indices: np.ndarray, error: RuntimeError) -> None:
         """Finds which of `indices` cannot be decoded and names substitutes, or raises."""
-        found = self._undecodable([i for i in indices.tolist() if i not in self.bad])
+        read = {i: self.bad.get(i, i) for i in indices.tolist()}
+        reasons = self._undecodable(list(read.values()))
+        found = {i: reasons[j] for i, j in read.items() if j in reasons}
         if not found:
             raise error
         for index, reason in found.items():
@@ -324,7 +327,7 @@ class _Epoch(Iterator):
         self.place = place
         self._loader = loader
         self._indices = loader._order.epoch(place.epoch)
-        self._pipe: dali.Pipeline | None = self._build(place)
+        self._pipe: Any = self._build(place)  # None when closed
 
     def __next__(self) -> tuple[torch.Tensor, Any]:
         loader = self._loader
@@ -342,7 +345,7 @@ class _Epoch(Iterator):
         """Frees the pipeline."""
         self._pipe = None
 
-    def _run(self):
+    def _run(self) -> tuple:
         stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
         while True:
             try:
@@ -373,17 +376,16 @@ class _Epoch(Iterator):
 def _reader(samples: sources.Samples, indices: np.ndarray, batch_size: int, bad: dict[int, int]) -> Callable:
     # Not a method: pipeline and epoch would hold each other, and nothing but gc would free them.
     def read(info) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        batch = indices[info.iteration * batch_size :][:batch_size]
-        if not len(batch):
+        batch = [bad.get(i, i) for i in indices[info.iteration * batch_size :][:batch_size].tolist()]
+        if not batch:
             raise StopIteration
-        batch = [bad.get(i, i) for i in batch.tolist()]
         return [np.frombuffer(os.fsencode(samples.path(i)), np.uint8) for i in batch], list(samples.labels[batch])
 
     return read
 
 
 def _checksum(state: dict[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
+    return hashlib.sha256(repr(sorted(state.items(), key=repr)).encode()).hexdigest()
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -411,12 +413,12 @@ def _default_threads() -> int:
 
 
 def _size(input_size: int | Sequence[int]) -> tuple[int, int]:
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    size = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
     if len(size) == 3 and size[0] == 3:
         size = size[1:]
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"input_size={input_size!r}: give a side, (H, W) or (3, H, W), in pixels > 0")
-    return size
+    return size[0], size[1]
 
 
 def _check_int(name: str, value: Any, least: int) -> int:

@@ -171,7 +171,8 @@ def show(report: Report, most: int = 20) -> str:
     """The report for people: totals, then at most `most` names of each kind."""
     lines = [f"{len(report.samples)} usable images in {len(report.samples.classes)} classes"]
     if report.counts:
-        low, high = min(report.counts, key=report.counts.get), max(report.counts, key=report.counts.get)
+        by_count = sorted(report.counts, key=lambda name: report.counts[name])
+        low, high = by_count[0], by_count[-1]
         lines.append(f"smallest class: {low!r}, {report.counts[low]}; largest: {high!r}, {report.counts[high]}")
     for title, items in (
         ("cannot be used", [f"{name!r}: {reason}" for name, reason in report.bad.items()]),
