@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -192,8 +193,11 @@ class Loader:
         self.bad: dict[int, int] = {}
         self._order, self._graph, self._mixing, self._run, self._max_bad = order, graph, mixing, run, max_bad
         self._next = _Place(0, 0)
-        self._current: _Epoch | None = None
+        self._place: _Place | None = None  # behind the last batch handed out
+        # Weak: who leaves a loop early drops its iterator, and with it the pipeline.
+        self._current: Callable[[], _Epoch | None] = lambda: None
         self._closed = False
+        self._pid = os.getpid()
 
     def __len__(self) -> int:
         """Number of batches an epoch on this rank."""
@@ -203,16 +207,20 @@ class Loader:
         """Starts the next epoch; one still under way is abandoned."""
         if self._closed:
             raise ValueError("loader: it is closed; make a new one with create_loader")
+        self._check_process()
         self._stop()
         place = self._next if self._next.mixed is not None else self._next._replace(mixed=self.mixup_enabled)
         self._next = _Place(place.epoch + 1, 0)
-        self._current = _Epoch(self, place)
-        return self._current
+        self._place = place
+        epoch = _Epoch(self, place)
+        self._current = weakref.ref(epoch)
+        return epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` the next one, as DistributedSampler's does; without it, epochs count up from 0."""
         if _check_int("epoch", epoch, 0) != self._next.epoch:
             self._next = _Place(epoch, 0)
+        self._place = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: behind the last batch handed out.
@@ -220,8 +228,7 @@ class Loader:
         Returns:
             A dict of plain values for ``torch.save``; after `load_state_dict` the stream goes on bit for bit.
         """
-        current = self._current
-        place = current.place if current is not None and current.place.iteration < len(self) else self._next
+        place = self._next if self._place is None or self._place.iteration == len(self) else self._place
         state = dict(
             format=_FORMAT,
             place=tuple(place),
@@ -250,6 +257,7 @@ class Loader:
             listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
             raise ValueError(f"state: it is another loader's: {listed}. Make the loader as it was, or start anew")
         self._stop()
+        self._place = None
         self._next, self.mixup_enabled, self.bad = (
             _Place(*state["place"]),
             state["mixup_enabled"],
@@ -267,10 +275,13 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:  # DALI's threads stay behind in the parent: waiting for them would never end
+            raise RuntimeError("loader: it was inherited by fork; make a loader of its own in each process")
+
     def _stop(self) -> None:
-        if self._current is not None:
-            self._current.close()
-            self._current = None
+        if (epoch := self._current()) is not None:
+            epoch.close()
 
     def _fingerprint(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self._order) | self._graph | (self._mixing or {})
@@ -331,12 +342,14 @@ class _Epoch(Iterator):
 
     def __next__(self) -> tuple[torch.Tensor, Any]:
         loader = self._loader
+        loader._check_process()
         if self._pipe is None or self.place.iteration == len(loader):
             self.close()
             raise StopIteration
         images, *target = (torch.from_dlpack(output.as_tensor()) for output in self._run())
         # A checkpoint taken after an error is already behind the batch that failed: take one every time (.2 ms).
         self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
+        loader._place = self.place
         if loader._graph["layout"] == "HWC":
             images = images.permute(0, 3, 1, 2)  # NCHW to torch, channels-last in memory
         return images, MixTarget(*target) if loader._order.shuffle else target[0]

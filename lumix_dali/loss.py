@@ -178,8 +178,8 @@ class LUMixLoss(nn.Module):
 
     def _bce(self, z: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
         """Sigmoid cross entropy on y: Σ_k softplus(z_k) - y_k z_k, or its mean."""
-        # logsigmoid, because softplus drops the exponential above 20
-        loss = -F.logsigmoid(-z).sum(1) - (weights * z.gather(1, columns)).sum(1)
+        # Above its threshold softplus drops the exponential; the default of 20 costs float64 half its digits.
+        loss = F.softplus(z, threshold=50).sum(1) - (weights * z.gather(1, columns)).sum(1)
         if self.smoothing:
             loss = loss.sub(z.mean(1), alpha=self.smoothing)
         return loss / z.shape[1] if self.bce_reduction == "mean" else loss

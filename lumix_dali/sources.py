@@ -46,6 +46,9 @@ class Samples:
         names: path of each image below `root`.
         labels: int64 [n], class of each image, in [0, K).
         classes: K class names.
+
+    Raises:
+        ValueError: `labels` are not one integer a name, in [0, K).
     """
 
     root: str
@@ -55,6 +58,11 @@ class Samples:
     digest: str = field(init=False, repr=False)
 
     def __post_init__(self):
+        n, k, labels = len(self.names), len(self.classes), np.asarray(self.labels)
+        whole = labels.shape == (n,) and labels.dtype.kind in "iu"
+        if not whole or not ((labels >= 0) & (labels < k)).all():
+            raise ValueError(f"labels={labels!r}: give {n} integers, one a name, in [0, {k}), the classes")
+        object.__setattr__(self, "labels", labels.astype(np.int64))
         sha = hashlib.sha256("\0".join([*self.names, "", *self.classes]).encode("utf-8", "surrogateescape"))
         sha.update(self.labels.tobytes())
         object.__setattr__(self, "digest", sha.hexdigest())

@@ -95,9 +95,7 @@ NAMES = ("base", "bce_reduction", "detach_lam_s", "apply_to", "smoothing", "eta"
 OPTIONS = [
     dict(zip(NAMES, row, strict=True))
     for row in itertools.chain.from_iterable(
-        itertools.product(
-            [base], [bce], [True, False], ["cutmix", "all"], [0.0, 0.1], [0.0, 0.7], [r_r], [r_s]
-        )
+        itertools.product([base], [bce], [True, False], ["cutmix", "all"], [0.0, 0.1], [0.0, 0.7], [r_r], [r_s])
         for base, bce in (("softmax", "mean"), ("bce", "mean"), ("bce", "sum"))
         for r_r, r_s in ((0.4, 0.1), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))
     )
@@ -142,9 +140,7 @@ def test_lam_of_labels_is_zero():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradcheck(options, smoothing):
     logits, target, _ = random_case(batch=12, spread=1.0)
-    lam_r = torch.linspace(
-        0.1, 0.9, 12, dtype=torch.float64
-    )  # finite differences need λ off the clamp's corner
+    lam_r = torch.linspace(0.1, 0.9, 12, dtype=torch.float64)  # finite differences need λ off the clamp's corner
     criterion = LUMixLoss(**options, smoothing=smoothing, reduction="none")
     assert torch.autograd.gradcheck(lambda z: criterion(z, target, lam_r), logits.requires_grad_())
 
@@ -276,6 +272,15 @@ def test_large_logits_stay_finite_and_exact(base, detach):
         expected, expected_grad = oracle(logits, target, lam_r, **options)
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
         np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_bce_keeps_float64_where_softplus_would_cut_it_short():
+    logits, target, lam_r = random_case(batch=1, classes=3)
+    logits = torch.tensor([[20.5, -20.5, 20.5]], dtype=torch.float64)
+    loss, grad = loss_and_grad(LUMixLoss(base="bce", eta=0.0), logits, target, lam_r)
+    expected, expected_grad = oracle(logits, target, lam_r, base="bce", eta=0.0, smoothing=0.1)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-14)
+    np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=1e-14)
 
 
 def test_a_masked_class_costs_nothing_without_smoothing():
@@ -469,7 +474,7 @@ def test_wrong_options_are_named(options, message):
 
 def test_shares_that_add_up_to_one_in_decimals_are_accepted():
     for tenths in range(11):
-        LUMixLoss(r_r=tenths * 0.1, r_s=1 - tenths * 0.1)
+        LUMixLoss(r_r=tenths * 0.1, r_s=(10 - tenths) * 0.1)  # .7 + .3 rounds to more than 1
 
 
 LABELS = torch.tensor([0, 1, 2])

@@ -28,9 +28,7 @@ def dtypes(target):
 
 
 def test_neither_torch_nor_dali_is_imported():
-    program = (
-        "import sys, lumix_dali.target; sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
-    )
+    program = "import sys, lumix_dali.target; sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

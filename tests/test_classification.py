@@ -1,0 +1,254 @@
+"""The two pipelines do to an image what timm's transforms do to it, and stay on the GPU once there.
+
+Evaluation is compared with timm's transform on 100 photographs: pieces, of odd sizes and aspects, of
+scikit-learn's two. The training crop is read off the delivered pixels of an image whose red is the column and
+whose green is the row, and compared with thousands of draws of timm's `get_params`.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from images import encoded, ramps, write
+from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from lumix_dali import classification
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options):
+    """The outputs of `steps` batches in NumPy; the files are read over and over, labelled by their place."""
+    batch_size = batch_size or len(files)
+    paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
+
+    def source(info):
+        places = (np.arange(batch_size) + info.iteration * batch_size) % len(files)
+        return [paths[i] for i in places], list(places)
+
+    pipe = define(source, batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None,
+                  seed=seed, prefetch_queue_depth=1, **options)
+    batches = [[np.array(output.as_cpu().as_array()) for output in pipe.run()] for _ in range(steps)]
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """{file: image} of 100 pieces of two photographs, JPEG and PNG, most of odd sizes, down to 50 pixels."""
+    root, rng, images = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0), {}
+    originals = load_sample_images().images
+    for number in range(100):
+        photograph = originals[number % 2]
+        full = np.array(photograph.shape[:2])
+        height, width = full if number < 2 else rng.integers([50, 50], [250, 280])
+        y, x = rng.integers(0, full - [height, width] + 1)
+        file = root / (f"{number:03}.jpg" if number % 4 < 2 else f"{number:03}.png")
+        options = {"quality": 90} if number % 4 < 2 else {"compress_level": 1}
+        write(photograph[y : y + height, x : x + width], file, **options)
+        images[file] = Image.open(file)
+        images[file].load()
+    assert len({image.size for image in images.values()}) > 90
+    return images
+
+
+@pytest.mark.parametrize(("size", "options"), [
+    ((96, 96), {}),
+    ((63, 63), {"crop_pct": 1.0}),
+    ((72, 105), {"crop_pct": 0.95}),
+    ((72, 105), {"crop_mode": "squash"}),
+], ids=["square", "small", "non-square", "squash"])
+@pytest.mark.parametrize("interpolation", classification.INTERPOLATIONS)
+def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
+    ours, labels = run(classification.val_pipeline, [*photographs], size=size, interpolation=interpolation,
+                       mean=MEAN, std=STD, **options)
+    transform = create_transform((3, *size), interpolation=interpolation, mean=MEAN, std=STD, **options)
+    theirs = torch.stack([*map(transform, photographs.values())]).numpy()
+    assert ours.shape == theirs.shape
+    levels = np.abs(ours - theirs) * 255 * np.reshape(STD, (3, 1, 1))
+    assert levels.mean((1, 2, 3)).max() < 0.3
+    np.testing.assert_array_equal(labels, np.arange(100))
+
+
+@pytest.mark.gpu
+def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
+    lossless = [file for file in photographs if file.suffix == ".png"]
+    ours, theirs = (run(classification.val_pipeline, lossless, device, dtype="uint8")[0].astype(int)
+                    for device in ("gpu", "cpu"))
+    assert np.abs(ours - theirs).mean((1, 2, 3)).max() < 0.3
+
+
+# What both pipelines deliver
+
+
+PIPELINES = {"train": classification.train_pipeline, "val": classification.val_pipeline}
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("dtype", classification.DTYPES)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_output(tmp_path, device, name, dtype, layout):
+    """The same grey levels in each dtype and layout; labels and what follows them keep their types."""
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        write(ramps(40 + number, 50 - number) * 5, file)
+    options = {"size": (24, 30), "mean": MEAN, "std": STD}
+    levels = run(PIPELINES[name], files, device, dtype="uint8", **options)[0]
+    images, *target = run(PIPELINES[name], files, device, dtype=dtype, layout=layout, **options)
+    assert images.dtype == dtype
+    assert images.shape == ((3, 3, 24, 30) if layout == "CHW" else (3, 24, 30, 3))
+    images = images if layout == "CHW" else images.transpose(0, 3, 1, 2)
+    expected = levels
+    if dtype != "uint8":
+        expected = (levels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    np.testing.assert_allclose(images, expected, atol={"uint8": 0, "float32": 1e-5, "float16": 4e-3}[dtype])
+    assert levels.std() > 30
+    types = [np.int64, np.int64, np.float32, np.int32, np.int32] if name == "train" else [np.int64]
+    assert [field.dtype for field in target] == types
+    np.testing.assert_array_equal(target[0], range(3))
+    if name == "train":
+        np.testing.assert_array_equal(target[1], target[0])
+        assert not any(field.any() for field in target[2:])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
+    """Pillow, torchvision and timm do not turn it either. Orientation 6 is a quarter turn."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = ramps(40, 60) * 4
+    (tmp_path / "plain").write_bytes(encoded(pixels, kind))
+    (tmp_path / "turned").write_bytes(encoded(pixels, kind, exif=exif))
+    assert Image.open(tmp_path / "turned").getexif()[0x0112] == 6
+    plain, turned = (run(PIPELINES[name], [tmp_path / file], device, size=(20, 20), dtype="uint8")[0]
+                     for file in ("plain", "turned"))
+    np.testing.assert_array_equal(turned, plain)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_any_colour_mode_comes_as_rgb(tmp_path, mode):
+    grey = Image.fromarray(np.uint8(np.linspace(0, 255, 600).reshape(20, 30)))
+    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    grey.convert("RGB").convert(mode).save(file)
+    images, _ = run(classification.val_pipeline, [file], size=(20, 30), crop_pct=1.0, dtype="uint8")
+    expected = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=2)
+
+
+# The training crop
+
+
+def crops(tmp_path, size, count, seed, **options):
+    """int [count, 4]: (y, x, height, width) of each crop, to a pixel, and whether it was mirrored."""
+    file = tmp_path / "ramps.ppm"
+    write(ramps(*size) * 2, file)
+    images, *_ = run(classification.train_pipeline, [file], batch_size=200, steps=count // 200, seed=seed,
+                     size=(64, 64), interpolation="bilinear", dtype="uint8", **options)
+    middle = np.arange(6, 58)  # edges are blurred differently
+    rows, columns = images[:, 1].mean(2)[:, middle] / 2, images[:, 0].mean(1)[:, middle] / 2
+    slope = (middle - middle.mean()) / ((middle - middle.mean()) ** 2).sum()
+    lengths = np.stack([rows @ slope, columns @ slope], 1) * 64
+    flipped, lengths = lengths[:, 1] < 0, abs(lengths)
+    # a crop's mean is that of its first and last pixel: (start + start + length - 1) / 2
+    starts = np.stack([rows.mean(1), columns.mean(1)], 1) - (lengths - 1) / 2
+    assert (starts > -1).all()
+    assert (starts + lengths < np.add(size, 1)).all()
+    return np.concatenate([starts, lengths], 1).round().astype(int), flipped
+
+
+def timms_crops(size, count, seed, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    random.seed(seed)
+    image = Image.new("RGB", size[::-1])
+    return np.array([RandomResizedCropAndInterpolation.get_params(image, scale, ratio) for _ in range(count)])
+
+
+def assert_same_law(ours, theirs, size):
+    """Areas, aspect ratios, and where in its room each crop lies."""
+    def features(crop):
+        starts, lengths = crop[:, :2], crop[:, 2:]
+        return [lengths.prod(1), lengths[:, 1] / lengths[:, 0], *((starts + 0.5) / (size - lengths + 1)).T]
+
+    for our, their in zip(features(ours), features(theirs), strict=True):
+        assert stats.ks_2samp(our, their).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("size", "options", "seed"), [
+    ((100, 125), {}, 1),
+    ((100, 125), {}, 2),
+    ((100, 125), {}, 3),
+    ((126, 63), {}, 1),  # large draws do not fit and are drawn again
+    ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
+])
+def test_the_training_crop_follows_timms_law(tmp_path, size, options, seed):
+    ours, flipped = crops(tmp_path, size, 2000, seed, hflip=0.3, **options)
+    assert_same_law(ours, timms_crops(size, 10000, seed, **options), size)
+    assert stats.binomtest(int(flipped.sum()), len(flipped), 0.3).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("hflip", [0.0, 1.0])
+def test_always_and_never_flipped(tmp_path, hflip):
+    _, flipped = crops(tmp_path, (60, 60), 200, 0, hflip=hflip)
+    assert (flipped == hflip).all()
+
+
+@pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])
+def test_the_training_crop_of_a_long_image(tmp_path, size):
+    """Where ten draws do not fit, both take the short side and 4/3 of it: timm of the middle, DALI of anywhere."""
+    ours, theirs = crops(tmp_path, size, 2000, 1)[0], timms_crops(size, 10000, 1)
+    short, long = sorted(size)
+    axis, ratio = size.index(long), 4 / 3
+    side, timms_side = int(short * ratio), round(short * ratio)  # DALI cuts, timm rounds
+    given_up = ours[ours[:, 2 + axis] == side, axis]
+    timms_given_up = (theirs[:, 2 + axis] == timms_side) & (theirs[:, axis] == (long - timms_side) // 2)
+    assert stats.chisquare(np.bincount(given_up, minlength=long - side + 1)).pvalue > 1e-3
+    if short == 8:
+        assert len(given_up) == len(ours)
+        assert timms_given_up.mean() > 0.9  # a draw may just fit by rounding
+    else:
+        assert len(given_up) / len(ours) == pytest.approx(timms_given_up.mean(), abs=0.03)
+        fit, timms_fit = (crop[crop[:, 3 - axis] < short] for crop in (ours, theirs))
+        assert_same_law(fit, timms_fit, size)
+
+
+# The graph for a GPU, defined without one
+
+
+def gpu_graph(define, **options):
+    pipe = define(lambda info: ([], []), batch_size=4, num_threads=2, device_id=0, seed=0, **options)
+    pipe._build_graph()
+    return pipe
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("train", {}),
+    ("train", {"mixing": {"cutmix_alpha": 1.0}}),
+    ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
+    ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "layout": "HWC"}),
+    ("val", {}),
+    ("val", {"size": (96, 128), "dtype": "uint8"}),
+    ("val", {"crop_mode": "squash"}),
+])
+def test_decoded_images_stay_on_the_gpu(name, options):
+    pipe = gpu_graph(PIPELINES[name], **options)
+    assert {node.device for node in pipe._graph_outputs} == {"gpu"}
+    kinds = {operator: type(operator._op).__name__ for operator in pipe._ops}
+    (decoder,) = (operator for operator, kind in kinds.items() if kind in ("Image", "ImageRandomCrop"))
+    assert decoder._op.device == "mixed"
+    images = {node.name for node in decoder.outputs}
+    for operator in pipe._ops:  # an operator comes after those whose outputs it takes
+        takes = {node.name: node.device for node in operator.inputs if node.name in images}
+        if not takes or kinds[operator] == "_Shape":  # the shape of an image is metadata, on the host anyway
+            continue
+        assert operator._op.device == "gpu", kinds[operator]
+        assert set(takes.values()) == {"gpu"}, kinds[operator]
+        images |= {node.name for node in operator.outputs}
+    assert pipe._graph_outputs[0].name in images
+    assert not images & {node.name for node in pipe._graph_outputs[1:]}

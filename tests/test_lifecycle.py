@@ -1,0 +1,184 @@
+"""The loader's life: left, closed, signalled, forked and run for long, without a leak, an orphan or a hang."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumix_dali import create_loader
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve noisy images of two classes."""
+    root, rng = tmp_path_factory.mktemp("life"), np.random.default_rng(0)
+    for i in range(12):
+        (root / f"c{i % 2}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"c{i % 2}" / f"{i}.png")
+    return root
+
+
+def make(folder, **options):
+    fixed = dict(batch_size=4, input_size=32, device="cpu", num_threads=2, cutmix_alpha=1.0)
+    return create_loader(folder, **fixed | options)
+
+
+def native_threads():
+    """Threads of this process, DALI's included."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_close_break_and_garbage_collection_free_every_thread(folder):
+    next(iter(make(folder)))  # what DALI keeps for the process's life is there from now on
+    gc.collect()
+    before = native_threads()
+    with make(folder) as loader:
+        batches = iter(loader)
+        next(batches)
+        assert native_threads() > before
+    assert native_threads() == before
+    gc.disable()  # the reference count alone has to do it
+    try:
+        loader = make(folder)
+        for _ in loader:
+            break
+        assert native_threads() == before
+        batches = iter(make(folder))
+        next(batches)
+        del batches
+        assert native_threads() == before
+    finally:
+        gc.enable()
+
+
+def test_an_error_in_user_code_leaves_nothing_running(folder):
+    next(iter(make(folder)))
+    gc.collect()
+    before = native_threads()
+
+    def step():
+        with make(folder) as loader:
+            for _ in loader:
+                raise RuntimeError("user's")
+
+    with pytest.raises(RuntimeError, match="user's"):
+        step()
+    assert native_threads() == before
+
+
+def test_closed_loaders_and_iterators_say_so(folder):
+    loader = make(folder)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+    with pytest.raises(ValueError, match=r"closed; make a new one with create_loader"):
+        iter(loader)
+    loader.close()  # twice does no harm
+
+
+def test_an_abandoned_iterator_ends_when_the_next_epoch_starts(folder):
+    loader = make(folder)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    assert list(first) == []
+    assert len(list(second)) == len(loader)
+
+
+def run(program, folder, **options):
+    """A process of its own, in a process group of its own, that has said "ready"."""
+    code = "import sys\nfrom lumix_dali import create_loader\nloader = create_loader(sys.argv[1], batch_size=4, "
+    code += "input_size=32, device='cpu', num_threads=2, cutmix_alpha=1.0)\n" + textwrap.dedent(program)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    assert process.stdout.readline() == "ready\n", process.communicate(timeout=60)[1]
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_the_process_and_leave_no_orphan(folder, number):
+    process = run("""
+        next(iter(loader))
+        print("ready", flush=True)
+        while True:
+            for batch in loader:
+                pass
+    """, folder)
+    os.kill(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode in (-number, 128 + number, 1)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_use_after_a_fork_is_an_error_not_a_hang(folder):
+    process = run("""
+        import os
+        batches = iter(loader)
+        next(batches)
+        print("ready", flush=True)
+        if os.fork() == 0:
+            for what in (lambda: next(batches), lambda: iter(loader)):
+                try:
+                    what()
+                except RuntimeError as error:
+                    print(error, flush=True)
+            os._exit(0)
+        os.wait()
+    """, folder)
+    out, _ = process.communicate(timeout=60)
+    assert out.count("make a loader of its own in each process") == 2
+
+
+def test_other_threads_may_iterate(folder):
+    """A loader of its own in a thread of its own, as a prefetching wrapper would have it."""
+    expected = [target.lam0.tolist() for _, target in make(folder)]
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(target.lam0.tolist() for _, target in make(folder)))
+    thread.start()
+    thread.join(timeout=60)
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_2000_batches(folder, record_property):
+    loader = make(folder)
+    readings = []
+    for _ in range(10):
+        for _ in range(200 // len(loader) + 1):
+            for _ in loader:
+                pass
+        readings.append(resident_mib())
+    record_property("resident_mib", readings)
+    print("resident MiB after each 200 batches:", [round(r) for r in readings])
+    assert readings[-1] - readings[2] < 20
+
+
+@pytest.mark.slow
+def test_50_loaders_made_and_dropped_leave_neither_memory_nor_threads(folder):
+    readings = []
+    for _ in range(50):
+        with make(folder) as loader:
+            next(iter(loader))
+        readings.append((native_threads(), resident_mib()))
+    print("threads, resident MiB:", readings[0], readings[-1])
+    assert readings[-1][0] == readings[5][0]
+    assert readings[-1][1] - readings[5][1] < 20
