@@ -11,7 +11,7 @@ python := .venv/bin/python
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: demo test check
+.PHONY: demo test check mutants soak test-gpu
 
 demo: $(ready)
 	$(python) -m pipelines.demo $(ARGS)
@@ -22,6 +22,15 @@ test: $(ready)
 check: $(ready)
 	$(python) -m ruff check .
 	$(python) -m mypy lumix_dali pipelines
+
+mutants: $(ready)  # one-line faults, each of which a test must catch
+	$(python) -m tests.mutants $(ARGS)
+
+soak: $(ready)  # the long tests: leaks over thousands of batches, two ranks killed and resumed
+	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
+
+test-gpu: $(ready)
+	$(python) -m pytest -m gpu $(ARGS)
 
 $(ready): setup.py
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("lumix_dali needs Python 3.11 to 3.14, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12 $(MAKECMDGOALS)")'

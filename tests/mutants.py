@@ -1,0 +1,296 @@
+"""One-line faults, each put into a copy of the tree, that the tests must notice.
+
+    python -m tests.mutants              every mutant; exit status 1 if one survives or no longer applies
+    python -m tests.mutants box smooth   those whose file or fault names one of these words
+
+A fault counts as caught when one of its tests fails; a crash, a timeout or tests that cannot be collected do
+not count. The same tests must pass on the unchanged copy first, or every fault would look caught.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "data", "runs")
+SECONDS = 300
+
+
+class Mutant(NamedTuple):
+    """`old` occurs once in `file` and becomes `new`; `tests` are pytest's arguments, one of which must fail."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
+PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
+
+
+def tests(module, *names):
+    return " ".join(f"tests/test_{module}.py::test_{name}" for name in names)
+
+
+PIXELS = tests("fn", "pixels_are_what_the_target_says")
+GIVEN = tests("fn", "given_draws")
+KINDS = tests("fn", "kinds_that_occur")
+MINMAX = tests("fn", "minmax_counts_its_boxes")
+BAD = tests("fn", "wrong_arguments_are_named_with_a_remedy")
+DELIVERED = tests("loader", "delivered_pixels_are_what_the_target_says")
+BOXES = tests("fn_law", "boxes")
+WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
+ORACLE = tests("loss", "every_option_equals_the_oracle")
+LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
+DENSE = tests("target", "dense_equals_the_oracle", "dense_keeps_the_sum_when_both_classes_are_one")
+
+MUTANTS = [
+    # λ0
+    Mutant("λ0 ↔ 1 - λ0 of CutMix", FN, "return area[1] / area[0]", "return 1.0 - area[1] / area[0]", PIXELS),
+    Mutant("λ0 ↔ 1 - λ0 of Mixup", FN, "_scale(own, 1.0 - weight) + _scale(other, weight)",
+           "_scale(own, weight) + _scale(other, 1.0 - weight)", PIXELS),
+    Mutant("area of the box before clipping", FN, "if drawn_lam is not None and not correct_lam:",
+           "if drawn_lam is not None:", PIXELS),
+    Mutant("correct_lam ignored", FN, "if drawn_lam is not None and not correct_lam:", "if False:",
+           tests("fn", "drawn_weight_without_correction")),
+    Mutant("given λ0 ignored", FN, "drawn = Draw(partner, lam0=lam0)", "drawn = Draw(partner)",
+           tests("fn", "a_given_lam0_is_emitted_as_it_is")),
+    Mutant("blend wraps white around to black", FN, "_BELOW_HALF = -1e-3 / 255", "_BELOW_HALF = 0.0",
+           tests("fn", "every_pair_of_levels_blends_within_one")),
+    # the box
+    Mutant("box not clipped below 0", FN, "return math.clamp(low, 0, size)", "return low", PIXELS),
+    Mutant("box not clipped at the far edge", FN, "math.clamp(low + side, 0, size)", "low + side", PIXELS),
+    Mutant("x and y swapped in the emitted box", FN,
+           "fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1]",
+           "fn.cat(*(c[:, i : i + 1] for c in (drawn.start, drawn.stop) for i in (1, 0)), axis=1)[1]", PIXELS),
+    Mutant("height and width swapped", FN, "images.shape(dtype=types.INT32)[:2],",
+           "fn.cat(*(images.shape(dtype=types.INT32)[i : i + 1] for i in (1, 0))),", PIXELS),
+    Mutant("pasted from another place", FN, "in_anchors=drawn.start,", "in_anchors=drawn.start * 0,", PIXELS),
+    Mutant("box left in samples of other kinds", FN, "axis=1)[1] * is_cutmix", "axis=1)[1]", PIXELS),
+    Mutant("given box used in samples of other kinds", FN, "box[2:] * is_cutmix", "box[2:]", GIVEN),
+    Mutant("centre cast without floor: ends at half weight", FN,
+           "math.floor(share(fn.random.uniform(range=[0.0, 1.0], shape=[2])) * size)",
+           "(share(fn.random.uniform(range=[0.0, 1.0], shape=[2])) * size)", BOXES),
+    Mutant("side cast without floor", FN, "math.floor(math.sqrt(lam + _WHOLE) * size)",
+           "(math.sqrt(lam + _WHOLE) * size)", BOXES),
+    Mutant("side without the square root", FN, "math.sqrt(lam + _WHOLE)", "(lam + _WHOLE)", BOXES),
+    Mutant("odd sides off by one", FN, "low = centre - side // 2", "low = centre - (side + 1) // 2",
+           tests("timm_parity", "box_rule")),
+    Mutant("one centre for both axes", FN, "shape=[2])", "shape=[1])", BOXES),
+    Mutant("minmax ignored", FN, "if cutmix_minmax is not None:", "if False:", MINMAX),
+    Mutant("minmax never reaches the far edge", FN, "(size - side + 1)", "(size - side)",
+           tests("timm_parity", "minmax_rule")),
+    Mutant("minmax with its upper end", FN, "uniform[0] * (most - least)", "uniform[0] * (most - least + 1)",
+           tests("fn_law", "minmax_boxes")),
+    # who, and whether
+    Mutant("labels not permuted", FN, "fn.permute_batch(labels, indices=drawn.partner)", "labels", PIXELS),
+    Mutant("labels permuted apart from the images", FN, "fn.permute_batch(images, indices=drawn.partner)",
+           "fn.permute_batch(images, indices=fn.batch_permutation())", PIXELS),
+    Mutant("labels ↔ partner_labels", FN, "MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner),",
+           "MixTarget(fn.permute_batch(labels, indices=drawn.partner), labels,", PIXELS),
+    Mutant("labels through float32", FN, "fn.cast(_put(labels, device), dtype=types.INT64)",
+           "fn.cast(fn.cast(_put(labels, device), dtype=types.FLOAT), dtype=types.INT64)",
+           tests("fn", "labels_of_readers_and_of_lists")),
+    Mutant("own partner", FN, "fn.batch_permutation(no_fixed_points=True)", "fn.batch_permutation()", PIXELS),
+    Mutant("alone, yet mixed", FN, "is_mixed = is_cutmix = partner != partners_partner",
+           "is_mixed = is_cutmix = partner == partner", PIXELS),
+    Mutant("alone, yet mixed by chance", FN, " + (partner == partners_partner)", " + 0.0", PIXELS),
+    Mutant("prob ignored", FN, "is_mixed = chance < prob", "is_mixed = chance < 1", KINDS),
+    Mutant("switch_prob inverted", FN, "chance < prob * switch_prob", "chance < prob * (1 - switch_prob)", KINDS),
+    Mutant("switch_prob not a share of prob", FN, "chance < prob * switch_prob", "chance < switch_prob", WEIGHTS),
+    Mutant("Mixup where CutMix is", FN, "is_mixed ^ is_cutmix", "is_mixed", PIXELS),
+    Mutant("kinds swapped", FN, "kinds.append(is_cutmix * CUTMIX)", "kinds.append(is_cutmix * MIXUP)", PIXELS),
+    # the draws
+    Mutant("CutMix' α wrong", FN, "fn.random.beta(alpha=cutmix_alpha, beta=cutmix_alpha)",
+           "fn.random.beta(alpha=cutmix_alpha, beta=1.0)", WEIGHTS),
+    Mutant("Mixup with CutMix' α", FN, "fn.random.beta(alpha=mixup_alpha, beta=mixup_alpha)",
+           "fn.random.beta(alpha=cutmix_alpha, beta=cutmix_alpha)", WEIGHTS),
+    Mutant("mode swapped", FN, 'if mode == "elem":', 'if mode != "elem":', PIXELS),
+    Mutant("batch mode draws per sample", FN, "first = partner * 0", "first = partner", PIXELS),
+    Mutant("batch mode draws Mixup's weight per sample", FN,
+           "weight = share(fn.random.beta(alpha=mixup_alpha, beta=mixup_alpha))",
+           "weight = fn.random.beta(alpha=mixup_alpha, beta=mixup_alpha)", PIXELS),
+    # devices, bad input
+    Mutant("λ0 left on the CPU", FN, "weights.append(_put(drawn.weight, device))", "weights.append(drawn.weight)",
+           tests("fn", "gpu_graph_keeps_to_the_budget")),
+    Mutant("a CPU operator too many", FN, "kind = reduce(add, kinds)",
+           "drawn = drawn._replace(partner=drawn.partner + 0 + 0); kind = reduce(add, kinds)",
+           tests("fn", "gpu_graph_keeps_to_the_budget")),
+    Mutant("mode='pair' taken for batch", FN, 'mode not in ("elem", "batch")', 'mode[0] not in "ebp"', BAD),
+    Mutant("α below 0 switches off", FN, "0 <= float(alpha)", "-1e9 < float(alpha)", BAD),
+
+    # MixTarget.dense
+    Mutant("λ0 ↔ 1 - λ0 in dense", TARGET, "partner = (1 - smoothing) * self.lam0",
+           "partner = (1 - smoothing) * (1 - self.lam0)", DENSE),
+    Mutant("same class twice overwritten in dense", TARGET, "return dense.scatter_add_(", "return dense.scatter_(",
+           DENSE),
+    Mutant("smoothing over K - 1 classes in dense", TARGET, "smoothing / num_classes)",
+           "smoothing / (num_classes - 1))", DENSE),
+    Mutant("a dtype casts the labels", TARGET, 'kwargs.pop("dtype", None)', 'kwargs.get("dtype")',
+           tests("target", "to_takes_torchs_forms_and_a_dtype_touches_lam0_alone")),
+
+    # the loss
+    Mutant("λ0 ↔ 1 - λ0 in the loss", LOSS, "lam0 = target.lam0.to(columns.dtype)",
+           "lam0 = 1 - target.lam0.to(columns.dtype)", ORACLE),
+    Mutant("λ ↔ 1 - λ in the loss", LOSS, "(lam, 1 - lam)", "(1 - lam, lam)", ORACLE),
+    Mutant("AND for OR in R: P = {a} ∩ {b}", LOSS, "active[:, None]", "(active & (a == b))[:, None]", ORACLE),
+    Mutant("R for samples that LUMix leaves out", LOSS, " * active[:, None]", "", ORACLE),
+    Mutant("R with the hinge's sign wrong", LOSS, "return -(self.eta", "return (self.eta", ORACLE),
+    Mutant("eta ignored", LOSS, "-(self.eta * weights", "-(weights", ORACLE),
+    Mutant("same class twice is two elements of P", LOSS, "torch.stack((a != b, b == b), 1)",
+           "torch.stack((b == b, b == b), 1)", ORACLE),
+    Mutant("R without smoothing's share", LOSS, "if self.smoothing:  # the same class twice", "if False:  #",
+           ORACLE),
+    Mutant("λ not clamped", LOSS, "lam.clamp(0, 1)", "lam", LAM),
+    Mutant("λ_s of the other class", LOSS, "columns[:, 0] - columns[:, 1]", "columns[:, 1] - columns[:, 0]", LAM),
+    Mutant("λ0 keeps r_s' share", LOSS, "(1 - self.r_r - self.r_s) * lam0", "(1 - self.r_r) * lam0", LAM),
+    Mutant("empty box gets λ", LOSS, "(target.box[:, :2] < target.box[:, 2:])",
+           "(target.box[:, :2] <= target.box[:, 2:])", LAM),
+    Mutant("λ0 of 0 or 1 gets λ", LOSS, " & (lam0 > 0) & (lam0 < 1)", "", LAM),
+    Mutant("apply_to swapped", LOSS, 'if self.apply_to == "cutmix" else', 'if self.apply_to == "all" else', LAM),
+    Mutant("lam_r ignored", LOSS, "self.draw(columns) if lam_r is None else lam_r.to(lam.dtype)",
+           "self.draw(columns)", LAM),
+    Mutant("λ_s always attached", LOSS, "lam_s.detach() if self.detach_lam_s else lam_s", "lam_s", ORACLE),
+    Mutant("λ_s always detached", LOSS, "lam_s.detach() if self.detach_lam_s else lam_s", "lam_s.detach()",
+           ORACLE),
+    Mutant("smoothing on ↔ off", LOSS, "weights = (1 - self.smoothing) *", "weights = self.smoothing *", ORACLE),
+    Mutant("smoothing's sign wrong", LOSS, "loss.sub(mean_logp, ", "loss.add(mean_logp, ", ORACLE),
+    Mutant("BCE: sum ↔ mean", LOSS, 'if self.bce_reduction == "mean"', 'if self.bce_reduction == "sum"', ORACLE),
+    Mutant("BCE without smoothing", LOSS, "loss = loss.sub(z.mean(1), alpha=self.smoothing)", "pass", ORACLE),
+    Mutant("gradient without smoothing's share", LOSS, ".add_(grad_mean / logits.shape[1])", "", ORACLE),
+    Mutant("loss in the logits' half precision", LOSS,
+           "return torch.float64 if logits.dtype == torch.float64 else torch.float32", "return logits.dtype",
+           tests("loss", "loss_is_at_least_float32_and_the_gradient_has_the_logits_dtype")),
+    Mutant("Beta(2, 2) is not the median", LOSS,
+           "torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))", "torch.minimum(a, b)",
+           tests("loss", "noise_follows_its_law")),
+    Mutant("sum for mean over the batch", LOSS, "loss.mean() if self", "loss.sum() if self",
+           tests("loss", "reductions")),
+    Mutant("check_target lets K through", LOSS, "(labels < num_classes)", "(labels <= num_classes)",
+           tests("loss", "check_target_names_the_first_wrong_value")),
+    # the pipelines
+    Mutant("flip after mixing", PIPELINES, "    return _normalise(images, mean, std, dtype, layout), *target",
+           "    images = fn.flip(images, horizontal=fn.random.coin_flip())\n"
+           "    return _normalise(images, mean, std, dtype, layout), *target", DELIVERED),
+    Mutant("mean not subtracted", PIPELINES, "mean=[255 * m for m in mean] if scaled else 0.0", "mean=0.0",
+           DELIVERED),
+    Mutant("centre of the crop rounded up", PIPELINES, "half + (half & margin & 1)", "half + (margin & 1)",
+           tests("classification", "evaluation_is_timms_to_three_tenths_of_a_grey_level")),
+    Mutant("scale and ratio exchanged", PIPELINES, "random_area=list(scale),", "random_area=[0.5, 1.0],",
+           tests("classification", "the_training_crop_follows_timms_law")),
+    Mutant("images turned by EXIF", PIPELINES, "(ratio),\n        adjust_orientation=False",
+           "(ratio),\n        adjust_orientation=True",
+           tests("classification", "nothing_is_turned_by_exif")),
+    # the loader and its order
+    Mutant("ranks draw alike", LOADER, "SeedSequence([order.seed, place.epoch, order.rank])",
+           "SeedSequence([order.seed, place.epoch])",
+           tests("loader", "ranks_share_the_order_and_differ_in_their_draws")),
+    Mutant("epochs draw alike", LOADER, "SeedSequence([order.seed, place.epoch, order.rank])",
+           "SeedSequence([order.seed, order.rank])", tests("loader", "seeds_and_epochs_differ")),
+    Mutant("resumed where the batch before was", LOADER, "checkpoint=self._pipe.checkpoint()",
+           "checkpoint=self.place.checkpoint",
+           tests("loader", "every_state_leads_to_the_same_stream")),
+    Mutant("label of the bad file kept", LOADER, "list(samples.labels[batch])",
+           "list(samples.labels[indices[info.iteration * batch_size :][:batch_size]])",
+           tests("loader", "a_damaged_file_is_named_and_replaced")),
+    Mutant("checksum not looked at", LOADER, '!= state.get("checksum"):', "is None:",
+           tests("loader", "a_damaged_state_is_refused")),
+    Mutant("every epoch in one order", SOURCES, "default_rng([self.seed, epoch])", "default_rng([self.seed])",
+           tests("sources", "epochs_and_seeds_differ_and_ranks_are_disjoint")),
+    Mutant("ranks read the same samples", SOURCES, "order[self.rank :: self.world_size]",
+           "order[:: self.world_size]", tests("sources", "training_is_fair_by_brute_force")),
+]
+
+
+class Verdict(NamedTuple):
+    caught: bool
+    by: str
+    seconds: float
+
+
+def line_of(mutant):
+    """Line of the fault; ValueError unless `old` occurs exactly once."""
+    text = (ROOT / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.old!r} occurs {text.count(mutant.old)} times in {mutant.file}")
+    return text[: text.index(mutant.old)].count("\n") + 1
+
+
+def run_tests(arguments, mutant=None):
+    """pytest in a copy of the tree, with the mutant in it."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder, "tree")
+        shutil.copytree(ROOT, tree, ignore=LEFT_BEHIND)
+        if mutant:
+            source = tree / mutant.file
+            source.write_text(source.read_text().replace(mutant.old, mutant.new))
+        caught, by = judge(tree, ["-x", *arguments.split()])
+    return Verdict(caught, by, time.monotonic() - start)
+
+
+def judge(tree, arguments):
+    """(did a test fail, which)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
+    # the copy comes before an installed package, in the processes that tests start as well
+    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return False, f"no verdict: {SECONDS} s are over"
+    failed = re.search(r"^FAILED (.+?)(?: - |$)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return True, failed[1].removeprefix("tests/")
+    last = (done.stdout + done.stderr).strip().splitlines()[-1:] or [""]
+    return False, "SURVIVED" if done.returncode == 0 else f"no verdict: exit {done.returncode}, {last[0]}"
+
+
+def chosen(words):
+    return [mutant for mutant in MUTANTS
+            if not words or any(word.lower() in f"{mutant.file} {mutant.fault}".lower() for word in words)]
+
+
+def main(words):
+    mutants, stale = chosen(words), []
+    for mutant in mutants:
+        try:
+            line_of(mutant)
+        except ValueError as error:
+            stale.append(f"mutant {MUTANTS.index(mutant) + 1} no longer applies ({mutant.fault}): {error}")
+    if stale or not mutants:
+        sys.exit("\n".join(stale) or f"no mutant is named {' or '.join(words)}")
+
+    named = " ".join(dict.fromkeys(name for mutant in mutants for name in mutant.tests.split()))
+    print(f"{len(mutants)} mutants; first their tests on the unchanged tree", flush=True)
+    control = run_tests(named)
+    if control.by != "SURVIVED":
+        sys.exit(f"the tests fail without any fault: {control.by}")
+
+    rows, alive = [], 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        verdicts = pool.map(lambda mutant: run_tests(mutant.tests, mutant), mutants)
+        for mutant, verdict in zip(mutants, verdicts, strict=True):
+            number, place = MUTANTS.index(mutant) + 1, f"{mutant.file}:{line_of(mutant)}"
+            rows.append((str(number), mutant.fault, place, verdict.by, f"{verdict.seconds:.1f}"))
+            alive += not verdict.caught
+            print(f"[{len(rows)}/{len(mutants)}] {mutant.fault}: {verdict.by}", file=sys.stderr, flush=True)
+
+    table = [("#", "mutant", "file:line", "caught by", "s"), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(rows) - alive} of {len(rows)} caught")
+    sys.exit(alive > 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
