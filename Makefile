@@ -11,7 +11,7 @@ python := .venv/bin/python
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: demo test check mutants soak test-gpu
+.PHONY: demo test check mutants soak test-gpu bench figures
 
 demo: $(ready)
 	$(python) -m pipelines.demo $(ARGS)
@@ -21,13 +21,21 @@ test: $(ready)
 
 check: $(ready)
 	$(python) -m ruff check .
-	$(python) -m mypy lumix_dali pipelines
+	$(python) -m mypy lumix_dali pipelines benchmarks
+	$(python) -m benchmarks.plot --check
 
 mutants: $(ready)  # one-line faults, each of which a test must catch
 	$(python) -m tests.mutants $(ARGS)
 
 soak: $(ready)  # the long tests: leaks over thousands of batches, two ranks killed and resumed
 	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
+
+bench: $(ready)  # this loader against others, on generated images or ARGS='--data DIR'
+	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(python) -m benchmarks.loaders --out runs/loaders.json $(ARGS)
+
+figures: $(ready)  # pictures and README tables from benchmarks/results
+	$(python) -m benchmarks.plot
 
 test-gpu: $(ready)
 	$(python) -m pytest -m gpu $(ARGS)

@@ -7,6 +7,7 @@ here = Path(__file__).parent
 readme = here / "README.md"
 version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").read_text())[1]
 demo = ["matplotlib", "pillow", "scikit-learn", "tqdm"]
+bench = ["matplotlib", "pillow", "spdl", "tqdm", "webdataset"]
 test = [*demo, "hypothesis", "pytest>=8", "scipy"]
 
 setup(
@@ -33,6 +34,7 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
         "demo": demo,
+        "bench": bench,
         "test": test,
         "dev": [*test, "mypy", "ruff", "types-PyYAML", "types-tqdm"],
     },

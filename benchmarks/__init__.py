@@ -1,0 +1,1 @@
+"""Programs that measure speed; run them from the checkout: ``python -m benchmarks.loaders``."""

@@ -1,0 +1,408 @@
+"""The loaders that `benchmarks.loaders` compares, each used as its own documentation recommends.
+
+All crop at random (area .08 to 1, ratio 3/4 to 4/3), flip, resize (bicubic, antialiased) and hand out normalised
+float32 NCHW batches on the device. `note` says how each is used, and what cannot be had alike.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from PIL import Image
+from timm.data.readers.reader import Reader
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from lumix_dali import create_loader
+from lumix_dali.sources import Samples
+
+MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's a worker
+
+
+@dataclass
+class Setting:
+    """What is alike for all loaders."""
+
+    samples: Samples
+    batch_size: int
+    size: int
+    device: str
+    scratch: Path
+
+    @property
+    def cuda(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.samples.classes)
+
+    def paths(self) -> list[str]:
+        return [self.samples.path(i) for i in range(len(self.samples))]
+
+    def repeated(self, batches: int) -> Samples:
+        """The samples over and over, as many as `batches` need."""
+        index = (np.arange(batches * self.batch_size) % len(self.samples)).tolist()
+        names = [self.samples.names[i] for i in index]
+        return Samples(self.samples.root, names, self.samples.labels[index], self.samples.classes)
+
+    def check(self, batch: Any) -> None:
+        """Raises ValueError if a batch is not the one that was asked for."""
+        images, shape = batch[0], (self.batch_size, 3, self.size, self.size)
+        found = (tuple(images.shape), images.dtype, images.device.type, images.is_contiguous())
+        wanted = (shape, torch.float32, torch.device(self.device).type, True)
+        if found != wanted or images.abs().max() > 3:
+            raise ValueError(f"batch: {found}, up to {images.abs().max():.1f}; give {wanted}, normalised")
+
+    @cached_property
+    def shards(self) -> list[str]:
+        """The samples as WebDataset's tar files, 100 images each."""
+        import webdataset
+
+        with webdataset.ShardWriter(str(self.scratch / "shard-%06d.tar"), maxcount=100, verbose=0) as shards:
+            for i, path in enumerate(self.paths()):
+                label = str(self.samples.labels[i])
+                shards.write({"__key__": f"{i:07}", "jpg": Path(path).read_bytes(), "cls": label})
+        return sorted(map(str, self.scratch.glob("shard-*.tar")))
+
+    @cached_property
+    def beton(self) -> str:
+        """The samples as FFCV's file, JPEGs of their own size."""
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.writer import DatasetWriter
+
+        path = str(self.scratch / "samples.beton")
+        writer = DatasetWriter(path, {"image": RGBImageField(write_mode="jpg"), "label": IntField()})
+        writer.from_indexed_dataset(Pictures(self.samples))
+        return path
+
+
+class Epoch:
+    """An iterable whose every ``iter()`` is a new epoch."""
+
+    def __init__(self, start: Callable[[], Iterator]):
+        self.start = start
+
+    def __iter__(self) -> Iterator:
+        return self.start()
+
+
+@dataclass
+class Entry:
+    """A loader in the run.
+
+    Attributes:
+        name: of its row.
+        open: (setting, threads or workers, batches an epoch) -> loader.
+        ahead: number of threads or workers -> batches the loader may have ready or in the making.
+        mixing: what it mixes.
+        swept: takes the best of the worker counts; otherwise `--threads`.
+        whole: its batches are images for a model, and are checked.
+        note: how it is used, and what differs.
+        excused: may be missing.
+    """
+
+    name: str
+    open: Callable[[Setting, int, int], Iterable]
+    ahead: Callable[[int], int]
+    mixing: str = "none"
+    swept: bool = False
+    whole: bool = True
+    note: str = ""
+    excused: bool = False
+
+
+# --- DALI's own
+
+
+@pipeline_def
+def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int):
+    """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
+    images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
+    gpu = Pipeline.current().device_id is not None
+    if stages > 1:
+        images = fn.decoders.image_random_crop(
+            images, device="mixed" if gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO,
+            adjust_orientation=False)
+    if stages > 2:
+        images = fn.resize_crop_mirror(
+            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
+            mirror=fn.random.coin_flip())
+    if stages > 3:
+        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
+                                          mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+    return images, labels.gpu() if gpu else labels
+
+
+def build_dali(s: Setting, threads: int, stages: int):
+    return dali_pipeline(s.paths(), s.samples.labels.tolist(), s.size, stages, batch_size=s.batch_size,
+                         num_threads=threads, prefetch_queue_depth=PREFETCH,
+                         device_id=torch.device(s.device).index if s.cuda else None)
+
+
+def open_dali(stages: int, s: Setting, threads: int, batches: int) -> Epoch:
+    def epoch():
+        pipe, stream = build_dali(s, threads, stages), torch.cuda.current_stream(s.device) if s.cuda else None
+        for _ in range(batches):
+            images, labels = pipe.run(stream)
+            if stages == 4:
+                images, labels = (torch.from_dlpack(output.as_tensor()) for output in (images, labels))
+            yield images, labels
+
+    return Epoch(epoch)
+
+
+def open_dali_torchvision(s: Setting, threads: int, batches: int) -> Epoch:
+    from nvidia.dali.plugin.pytorch import DALIClassificationIterator
+
+    cutmix = v2.CutMix(num_classes=s.num_classes)
+
+    def epoch():
+        iterator = DALIClassificationIterator(build_dali(s, threads, 4), size=batches * s.batch_size)
+        for (batch,) in iterator:
+            yield cutmix(batch["data"], batch["label"].squeeze(-1).long())
+
+    return Epoch(epoch)
+
+
+# --- ours
+
+
+def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -> Iterable:
+    return create_loader(s.repeated(batches), batch_size=s.batch_size, input_size=s.size, device=s.device,
+                         num_threads=threads, prefetch_queue_depth=PREFETCH, **mixing)
+
+
+# --- timm
+
+
+class Files(Reader):
+    """timm's folder reader over given files."""
+
+    def __init__(self, samples: Samples):
+        super().__init__()
+        self.samples = samples
+
+    def __getitem__(self, index: int):
+        return open(self.samples.path(index), "rb"), int(self.samples.labels[index])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        return self.samples.path(index)
+
+
+def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: int) -> Iterable:
+    make = timm.data.FastCollateMixup if in_collate else timm.data.Mixup
+    mixup = make(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=s.num_classes)
+    loader = timm.data.create_loader(
+        timm.data.ImageDataset("", reader=Files(s.repeated(batches))), input_size=(3, s.size, s.size),
+        batch_size=s.batch_size, is_training=True, scale=SCALE, ratio=RATIO, color_jitter=0.0,
+        interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=s.cuda,
+        collate_fn=mixup if in_collate else None, device=torch.device(s.device))
+    return loader if in_collate else Epoch(lambda: (mixup(*batch) for batch in loader))
+
+
+# --- torchvision
+
+
+class Pictures(Dataset):
+    """torchvision's ImageFolder over given files, its `loader` being `decode_image`; PIL without a transform."""
+
+    def __init__(self, samples: Samples, transform: Callable | None = None):
+        self.samples, self.transform = samples, transform
+
+    def __getitem__(self, index: int):
+        path, label = self.samples.path(index), int(self.samples.labels[index])
+        if self.transform is None:
+            return Image.open(path).convert("RGB"), label
+        return self.transform(decode_image(path, mode=ImageReadMode.RGB)), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class CutMixCollate:
+    """torchvision's recipe for CutMix in a DataLoader's collate function."""
+
+    def __init__(self, num_classes: int):
+        self.cutmix = v2.CutMix(num_classes=num_classes)
+
+    def __call__(self, batch: list) -> Any:
+        return self.cutmix(*default_collate(batch))
+
+
+def torchvision_transform(size: int) -> v2.Compose:
+    return v2.Compose([
+        v2.RandomResizedCrop(size, scale=SCALE, ratio=RATIO, interpolation=v2.InterpolationMode.BICUBIC,
+                             antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ])
+
+
+def open_torchvision(s: Setting, workers: int, batches: int) -> Epoch:
+    loader = DataLoader(
+        Pictures(s.repeated(batches), torchvision_transform(s.size)), s.batch_size, shuffle=True,
+        num_workers=workers, collate_fn=CutMixCollate(s.num_classes), pin_memory=s.cuda, persistent_workers=True,
+        prefetch_factor=PREFETCH)
+    return Epoch(lambda: moved(loader, s.device))
+
+
+def moved(loader: Iterable, device: str) -> Iterator:
+    for images, labels in loader:
+        yield images.to(device, non_blocking=True), torch.as_tensor(labels).to(device, non_blocking=True)
+
+
+# --- SPDL
+
+
+def open_spdl(s: Setting, workers: int, batches: int) -> Epoch:
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    spdl.io.demux_config()  # loads FFmpeg, or says that it is missing
+    samples = s.repeated(batches)
+
+    def decode(index: int):
+        packets = spdl.io.demux_image(samples.path(index))
+        x, y, width, height = random_crop(packets.width, packets.height)
+        flip = "hflip," * (random.random() < 0.5)
+        filters = f"crop={width}:{height}:{x}:{y},scale={s.size}:{s.size}:flags=bicubic,{flip}format=rgb24"
+        return spdl.io.decode_packets(packets, filter_desc=filters), samples.labels[index]
+
+    def collate(items: list):
+        frames, labels = zip(*items, strict=True)
+        return spdl.io.to_torch(spdl.io.convert_frames(list(frames))), torch.tensor(labels)
+
+    def epoch():
+        order = torch.randperm(len(samples)).tolist()
+        builder: Any = PipelineBuilder().add_source(order).pipe(decode, concurrency=workers)
+        builder = builder.aggregate(s.batch_size, drop_last=True).pipe(collate)
+        if s.cuda:
+            builder = builder.pipe(spdl.io.transfer_tensor_h2d, executor=ThreadPoolExecutor(1))
+        pipeline = builder.add_sink(PREFETCH).build(num_threads=workers)
+        with pipeline.auto_stop():
+            for images, labels in pipeline:
+                yield normalised(images.permute(0, 3, 1, 2)), labels
+
+    return Epoch(epoch)
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """float32 NCHW of uint8 images."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+
+
+def random_crop(width: int, height: int) -> tuple[int, int, int, int]:
+    """(x, y, width, height) of torchvision's RandomResizedCrop."""
+    for _ in range(10):
+        area = width * height * random.uniform(*SCALE)
+        ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, width - w), random.randint(0, height - h), w, h
+    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+# --- WebDataset
+
+
+class FromBytes:
+    """`torchvision_transform` of an encoded image."""
+
+    def __init__(self, size: int):
+        self.transform = torchvision_transform(size)
+
+    def __call__(self, encoded: bytes) -> torch.Tensor:
+        file = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        return self.transform(decode_image(file, ImageReadMode.RGB))
+
+
+def open_webdataset(s: Setting, workers: int, batches: int) -> Epoch:
+    import webdataset
+
+    dataset = (webdataset.WebDataset(s.shards, resampled=True, shardshuffle=False).shuffle(1000)
+               .to_tuple("jpg", "cls").map_tuple(FromBytes(s.size), int).batched(s.batch_size, partial=False)
+               .with_epoch(-(-batches // workers)))  # an epoch is each worker's own
+    loader = webdataset.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers, pin_memory=s.cuda,
+                                  persistent_workers=True, prefetch_factor=PREFETCH)
+    return Epoch(lambda: moved(loader, s.device))
+
+
+# --- FFCV
+
+
+def open_ffcv(s: Setting, workers: int, batches: int) -> Epoch:
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToDevice, ToTensor, ToTorchImage
+
+    to_device = [ToDevice(torch.device(s.device), non_blocking=True)]
+    decoder = RandomResizedCropRGBImageDecoder((s.size, s.size), scale=SCALE, ratio=RATIO)
+    image = [decoder, RandomHorizontalFlip(), ToTensor(), *to_device, ToTorchImage(channels_last=False)]
+    label = [IntDecoder(), ToTensor(), *to_device, Squeeze()]
+    loader = Loader(
+        s.beton, batch_size=s.batch_size, num_workers=workers, order=OrderOption.RANDOM, drop_last=True,
+        os_cache=True, indices=np.arange(batches * s.batch_size) % len(s.samples),
+        pipelines={"image": image, "label": label})
+    return Epoch(lambda: ((normalised(images), labels) for images, labels in loader))
+
+
+# --- all of them
+
+DALI: dict[str, Any] = dict(ahead=lambda threads: PREFETCH + 1)
+TORCH: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swept=True)
+TIMM: dict[str, Any] = dict(mixing="CutMix + Mixup", **TORCH)
+COLLATED = ("create_loader with its prefetcher and FastCollateMixup as collate_fn, as timm's train.py; "
+            "targets are dense")
+
+
+def mixed(mode: str, mixup_alpha: float = 0.0) -> dict[str, Any]:
+    return dict(mode=mode, cutmix_alpha=1.0, mixup_alpha=mixup_alpha)
+
+
+ENTRIES = [
+    Entry("dali/read", partial(open_dali, 1), whole=False, note="fn.readers.file, random_shuffle", **DALI),
+    Entry("dali/+decode", partial(open_dali, 2), whole=False, note="+ image_random_crop", **DALI),
+    Entry("dali/+resize", partial(open_dali, 3), whole=False, note="+ resize_crop_mirror", **DALI),
+    Entry("dali/+normalise", partial(open_dali, 4), note="+ crop_mirror_normalize, DLPack: the ceiling", **DALI),
+    Entry("lumix/none", partial(open_lumix, {}), **DALI),
+    Entry("lumix/cutmix elem", partial(open_lumix, mixed("elem")), mixing="CutMix", **DALI),
+    Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing="CutMix", **DALI),
+    Entry("lumix/cutmix+mixup elem", partial(open_lumix, mixed("elem", 0.8)), mixing="CutMix + Mixup", **DALI),
+    Entry("lumix/cutmix+mixup batch", partial(open_lumix, mixed("batch", 0.8)), mixing="CutMix + Mixup", **DALI),
+    Entry("dali+torchvision cutmix", open_dali_torchvision, mixing="CutMix", **DALI,
+          note="the ceiling's pipeline, DALIClassificationIterator, v2.CutMix on the device; targets are dense"),
+    Entry("timm FastCollateMixup batch", partial(open_timm, "batch", True), note=COLLATED, **TIMM),
+    Entry("timm FastCollateMixup elem", partial(open_timm, "elem", True), note=COLLATED, **TIMM),
+    Entry("timm Mixup afterwards", partial(open_timm, "batch", False), **TIMM,
+          note="create_loader with its prefetcher, then Mixup(mode='batch') on the device; targets are dense"),
+    Entry("torchvision v2 collate cutmix", open_torchvision, mixing="CutMix", **TORCH,
+          note="decode_image to uint8 tensors, transforms v2, CutMix in collate_fn, persistent workers"),
+    Entry("spdl", open_spdl, ahead=lambda workers: PREFETCH + 4, swept=True,
+          note="demux_image, decode_packets with FFmpeg's crop, scale (swscale's bicubic) and hflip in threads; "
+               "convert_frames; normalised in torch on the device; nothing is mixed"),
+    Entry("webdataset", open_webdataset, **TORCH,
+          note="tar shards, resampled, shuffle(1000), batched in the workers and not anew behind them, WebLoader; "
+               "decode_image and transforms v2, faster than the documentation's PIL; nothing is mixed"),
+    Entry("ffcv", open_ffcv, ahead=lambda workers: 3 + PREFETCH, swept=True, excused=True,
+          note="JPEGs written anew at quality 90; resized with OpenCV's area interpolation, its only one; "
+               "nothing is mixed"),
+]

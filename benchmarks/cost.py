@@ -1,0 +1,264 @@
+"""What a batch costs, stage by stage, and whether the loader or the model is the bottleneck.
+
+Stages overlap, so a stage's cost is an ablation: the time a batch takes with it, less the time without it. The
+loader's stages are DALI pipelines that end after each stage; the model's are the parts of a step on one cached
+batch. The whole step is then fed by the loader, and by the replay of a cached batch: their difference is what the
+loader costs a training run.
+
+    python -m benchmarks.cost --model resnet50 --data imagenet/train --batch-size 256 --out FILE.json
+    python -m benchmarks.cost --model resnet50 --data imagenet/train --trace trace.json --out FILE.json
+
+The trace opens in Perfetto (ui.perfetto.dev); on a GPU every stage is an NVTX range as well.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+import lumix_dali.fn as mixfn
+from lumix_dali import LUMixLoss, create_loader
+from lumix_dali.sources import load
+
+from . import data, harness
+from .contenders import MEAN, PREFETCH, RATIO, SCALE, STD, Epoch, Setting
+
+LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
+MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
+CUTMIX = dict(cutmix_alpha=1.0)
+# What is mixed, and the loss that goes with it.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "none": ({}, dict(r_r=0.0, r_s=0.0, eta=0.0)),
+    "cutmix": (CUTMIX, dict(r_r=0.0, r_s=0.0, eta=0.0)),
+    "lumix": (CUTMIX, dict(r_r=0.4, r_s=0.1, eta=1.0)),
+}
+
+
+@pipeline_def
+def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any]):
+    """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
+    gpu = Pipeline.current().device_id is not None
+    paths, labels = fn.external_source(source, num_outputs=2, batch=True,
+                                       dtype=[types.UINT8, types.INT64], ndim=[1, 0])
+    images, target = fn.io.file.read(paths), (labels,)  # type: tuple[Any, tuple]
+    if stages > 1:
+        images = fn.decoders.image_random_crop(
+            images, device="mixed" if gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO,
+            adjust_orientation=False)
+    if stages > 2:
+        images = fn.resize_crop_mirror(
+            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
+            mirror=fn.random.coin_flip())
+    if stages > 3:
+        images, target = mixfn.mix(images, labels, **mixing)
+    if stages > 4:
+        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
+                                          mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+    return images, *target
+
+
+def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
+    """A pipeline of the first `stages` stages over `s.samples`, again and again."""
+    n = len(s.samples)
+    rng = np.random.default_rng(0)
+
+    def source():
+        index = rng.integers(0, n, s.batch_size)
+        return [np.frombuffer(s.samples.path(i).encode(), np.uint8) for i in index], list(s.samples.labels[index])
+
+    return staged_pipeline(source, s.size, stages, CUTMIX, batch_size=s.batch_size, num_threads=threads,
+                           prefetch_queue_depth=PREFETCH, device_id=torch.device(s.device).index, **options)
+
+
+def stage_epoch(s: Setting, threads: int, stages: int, copied: bool, batches: int) -> Iterator:
+    """Batches of a truncated pipeline; `copied` hands them over to torch."""
+    pipe, stream = build(s, threads, stages), torch.cuda.current_stream(s.device) if s.cuda else None
+    for _ in range(batches):
+        outputs = pipe.run(stream)
+        yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs) if copied else outputs
+
+
+@contextmanager
+def stage(name: str, cuda: bool) -> Iterator[None]:
+    """A named stretch of time: in the trace, and as an NVTX range on a GPU."""
+    with torch.profiler.record_function(name):
+        if not cuda:
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+
+class Step:
+    """A training step of a timm model with one of `RECIPES`, in parts."""
+
+    def __init__(self, s: Setting, model: str, recipe: str, amp: bool):
+        torch.manual_seed(0)
+        self.s, self.amp = s, amp
+        self.mixing, ratios = RECIPES[recipe]
+        self.model = timm.create_model(model, num_classes=s.num_classes).to(s.device)
+        self.criterion = LUMixLoss(**ratios)  # type: ignore[arg-type]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def loader(self, threads: int, batches: int) -> Iterable:
+        """The loader of this recipe."""
+        return create_loader(
+            self.s.repeated(batches), batch_size=self.s.batch_size, input_size=self.s.size, device=self.s.device,
+            num_threads=threads, prefetch_queue_depth=PREFETCH, **self.mixing)
+
+    def run(self, batch: Any, parts: int = len(MODEL_STAGES)) -> None:
+        """The first `parts` parts of a step."""
+        images, target = batch
+        cuda = self.s.cuda
+        with torch.autocast(torch.device(self.s.device).type, torch.bfloat16, enabled=self.amp):
+            with stage("forward", cuda):
+                logits = self.model(images)
+            if parts > 1:
+                with stage("loss", cuda):
+                    loss = self.criterion(logits, target)
+        if parts > 2:
+            with stage("backward", cuda):
+                loss.backward()
+        if parts > 3:
+            with stage("optimiser", cuda):
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def loader_turn(s: Setting, start: Callable[[int], Iterable], timed: int) -> float:
+    """Milliseconds a batch of a loader in its steady state."""
+    loader = start(harness.epoch_length(timed, PREFETCH))
+    speed = harness.throughput(loader, batch_size=s.batch_size, timed=timed, ahead=PREFETCH, device=s.device)
+    return 1000 * s.batch_size / speed
+
+
+def fed(loader: Iterable, step: Step) -> Iterator:
+    """Trains on every batch of a loader."""
+    batches = iter(loader)
+    while True:
+        with stage("load", step.s.cuda):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        step.run(batch)
+        yield batch
+
+
+def model_turn(step: Step, batch: Any, parts: int, timed: int) -> float:
+    """Milliseconds of the first `parts` parts of a step on a cached batch, after one that does not count."""
+    step.run(batch, parts)
+    harness.synchronise(step.s.device)
+    start = time.perf_counter()
+    for _ in range(timed):
+        step.run(batch, parts)
+    harness.synchronise(step.s.device)
+    return 1000 * (time.perf_counter() - start) / timed
+
+
+def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
+    """Stages of the loader, stages of the model, and whole steps."""
+    for number, name in enumerate(LOADER_STAGES, 1):
+        start = partial(stage_start, s, args.threads, min(number, 5), name == "copy")
+        yield harness.Candidate(name, partial(loader_turn, s, start, args.batches), where=dict(part="loader"))
+    steps = {recipe: Step(s, args.model, recipe, args.amp) for recipe in RECIPES}
+    cached = {recipe: next(iter(step.loader(args.threads, 1))) for recipe, step in steps.items()}
+    for parts, name in enumerate(MODEL_STAGES, 1):
+        turn = partial(model_turn, steps["lumix"], cached["lumix"], parts, args.steps)
+        yield harness.Candidate(name, turn, where=dict(part="model"))
+    for recipe, step in steps.items():
+        turn = partial(model_turn, step, cached[recipe], len(MODEL_STAGES), args.steps)
+        yield harness.Candidate(f"{recipe} replayed", turn, where=dict(part="step"))
+        turn = partial(loader_turn, s, partial(fed_start, step, args.threads), args.steps)
+        yield harness.Candidate(f"{recipe} loaded", turn, where=dict(part="step"))
+
+
+def stage_start(s: Setting, threads: int, stages: int, copied: bool, batches: int) -> Epoch:
+    """An epoch of a truncated pipeline, as `loader_turn` starts it."""
+    return Epoch(partial(stage_epoch, s, threads, stages, copied, batches))
+
+
+def fed_start(step: Step, threads: int, batches: int) -> Epoch:
+    """An epoch of training steps, as `loader_turn` starts it."""
+    return Epoch(partial(fed, step.loader(threads, batches), step))
+
+
+def write_trace(s: Setting, args: argparse.Namespace) -> None:
+    """Profiles loader-fed LUMix steps and writes a Chrome trace."""
+    step = Step(s, args.model, "lumix", args.amp)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if s.cuda else []
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in fed(step.loader(args.threads, args.steps + 1), step):
+            pass
+    profile.export_chrome_trace(args.trace)
+    print(f"wrote {args.trace}: open it in ui.perfetto.dev")
+
+
+def executor_statistics(s: Setting, threads: int) -> dict[str, Any]:
+    """DALI's own statistics, the memory of each operator's outputs; only the older executor keeps them."""
+    pipe = build(s, threads, len(LOADER_STAGES), exec_dynamic=False, enable_memory_stats=True)
+    for _ in repeat(None, PREFETCH + 1):
+        pipe.run()
+    return {name: {key: value for key, value in stats.items() if value and any(value)}
+            for name, stats in pipe.executor_statistics().items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="class folder; default: generated images")
+    parser.add_argument("--model", default="resnet50", help="any name timm.create_model knows")
+    parser.add_argument("--batch-size", type=harness.positive, default=256)
+    parser.add_argument("--input-size", type=harness.positive, default=224)
+    parser.add_argument("--threads", type=harness.positive, default=len(os.sched_getaffinity(0)), help="DALI's")
+    parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
+    parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds, args.batches, args.steps = 1, 1, 1
+    command = "python -m benchmarks.cost " + shlex.join(sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = args.data or data.generate()
+        device = harness.resolve_device(args.device)
+        s = Setting(load(root), args.batch_size, args.input_size, device, Path(scratch))
+        settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
+                        threads=args.threads, amp=args.amp, images=len(s.samples),
+                        executor_statistics=executor_statistics(s, args.threads))
+        result = harness.compare(
+            list(candidates(s, args)), kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
+            references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
+            allow_dirty=args.allow_dirty)
+        print(verdict(result["rows"]))
+        if args.trace:
+            write_trace(s, args)
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """What the run says, in words."""
+    ratio = {row["name"]: {name: r["median"] for name, r in row["ratios"].items()} for row in rows}
+    slower = ratio["lumix loaded"]["lumix replayed"]
+    bottleneck = "the model" if slower < 1.05 else "the loader"
+    return (f"LUMix / CutMix, whole step: {ratio['lumix replayed']['cutmix replayed']:.3f}; "
+            f"CutMix / nothing: {ratio['cutmix replayed']['none replayed']:.3f}; "
+            f"loaded / replayed: {slower:.3f}, so {bottleneck} is the bottleneck")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What all benchmarks share: candidates take turns, results are JSON that says where it comes from.
+
+On a shared machine speed drifts by tens of per cent within minutes. So candidates take turns within one run
+(A B C A B C ...), the first round is not counted, and what is reported besides medians is the ratio to a
+reference round by round, from which the drift cancels.
+
+    candidates = [Candidate("eager", turn=time_eager), Candidate("compiled", turn=time_compiled)]
+    compare(candidates, kind="loss", unit="ms", command="...", out=out, references=["eager"])
+
+A row of the result: name, the fields of `where` and `fields`, what `prepare` returned, `values` (one a counted
+round), `median`, `quartiles`, `ratios` {reference: {values, median, quartiles}}, `error` (None, or its last line).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow",
+            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel")
+
+
+@dataclass
+class Candidate:
+    """One competitor.
+
+    Attributes:
+        name: of its row; stable, since figures and tables go by it.
+        turn: one measurement, in the unit of the run.
+        prepare: called once before the untimed round; what it returns becomes part of the row.
+        where: fields that set it apart from a candidate of the same name; ratios are made within equal ones.
+        fields: further fields of the row.
+        excused: a failure is no fault of the run; the row says so, with the error.
+    """
+
+    name: str
+    turn: Callable[[], float]
+    prepare: Callable[[], dict[str, Any]] = dict
+    where: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    excused: bool = False
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    *,
+    kind: str,
+    unit: str,
+    command: str,
+    out: str | os.PathLike,
+    rounds: int = 5,
+    references: Sequence[str] = (),
+    settings: dict[str, Any] | None = None,
+    allow_dirty: bool = False,
+) -> dict[str, Any]:
+    """Lets the candidates take turns: an untimed round, then `rounds` counted ones.
+
+    The result is written after every round, and when the run is interrupted; `complete` tells which.
+
+    Args:
+        kind: what was measured; `benchmarks.plot` draws by it.
+        unit: of the values.
+        command: the command line that repeats the run.
+        out: JSON file.
+        references: names of candidates to whom every row gets ratios.
+        settings: what was alike for all candidates.
+        allow_dirty: measure uncommitted code even for `benchmarks/results`; the result says so.
+
+    Returns:
+        The result as it was written.
+
+    Raises:
+        ValueError: the result would be uncommitted code's, in `benchmarks/results`.
+    """
+    meta = metadata(command)
+    refuse_dirty(out, meta, allow_dirty)
+    result = dict(kind=kind, unit=unit, complete=False, rounds=rounds, meta=meta, settings=settings or {}, rows=[])
+    rows = [dict(name=c.name, **c.where, **c.fields, values=[], error=None) for c in candidates]
+    result["rows"] = rows
+    try:
+        with tqdm(total=(rounds + 1) * len(candidates), unit="turn", disable=None) as bar:
+            for number in range(rounds + 1):
+                for candidate, row in zip(candidates, rows, strict=True):
+                    bar.set_postfix_str(candidate.name)
+                    if row["error"] is None:
+                        _turn(candidate, row, counted=number > 0)
+                    bar.update()
+                _summarise(rows, candidates, references)
+                result["complete"] = number == rounds
+                write(out, result)
+    except KeyboardInterrupt:
+        _summarise(rows, candidates, references)
+        write(out, result)
+        raise
+    return result
+
+
+def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
+    try:
+        if not counted:
+            row.update(candidate.prepare())
+        value = candidate.turn()
+        if counted:
+            row["values"].append(value)
+    except Exception as error:
+        # A losing or broken candidate must neither vanish nor end the others' run.
+        row["error"] = last_line(error)
+        row["excused"] = candidate.excused
+        tqdm.write(f"{candidate.name}: {row['error']}" if candidate.excused else traceback.format_exc())
+
+
+def _summarise(rows: list[dict], candidates: Sequence[Candidate], references: Sequence[str]) -> None:
+    for row, candidate in zip(rows, candidates, strict=True):
+        row.update(summary(row["values"]))
+        row["ratios"] = {
+            other["name"]: _ratio(row["values"], other["values"])
+            for other, rival in zip(rows, candidates, strict=True)
+            if other["name"] in references and rival.where == candidate.where
+        }
+
+
+def _ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    ratios = [value / other for value, other in zip(values, reference, strict=False)]
+    return dict(values=ratios, **summary(ratios))
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median and [lower, upper] quartile; None without values."""
+    if not values:
+        return dict(median=None, quartiles=None)
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return dict(median=quartiles[1], quartiles=[quartiles[0], quartiles[2]])
+
+
+def throughput(
+    loader: Iterable, *, batch_size: int, timed: int, ahead: int, device: str = "cpu",
+    check: Callable[[Any], None] | None = None,
+) -> float:
+    """Images/s of one epoch of `loader` in its steady state.
+
+    A loader that idles between its turns has its queue full when its turn comes, and would be credited with
+    work it did before; at its epoch's end it would be credited with work that nobody has to do behind
+    it. So the batches it can have ahead are consumed untimed before, and as many must be left behind. Then
+    the epoch is drained, so that nothing of it runs on in another's turn.
+
+    Args:
+        loader: every ``iter()`` is an epoch of at least `epoch_length` batches.
+        batch_size: images a batch.
+        timed: batches that count.
+        ahead: batches that may be ready or in the making when nobody asks for them.
+        device: "cuda" and "cuda:N" are waited for before both readings of the clock.
+        check: is given the first batch, and raises if it is not what was asked for.
+
+    Raises:
+        ValueError: an epoch is shorter than `epoch_length`.
+    """
+    batches = iter(loader)
+    if check is not None:
+        check(next(batches))
+    found = sum(1 for _ in islice(batches, ahead + (check is None)))
+    synchronise(device)
+    start = time.perf_counter()
+    found += sum(1 for _ in islice(batches, timed)) + (check is not None)
+    synchronise(device)
+    seconds = time.perf_counter() - start
+    found += sum(1 for _ in batches)
+    if found < (needed := epoch_length(timed, ahead)):
+        raise ValueError(f"loader: its epoch has {found} batches; timed={timed}, ahead={ahead} need {needed}")
+    return timed * batch_size / seconds
+
+
+def epoch_length(timed: int, ahead: int) -> int:
+    """Batches that an epoch needs for `throughput` to count `timed` of them."""
+    return ahead + 1 + timed + ahead
+
+
+def synchronise(device: str) -> None:
+    """Waits for a GPU's work; nothing on a CPU."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def last_line(error: BaseException) -> str:
+    """Type and last line of an error, as a traceback ends."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
+
+
+def write(path: str | os.PathLike, result: dict[str, Any]) -> None:
+    """Writes JSON so that `path` is whole at any time."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def refuse_dirty(out: str | os.PathLike, meta: dict[str, Any], allow_dirty: bool = False) -> None:
+    """Raises ValueError where a result for `benchmarks/results` would not be the stated commit's."""
+    if allow_dirty or not Path(out).resolve().is_relative_to(RESULTS):
+        return
+    if not meta["clean"]:
+        raise ValueError(
+            f"--out {os.fspath(out)}: the work tree differs from commit {meta['commit']}; commit first, "
+            "write elsewhere, or give --allow-dirty, which marks the result"
+        )
+
+
+def metadata(command: str) -> dict[str, Any]:
+    """Where a result comes from: command, commit, date, machine, versions."""
+    return dict(
+        command=command,
+        commit=_run("git", "rev-parse", "HEAD"),
+        clean=_clean(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=_machine(),
+        versions=dict(python=platform.python_version(), **dict(_versions())),
+    )
+
+
+def _clean() -> bool:
+    # Results and what is made from them may be new: they are what a series of runs leaves behind.
+    changes = _run("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/figures")
+    package = importlib.util.find_spec("lumix_dali")
+    ours = package is not None and package.origin is not None and Path(package.origin).is_relative_to(ROOT)
+    return changes == "" and ours
+
+
+def _run(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    return dict(
+        cpu=_cpu_model(),
+        cpus=os.cpu_count(),
+        affinity=len(os.sched_getaffinity(0)),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        load_average=[round(load, 2) for load in os.getloadavg()],
+        gpu=torch.cuda.get_device_name() if gpu else None,
+        driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        system=platform.platform(terse=True),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every benchmark has."""
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the result goes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds; an untimed one comes first")
+    parser.add_argument("--quick", action="store_true", help="one small round: does everything run?")
+    parser.add_argument("--allow-dirty", action="store_true",
+                        help="measure uncommitted code for benchmarks/results; the result says so")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number >= 1")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """An argparse type: whole numbers above 0, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def resolve_device(device: str) -> str:
+    """"cpu" or "cuda:N" for what `--device` said."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind == "cpu" and not number:
+        return "cpu"
+    if kind != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"--device {device}: torch sees {gpus} GPU(s) here; give cpu or auto")
+    return f"cuda:{number or torch.cuda.current_device()}"

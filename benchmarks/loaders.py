@@ -1,0 +1,162 @@
+"""Images a second: DALI's stages, this loader, and the loaders people use instead, in turn and in one run.
+
+Which loaders, and how each is used: `benchmarks.contenders`. DALI and this loader get `--threads`, the others the
+best of a sweep over worker counts, which is kept. How a turn is timed: `harness.throughput`.
+
+    python -m benchmarks.loaders --data imagenet/train --batch-size 256 --input-size 224 --out FILE.json
+    python -m benchmarks.loaders --out FILE.json --only lumix,timm      # on generated images; these alone
+    python -m benchmarks.loaders --threads 1,2,4,8 --out FILE.json      # a row a thread count, workers alike
+
+Needs what ``pip install '.[bench]'`` brings. SPDL asks for FFmpeg's libraries too (``apt install ffmpeg``), FFCV
+for OpenCV's and libjpeg-turbo's; only FFCV may be missing.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lumix_dali.sources import Samples, load
+
+from . import data, harness
+from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
+
+MOST_FILES = 10_000  # read from disk beforehand, and written again for WebDataset and FFCV
+TURN_SECONDS = 3.0
+REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "dali+torchvision cutmix")
+
+
+class Turn:
+    """An entry at work: chooses its workers and the length of a turn, then measures."""
+
+    def __init__(self, entry: Entry, setting: Setting, choices: Sequence[int], images: int | None):
+        self.entry, self.setting, self.choices, self.images = entry, setting, choices, images
+
+    def prepare(self) -> dict[str, Any]:
+        count, rate, sweep = self.choices[0], 0.0, []
+        if len(self.choices) > 1 or not self.images:
+            sweep = [(count, self._open(count, timed=max(2, count)).measure()) for count in self.choices]
+            count, rate = max(sweep, key=lambda pair: pair[1])
+        images = self.images or max(TURN_SECONDS * rate, 2 * self.setting.batch_size)
+        # Workers finish their batches together: only whole turns of theirs are fair.
+        step = count if self.entry.swept else 1
+        self._open(count, timed=math.ceil(images / self.setting.batch_size / step) * step)
+        if not self.entry.swept:
+            return dict(threads=count, timed_batches=self.timed)
+        return dict(workers=count, timed_batches=self.timed, sweep=sweep)
+
+    def measure(self) -> float:
+        return harness.throughput(
+            self.loader, batch_size=self.setting.batch_size, timed=self.timed, ahead=self.ahead,
+            device=self.setting.device, check=self.setting.check if self.entry.whole else None)
+
+    def _open(self, count: int, timed: int) -> "Turn":
+        self.loader: Iterable = ()  # the last one's workers go first
+        self.timed, self.ahead = timed, self.entry.ahead(count)
+        self.loader = self.entry.open(self.setting, count, harness.epoch_length(timed, self.ahead))
+        return self
+
+
+def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namespace) -> list[harness.Candidate]:
+    """An entry each; with several thread counts, an entry for each of them, workers alike."""
+    swept = len(args.threads) > 1
+    found = []
+    for threads in args.threads:
+        for entry in entries:
+            choices = args.workers if entry.swept and not swept else [threads]
+            turn = Turn(entry, setting, choices, args.images)
+            found.append(harness.Candidate(
+                entry.name, turn.measure, turn.prepare, where=dict(count=threads) if swept else {},
+                fields=dict(mixing=entry.mixing, note=entry.note), excused=entry.excused))
+    return found
+
+
+def chosen(only: str | None) -> list[Entry]:
+    """The entries whose names begin with one of `only`, or with all of it."""
+    if only is None:
+        return ENTRIES
+    wanted = [part.strip() for part in only.split(",")]
+    for part in wanted:
+        if not any(entry.name.startswith(part) for entry in ENTRIES):
+            raise ValueError(f"--only {part}: no such candidate; give the beginning of one of "
+                             f"{', '.join(entry.name for entry in ENTRIES)}")
+    return [entry for entry in ENTRIES if entry.name.startswith(tuple(wanted))]
+
+
+def some(samples: Samples, most: int = MOST_FILES) -> Samples:
+    """At most `most` of the samples, drawn from all classes."""
+    if len(samples) <= most:
+        return samples
+    index = np.sort(np.random.default_rng(0).permutation(len(samples))[:most])
+    return Samples(samples.root, [samples.names[i] for i in index], samples.labels[index], samples.classes)
+
+
+def warm_page_cache(paths: Sequence[str]) -> float:
+    """Reads every file once; returns their mean size in kB."""
+    total = sum(len(Path(path).read_bytes()) for path in tqdm(paths, "reading files", unit="file", disable=None))
+    return round(total / len(paths) / 1e3, 1)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; with what is wrong on its face it ends here."""
+    cpus = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser("python -m benchmarks.loaders", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help=f"class folder; default: images are generated in {data.DEFAULT}")
+    add("--batch-size", type=harness.positive, default=256)
+    add("--input-size", type=harness.positive, default=224, help="side of the images handed out, in pixels")
+    add("--threads", type=harness.positives, default=[cpus], metavar="LIST",
+        help=f"DALI's threads (default: {cpus}); with several, a row each")
+    add("--workers", type=harness.positives, default=sorted({max(1, cpus // 2), cpus, 2 * cpus}), metavar="LIST",
+        help="the others take the best of these (default: half, all and twice the CPUs)")
+    add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
+    add("--only", metavar="NAMES", help="names, or their beginnings, separated by commas")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds, args.images, args.workers = 1, args.images or 2 * args.batch_size, args.workers[:1]
+    try:
+        args.device, args.entries = harness.resolve_device(args.device), chosen(args.only)
+        harness.refuse_dirty(args.out, harness.metadata(""), args.allow_dirty)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
+    args = parse_args(argv)
+    command = shlex.join(["python", "-m", "benchmarks.loaders", *(sys.argv[1:] if argv is None else argv)])
+    samples = some(load(args.data or data.generate()))
+    with tempfile.TemporaryDirectory() as scratch:
+        setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch))
+        settings = dict(
+            files=len(samples), classes=len(samples.classes), generated=args.data is None,
+            mean_kb=warm_page_cache(setting.paths()), page_cache="warm: every file read once before",
+            batch_size=args.batch_size, input_size=args.input_size, dtype="float32", device=args.device,
+            threads=args.threads, workers=args.workers, prefetch=PREFETCH, torch_threads=torch.get_num_threads(),
+            crop=dict(scale=SCALE, ratio=RATIO), interpolation="bicubic, antialiased")
+        result = harness.compare(
+            candidates(args.entries, setting, args),
+            kind="loaders" if len(args.threads) == 1 else "loaders-threads",
+            unit="images/s", command=command, out=args.out, rounds=args.rounds, references=REFERENCES,
+            settings=settings, allow_dirty=args.allow_dirty)
+    for row in result["rows"]:
+        print(f"{row['name']:32}", f"{row['median']:8.0f} images/s" if row["values"] else row["error"])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,290 @@
+"""Figures and README tables, made from the results' JSON and nothing else.
+
+Every ``benchmarks/results/NAME.json`` becomes ``benchmarks/figures/NAME.svg``, and a table wherever a text has the
+markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure holds its result's hash, so that a stale one
+shows; what stands between markers is compared as it is.
+
+    python -m benchmarks.plot             # makes them anew
+    python -m benchmarks.plot --check     # changes nothing; exit status 1 if one is not current
+
+Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too.
+A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
+each of which adds a stage to the row before it.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from .harness import RESULTS, ROOT, summary
+
+CEILING, TIMM = "dali/+normalise", "timm FastCollateMixup elem"
+GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
+OTHERS = "#8064a2"
+
+matplotlib.rcParams |= {"svg.hashsalt": "lumix", "svg.fonttype": "none", "axes.spines.top": False,
+                        "axes.spines.right": False, "font.size": 9}
+
+
+def colour(name: str) -> str:
+    """Of the group a loader belongs to."""
+    return next((shade for start, shade in GROUPS.items() if name.startswith(start)), OTHERS)
+
+
+def whiskers(rows: Sequence[dict], key: str = "median") -> list[list[float]]:
+    """Quartiles as matplotlib wants them: distances below and above the median."""
+    return [[row[key] - row["quartiles"][0] for row in rows], [row["quartiles"][1] - row[key] for row in rows]]
+
+
+def draw_loaders(result: dict[str, Any]) -> Figure:
+    """A bar a loader, with quartiles; failed ones keep their place and say why."""
+    # The reader alone is many times faster than all that decodes: it would flatten the other bars.
+    rows = [row for row in reversed(result["rows"]) if row["name"] != "dali/read"]
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        if row["median"] is None:
+            axes.text(0, place, f" {row['error']}", va="center", color="gray", fontsize=7)
+        else:
+            axes.barh(place, row["median"], color=colour(row["name"]), xerr=whiskers([row]), capsize=2)
+        if row["name"] == CEILING and row["median"] is not None:
+            axes.axvline(row["median"], color="black", linewidth=0.8, linestyle="--", label="ceiling: plain DALI")
+            axes.legend(fontsize=7)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    axes.set_xlabel(f"images/s, median and quartiles of {result['rounds']} round(s)")
+    return _captioned(figure, result)
+
+
+def draw_threads(result: dict[str, Any]) -> Figure:
+    """Throughput against threads (workers, for those that have them), a line a loader."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    for row in result["rows"]:
+        if row["median"] is not None and row["name"] != "dali/read":
+            lines.setdefault(row["name"], []).append(row)
+    for number, (name, rows) in enumerate(lines.items()):
+        style: dict[str, Any] = dict(color=colour(name))
+        if name == CEILING:
+            style = dict(color="black", linestyle="--")
+        axes.errorbar([row["count"] for row in rows], [row["median"] for row in rows], whiskers(rows), capsize=2,
+                      marker="osv^Dx*"[number % 7], label=name + " (ceiling)" * (name == CEILING), **style)
+    axes.set_xticks(sorted({row["count"] for row in result["rows"]}))
+    axes.set_xlabel("threads or workers")
+    axes.set_ylabel("images/s")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", fontsize=7)
+    return _captioned(figure, result)
+
+
+def draw_cost(result: dict[str, Any]) -> Figure:
+    """What a batch costs: its stages, one upon the other."""
+    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    axes, left = figure.subplots(), 0.0
+    for number, stage in enumerate(stages(result)):
+        width = max(0.0, stage["ms"])  # a difference, which noise may make negative
+        axes.barh(0, width, left=left, color=f"C{number % 10}", label=f"{stage['name']} {stage['ms']:.1f}")
+        left += width
+    axes.set_yticks([])
+    axes.set_xlabel("ms a batch")
+    figure.legend(loc="outside upper center", ncols=5, fontsize=7)
+    return _captioned(figure, result)
+
+
+def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a batch: as given, or a row less the one before it, round by round, in each of two parts."""
+    if "stages" in result:
+        return result["stages"]
+    found = []
+    for part in ("loader", "model"):
+        before: Sequence[float] = ()
+        for row in (row for row in result["rows"] if row.get("part") == part and row["values"]):
+            cost = summary([ms - less for ms, less in zip(row["values"], before or repeat(0.0), strict=False)])
+            found.append(dict(name=row["name"], ms=cost["median"], quartiles=cost["quartiles"]))
+            before = row["values"]
+    return found
+
+
+def draw_loss(result: dict[str, Any]) -> Figure:
+    """Forward and backward time against K, a panel for each B and dtype, a line a loss."""
+    rows = [row for row in result["rows"] if _ms(row) is not None]
+    batches, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("B", "dtype"))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure = Figure(figsize=(3 * len(batches), 2.6 * len(dtypes)), layout="constrained")
+    panels = figure.subplots(len(dtypes), len(batches), squeeze=False, sharex=True)
+    for (i, dtype), (j, batch) in ((d, b) for d in enumerate(dtypes) for b in enumerate(batches)):
+        axes = panels[i][j]
+        for number, name in enumerate(names):
+            line = sorted((row["K"], _ms(row)) for row in rows
+                          if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch))
+            if line:
+                label = name if i == j == 0 else None
+                axes.loglog(*zip(*line, strict=True), marker="o", color=f"C{number}", label=label)
+        axes.set_title(f"B = {batch}, {dtype}", fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("classes K")
+    figure.supylabel("ms, forward + backward", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=7)
+    return _captioned(figure, result)
+
+
+def _captioned(figure: Figure, result: dict[str, Any]) -> Figure:
+    figure.supxlabel(_where(result), fontsize=7, color="gray")
+    return figure
+
+
+def _label(row: dict[str, Any]) -> str:
+    unsaid = row.get("mixing", "none") == "none" and not row["name"].startswith(("dali/", "lumix"))
+    return row["name"] + " (no mixing)" * unsaid
+
+
+def _ms(row: dict[str, Any]) -> float | None:
+    return row.get("ms", row.get("median"))
+
+
+def _where(result: dict[str, Any]) -> str:
+    machine, dirty = result["meta"]["machine"], "" if result["meta"]["clean"] else ", with uncommitted changes"
+    parts = [f"{machine['affinity']} × {machine['cpu']}", machine.get("gpu"), result["meta"]["date"][:10],
+             f"commit {(result['meta']['commit'] or 'unknown')[:10]}{dirty}"]
+    return ", ".join(part for part in parts if part)
+
+
+def table_loaders(result: dict[str, Any]) -> list[list[str]]:
+    """A line a loader: images/s, and its ratio to the ceiling and to timm."""
+    counted = [["count"]] if result["kind"] == "loaders-threads" else []
+    lines = [["loader", *(["threads"] if counted else []), "mixing", "images/s", "quartiles", "of the ceiling",
+              "of timm's FastCollateMixup, elem"]]
+    for row in result["rows"]:
+        start = [row["name"], *([str(row["count"])] if counted else []), row.get("mixing", "none")]
+        if row["median"] is None:
+            lines.append([*start, row["error"] or "not measured", "", "", ""])
+            continue
+        low, high = row["quartiles"]
+        ratios = [_ratio(row, CEILING), _ratio(row, TIMM)]
+        lines.append([*start, f"{row['median']:.0f}", f"{low:.0f} – {high:.0f}", *ratios])
+    return lines
+
+
+def table_cost(result: dict[str, Any]) -> list[list[str]]:
+    """A line a stage."""
+    found = stages(result)
+    total = sum(stage["ms"] for stage in found)
+    return [["stage", "ms a batch", "quartiles", "share"], *(
+        [stage["name"], f"{stage['ms']:.2f}", " – ".join(f"{q:.2f}" for q in stage.get("quartiles") or ()),
+         f"{stage['ms'] / total:.0%}"] for stage in found)]
+
+
+def table_loss(result: dict[str, Any]) -> list[list[str]]:
+    """A line a loss and shape."""
+    def ratio(row: dict) -> str:
+        given = row.get("ratio") or next((r["median"] for r in row.get("ratios", {}).values()), None)
+        return f"{given:.2f}" if given is not None else ""
+
+    return [["loss", "B", "K", "dtype", "ms", "ratio"], *(
+        [row["name"], str(row["B"]), str(row["K"]), row["dtype"],
+         f"{_ms(row):.3g}" if _ms(row) is not None else row["error"], ratio(row)] for row in result["rows"])]
+
+
+def _ratio(row: dict[str, Any], reference: str) -> str:
+    median = row.get("ratios", {}).get(reference, {}).get("median")
+    return "" if median is None else f"{median:.2f}"
+
+
+KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
+         "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result, with where it comes from below."""
+    head, *lines = KINDS[result["kind"]][1](result)
+    cells = [head, ["---"] * len(head), *lines]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
+    return f"{text}\n\n{_where(result)}: `{result['meta']['command']}`"
+
+
+def load(path: Path) -> tuple[dict[str, Any], str]:
+    """A result and its hash.
+
+    Raises:
+        ValueError: it cannot be drawn.
+    """
+    content = path.read_bytes()
+    result = json.loads(content)
+    if result.get("kind") not in KINDS:
+        raise ValueError(f"{path}: its kind is {result.get('kind')!r}; give one of {', '.join(KINDS)}")
+    return result, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def make_figure(result: dict[str, Any], digest: str, path: Path) -> None:
+    """Draws `result` into an SVG that names its hash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    KINDS[result["kind"]][0](result).savefig(path, metadata={"Description": digest, "Date": None})
+
+
+def with_tables(text: str, results: Path) -> str:
+    """`text` with the tables between its markers made anew.
+
+    Raises:
+        ValueError: a marker without its end, or without a result.
+    """
+    def fill(match: re.Match) -> str:
+        path = results / f"{match[1]}.json"
+        if not path.is_file():
+            raise ValueError(f"<!-- begin: {match[1]} -->: no {path}; measure it, or remove the marker")
+        return f"<!-- begin: {match[1]} -->\n{table(load(path)[0])}\n<!-- end: {match[1]} -->"
+
+    filled, count = re.subn(r"<!-- begin: ([\w.-]+) -->\n(?:.*?\n)??<!-- end: \1 -->", fill, text, flags=re.DOTALL)
+    if count != len(re.findall(r"<!-- (?:begin|end): [\w.-]+ -->", text)) / 2:
+        raise ValueError("markers: one stands alone; write <!-- begin: NAME --> and <!-- end: NAME -->")
+    return filled
+
+
+def stale(results: Path, figures: Path, texts: Sequence[Path], check: bool) -> list[Path]:
+    """The figures and texts that are not current; they are made anew unless `check`."""
+    found = []
+    for path in sorted(results.glob("*.json")):
+        result, digest = load(path)
+        figure = figures / f"{path.stem}.svg"
+        if not figure.is_file() or digest not in figure.read_text():
+            found.append(figure)
+            if not check:
+                make_figure(result, digest, figure)
+    for path in texts:
+        text = path.read_text()
+        if (filled := with_tables(text, results)) != text:
+            found.append(path)
+            if not check:
+                path.write_text(filled)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("texts", nargs="*", type=Path, help="files with tables (default: README.md)")
+    add("--check", action="store_true", help="change nothing; exit with 1 if something is not current")
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is")
+    add("--figures", type=Path, default=ROOT / "benchmarks" / "figures", metavar="DIR", help="where the SVG go")
+    args = parser.parse_args(argv)
+    try:
+        found = stale(args.results, args.figures, args.texts or [ROOT / "README.md"], args.check)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for path in found:
+        print(f"{path}: " + ("not current; run python -m benchmarks.plot" if args.check else "made anew"))
+    return int(args.check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

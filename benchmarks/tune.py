@@ -1,0 +1,117 @@
+"""Finds the `create_loader` arguments that make this loader fastest on this machine, on your own images.
+
+One knob after the other: its values take turns for some rounds, and one replaces the default only if its median
+is more than 2 % faster, which noise is not. The decoder's knobs concern GPUs alone.
+
+    python -m benchmarks.tune --data imagenet/train --batch-size 256
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lumix_dali import create_loader
+from lumix_dali.sources import load
+
+from . import data, harness
+from .contenders import Setting
+
+GAIN = 1.02
+DECODER_KNOBS: dict[str, list[Any]] = {
+    "hw_decoder_load": [0.65, 0.0, 0.12, 0.3, 0.5, 0.8, 0.99],
+    "preallocate_width_hint": [0, 500, 1000, 2000],
+    "preallocate_height_hint": [0, 500, 1000, 2000],
+}
+
+
+def knobs(device: str, cpus: int) -> dict[str, list[Any]]:
+    """Values of each knob, the default first."""
+    threads = [cpus, *sorted({max(1, cpus // 2), cpus + 1, 2 * cpus} - {cpus})]
+    found: dict[str, list[Any]] = {"num_threads": threads, "prefetch_queue_depth": [2, 1, 3, 5]}
+    return found | (DECODER_KNOBS if device != "cpu" else {})
+
+
+def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
+    """`create_loader`'s arguments for the chosen values: some belong to the decoder."""
+    decoder = {name: value for name, value in chosen.items() if name in DECODER_KNOBS and value}
+    plain = {name: value for name, value in chosen.items() if name not in DECODER_KNOBS}
+    return plain | (dict(decoder=decoder) if decoder else {})
+
+
+def tune(
+    measure: Callable[[dict[str, Any]], float], values: dict[str, list[Any]], rounds: int
+) -> tuple[dict[str, Any], dict[str, dict[Any, float]]]:
+    """Chooses a value for each knob, those before it being set already.
+
+    Args:
+        measure: images/s with these values of all knobs.
+        values: of each knob, the default first.
+        rounds: turns of each value.
+
+    Returns:
+        The chosen values, and the median of each value of each knob.
+    """
+    chosen = {name: options[0] for name, options in values.items()}
+    medians: dict[str, dict[Any, float]] = {}
+    with tqdm(total=rounds * sum(map(len, values.values())), unit="turn", disable=None) as bar:
+        for name, options in values.items():
+            speeds: dict[Any, list[float]] = {value: [] for value in options}
+            for _ in range(rounds):
+                for value in options:
+                    bar.set_postfix_str(f"{name}={value}")
+                    speeds[value].append(measure(chosen | {name: value}))
+                    bar.update()
+            medians[name] = {value: statistics.median(speed) for value, speed in speeds.items()}
+            best = max(options, key=lambda value: medians[name][value])
+            if medians[name][best] > GAIN * medians[name][options[0]]:
+                chosen[name] = best
+    return chosen, medians
+
+
+def speed(s: Setting, args: argparse.Namespace, chosen: dict[str, Any]) -> float:
+    """Images/s of the loader with these values, in its steady state."""
+    ahead = chosen["prefetch_queue_depth"]
+    batches = harness.epoch_length(args.batches, ahead)
+    with create_loader(
+        s.repeated(batches), batch_size=s.batch_size, input_size=s.size, device=s.device, dtype=args.dtype,
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, **arguments(chosen)
+    ) as loader:
+        return harness.throughput(
+            loader, batch_size=s.batch_size, timed=args.batches, ahead=ahead, device=s.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="class folder; default: generated images")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--batch-size", type=harness.positive, default=256)
+    add("--input-size", type=harness.positive, default=224)
+    add("--mixup", type=float, default=0.8)
+    add("--cutmix", type=float, default=1.0)
+    add("--dtype", default="float32", choices=("float32", "float16", "uint8"))
+    add("--batches", type=harness.positive, default=4, help="timed batches a turn")
+    add("--rounds", type=harness.positive, default=5, help="turns of each value")
+    args = parser.parse_args(argv)
+    samples = load(args.data or data.generate())
+    s = Setting(samples, args.batch_size, args.input_size, harness.resolve_device(args.device), Path())
+    values = knobs(s.device, len(os.sched_getaffinity(0)))
+    chosen, medians = tune(lambda values: speed(s, args, values), values, args.rounds)
+    for name, found in medians.items():
+        for value, median in found.items():
+            print(f"{name}={value!r:<8} {median:8.0f} images/s{'  <-' * (value == chosen[name])}")
+    device = torch.cuda.get_device_name(s.device) if s.cuda else "CPU"
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments(chosen).items())
+    print(f"\nfastest here ({device}, {len(samples)} images):\ncreate_loader(..., {given})")
+
+
+if __name__ == "__main__":
+    main()

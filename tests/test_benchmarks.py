@@ -1,0 +1,475 @@
+"""The benchmarks measure what they say: a known delay is found, whoever's turn it is, whatever was ready."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import queue
+import re
+import subprocess
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tqdm")
+pytest.importorskip("PIL")
+torch = pytest.importorskip("torch")
+from PIL import Image, JpegImagePlugin  # noqa: E402
+
+from benchmarks import data, harness  # noqa: E402
+from benchmarks.harness import Candidate, compare, throughput  # noqa: E402
+
+
+class Delayed:
+    """A loader that takes `delay` seconds a batch and has nothing ready."""
+
+    def __init__(self, delay, length):
+        self.delay, self.length = delay, length
+
+    def __iter__(self):
+        for _ in range(self.length):
+            time.sleep(self.delay)
+            yield "batch"
+
+
+class Prefetching:
+    """A loader whose thread makes a batch in `delay` seconds and goes on, idle or not, until `depth` are ready."""
+
+    def __init__(self, delay, depth, length):
+        self.length, self.ready, self.delay = length, queue.Queue(depth), delay
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self):
+        while True:
+            time.sleep(self.delay)
+            self.ready.put("batch")
+
+    def __iter__(self):
+        return (self.ready.get() for _ in range(self.length))
+
+
+def run(candidates, out, **options):
+    return compare(candidates, kind="loaders", unit="images/s", command="none", out=out, **options)
+
+
+# --- harness
+
+
+def test_a_known_delay_measures_as_that_delay():
+    speed = throughput(Delayed(0.02, 9), batch_size=4, timed=8, ahead=0)
+    assert 0.5 * 200 < speed < 1.05 * 200
+
+
+def test_a_queue_refilled_while_idle_is_no_credit():
+    loader = Prefetching(0.03, depth=4, length=17)
+    time.sleep(0.3)  # others have their turns
+    fooled = throughput(loader, batch_size=1, timed=4, ahead=0)
+    time.sleep(0.3)
+    speed = throughput(loader, batch_size=1, timed=6, ahead=5)
+    assert 0.5 / 0.03 < speed < 1.2 / 0.03
+    assert fooled > 2 / 0.03  # the test would notice
+
+
+def test_an_epoch_that_leaves_nothing_behind_is_refused():
+    length = harness.epoch_length(timed=4, ahead=2)
+    assert length == 2 + 1 + 4 + 2
+    with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
+        throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
+
+
+def test_an_epoch_is_drained():
+    epoch = iter(Delayed(0, 20))
+    throughput(epoch, batch_size=1, timed=2, ahead=1)
+    assert next(epoch, None) is None
+
+
+def test_the_first_batch_is_checked_and_counted():
+    seen = []
+    throughput(Delayed(0, 5), batch_size=1, timed=2, ahead=1, check=seen.append)
+    assert seen == ["batch"]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((0.005, 0.015, 0.03))))
+def test_the_order_of_candidates_does_not_change_the_ranking(order, tmp_path):
+    def turn(delay):
+        return lambda: throughput(Prefetching(delay, 2, 9), batch_size=1, timed=4, ahead=2)
+
+    rows = run([Candidate(str(delay), turn(delay)) for delay in order], tmp_path / "x.json", rounds=3)["rows"]
+    ranking = sorted(rows, key=lambda row: -row["median"])
+    assert [row["name"] for row in ranking] == ["0.005", "0.015", "0.03"]
+
+
+def test_candidates_take_turns_and_the_first_round_is_not_counted(tmp_path):
+    turns, values = [], {"a": iter((100.0, 1, 2, 3)), "b": iter((100.0, 2, 8, 6))}
+
+    def candidate(name):
+        return Candidate(name, lambda: turns.append(name) or next(values[name]), lambda: {"workers": 2})
+
+    result = run([candidate("a"), candidate("b")], tmp_path / "x.json", rounds=3, references=["a"])
+    a, b = result["rows"]
+    assert turns == ["a", "b"] * 4
+    assert (a["values"], a["median"], a["quartiles"], a["workers"]) == ([1, 2, 3], 2, [1.5, 2.5], 2)
+    assert b["ratios"]["a"] == {"values": [2, 4, 2], "median": 2, "quartiles": [2, 3]}
+    assert result["complete"]
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+
+
+def test_ratios_are_made_within_equal_conditions(tmp_path):
+    candidates = [Candidate(name, lambda v=v * count: v, where={"count": count})
+                  for count in (1, 2) for name, v in (("a", 1.0), ("b", 3.0 * count))]
+    rows = run(candidates, tmp_path / "x.json", rounds=1, references=["a"])["rows"]
+    assert [row["ratios"]["a"]["median"] for row in rows] == [1, 3, 1, 6]
+
+
+@pytest.mark.parametrize("where", ["prepare", "first turn", "later turn"])
+def test_a_failing_candidate_does_not_stop_the_run_and_keeps_its_error(where, tmp_path, capsys):
+    turns = itertools.count()
+
+    def fail(at):
+        if at == where:
+            raise RuntimeError("first line\nlast line")
+        return {}
+
+    def turn():
+        number = next(turns)
+        fail("first turn" if number == 0 else "later turn" if number == 2 else "")
+        return 1.0
+
+    rows = run([Candidate("bad", turn, lambda: fail("prepare")), Candidate("good", lambda: 2.0)],
+               tmp_path / "x.json", rounds=3, references=["bad"])["rows"]
+    assert rows[0]["error"] == "RuntimeError: last line"
+    assert not rows[0]["excused"]
+    assert rows[0]["values"] == ([1.0] if where == "later turn" else [])
+    assert rows[1]["values"] == [2.0] * 3
+    assert rows[1]["ratios"]["bad"]["median"] == (2.0 if where == "later turn" else None)
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 1, 3])
+def test_ctrl_c_leaves_a_valid_partial_result(interrupted_at, tmp_path):
+    turns = itertools.count()
+
+    def turn():
+        if next(turns) == interrupted_at:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Candidate("a", lambda: 5.0), Candidate("b", turn)], tmp_path / "x.json", rounds=4, references=["b"])
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert not result["complete"]
+    assert result["rows"][0]["values"] == [5.0] * interrupted_at
+    assert result["rows"][1]["values"] == [1.0] * max(0, interrupted_at - 1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.json"]
+
+
+def test_a_result_of_uncommitted_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "_clean", lambda: False)
+    out, turns = tmp_path / "results" / "x.json", []
+    candidate = Candidate("a", lambda: turns.append(1) or 1.0)
+    with pytest.raises(ValueError, match=r"x\.json: the work tree differs .*commit first.*--allow-dirty"):
+        run([candidate], out, rounds=1)
+    assert not turns
+    assert not out.exists()
+    assert run([candidate], out, rounds=1, allow_dirty=True)["meta"]["clean"] is False
+    run([candidate], tmp_path / "elsewhere.json", rounds=1)
+    monkeypatch.setattr(harness, "_clean", lambda: True)
+    run([candidate], out, rounds=1)
+
+
+def test_results_and_figures_do_not_make_a_tree_dirty_but_code_does(tmp_path, monkeypatch):
+    def git(*command):
+        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *command], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    package = tmp_path / "lumix_dali" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "m")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    assert harness._clean()
+    for folder in ("results", "figures"):
+        (tmp_path / "benchmarks" / folder).mkdir(parents=True)
+        (tmp_path / "benchmarks" / folder / "x").write_text("")
+    assert harness._clean()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="/usr/lib/lumix.py"))
+    assert not harness._clean()  # the code that runs is not this commit's
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    package.write_text("changed")
+    assert not harness._clean()
+
+
+def test_metadata_says_where_a_result_comes_from():
+    meta = harness.metadata("python -m x")
+    assert meta["command"] == "python -m x"
+    assert {"commit", "clean", "date"} <= meta.keys()
+    assert {"cpu", "affinity", "memory_gib", "gpu", "driver"} <= meta["machine"].keys()
+    assert meta["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
+        harness.resolve_device(device)
+
+
+# --- data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return data.generate(tmp_path_factory.mktemp("data") / "images", images=24, classes=4)
+
+
+def test_generated_images_have_imagenets_statistics(folder):
+    files = sorted(folder.rglob("*.jpg"))
+    images = [Image.open(file) for file in files]
+    assert len({file.parent for file in files}) == 4
+    assert 85e3 < np.mean([file.stat().st_size for file in files]) < 135e3
+    assert 0.17e6 < np.mean([image.width * image.height for image in images]) < 0.23e6
+    samplings = [JpegImagePlugin.get_sampling(image) for image in images]
+    assert (samplings.count(0), samplings.count(2)) == (18, 6)  # 4:4:4, 4:2:0
+
+
+def test_generated_images_are_the_same_for_the_same_seed(folder):
+    made = data.jpeg(np.random.default_rng([0, 5]), subsampled=False)
+    assert made == (folder / "c0001" / "000005.jpg").read_bytes()
+    assert made != data.jpeg(np.random.default_rng([1, 5]), subsampled=False)
+
+
+def test_generated_images_are_made_once(folder, tmp_path):
+    assert data.generate(folder, images=24, classes=4) == folder
+    with pytest.raises(ValueError, match="holds a set made with"):
+        data.generate(folder, images=24, classes=3)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        data.generate(tmp_path, images=1, classes=1)
+    with pytest.raises(ValueError, match="--images 2: fewer than --classes 3"):
+        data.generate(tmp_path / "x", images=2, classes=3)
+
+
+# --- loaders
+
+
+@pytest.fixture(scope="module")
+def loaders():
+    pytest.importorskip("nvidia.dali")
+    pytest.importorskip("torchvision")
+    return importlib.import_module("benchmarks.loaders")
+
+
+def quick(loaders, folder, out, *more):
+    loaders.main(["--data", str(folder), "--quick", "--batch-size", "8", "--input-size", "32", "--workers", "1",
+                  "--device", "cpu", "--out", str(out), *more])
+    return json.loads(out.read_text())
+
+
+def test_a_part_of_the_loaders_runs(loaders, folder, tmp_path):
+    result = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/+normalise,lumix/cutmix+mixup elem,ffcv")
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["dali/+normalise", "lumix/cutmix+mixup elem", "ffcv"]
+    assert result["kind"] == "loaders"
+    assert result["settings"]["page_cache"] == "warm: every file read once before"
+    assert rows["lumix/cutmix+mixup elem"]["ratios"]["dali/+normalise"]["median"] > 0
+    if importlib.util.find_spec("ffcv") is None:
+        assert rows["ffcv"]["error"] == "ModuleNotFoundError: No module named 'ffcv'"
+        assert rows["ffcv"]["excused"]
+
+
+def test_thread_counts_get_a_row_each(loaders, folder, tmp_path):
+    result = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/read,lumix/none", "--threads", "1,2")
+    assert result["kind"] == "loaders-threads"
+    assert [(row["name"], row["count"], row["threads"]) for row in result["rows"]] == [
+        ("dali/read", 1, 1), ("lumix/none", 1, 1), ("dali/read", 2, 2), ("lumix/none", 2, 2)]
+
+
+@pytest.mark.slow
+def test_all_loaders_run_to_the_end_and_none_vanishes(loaders, folder, tmp_path):
+    result = quick(loaders, folder, tmp_path / "x.json")
+    assert [row["name"] for row in result["rows"]] == [entry.name for entry in loaders.ENTRIES]
+    missing = {name for name in ("webdataset", "ffcv") if importlib.util.find_spec(name) is None}
+    missing |= set() if has_spdl() else {"spdl"}
+    assert {row["name"] for row in result["rows"] if row["error"]} == missing
+    assert all(row["median"] > 0 for row in result["rows"] if not row["error"])
+
+
+def has_spdl():
+    try:
+        import spdl.io
+
+        spdl.io.demux_config()
+    except (ImportError, RuntimeError):  # RuntimeError: no FFmpeg
+        return False
+    return True
+
+
+def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
+    from benchmarks.contenders import Entry
+
+    delays = {1: 0.03, 2: 0.01, 3: 0.02}
+    entry = Entry("x", lambda s, workers, batches: Delayed(delays[workers], batches),
+                  ahead=lambda workers: workers, swept=True, whole=False)
+    turn = loaders.Turn(entry, SimpleNamespace(batch_size=10, device="cpu"), list(delays), images=70)
+    prepared = turn.prepare()
+    assert prepared["workers"] == 2
+    assert prepared["timed_batches"] == 8  # a multiple of the workers
+    assert [count for count, _ in prepared["sweep"]] == list(delays)
+    assert 0.5 * 1000 < turn.measure() < 1.05 * 1000
+
+
+def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_path):
+    from benchmarks.contenders import Setting
+    from lumix_dali.sources import load
+
+    s = Setting(load(folder), 2, 8, "cpu", tmp_path)
+    s.check((torch.zeros(2, 3, 8, 8), None))
+    wrong = [torch.zeros(2, 3, 8, 9), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 255.0),
+             torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)]
+    for images in wrong:
+        with pytest.raises(ValueError, match="batch: "):
+            s.check((images, None))
+
+
+def test_spdls_crop_follows_the_law(loaders):
+    from benchmarks.contenders import random_crop
+
+    for width, height in ((500, 375), (40, 400)):
+        for _ in range(200):
+            x, y, w, h = random_crop(width, height)
+            assert 0 <= x <= x + w <= width
+            assert 0 <= y <= y + h <= height
+            if width == 500:
+                assert 0.07 < w * h / (width * height) <= 1
+                assert 0.72 < w / h < 1.36
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--only", "nobody"], "--only nobody: no such candidate"),
+    (["--threads", "0"], "give a whole number >= 1"),
+    (["--workers", "1,x"], "'x': give a whole number"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+])
+def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        loaders.main(["--out", str(tmp_path / "x.json"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+# --- plot
+
+META = {"command": "python -m benchmarks.loaders --out x", "commit": "0123456789abcdef", "clean": True,
+        "date": "2030-01-02T03:04:05+00:00", "machine": {"affinity": 2, "cpu": "A CPU", "gpu": None}}
+
+
+def row(name, median, **more):
+    if median is None:
+        return {"name": name, "median": None, "quartiles": None, "values": [], "ratios": {}, "error": "E: a | b"}
+    ratio = {"dali/+normalise": {"median": median / 400}}
+    return {"name": name, "median": median, "quartiles": [median - 10, median + 5.5], "values": [median],
+            "ratios": ratio, "error": None, **more}
+
+
+LOADERS = {"kind": "loaders", "rounds": 5, "meta": META, "rows": [
+    row("dali/read", 9000.0), row("dali/+normalise", 400.0), row("lumix/cutmix elem", 390.0, mixing="CutMix"),
+    row("ffcv", None)]}
+THREADS = {"kind": "loaders-threads", "rounds": 5, "meta": META, "rows": [
+    row(name, 100.0 * n, count=n) for n in (1, 2) for name in ("dali/+normalise", "spdl")]}
+COST = {"kind": "cost", "meta": META, "rows": [
+    {"name": "read", "part": "loader", "values": [1.0, 2.0, 3.0]},
+    {"name": "decode", "part": "loader", "values": [11.0, 14.0, 13.0]},
+    {"name": "forward", "part": "model", "values": [5.0, 5.0, 5.0]},
+    {"name": "whole", "part": "step", "values": [19.0, 19.0, 19.0]}]}
+LOSS = {"kind": "loss", "meta": META, "rows": [
+    {"name": name, "B": 128, "K": classes, "dtype": "float32", "ms": ms * classes, "ratio": ms}
+    for name, ms in (("LUMix", 0.5), ("timm", 1.0)) for classes in (10, 1000)]}
+
+
+@pytest.fixture
+def report(tmp_path):
+    """plot.main over a folder with a result of each kind, and a text with their markers."""
+    plot = pytest.importorskip("benchmarks.plot")
+    results = {"loaders": LOADERS, "threads": THREADS, "cost": COST, "loss": LOSS}
+    for name, result in results.items():
+        harness.write(tmp_path / "results" / f"{name}.json", result)
+    text = tmp_path / "README.md"
+    text.write_text("before\n" + "".join(f"<!-- begin: {n} -->\n<!-- end: {n} -->\n" for n in results) + "after\n")
+
+    def main(*arguments):
+        folders = ["--results", str(tmp_path / "results"), "--figures", str(tmp_path / "figures")]
+        return plot.main([str(text), *folders, *arguments])
+
+    return SimpleNamespace(main=main, text=text, root=tmp_path)
+
+
+def test_tables_are_made_from_the_results(report):
+    assert report.main() == 0
+    lines = report.text.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "| dali/+normalise | none | 400 | 390 – 406 | 1.00 |  |" in lines
+    assert "| lumix/cutmix elem | CutMix | 390 | 380 – 396 | 0.97 |  |" in lines
+    assert "| ffcv | none | E: a \\| b |  |  |  |" in lines  # a losing row stays, and says why
+    assert "| spdl | 2 | none | 200 | 190 – 206 | 0.50 |  |" in lines
+    assert "| decode | 10.00 | 10.00 – 11.00 | 59% |" in lines  # 10, 12, 10: round by round
+    assert "| LUMix | 128 | 1000 | float32 | 500 | 0.50 |" in lines
+    assert "2 × A CPU, 2030-01-02, commit 0123456789: `python -m benchmarks.loaders --out x`" in lines
+    assert {path.name for path in (report.root / "figures").iterdir()} == {
+        "loaders.svg", "threads.svg", "cost.svg", "loss.svg"}
+
+
+def test_check_finds_what_is_not_current(report, capsys):
+    assert report.main("--check") == 1  # nothing is made yet, and nothing is made by looking
+    assert not (report.root / "figures").exists()
+    report.main()
+    assert report.main("--check") == 0
+    made = report.text.read_text()
+    report.text.write_text(made.replace("| 390 – 406 |", "| 390 – 999 |"))
+    capsys.readouterr()
+    assert report.main("--check") == 1
+    assert capsys.readouterr().out == f"{report.text}: not current; run python -m benchmarks.plot\n"
+    report.main()
+    assert report.text.read_text() == made
+    harness.write(report.root / "results" / "cost.json", COST | {"rounds": 6})  # another result, the same table
+    assert report.main("--check") == 1
+    assert "cost.svg: not current" in capsys.readouterr().out
+    report.main()
+    assert report.main("--check") == 0
+
+
+def test_figures_are_the_same_for_the_same_result(report):
+    report.main()
+    figures = sorted((report.root / "figures").iterdir())
+    before = [figure.read_bytes() for figure in figures]
+    for figure in figures:
+        figure.unlink()
+    report.main()
+    assert [figure.read_bytes() for figure in figures] == before
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("<!-- begin: nothing -->\n<!-- end: nothing -->\n", "begin: nothing -->: no .*nothing.json; measure it"),
+    ("<!-- begin: loaders -->\n", "markers: one stands alone"),
+    ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
+])
+def test_wrong_markers_are_named(report, text, message, capsys):
+    report.text.write_text(text)
+    with pytest.raises(SystemExit):
+        report.main()
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_unknown_kind_is_named(report, capsys):
+    harness.write(report.root / "results" / "odd.json", {"kind": "odd"})
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "its kind is 'odd'" in capsys.readouterr().err
+
+
+def test_the_committed_figures_and_tables_are_current():
+    assert pytest.importorskip("benchmarks.plot").main(["--check"]) == 0
