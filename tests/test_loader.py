@@ -324,8 +324,13 @@ def test_a_pipeline_is_freed_without_the_garbage_collector(make, ramp_files):
             next(batches)
             pipes.append(weakref.ref(batches._pipe))
         assert [pipe() is None for pipe in pipes] == [True, True, False]
+        del batches  # as after a break
+        assert pipes[2]() is None
+        batches = iter(loader)
+        next(batches)
+        pipe = weakref.ref(batches._pipe)
         loader.close()
-        assert pipes[-1]() is None
+        assert pipe() is None
     finally:
         gc.enable()
 
@@ -399,6 +404,23 @@ def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
     loader.load_state_dict(state)
     loader.set_epoch(4)
     assert len(stream(loader)) == 5
+
+
+def test_a_state_behind_the_last_batch_starts_the_next_epoch(make, ramp_files):
+    loader, resumed = make(ramp_files, **MIX), make(ramp_files, **MIX)
+    batches = iter(loader)
+    for _ in range(len(loader)):
+        next(batches)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same(stream(resumed), stream(loader))
+
+
+def test_set_epoch_is_in_the_state(make, ramp_files):
+    loader, resumed = make(ramp_files, **MIX), make(ramp_files, **MIX)
+    next(iter(loader))
+    loader.set_epoch(3)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same(stream(resumed), stream(loader))
 
 
 STATE_OPTIONS = {"batch_size": 2, "rank": 0, "world_size": 2, "seed": 3, **MIX}
