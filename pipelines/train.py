@@ -8,171 +8,54 @@ by default (`--cutmix 1.0`), because LUMix needs it.
     python -m pipelines.train --data-dir DIR --model deit_small_patch16_224 --opt adamw --lr 1e-3 \\
         --weight-decay .05 --mixup .8 --cutmix 1.0 --drop-path .1 --model-ema
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
+    torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
+    python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # go on where it stopped
 
 OUTPUT/EXPERIMENT gets `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
 them), `summary.csv` and `log.jsonl` (a row an epoch), `args.yaml` and, at the end, `summary.json`.
+
+A run that is killed, at whatever moment, goes on from its last.pth.tar with `--resume` and the same flags on as
+many ranks, on the CPU bit for bit; `--checkpoint-interval` has that file written within the epochs, too. On
+SIGINT and SIGTERM it is written at once, and the run ends.
 """
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
-import shutil
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
 import yaml
 from nvidia import dali
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lumix_dali import LUMixLoss, __version__, check_target, create_loader
+from lumix_dali import LUMixLoss, MixTarget, __version__, check_target, create_loader
 from lumix_dali.sources import Samples, load
 
-
-@dataclass
-class Run:
-    """What training changes: all that a checkpoint could have to restore."""
-
-    model: nn.Module
-    network: Callable[..., torch.Tensor]  # the model as it is called: compiled, where asked for
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    ema: ModelEmaV3 | None
-    updates: int = 0
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model that `timm.create_model(checkpoint_path=...)` takes from our checkpoints."""
-        return self.ema.module if self.ema else self.model
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The module's text as it stands, and every default."""
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; what is wrong on its face ends the program here, before any work."""
-    parser = argparse.ArgumentParser("python -m pipelines.train", description=__doc__, formatter_class=Help)
-    add = parser.add_argument_group("data").add_argument
-    add("--data-dir", required=True, metavar="DIR", help="folder with train/ and val/ or validation/")
-    add("--train-split", default="train", help="folder of the training images under DIR")
-    add("--val-split", help="folder of the validation images; None: val or validation")
-    add("-b", "--batch-size", type=int, default=128, help="images a batch")
-    add("-vb", "--validation-batch-size", type=int, help="None: the training batch size")
-    add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
-    add("--img-size", type=int, help="side of a square input; None: the model's")
-    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
-    add("--scale", type=float, nargs=2, default=(.08, 1.), help="area of the random resized crop")
-    add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of that crop")
-    add("--hflip", type=float, default=.5, help="probability of a horizontal flip")
-    add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
-    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--crop-pct", type=float, help="centre crop in validation; None: the model's")
-
-    add = parser.add_argument_group("mixing and loss").add_argument
-    add("--mixup", type=float, default=0., help="alpha of Mixup; 0 is off")
-    add("--cutmix", type=float, default=1., help="alpha of CutMix; 0, timm's default, is off")
-    add("--cutmix-minmax", type=float, nargs=2, help="share of the box's sides instead of alpha")
-    add("--mixup-prob", type=float, default=1., help="share of the samples or batches that are mixed")
-    add("--mixup-switch-prob", type=float, default=.5, help="share of CutMix where both are on")
-    add("--mixup-mode", default="batch", help="one draw a batch, or one a sample: batch or elem")
-    add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from epoch N on; 0 is never")
-    add("--smoothing", type=float, default=.1, help="label smoothing")
-    add("--bce-loss", action="store_true", help="sigmoid BCE instead of softmax cross entropy")
-    add("--bce-sum", action="store_true", help="sum the BCE over classes instead of the mean")
-    add("--no-lumix", action="store_true", help="plain CutMix/Mixup: soft cross entropy at λ0")
-    add("--r-r", type=float, default=.4, help="ratio of the noise λ_r in λ")
-    add("--r-s", type=float, default=.1, help="ratio of the saliency λ_s in λ")
-    add("--eta", type=float, default=1., help="weight of the regulariser R")
-    add("--noise", nargs="+", default=["beta", "2.0"], metavar="LAW",
-        help="law of λ_r: beta ALPHA, normal MEAN STD, or uniform")
-    add("--attach-lam-s", action="store_true", help="let the gradient through λ_s")
-    add("--apply-to", choices=("cutmix", "all"), default="cutmix", help="kinds of samples LUMix changes")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="resnet50", help="any name timm.create_model knows")
-    add("--num-classes", type=int, help="None: as many as the training folder has")
-    add("--pretrained", action="store_true", help="start from timm's weights")
-    add("--initial-checkpoint", default="", metavar="PATH", help="start from these weights")
-    add("--drop", type=float, default=0., help="dropout")
-    add("--drop-path", type=float, help="stochastic depth; None: the model's")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the model")
-    add("--model-ema", action="store_true", help="keep an average of the weights; it is what is validated")
-    add("--model-ema-decay", type=float, default=.9998, help="of that average")
-    add("--channels-last", action="store_true", help="memory format of images and model")
-    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
-
-    add = parser.add_argument_group("optimiser and schedule").add_argument
-    add("--opt", default="sgd", help="any name of timm.optim")
-    add("--opt-eps", type=float, help="None: the optimiser's")
-    add("--opt-betas", type=float, nargs="+", help="None: the optimiser's")
-    add("--momentum", type=float, default=.9, help="where the optimiser has one")
-    add("--weight-decay", type=float, default=2e-5, help="not applied to biases and norms")
-    add("--clip-grad", type=float, metavar="NORM", help="None: no clipping")
-    add("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="what is clipped")
-    add("--lr", type=float, help="None: --lr-base, scaled by the batch size")
-    add("--lr-base", type=float, default=.1, help="learning rate at --lr-base-size")
-    add("--lr-base-size", type=int, default=256, help="batch size of --lr-base")
-    add("--lr-base-scale", choices=("linear", "sqrt"), help="None: sqrt for adaptive optimisers")
-    add("--epochs", type=int, default=300, help="length of the run")
-    add("--sched", default="cosine", help="any name of timm.scheduler")
-    add("--sched-on-updates", action="store_true", help="a step of the schedule an update, not an epoch")
-    add("--warmup-epochs", type=int, default=5, help="from --warmup-lr on")
-    add("--warmup-lr", type=float, default=1e-5, help="where the warm-up starts")
-    add("--warmup-prefix", action="store_true", help="start the schedule after the warm-up")
-    add("--min-lr", type=float, default=0., help="where the schedule ends")
-    add("--decay-epochs", type=float, default=90, help="between two decays")
-    add("--decay-milestones", type=int, nargs="+", default=(90, 180, 270), help="for multistep")
-    add("--decay-rate", type=float, default=.1, help="factor of a decay")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--amp", action="store_true", help="mixed precision")
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of mixed precision")
-    add("--seed", type=int, default=42, help="of everything drawn")
-    add("--output", default="runs", metavar="PATH", help="where runs go")
-    add("--experiment", default="", help="folder under OUTPUT; empty: time, model and size")
-    add("--eval-metric", choices=("top1", "top5", "loss"), default="top1", help="what model_best is best in")
-    add("--checkpoint-hist", type=int, default=0, metavar="N", help="best epochs kept besides model_best")
-    add("--log-interval", type=int, default=50, metavar="N", help="batches between updates of the loss shown")
-    args = parser.parse_args(argv)
-
-    for name, least in {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "seed": 0}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
-    cutmix = args.cutmix > 0 or args.cutmix_minmax
-    if not args.no_lumix and not cutmix and (args.apply_to == "cutmix" or not args.mixup):
-        parser.error(f"--cutmix {args.cutmix:g} leaves LUMix no sample to apply to: give --cutmix 1.0, "
-                     "--mixup .8 with --apply-to all, or --no-lumix")
-    try:
-        args.noise = (args.noise[0], *map(float, args.noise[1:]))
-    except ValueError:
-        parser.error(f"--noise {' '.join(args.noise)}: give beta ALPHA, normal MEAN STD, or uniform")
-    args.lr = learning_rate(args) if args.lr is None else args.lr
-    args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.world_size > 1:
-        parser.error(f"WORLD_SIZE {args.world_size}: several ranks are not supported yet; "
-                     "start it without torchrun")
-    return args
+from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
+from .flags import parse_args, ratios
+from .ranks import Stop, gathered, joined, summed
 
 
 def load_data(args: argparse.Namespace) -> tuple[Samples, Samples]:
@@ -199,8 +82,8 @@ def load_data(args: argparse.Namespace) -> tuple[Samples, Samples]:
 
 def build_criterion(args: argparse.Namespace) -> LUMixLoss:
     """The LUMix loss; `--no-lumix` is its plain special case, soft cross entropy at λ0."""
-    r_r, r_s, eta = (0., 0., 0.) if args.no_lumix else (args.r_r, args.r_s, args.eta)
-    return LUMixLoss(r_r, r_s, eta, noise=args.noise, smoothing=args.smoothing,
+    eta = 0. if args.no_lumix else args.eta
+    return LUMixLoss(*ratios(args), eta, noise=args.noise, smoothing=args.smoothing,
                      base="bce" if args.bce_loss else "softmax",
                      bce_reduction="sum" if args.bce_sum else "mean",
                      detach_lam_s=not args.attach_lam_s, apply_to=args.apply_to)
@@ -228,7 +111,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Samples, data_config: dict):
     """The training and the validation loader, with the input that timm's `data_config` describes."""
     common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
-                  seed=args.seed, rank=args.rank, world_size=args.world_size)
+                  seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
     train = create_loader(
         train_data, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio,
         hflip=args.hflip, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
@@ -237,176 +120,281 @@ def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Sampl
     return train, create_loader(val_data, batch_size=val_batch, is_training=False, **common)
 
 
-def learning_rate(args: argparse.Namespace) -> float:
-    """`--lr-base` scaled by the batch size, by timm's rule."""
-    ratio = args.batch_size / args.lr_base_size
-    adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
-    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
-    return args.lr_base * (ratio ** .5 if scale == "sqrt" else ratio)
+def leave(run: Run, args: argparse.Namespace, number: int) -> None:
+    """Ends the program as a signal asks, saying how to go on."""
+    last = run.folder / "last.pth.tar"
+    if args.rank == 0:
+        how = f"go on with --resume {last}" if last.exists() else "there is no checkpoint yet"
+        print(f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: {how}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
 
 
-def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, steps: int) -> Run:
-    """Moves the model to the device and gives it its optimiser, schedule, scaler and average."""
+def updates_per_epoch(loader: Any, args: argparse.Namespace) -> int:
+    """An update takes --grad-accum-steps batches, the last one of an epoch what is left."""
+    return -(-len(loader) // args.grad_accum_steps)
+
+
+def build_run(args: argparse.Namespace, model: nn.Module, train: Any, val: Any, size: tuple[int, ...],
+              folder: Path) -> Run:
+    """Moves the model to the device and gives it its optimiser, schedule, scaler, average and ranks."""
+    device = train.device
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
+    if args.sync_bn and dist.is_initialized():
+        model = convert_sync_batchnorm(model)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
-    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=steps)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args))
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
     ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
-    network = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-    return Run(model, network, optimizer, scheduler, scaler, autocast, ema)
+    network: Any = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
+    if dist.is_initialized():
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    return Run(train, val, folder, size, model, network, optimizer, scheduler, scaler, autocast, ema, sums)
 
 
-def train_one_epoch(run: Run, loader, criterion: LUMixLoss, args: argparse.Namespace,
-                    epoch: int) -> dict[str, float]:
-    """Trains one epoch; sums stay on the device until its end, so that no step waits for it.
+def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> dict[str, float]:
+    """Trains an epoch, or what is left of it; sums stay on the device until its end, so that no step waits for it.
 
     Returns:
-        train_loss, lam0_mean (over all samples, unmixed ones as 0), lr and images_per_second.
+        train_loss, lam0_mean (over all samples, unmixed ones as 0), lr, images_per_second, and every
+        --log-interval batches' means over the samples that LUMix applies to, 0 where there are none: lumix_lam0,
+        lumix_lam_s, lumix_lam (what the labels become) and lumix_clamped (share of λ at 0 or 1).
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
+        SystemExit: a signal came; the checkpoint is written.
     """
     run.model.train()
-    loader.set_epoch(epoch)
-    loader.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
-    sums, count = torch.zeros(2, dtype=torch.float64, device=loader.device), len(loader) * args.batch_size
-    lr = run.optimizer.param_groups[0]["lr"]
-    start = time.perf_counter()
-    with progress(count, f"epoch {epoch}") as bar:
-        for step, (images, target) in enumerate(loader):
-            with run.autocast:
-                logits = run.network(images)
-                if run.updates == 0:
-                    check_target(target, logits.size(1))
-                loss = criterion(logits, target)
-            update(run, loss, args)
-            run.scheduler.step_update(run.updates)
-            sums += torch.stack([loss.detach() * len(images), target.lam0.sum()])
-            bar.update(len(images))
-            if step % args.log_interval == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.2e}", refresh=False)
-    loss_sum, lam0_sum = sums.tolist()
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(f"the training loss of epoch {epoch} is {loss_sum}: lower --lr, "
-                                 "give --clip-grad, or with --amp try --amp-dtype bfloat16")
-    return {"train_loss": loss_sum / count, "lam0_mean": lam0_sum / count, "lr": lr,
-            "images_per_second": count / (time.perf_counter() - start)}
+    loader, first, start = run.train, run.step, time.perf_counter()
+    everywhere = args.batch_size * args.world_size
+    with progress(len(loader) * everywhere, f"epoch {run.epoch}", args, first * everywhere) as bar:
+        for images, target in remaining(run, args):
+            loss = train_step(run, images, target, criterion, args)
+            bar.update(everywhere)
+            if (run.step - 1) % args.log_interval == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{learning_rate_now(run):.2e}", refresh=False)
+            if run.step % args.grad_accum_steps and run.step < len(loader):
+                continue
+            asked = stop.agreed()
+            if asked or (args.checkpoint_interval and run.updates % args.checkpoint_interval == 0):
+                check_finite(run)
+                save(run, args)
+            if asked:
+                leave(run, args, asked)
+    check_finite(run)
+    sums, count = dict(zip(SUMS, summed(run.sums), strict=True)), len(loader) * everywhere
+    applied = max(sums["applied"], 1.)
+    return {"train_loss": sums["loss"] / count, "lam0_mean": sums["lam0"] / count,
+            **{name: sums[name] / applied for name in SUMS[3:]}, "lr": learning_rate_now(run),
+            "images_per_second": (len(loader) - first) * everywhere / (time.perf_counter() - start)}
 
 
-def update(run: Run, loss: torch.Tensor, args: argparse.Namespace) -> None:
-    """One step of the optimiser, and of the average."""
-    run.optimizer.zero_grad()
-    run.scaler.scale(loss).backward()
+def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, MixTarget]]:
+    """The batches of this epoch that are not done yet."""
+    if run.step < len(run.train):  # else the loader stands in the next epoch already
+        run.train.set_epoch(run.epoch)
+        run.train.mixup_enabled = not 0 < args.mixup_off_epoch <= run.epoch
+        yield from run.train
+
+
+def train_step(run: Run, images: torch.Tensor, target: MixTarget, criterion: LUMixLoss,
+               args: argparse.Namespace) -> torch.Tensor:
+    """One batch, and an update where it is the last of --grad-accum-steps; returns its loss."""
+    steps, accum = updates_per_epoch(run.train, args), args.grad_accum_steps
+    group = min(accum, len(run.train) - run.step // accum * accum)  # an epoch's last update may have fewer
+    is_last = run.step % accum == group - 1
+    criterion.r_r, criterion.r_s = ratios(args, run.updates / steps)
+    with nullcontext() if is_last else getattr(run.network, "no_sync", nullcontext)():
+        with run.autocast:
+            logits = run.network(images)
+            if run.updates == 0:
+                check_target(target, logits.size(1))
+            # Drawn here, so that the statistics can be of the λ that the loss has.
+            lam_r = criterion.draw(logits) if ratios(args)[0] else None
+            loss = criterion(logits, target, lam_r)
+        run.scaler.scale(loss / group).backward()
+    run.sums[:2] += torch.stack([loss.detach() * len(images), target.lam0.sum()])
+    if run.step % args.log_interval == 0:
+        run.sums[2:] += lam_sums(criterion, logits.detach(), target, lam_r)
+    if is_last:
+        update(run, args)
+    run.step += 1
+    return loss.detach()
+
+
+def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget,
+             lam_r: torch.Tensor | None) -> torch.Tensor:
+    """SUMS[2:] of a batch: number of samples that LUMix applies to, their λ0, λ_s and λ, and the clamped ones."""
+    lam = criterion.lam(logits, target, lam_r)
+    pair = logits.to(lam.dtype).gather(1, torch.stack([target.partner_labels, target.labels], 1))
+    applied = (target.lam0 > 0) & (target.lam0 < 1)
+    if criterion.apply_to == "cutmix":
+        applied &= target.kind == 2
+    clamped = (lam <= 0) | (lam >= 1)
+    columns = (torch.ones_like(lam), target.lam0, pair.softmax(1)[:, 0], lam, clamped)
+    return (torch.stack([column.to(lam.dtype) for column in columns]) * applied).sum(1)
+
+
+def update(run: Run, args: argparse.Namespace) -> None:
+    """One step of the optimiser, of the average, and of a schedule by updates."""
     if args.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
         parameters = model_parameters(run.model, exclude_head=args.clip_mode == "agc")
         dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    run.optimizer.zero_grad()
     run.updates += 1
     if run.ema:
         run.ema.update(run.model, step=run.updates)
+    run.scheduler.step_update(run.updates)
+
+
+def learning_rate_now(run: Run) -> float:
+    """Of the first group of parameters."""
+    return run.optimizer.param_groups[0]["lr"]
+
+
+def check_finite(run: Run) -> None:
+    """Stops a run that has gone astray, before its weights take the place of good ones."""
+    if not math.isfinite(run.sums[0].item()):
+        raise FloatingPointError(f"the training loss of epoch {run.epoch} is {run.sums[0].item()}: lower --lr, "
+                                 "give --clip-grad, or with --amp try --amp-dtype bfloat16")
+
+
+def share_statistics(run: Run, args: argparse.Namespace) -> None:
+    """Gives all ranks the running means of rank 0, on which DDP goes on too, so that they validate one model."""
+    if dist.is_initialized():
+        for model in (run.model, run.evaluated):
+            distribute_bn(model, args.world_size, reduce=False)
 
 
 @torch.inference_mode()
-def validate(run: Run, loader) -> dict[str, float]:
+def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]:
     """Top-1 and top-5 in percent, and the plain cross entropy, over every validation sample once."""
+    share_statistics(run, args)
     run.evaluated.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64, device=loader.device), 0
-    with progress(len(loader.dataset), "validation") as bar:
-        for images, labels in loader:
+    sums = torch.zeros(4, dtype=torch.float64, device=run.val.device)
+    with progress(len(run.val.dataset), "validation", args) as bar:
+        for images, labels in run.val:
             with run.autocast:
                 logits = run.evaluated(images)
             hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
             loss = cross_entropy(logits.float(), labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-            count += len(labels)
-            bar.update(len(labels))
-    loss_sum, top1, top5 = sums.tolist()
+            sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+            sums[3] += len(labels)
+            bar.update(len(labels) * args.world_size)
+            if stop.signal:  # ranks need not agree: nothing is written
+                leave(run, args, stop.signal)
+    loss_sum, top1, top5, count = summed(sums)
     return {"loss": loss_sum / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
-def progress(total: int, what: str) -> tqdm:
-    """A bar with images/s; in a log file it speaks once a minute."""
+def progress(total: int, what: str, args: argparse.Namespace, initial: int = 0) -> tqdm:
+    """Rank 0's bar, with the images/s of all; in a log file it speaks once a minute."""
     interval = .1 if sys.stderr.isatty() else 60
     return tqdm(total=total, desc=what, unit="img", unit_scale=True, leave=False, dynamic_ncols=True,
-                mininterval=interval, delay=interval)
+                mininterval=interval, delay=interval, initial=initial, disable=args.rank > 0)
 
 
-def checkpoint(run: Run, args: argparse.Namespace, epoch: int, metric: float,
-               classes: list[str]) -> dict[str, Any]:
-    """The model in timm's checkpoint format; plain types only, so that `weights_only=True` loads it."""
-    state = {"version": 2, "arch": args.model, "epoch": epoch, "metric": metric, "args": vars(args),
-             "classes": classes, "state_dict": run.model.state_dict()}
-    if run.ema:
-        state["state_dict_ema"] = run.ema.module.state_dict()
-    return state
+def best_epochs(rows: list[dict[str, float]], args: argparse.Namespace) -> list[int]:
+    """All epochs, the best first; of two equals the earlier."""
+    sign = 1 if args.eval_metric == "loss" else -1
+    return [int(row["epoch"]) for row in sorted(rows, key=lambda row: sign * row[metric_name(args)])]
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], history: list[tuple[float, int]],
-                    args: argparse.Namespace) -> None:
-    """Writes last.pth.tar, and model_best and checkpoint-E where the epoch earns it.
-
-    A file is replaced in one step, so that a run killed meanwhile leaves the old one whole. `history` holds
-    (score, epoch) of all epochs, best first, and takes this one in.
-    """
-    scratch, last = folder / "tmp.pth.tar", folder / "last.pth.tar"
-    torch.save(state, scratch)
-    os.replace(scratch, last)
-
-    epoch, keep = state["epoch"], args.checkpoint_hist
-    history.append((-state["metric"] if args.eval_metric == "loss" else state["metric"], epoch))
-    history.sort(key=lambda entry: -entry[0])  # stable: of two equals the earlier stays first
-    for name, best in {"model_best": history[:1], f"checkpoint-{epoch}": history[:keep]}.items():
-        if epoch in (number for _, number in best):
-            shutil.copyfile(last, scratch)
-            os.replace(scratch, folder / f"{name}.pth.tar")
-    for _, old in history[keep:]:
-        (folder / f"checkpoint-{old}.pth.tar").unlink(missing_ok=True)
+def save_epoch(run: Run, args: argparse.Namespace) -> None:
+    """Writes last.pth.tar, and model_best and checkpoint-E where the epoch earns it, and the log."""
+    epoch, best = int(run.rows[-1]["epoch"]), best_epochs(run.rows, args)
+    keep, drop = best[:args.checkpoint_hist], best[args.checkpoint_hist:]
+    earned = {"model_best": epoch == best[0], f"checkpoint-{epoch}": epoch in keep}
+    save(run, args, *(name for name in earned if earned[name]))
+    if args.rank == 0:
+        for old in drop:
+            (run.folder / f"checkpoint-{old}.pth.tar").unlink(missing_ok=True)
+        write_log(run)
 
 
-def log_epoch(folder: Path, row: dict[str, float]) -> None:
-    """Adds a row to summary.csv and log.jsonl (the first row starts both anew), and prints it."""
-    mode = "a" if row["epoch"] else "w"
-    with open(folder / "summary.csv", mode, newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if not row["epoch"]:
-            writer.writeheader()
-        writer.writerow(row)
-    with open(folder / "log.jsonl", mode) as file:
-        file.write(json.dumps(row) + "\n")
-    print("epoch {epoch:3}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  top-1 {top1:.2f}  top-5 "
-          "{top5:.2f}  mean λ0 {lam0_mean:.3f}  {images_per_second:,.0f} img/s".format(**row), flush=True)
+def write_log(run: Run) -> None:
+    """Writes summary.csv and log.jsonl from the rows, so that neither ever differs from the checkpoint."""
+    table = io.StringIO()
+    if run.rows:
+        writer = csv.DictWriter(table, run.rows[0])
+        writer.writeheader()
+        writer.writerows(run.rows)
+    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
+    for name, text in {"summary.csv": table.getvalue(), "log.jsonl": lines}.items():
+        (run.folder / "tmp.log").write_text(text, newline="")
+        os.replace(run.folder / "tmp.log", run.folder / name)
 
 
-def fit(run: Run, train, val, criterion: LUMixLoss, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Trains, validates, logs and saves every epoch.
-
-    Returns:
-        The summary: the last epoch's scores, which are those of last.pth.tar, and the best epoch's.
-    """
-    rows: list[dict[str, float]] = []
-    history: list[tuple[float, int]] = []
-    for epoch in range(args.epochs):
-        row = {"epoch": epoch, **train_one_epoch(run, train, criterion, args, epoch)}
-        scores = validate(run, val)
+def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> None:
+    """Trains, validates, logs and saves every epoch that is left."""
+    while run.epoch < args.epochs:
+        row = {"epoch": run.epoch, **train_one_epoch(run, criterion, args, stop)}
+        scores = validate(run, args, stop)
         row |= {"val_loss": scores["loss"], "top1": scores["top1"], "top5": scores["top5"]}
-        metric = scores[args.eval_metric]
-        run.scheduler.step(epoch + 1, metric)
-        save_checkpoint(folder, checkpoint(run, args, epoch, metric, train.classes), history, args)
-        log_epoch(folder, row)
-        rows.append(row)
+        run.scheduler.step(run.epoch + 1, scores[args.eval_metric])
+        run.rows.append(row)
+        run.epoch, run.step = run.epoch + 1, 0
+        run.sums.zero_()
+        save_epoch(run, args)
+        if args.rank == 0:
+            print("epoch {epoch:3}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  top-1 {top1:.2f}  top-5 "
+                  "{top5:.2f}  mean λ0 {lam0_mean:.3f}; of LUMix λ0 {lumix_lam0:.3f} λ_s {lumix_lam_s:.3f} λ "
+                  "{lumix_lam:.3f}  {images_per_second:,.0f} img/s".format(**row), flush=True)
+
+
+def replaced_files(run: Run) -> list[str]:
+    """The damaged files that the loaders of all ranks replaced; on rank 0."""
+    mine = {loader.samples.path(index) for loader in (run.train, run.val) for index in loader.bad}
+    return sorted(set().union(*gathered(mine)))
+
+
+def summarise(run: Run, args: argparse.Namespace, replaced: list[str]) -> dict[str, Any]:
+    """The last epoch's scores, which are those of last.pth.tar, the best epoch's, and what ran."""
+    last, best = run.rows[-1], best_epochs(run.rows, args)[0]
     versions = {"lumix_dali": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
                 "timm": timm.__version__, "dali": dali.__version__}
-    return {"top1": row["top1"], "top5": row["top5"], "val_loss": row["val_loss"],
-            "best": abs(history[0][0]), "best_epoch": history[0][1], "eval_metric": args.eval_metric,
-            "images_per_second": statistics.median(row["images_per_second"] for row in rows),
-            "lam0_mean": statistics.fmean(row["lam0_mean"] for row in rows),
-            "device": torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else "cpu",
-            "model": args.model, "epochs": args.epochs, "seed": args.seed, "versions": versions}
+    return {"top1": last["top1"], "top5": last["top5"], "val_loss": last["val_loss"],
+            "best": run.rows[best][metric_name(args)], "best_epoch": best, "eval_metric": args.eval_metric,
+            "images_per_second": statistics.median(row["images_per_second"] for row in run.rows),
+            "lam0_mean": statistics.fmean(row["lam0_mean"] for row in run.rows), "replaced": len(replaced),
+            "device": torch.cuda.get_device_name(run.train.device) if run.train.device.type == "cuda" else "cpu",
+            "ranks": args.world_size, "model": args.model, "epochs": args.epochs, "seed": args.seed,
+            "versions": versions}
+
+
+def start(run: Run, args: argparse.Namespace, found: tuple[Path, dict[str, Any]] | None) -> None:
+    """Resumes, where there is something to resume, and lays out the run's folder."""
+    if found:
+        resume(run, args, *found)
+    if args.rank:
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, should this one not get there
+    once = {"config", "resume", "rank", "world_size"}  # of this call, not of the run
+    settings = {key: value for key, value in vars(args).items() if key not in once}
+    (run.folder / "args.yaml").write_text(yaml.safe_dump(settings))
+    write_log(run)
+    size = "x".join(map(str, run.input_size[1:]))
+    print(f"{args.model}: {len(run.train.dataset)} images of {len(run.train.classes)} classes at {size}, "
+          f"{args.world_size} rank(s) on {run.train.device}, into {run.folder}")
+    if found:
+        print(f"goes on from {found[0]}, epoch {run.epoch}, batch {run.step}", flush=True)
+    elif args.resume:
+        print(f"--resume: there is no {run.folder / 'last.pth.tar'} yet, it starts anew", flush=True)
+
+
+def run_folder(args: argparse.Namespace, found: tuple[Path, dict[str, Any]] | None, size: str) -> Path:
+    """OUTPUT/EXPERIMENT; a run that goes on, and is given no other name, stays where it is."""
+    if found and not args.experiment:
+        return found[0].parent
+    return Path(args.output, args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{size}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -416,34 +404,40 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         argv: the command line without the program's name; None takes the process's own.
 
     Returns:
-        The summary, as written to summary.json.
+        The summary, as rank 0 writes it to summary.json.
 
     Raises:
-        ValueError: for a wrong argument or folder, before the first batch.
+        ValueError: for a wrong argument, folder or checkpoint, before the first batch.
     """
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     criterion = build_criterion(args)
     train_data, val_data = load_data(args)
-    torch.manual_seed(args.seed + args.rank)  # the ranks draw different λ_r
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
+    with joined(args):
+        found = read_checkpoint(args) if args.resume else None
+        torch.manual_seed(args.seed + args.rank)  # the ranks draw different λ_r
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
-    model = build_model(args, len(train_data.classes))
-    data_config = resolve_data_config(vars(args), model=model)
-    train, val = build_loaders(args, train_data, val_data, data_config)
-    with train, val:
-        run = build_run(args, model, train.device, len(train))
-        size = "x".join(map(str, data_config["input_size"][1:]))
-        folder = Path(args.output, args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{size}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, should this one not get there
-        (folder / "args.yaml").write_text(yaml.safe_dump(vars(args)))
-        print(f"{args.model}: {len(train.dataset)} images of {len(train.classes)} classes at {size} on "
-              f"{train.device}, into {folder}")
-        summary = fit(run, train, val, criterion, args, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        model = build_model(args, len(train_data.classes))
+        data_config = resolve_data_config(vars(args), model=model)
+        train, val = build_loaders(args, train_data, val_data, data_config)
+        folder = run_folder(args, found, "x".join(map(str, data_config["input_size"][1:])))
+        with train, val, Stop() as stop:
+            run = build_run(args, model, train, val, data_config["input_size"], folder)
+            start(run, args, found)
+            fit(run, criterion, args, stop)
+            replaced = replaced_files(run)
+            summary = summarise(run, args, replaced)
+        if args.rank == 0:
+            for path in replaced:
+                print(f"replaced, it cannot be decoded: {path}")
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))  # all is closed; Python's own way out takes torch two seconds

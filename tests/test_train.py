@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from PIL import Image
 from timm.data import create_transform
 from timm.loss import SoftTargetCrossEntropy
 
-from lumix_dali import MixTarget
+from lumix_dali import LUMixLoss, MixTarget
 from pipelines import train
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 
-def write_folder(root, counts, classes=COLOURS):
-    """Noisy images about a colour a class, of several sizes: root/SPLIT/CLASS/NUMBER.png."""
+def write_folder(root, counts, classes=COLOURS, size=None):
+    """Noisy images about a colour a class, of several sizes unless one is given: root/SPLIT/CLASS/NUMBER.png."""
     rng = np.random.default_rng(0)
     for split, count in counts.items():
         for name in classes:
@@ -27,7 +28,8 @@ def write_folder(root, counts, classes=COLOURS):
             folder.mkdir(parents=True)
             for number in range(count):
                 colour = rng.normal(COLOURS[name], 70)
-                pixels = rng.normal(colour, 30, (36 + number % 5, 48 - number % 7, 3))
+                shape = size or (36 + number % 5, 48 - number % 7)
+                pixels = rng.normal(colour, 30, (*shape, 3))
                 Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / f"{number}.png")
     return root
 
@@ -89,29 +91,123 @@ def test_summary_repeats_the_last_epoch(run):
     assert summary["device"] == "cpu"
 
 
-def test_lam0_is_logged(run):
+def test_lam_is_logged(run):
     folder, _, name = run
-    first, second = (row["lam0_mean"] for row in rows(folder))
-    assert .1 < first < .6
-    assert (second == 0) == (name == "test_vit")  # --mixup-off-epoch 1
+    first, second = rows(folder)
+    names = ("lam0_mean", "lumix_lam0", "lumix_lam_s", "lumix_lam")
+    assert all(.05 < first[key] < .95 for key in names)
+    assert all((second[key] == 0) == (name == "test_vit") for key in names)  # --mixup-off-epoch 1
 
 
-def test_summary_holds_for_the_saved_model(run, data):
-    """top-1 and loss of the checkpoint, recomputed with timm's model, PIL and timm's transform."""
-    folder, summary, name = run
-    size = {"img_size": 32} if name == "test_vit" else {}
+@pytest.mark.parametrize("apply_to", ["cutmix", "all"])
+def test_lam_sums(apply_to):
+    """Five samples: CutMix, a clamped one, Mixup, a box of the whole image, unmixed."""
+    criterion = LUMixLoss(.4, .1, noise=("normal", 0., 5.), apply_to=apply_to)
+    lam0 = torch.tensor([.3, .6, .5, 1., 0.])
+    box = torch.tensor([[0, 0, 3, 3], [0, 0, 6, 6], [0, 0, 0, 0], [0, 0, 9, 9], [0, 0, 0, 0]], dtype=torch.int32)
+    target = MixTarget(torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64), lam0, box,
+                       torch.tensor([2, 2, 1, 2, 0], dtype=torch.int32))
+    logits = torch.tensor([[0., np.log(3.), 0.]]).repeat(5, 1)  # λ_s = 3/4
+    sums = train.lam_sums(criterion, logits, target, torch.tensor([.5, 20., .5, .5, .5]))
+    expected = [2., .9, 1.5, .5 * .3 + .4 * .5 + .1 * .75 + 1, 1.]
+    if apply_to == "all":
+        expected = [a + b for a, b in zip(expected, [1., .5, .75, .5 * .5 + .4 * .5 + .1 * .75, 0.], strict=True)]
+    assert sums.tolist() == pytest.approx(expected)
+
+
+def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
+    """Every step is looked at; the λ that the loss used, caught in the loss, have the mean that is logged."""
+    seen, mix = [], LUMixLoss._mix
+
+    def spy(self, columns, target, lam_r):
+        lam, active = mix(self, columns, target, lam_r)
+        if columns.requires_grad:
+            seen.append(lam.detach()[active])
+        return lam, active
+
+    monkeypatch.setattr(LUMixLoss, "_mix", spy)
+    train.main(argv(data, tmp_path, "--epochs", "1", "--log-interval", "1", "--noise", "normal", "0", "1"))
+    (row,), lam = rows(tmp_path / "run"), torch.cat(seen).double()
+    assert row["lumix_lam"] == pytest.approx(lam.mean().item(), rel=1e-5)
+    clamped = ((lam == 0) | (lam == 1)).double().mean().item()
+    assert row["lumix_clamped"] == pytest.approx(clamped)
+    assert .05 < clamped < .9
+
+
+def test_ratios_warm_up(data, tmp_path, monkeypatch):
+    seen, forward = [], LUMixLoss.forward
+
+    def spy(self, *inputs):
+        seen.append((self.r_r, self.r_s))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(LUMixLoss, "forward", spy)
+    more = ["-b", "24", "--grad-accum-steps", "2", "--lumix-warmup-epochs", "1.5", "--r-r", ".6", "--r-s", ".3"]
+    train.main(argv(data, tmp_path, *more))  # 4 batches, 2 updates an epoch
+    shares = [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
+    assert seen == [pytest.approx((.6 * share, .3 * share)) for share in shares]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Without noise, four batches of 6 an update train like batches of 24; 72 of 75 images, and 3 updates."""
+    data = write_folder(tmp_path / "data", {"train": 25, "val": 2}, size=(32, 32))
+    plain = ["--model", "test_vit", "--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1",
+             "--hflip", "0", "--opt", "sgd", "--lr", ".1", "--epochs", "1"]
+    for name, more in {"whole": ["-b", "24"], "parts": ["-b", "6", "--grad-accum-steps", "4"]}.items():
+        train.main(argv(data, tmp_path / name, *plain, *more))
+    whole, parts = (torch.load(tmp_path / name / "run" / "last.pth.tar", weights_only=True)
+                    for name in ("whole", "parts"))
+    assert whole["run"]["updates"] == parts["run"]["updates"] == 3
+    torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_that_is_left_over(data, tmp_path):
+    """12 batches in updates of 5 are three updates, the last of two batches."""
+    train.main(argv(data, tmp_path, "--epochs", "1", "--grad-accum-steps", "5"))
+    state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
+    assert state["run"]["updates"] == 3
+
+
+@pytest.mark.parametrize("limit", ["2", "1"])
+def test_damaged_files_are_counted(limit, tmp_path, capsys):
+    data = write_folder(tmp_path / "data", {"train": 8, "val": 2})
+    broken = [data / "train" / "red" / "3.png", data / "val" / "blue" / "1.png"]
+    for file in broken:
+        file.write_bytes(b"no image")
+    more = ["--epochs", "1", "-b", "4", "--max-bad", limit]
+    if limit == "1":
+        (data / "train" / "red" / "4.png").write_bytes(b"no image")
+        with pytest.warns(UserWarning, match="cannot be decoded"), pytest.raises(ValueError, match="max_bad > 1"):
+            train.main(argv(data, tmp_path, *more))
+        return
+    with pytest.warns(UserWarning, match="cannot be decoded"):
+        summary = train.main(argv(data, tmp_path, *more))
+    out = capsys.readouterr().out
+    assert summary["replaced"] == 2
+    assert all(f"replaced, it cannot be decoded: {file}\n" in out for file in broken)
+
+
+def recomputed(folder, data, name="test_resnet", split="validation", **size):
+    """Loss and top-1 of a run's checkpoint, with timm's model, PIL and timm's transform."""
     checkpoint = str(folder / "last.pth.tar")
-    model = timm.create_model(name, num_classes=3, checkpoint_path=checkpoint, **size).eval()
+    files = sorted((data / split).glob("*/*.png"))
+    classes = sorted({file.parent.name for file in files})
+    model = timm.create_model(name, num_classes=len(classes), checkpoint_path=checkpoint, **size).eval()
     transform = create_transform(**timm.data.resolve_data_config({"img_size": 32}, model=model))
-    files = sorted((data / "validation").glob("*/*.png"))
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-    labels = torch.tensor([list(COLOURS).index(file.parent.name) for file in files])
+    labels = torch.tensor([classes.index(file.parent.name) for file in files])
     with torch.inference_mode():
         logits = model(images)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
+    one = 100 / len(files) + 1e-3  # one may lie on the edge
+    return loss, pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=one)
+
+
+def test_summary_holds_for_the_saved_model(run, data):
+    folder, summary, name = run
+    loss, top1 = recomputed(folder, data, name, **({"img_size": 32} if name == "test_vit" else {}))
     assert summary["val_loss"] == pytest.approx(loss, rel=.02)
-    assert summary["top1"] == pytest.approx(top1, abs=100 / len(files) + 1e-3)  # one may lie on the edge
+    assert summary["top1"] == top1
     assert summary["top5"] == 100  # of three classes
 
 
@@ -158,29 +254,71 @@ def test_flags_reach_the_loss():
     assert (criterion.base, criterion.bce_reduction) == ("bce", "sum")
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ([], .05), (["--lr", ".3"], .3), (["--opt", "adamw"], .1 * .5 ** .5),
-    (["--lr-base-scale", "sqrt"], .1 * .5 ** .5),
+@pytest.mark.parametrize(("flags", "world_size", "expected"), [
+    ([], 1, .05), (["--lr", ".3"], 8, .3), (["--opt", "adamw"], 1, .1 * .5 ** .5),
+    (["--lr-base-scale", "sqrt"], 1, .1 * .5 ** .5), ([], 8, .4), (["--grad-accum-steps", "4"], 2, .4),
 ])
-def test_learning_rate_scales_as_timms(flags, expected):
+def test_learning_rate_scales_as_timms(flags, world_size, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert train.parse_args(["--data-dir", ".", "-b", "128", *flags]).lr == pytest.approx(expected)
 
 
-def test_checkpoint_history(tmp_path):
+def test_checkpoint_history(tmp_path, monkeypatch):
     args = train.parse_args(["--data-dir", ".", "--checkpoint-hist", "2", "--eval-metric", "loss"])
-    history = []
+    run = SimpleNamespace(folder=tmp_path, rows=[])
+
+    def save(run, args, *names):
+        for name in (*names, "last"):
+            (tmp_path / f"{name}.pth.tar").write_text(str(run.rows[-1]["epoch"]))
+
+    monkeypatch.setattr(train, "save", save)
     for epoch, loss in enumerate([3., 1., 2., 1.]):
-        train.save_checkpoint(tmp_path, {"epoch": epoch, "metric": loss}, history, args)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "checkpoint-1.pth.tar", "checkpoint-3.pth.tar", "last.pth.tar", "model_best.pth.tar"]
-    assert torch.load(tmp_path / "last.pth.tar")["epoch"] == 3
-    assert torch.load(tmp_path / "model_best.pth.tar")["epoch"] == 1  # the earlier of two equals
+        run.rows.append({"epoch": epoch, "val_loss": loss})
+        train.save_epoch(run, args)
+    found = {file.name.removesuffix(".pth.tar"): file.read_text() for file in tmp_path.glob("*.pth.tar")}
+    assert found == {"checkpoint-1": "1", "checkpoint-3": "3", "last": "3",
+                     "model_best": "1"}  # the earlier of two equals
+
+
+def test_config_gives_defaults(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
+                      "reprob: 0.25\nbn_eps: null\n")
+    args = train.parse_args(["--config", str(config), "--r-r", ".2"])
+    assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
+    assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
+    assert "ignored: reprob=0.25\n" in capsys.readouterr().err
+    assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
+
+
+def test_args_of_a_run_are_a_config(run):
+    folder, *_ = run
+    config = folder / "args.yaml"
+    args = vars(train.parse_args(["--config", str(config)]))
+    once = {"config": str(config), "rank": 0, "world_size": 1}
+    expected = json.loads(json.dumps(yaml.safe_load(config.read_text()) | once | {"resume": None}))
+    assert json.loads(json.dumps(args)) == expected
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (None, "No such file"), ("- a", "holds a list"), ("a: [", "while parsing"),
+])
+def test_bad_config(text, message, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(SystemExit):
+        train.parse_args(["--data-dir", ".", "--config", str(config)])
+    assert f"--config {config}" in (err := capsys.readouterr().err)
+    assert message in err
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--noise", "beta", "two"], "--noise beta two: give beta ALPHA"),
     (["--cutmix", "0"], "--cutmix 0 leaves LUMix no sample"),
     (["--epochs", "0"], "--epochs 0: give at least 1"),
+    (["--grad-accum-steps", "0"], "--grad-accum-steps 0: give at least 1"),
+    (["--resume"], "--resume: name the run"),
 ])
 def test_bad_command_line(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -188,11 +326,10 @@ def test_bad_command_line(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_several_ranks_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_no_data_dir(capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--data-dir", "."])
-    assert "several ranks are not supported yet" in capsys.readouterr().err
+        train.parse_args([])
+    assert "--data-dir is required" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -1,0 +1,93 @@
+"""The processes of a run that torchrun started: how they join, add up, and stop together."""
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined(args: argparse.Namespace) -> Iterator[None]:
+    """Joins the processes that torchrun started; of a single one nothing is asked.
+
+    A rank that fails leaves by its error, without waiting for the others: torchrun ends those.
+    """
+    if args.world_size == 1:
+        yield
+        return
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    if cuda:
+        place = int(os.environ["LOCAL_RANK"])
+        if place >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: local rank {place} has no GPU, {torch.cuda.device_count()} are "
+                             "here; start one rank a GPU, or give --device cpu")
+        torch.cuda.set_device(place)
+        args.device = f"cuda:{place}"
+    elif args.sync_bn:
+        raise ValueError("--sync-bn: PyTorch synchronises batch norm on GPUs alone; leave it out on the CPU")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    except SystemExit:  # all ranks end together
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def gathered(value: Any) -> list[Any]:
+    """On rank 0 every rank's value, elsewhere nothing."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def summed(sums: torch.Tensor) -> list[float]:
+    """Sums over all ranks; `sums` stay as they are."""
+    sums = sums.clone()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the run to end, and all ranks hear of it after the same update.
+
+    A second SIGINT ends the process at once; SIGTERM comes twice where both a cluster and torchrun send it. With
+    several ranks `agreed` has to be called by all, equally often.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._vote: dist.Work | None = None
+        self._votes = torch.zeros((), dtype=torch.int32)
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal, or 0. Of several ranks it is what they said an update ago: none waits for an answer."""
+        if not dist.is_initialized():
+            return self.signal
+        if self._vote:
+            self._vote.wait()
+        answer = int(self._votes)
+        self._votes = torch.tensor(self.signal, dtype=torch.int32)
+        self._vote = dist.all_reduce(self._votes, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,211 @@
+"""Several ranks train one model: the same on all of them, and the one that a single process would train."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import NOISY, digest, results
+from test_train import argv, one_thread, recomputed, rows, write_folder  # noqa: F401
+
+from pipelines import train
+
+ROOT = Path(__file__).parents[1]
+RANK = """
+import hashlib, json, os, sys
+from pathlib import Path
+from pipelines import train
+
+fit = train.fit
+
+def fit_and_tell(run, criterion, args, stop):
+    if os.environ.get("FAILS") == str(args.rank):
+        def fails(*_):
+            raise ZeroDivisionError("this rank fails")
+        train.check_target = fails
+    fit(run, criterion, args, stop)
+    sha = {}
+    for name, model in {"model": run.model, "evaluated": run.evaluated}.items():
+        tensors = [key.encode() + value.numpy().tobytes() for key, value in model.state_dict().items()]
+        sha[name] = hashlib.sha256(b"".join(tensors)).hexdigest()
+    found = {"sha": sha, "batches": len(run.train), "rows": run.rows}
+    Path(os.environ["TOLD"], f"{args.rank}.json").write_text(json.dumps(found))
+
+train.fit = fit_and_tell
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(ranks, flags, **environment)` starts torchrun on a program whose ranks tell how they ended."""
+    agents = []
+
+    def run(ranks, flags, **environment):
+        (tmp_path / "rank.py").write_text(RANK)
+        told = tmp_path / "told"
+        told.mkdir(exist_ok=True)
+        base = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOLD": str(told)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                   "localhost:0", "--nproc-per-node", str(ranks), str(tmp_path / "rank.py"), *flags]
+        agents.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | base | environment, text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return agents[-1]
+
+    yield run
+    for agent in agents:
+        if agent.poll() is None:
+            kill(agent)
+
+
+def workers(agent):
+    return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+
+
+def kill(agent):
+    for pid in [agent.pid, *workers(agent)]:
+        os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+def finished(agent, tmp_path, ranks):
+    """What each rank told, after a good end."""
+    out, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0, out
+    return [json.loads((tmp_path / "told" / f"{rank}.json").read_text()) for rank in range(ranks)], out
+
+
+def wait_for(file, agent, seconds=100):
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert agent.poll() is None, agent.communicate()[0]
+        assert time.monotonic() < deadline, f"no {file}"
+        time.sleep(.002)
+
+
+def test_two_ranks_train_what_one_process_trains(start, tmp_path):
+    """Without noise, two ranks with two batches of 2 an update train like batches of 8, at the same rate."""
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
+    plain = ["--model", "test_vit", "--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1",
+             "--hflip", "0", "--opt", "sgd", "--lr-base", "3.2", "--clip-grad", "1", "--epochs", "1"]
+    flags = argv(data, tmp_path, *plain, "-b", "2", "--grad-accum-steps", "2")
+    told, out = finished(start(2, without_lr(flags)), tmp_path, 2)
+    assert told[0]["sha"] == told[1]["sha"]
+    assert [each["batches"] for each in told] == [24, 24]  # of 99 images
+    assert out.count("epoch   0") == 1  # rank 0 alone speaks
+
+    whole = train.main(without_lr(argv(data, tmp_path / "whole", *plain, "-b", "8")))
+    (row,) = told[0]["rows"]
+    assert row["lr"] == pytest.approx(.1)
+    assert all(row[key] == pytest.approx(whole[key], abs=1e-3) for key in ("top1", "top5", "val_loss"))
+    assert row["train_loss"] == pytest.approx(rows(tmp_path / "whole" / "run")[0]["train_loss"], abs=1e-3)
+    states = [torch.load(folder / "run" / "last.pth.tar", weights_only=True)["state_dict"]
+              for folder in (tmp_path, tmp_path / "whole")]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+    loss, top1 = recomputed(tmp_path / "run", data, "test_vit", img_size=32)
+    assert row["val_loss"] == pytest.approx(loss, rel=.02)
+    assert row["top1"] == top1
+
+
+def without_lr(flags):
+    place = flags.index("--lr")
+    return flags[:place] + flags[place + 2:]
+
+
+def test_a_rank_without_validation_samples(start, tmp_path):
+    """Three ranks, two validation images, batches of 8; batch norm and the average of the weights agree."""
+    data = write_folder(tmp_path / "data", {"train": 25}, classes=["blue", "red"])
+    write_folder(data, {"validation": 1}, classes=["blue", "red"])
+    told, _ = finished(start(3, argv(data, tmp_path, "--model-ema", "--model-ema-decay", ".9", "--drop", ".1",
+                                     "--epochs", "2")), tmp_path, 3)
+    assert told[0]["sha"] == told[1]["sha"] == told[2]["sha"]
+    assert told[0]["sha"]["model"] != told[0]["sha"]["evaluated"]
+    loss, top1 = recomputed(tmp_path / "run", data)
+    assert told[0]["rows"][-1]["val_loss"] == pytest.approx(loss, rel=.02)
+    assert told[0]["rows"][-1]["top1"] == top1
+
+
+def test_sync_bn_needs_gpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    data = write_folder(tmp_path / "data", {"train": 9, "val": 2})
+    with pytest.raises(ValueError, match="--sync-bn: PyTorch synchronises batch norm on GPUs alone"):
+        train.main(argv(data, tmp_path, "--sync-bn"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
+def test_sync_bn(start, tmp_path):
+    """Two ranks with batches of 4 have the statistics, and the weights, of batches of 8."""
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
+    plain = ["--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0",
+             "--opt", "sgd", "--lr", ".01", "--device", "cuda", "--epochs", "1"]
+    finished(start(2, argv(data, tmp_path, *plain, "-b", "4", "--sync-bn")), tmp_path, 2)
+    train.main(argv(data, tmp_path / "whole", *plain, "-b", "8"))
+    states = [torch.load(folder / "run" / "last.pth.tar", weights_only=True, map_location="cpu")["state_dict"]
+              for folder in (tmp_path, tmp_path / "whole")]
+    torch.testing.assert_close(*states, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])  # of three, the order in which gradients are added matters
+def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
+    told, _ = finished(start(ranks, argv(data, tmp_path / "whole", *NOISY, "-b", "4")), tmp_path, ranks)
+    flags = argv(data, tmp_path, *NOISY, "-b", "4")
+    agent = start(ranks, flags)
+    last = tmp_path / "run" / "last.pth.tar"
+    wait_for(last, agent)
+    kill(agent)
+    assert torch.load(last, weights_only=True)["run"]["epoch"] < 3
+    again, out = finished(start(ranks, [*flags, "--resume"]), tmp_path, ranks)
+    assert f"goes on from {last}" in out
+    assert [each["sha"] for each in again] == [each["sha"] for each in told]
+    assert results(tmp_path / "run") == results(tmp_path / "whole" / "run")
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_is_refused(start, tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
+    train.main(argv(data, tmp_path, "--epochs", "1"))
+    agent = start(2, argv(data, tmp_path, "--epochs", "1", "--resume"))
+    out, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert "--world-size was 1 and is 2" in out
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
+    flags = argv(data, tmp_path, *NOISY, "-b", "4", "--epochs", "200")
+    agent = start(2, flags)
+    last = tmp_path / "run" / "last.pth.tar"
+    wait_for(last, agent)
+    pids = workers(agent)
+    os.kill(pids[1], signal.SIGTERM)
+    out, _ = agent.communicate(timeout=60)
+    assert agent.returncode != 0
+    assert "go on with --resume" in out
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    state = torch.load(last, weights_only=True)["run"]
+    assert len({(rank["train"]["place"][0], rank["train"]["place"][1]) for rank in state["ranks"]}) == 1
+    before = digest(last)
+    agent = start(2, [*flags, "--resume", "--checkpoint-interval", "1"])
+    deadline = time.monotonic() + 100
+    while digest(last) == before and time.monotonic() < deadline:
+        time.sleep(.05)
+    kill(agent)
+    assert torch.load(last, weights_only=True)["run"]["updates"] > state["updates"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_takes_the_other_with_it(start, tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
+    agent = start(2, argv(data, tmp_path), FAILS="1")
+    out, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert "this rank fails" in out

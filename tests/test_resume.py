@@ -1,0 +1,359 @@
+"""A run that was interrupted, anywhere and by anything, goes on to the end it would have had; or it is refused."""
+
+import csv
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import argv, one_thread, write_folder  # noqa: F401
+
+from pipelines import checkpoint, train
+
+ROOT = Path(__file__).parents[1]
+# All that is drawn or averaged: λ_r, dropout, drop path, the mixing and the augmentation; 12 batches, 6 updates.
+NOISY = ["--drop", ".2", "--drop-path", ".2", "--model-ema", "--model-ema-decay", ".9", "--mixup", ".8",
+         "--grad-accum-steps", "2", "--lumix-warmup-epochs", "1.5", "--sched-on-updates", "--log-interval", "2",
+         "--checkpoint-hist", "1", "--mixup-off-epoch", "2", "--epochs", "3", "--checkpoint-interval", "1"]
+
+
+def load(file):
+    return torch.load(file, weights_only=True)
+
+
+def digest(file):
+    """A hash of the weights, their average and the optimiser's state."""
+    state, sha = load(file), hashlib.sha256()
+    for part in (state["state_dict"], state["state_dict_ema"], *state["optimizer"]["state"].values()):
+        for name, value in part.items():
+            sha.update(name.encode() + value.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def results(folder):
+    """All that a run leaves, but for its timings."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    with open(folder / "summary.csv") as file:
+        table = list(csv.DictReader(file))
+    rows = [json.loads(line) for line in lines]
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in (*table, *rows, summary):
+        del row["images_per_second"]
+    return {file.name: digest(file) for file in folder.glob("*.pth.tar")}, table, rows, summary
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data"), {"train": 33, "validation": 5})
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run, and the checkpoints that it wrote on its way, by (epoch, batches done)."""
+    output = tmp_path_factory.mktemp("whole")
+    kept, replace = {}, os.replace
+
+    def keep(source, target):
+        replace(source, target)
+        if Path(target).name == "last.pth.tar":
+            state = load(target)["run"]
+            place = state["epoch"], state["step"]
+            kept[place] = shutil.copyfile(target, output / "-".join(map(str, place)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", keep)
+        train.main(argv(data, output, *NOISY))
+    return output / "run", kept
+
+
+def folder_with(file, tmp_path):
+    """A run's folder as a kill leaves it: nothing but that checkpoint is what it should be."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copyfile(file, folder / "last.pth.tar")
+    (folder / "tmp.pth.tar").write_bytes(b"half a checkpoint")
+    (folder / "tmp.log").write_text("half a log")
+    (folder / "log.jsonl").write_text('{"epoch": 7}\n')
+    return folder
+
+
+def test_checkpoints_are_written_within_epochs(whole):
+    _, kept = whole
+    every = [(epoch, step) for epoch in range(3) for step in range(0, 13, 2)]
+    assert sorted(kept) == [*every[1:], (3, 0)]
+
+
+# first update, within an epoch, its last update, behind its validation, where mixing goes off
+@pytest.mark.parametrize("place", [(0, 2), (0, 6), (0, 12), (1, 0), (1, 8), (2, 0), (2, 10)])
+def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
+    folder, kept = whole
+    resumed = folder_with(kept[place], tmp_path)
+    train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    checkpoints, *logs = results(resumed)
+    expected, *expected_logs = results(folder)
+    assert logs == expected_logs
+    assert checkpoints["last.pth.tar"] == expected["last.pth.tar"]
+    if place == (0, 2):  # the others' model_best may be from before
+        assert checkpoints == expected
+    assert not list(resumed.glob("tmp*"))
+
+
+def test_goes_on_after_kill_9(whole, data, tmp_path):
+    command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    last, deadline = tmp_path / "run" / "last.pth.tar", time.monotonic() + 100
+    while not last.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert load(last)["run"]["epoch"] < 3
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    assert results(tmp_path / "run") == results(whole[0])
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(whole, data, tmp_path, monkeypatch):
+    """An epoch's best is new already, last.pth.tar is the one before: the epoch is done again, best and all."""
+    folder = folder_with(whole[1][1, 12], tmp_path)
+    save, calls = torch.save, []
+
+    def half(state, file):
+        calls.append(file)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise KeyboardInterrupt
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv(data, tmp_path, *NOISY, "--resume", "--checkpoint-hist", "3"))
+    state = load(folder / "last.pth.tar")["run"]
+    assert (state["epoch"], state["step"]) == (1, 12)
+    assert list(folder.glob("checkpoint-1*")) or list(folder.glob("model_best*"))
+    monkeypatch.undo()
+    train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    assert results(folder)[0]["last.pth.tar"] == digest(whole[0] / "last.pth.tar")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def signalled(run, *rest):
+        if (run.epoch, run.step) == (1, 2):  # an update takes two batches: it is finished first
+            os.kill(os.getpid(), number)
+            if number == signal.SIGTERM:  # a cluster sends it, and torchrun passes it on
+                os.kill(os.getpid(), number)
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    more = [*NOISY, "--checkpoint-interval", "0"]
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv(data, tmp_path, *more))
+    assert ended.value.code == 128 + number
+    last = tmp_path / "run" / "last.pth.tar"
+    assert f"stopped by {number.name} in epoch 1: go on with --resume {last}\n" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert digest(last) == digest(whole[1][1, 4])
+    monkeypatch.undo()
+    train.main(argv(data, tmp_path, *more, "--resume"))
+    assert results(tmp_path / "run") == results(whole[0])
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_soon(data, tmp_path):
+    command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY, "--epochs", "1000")]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "last.pth.tar").exists() and time.monotonic() < deadline:
+        time.sleep(.05)
+    process.terminate()
+    start = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM" in err
+    assert time.monotonic() - start < 10  # two seconds where the CPUs are free
+    load(tmp_path / "run" / "last.pth.tar")
+
+
+def test_a_signal_in_validation_writes_nothing(whole, data, tmp_path, monkeypatch, capsys):
+    share = train.share_statistics
+
+    def signalled(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        share(*inputs)
+
+    monkeypatch.setattr(train, "share_statistics", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv(data, tmp_path, *NOISY, "--checkpoint-interval", "0"))
+    assert ended.value.code == 143
+    assert "stopped by SIGTERM in epoch 0: there is no checkpoint yet\n" in capsys.readouterr().err
+
+
+def test_without_a_file_it_starts_anew(data, tmp_path, capsys):
+    train.main(argv(data, tmp_path, "--epochs", "1", "--resume"))
+    assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_a_path_is_a_run_of_its_own(given, whole, data, tmp_path, capsys):
+    """Without --experiment the run goes on where it lies; nothing is left to do here."""
+    folder = folder_with(whole[1][3, 0], tmp_path)
+    path = folder if given == "folder" else folder / "last.pth.tar"
+    more = argv(data, tmp_path / "elsewhere", *NOISY, "--resume", str(path))
+    more[more.index("--experiment") + 1] = ""
+    train.main(more)
+    (folder / "tmp.pth.tar").unlink()  # nothing took its place
+    assert results(folder)[1:] == results(whole[0])[1:]
+    assert f"goes on from {folder}/last.pth.tar, epoch 3, batch 0" in capsys.readouterr().out
+
+
+def test_some_things_may_change(whole, data, tmp_path):
+    """The data may lie elsewhere; threads and what is kept do not matter; args.yaml says the rest."""
+    folder_with(whole[1][2, 6], tmp_path)
+    moved = shutil.copytree(data, tmp_path / "moved")
+    train.main(["--config", str(whole[0] / "args.yaml"), "--resume", "--data-dir", str(moved), "--workers", "1",
+                "--output", str(tmp_path), "--checkpoint-interval", "0", "--checkpoint-hist", "3"])
+    assert digest(tmp_path / "run" / "last.pth.tar") == digest(whole[0] / "last.pth.tar")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["-b", "16"], "--batch-size was 8 and is 16"),
+    (["--seed", "2"], "--seed was 1 and is 2"),
+    (["--model", "test_vit"], "--model was test_resnet and is test_vit"),
+    (["--lr", "1e-3"], "--lr was 0.003 and is 0.001"),
+    (["--epochs", "9"], "--epochs was 3 and is 9"),
+    (["--cutmix", ".5"], r"--cutmix was 1\.0 and is 0\.5"),
+    (["--noise", "uniform"], r"--noise was \['beta', 2\.0\] and is \['uniform'\]"),
+    (["--r-s", ".2"], "--r-s was 0.1 and is 0.2"),
+    (["--scale", ".5", "1"], "--scale was "),
+    (["--grad-accum-steps", "1"], "--grad-accum-steps was 2 and is 1"),
+    (["--validation-batch-size", "2"], "--validation-batch-size was None and is 2"),
+])
+def test_changed_flags_are_refused(flags, message, whole, data, tmp_path):
+    folder = folder_with(whole[1][1, 4], tmp_path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=message) as refused:
+        train.main(argv(data, tmp_path, *NOISY, "--resume", *flags))
+    assert str(folder / "last.pth.tar") in str(refused.value)
+    assert str(folder / "args.yaml") in str(refused.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "training"), ("validation", "validation")])
+def test_other_data_are_refused(split, name, whole, data, tmp_path):
+    folder_with(whole[1][1, 4], tmp_path)
+    other = shutil.copytree(data, tmp_path / "other")
+    file = next((other / split / "red").iterdir())
+    file.rename(file.with_name("another.png"))
+    with pytest.raises(ValueError, match=f"{name} data, state: it is another loader's: data was"):
+        train.main(argv(other, tmp_path, *NOISY, "--resume"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda state: state["args"].update(world_size=2), "--world-size was 2 and is 1"),
+    (lambda state: state["run"]["ranks"][0]["train"].update(place=(0, 1, None, None)), "training data.*checksum"),
+    (lambda state: state["run"].pop("ranks"), "does not fit this run: 'ranks'"),
+    (lambda state: state["state_dict"].popitem(), r"content, Error[^.]*Missing key"),
+    (lambda state: state["run"].update(updates="many"), "content, invalid literal"),
+    (lambda state: state.pop("run_format"), "no checkpoint of this program's"),
+])
+def test_a_changed_state_is_refused(change, message, whole, data, tmp_path):
+    folder = folder_with(whole[1][1, 4], tmp_path)
+    state = load(folder / "last.pth.tar")
+    change(state)
+    torch.save(state, folder / "last.pth.tar")
+    with pytest.raises(ValueError, match=message):
+        train.main(argv(data, tmp_path, *NOISY, "--resume"))
+
+
+class Executed:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def cut(file, _):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flip(file, _):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4  # within a tensor: torch.load reads it without a word
+    file.write_bytes(content)
+
+
+def empty(file, _):
+    file.write_bytes(b"")
+
+
+def hostile(file, trace):
+    torch.save({"run_format": checkpoint.FORMAT, "run": Executed(trace)}, file)
+
+
+def old_pickle(file, trace):
+    file.write_bytes(pickle.dumps(Executed(trace)))
+
+
+def missing(file, _):
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, hostile, old_pickle, missing])
+def test_a_damaged_file_is_named_and_nothing_in_it_runs(damage, whole, data, tmp_path):
+    file = folder_with(whole[1][1, 4], tmp_path) / "last.pth.tar"
+    damage(file, tmp_path / "trace")
+    with pytest.raises(ValueError, match=f"{file} cannot be read") as refused:
+        train.main(argv(data, tmp_path, *NOISY, "--resume", str(file)))
+    assert "to start anew" in str(refused.value)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
+    folder = folder_with(whole[1][1, 4], tmp_path)
+    monkeypatch.setattr(train, "lam_sums", lambda *_: torch.zeros(5))
+    forward = train.LUMixLoss.forward
+    monkeypatch.setattr(train.LUMixLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
+    with pytest.raises(FloatingPointError, match="epoch 1 is nan"):
+        train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    assert digest(folder / "last.pth.tar") == digest(whole[1][1, 4])
+
+
+def test_plateau_goes_on(data, tmp_path, monkeypatch):
+    """The one schedule that remembers: after ten epochs without a better score it lowers the rate."""
+    more = ["--sched", "plateau", "--epochs", "14", "--decay-rate", ".5", "--lr", "1e-6", "-b", "32"]
+    warnings.simplefilter("ignore", FutureWarning)  # timm's, of the schedule
+    train.main(argv(data, tmp_path / "whole", *more))
+    save_epoch = train.save_epoch
+
+    def stop(run, args):
+        save_epoch(run, args)
+        if run.epoch == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(argv(data, tmp_path, *more))
+    monkeypatch.undo()
+    train.main(argv(data, tmp_path, *more, "--resume"))
+    rates, expected = ([json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+                       for folder in (tmp_path / "run", tmp_path / "whole" / "run"))
+    assert rates == expected
+    assert set(rates) == {1e-6, .5e-6}
