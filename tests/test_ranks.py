@@ -117,6 +117,7 @@ def without_lr(flags):
     return flags[:place] + flags[place + 2:]
 
 
+@pytest.mark.slow
 def test_a_rank_without_validation_samples(start, tmp_path):
     """Three ranks, two validation images, batches of 8; batch norm and the average of the weights agree."""
     data = write_folder(tmp_path / "data", {"train": 25}, classes=["blue", "red"])

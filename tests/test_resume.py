@@ -336,6 +336,7 @@ def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp
     assert digest(folder / "last.pth.tar") == digest(whole[1][1, 4])
 
 
+@pytest.mark.slow
 def test_plateau_goes_on(data, tmp_path, monkeypatch):
     """The one schedule that remembers: after ten epochs without a better score it lowers the rate."""
     more = ["--sched", "plateau", "--epochs", "14", "--decay-rate", ".5", "--lr", "1e-6", "-b", "32"]
