@@ -127,10 +127,8 @@ class Entry:
 # --- DALI's own
 
 
-@pipeline_def
-def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int):
-    """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
-    images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
+def cropped(images, size: int, stages: int):
+    """Files decoded and cropped (from 2 stages on), resized and flipped (from 3 on)."""
     gpu = Pipeline.current().device_id is not None
     if stages > 1:
         images = fn.decoders.image_random_crop(
@@ -140,9 +138,23 @@ def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int):
         images = fn.resize_crop_mirror(
             images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
             mirror=fn.random.coin_flip())
+    return images
+
+
+def normalised_in_dali(images):
+    """Float32, CHW."""
+    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
+                                    mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+
+
+@pipeline_def
+def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int):
+    """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
+    images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
+    gpu = Pipeline.current().device_id is not None
+    images = cropped(images, size, stages)
     if stages > 3:
-        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
-                                          mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+        images = normalised_in_dali(images)
     return images, labels.gpu() if gpu else labels
 
 

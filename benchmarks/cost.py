@@ -34,7 +34,7 @@ from lumix_dali import LUMixLoss, create_loader
 from lumix_dali.sources import load
 
 from . import data, harness
-from .contenders import MEAN, PREFETCH, RATIO, SCALE, STD, Epoch, Setting
+from .contenders import PREFETCH, Epoch, Setting, cropped, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
@@ -50,23 +50,14 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 @pipeline_def
 def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any]):
     """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
-    gpu = Pipeline.current().device_id is not None
     paths, labels = fn.external_source(source, num_outputs=2, batch=True,
                                        dtype=[types.UINT8, types.INT64], ndim=[1, 0])
     images, target = fn.io.file.read(paths), (labels,)  # type: tuple[Any, tuple]
-    if stages > 1:
-        images = fn.decoders.image_random_crop(
-            images, device="mixed" if gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO,
-            adjust_orientation=False)
-    if stages > 2:
-        images = fn.resize_crop_mirror(
-            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
-            mirror=fn.random.coin_flip())
+    images = cropped(images, size, stages)
     if stages > 3:
         images, target = mixfn.mix(images, labels, **mixing)
     if stages > 4:
-        images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
-                                          mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+        images = normalised_in_dali(images)
     return images, *target
 
 
