@@ -88,7 +88,8 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
 
     # The tests' own options turn -q on: -vv makes that -v, a line a test.
     files = [f"tests/test_{name}.py" for name in TESTS]
-    options = ["-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10"]
+    options = ["-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10",
+               "--continue-on-collection-errors"]
     no_gpu = "" if gpu else "no CUDA device"
     yield Step("tests", ["pytest", *options, *files], needs=(PYTEST, DALI), skip=no_gpu)
 
@@ -194,6 +195,8 @@ def found(step: Step, output: str) -> Any:
         outcomes = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, flags=re.MULTILINE)
         names = {word.lower(): [name for name, outcome in outcomes if outcome == word]
                  for word in ("FAILED", "ERROR", "SKIPPED")}
+        # Files that cannot be imported have no line of their own.
+        names["error"] += re.findall(r"^ERROR (tests/[^:\s]+\.py)(?!:)", output, flags=re.MULTILINE)
         return dict(passed=sum(outcome == "PASSED" for _, outcome in outcomes), **names)
     for text in reversed(output.splitlines()):
         if text.startswith("{"):

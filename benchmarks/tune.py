@@ -39,7 +39,7 @@ def knobs(device: str, cpus: int) -> dict[str, list[Any]]:
 
 def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
     """`create_loader`'s arguments for the chosen values: some belong to the decoder."""
-    decoder = {name: value for name, value in chosen.items() if name in DECODER_KNOBS and value}
+    decoder = {name: value for name, value in chosen.items() if value != DECODER_KNOBS.get(name, [value])[0]}
     plain = {name: value for name, value in chosen.items() if name not in DECODER_KNOBS}
     return plain | (dict(decoder=decoder) if decoder else {})
 

@@ -116,9 +116,12 @@ def test_trainings_are_compared_over_the_seeds_that_both_finished():
 
 def test_outcomes_of_the_tests_are_read_from_the_output():
     output = ("tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
-              "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e ")
+              "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
+              "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
+              "ERROR tests/test_a.py::test_g - of a fixture\n")
     assert gpu.found(Step("tests", ["pytest"]), output) == {
-        "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": [], "skipped": ["tests/test_a.py::test_d"]}
+        "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": ["tests/test_f.py"],
+        "skipped": ["tests/test_a.py::test_d"]}
 
 
 @pytest.mark.parametrize("blend", mix.BLENDS)
@@ -159,6 +162,15 @@ def test_decoder_options(text, value):
             harness.options(text)
     else:
         assert harness.options(text) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    (name, value) for name, values in tune.DECODER_KNOBS.items() for value in values])
+def test_tuned_values_reach_the_decoder(name, value):
+    """0 is a value like any other; a default is left to DALI."""
+    default = value == tune.DECODER_KNOBS[name][0]
+    found = tune.arguments(dict(num_threads=2, **{name: value}))
+    assert found == (dict(num_threads=2) if default else dict(num_threads=2, decoder={name: value}))
 
 
 @pytest.mark.parametrize(("argv", "message"), [
