@@ -35,8 +35,8 @@ import torch
 from . import harness, probe
 
 # Of a visit's time; the order is that of worth.
-SHARES = {"environment": 6, "images": 3, "tests": 18, "mix": 6, "loss": 10, "tune": 7, "loaders": 16,
-          "cost-deit": 8, "cost-resnet50": 8, "training": 18}
+SHARES = {"environment": 8, "tests": 18, "mix": 6, "loss": 14, "images": 8, "tune": 7, "loaders": 15,
+          "cost-deit": 8, "cost-resnet50": 8, "training": 14}
 WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50")
 TESTS = ("gpu", "fn", "loss", "classification", "loader", "timm_parity", "ranks")
 TRAINING = ["--model", "resnet18", "--img-size", "64", "--crop-pct", "1", "--scale", ".4", "1",
@@ -81,11 +81,6 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     images = args.images or scratch / "images"
 
     yield Step("environment", ["benchmarks.probe", *device])
-    count, classes = (2000, 100) if gpu else (64, 8)
-    generated = ["--root", str(images), "--images", str(count), "--classes", str(classes)]
-    yield Step("images", ["benchmarks.data", *generated], skip=f"--images {images}" if args.images else "")
-    no_images = "" if images.is_dir() else "there are no images"
-
     # The tests' own options turn -q on: -vv makes that -v, a line a test.
     files = [f"tests/test_{name}.py" for name in TESTS]
     options = ["-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10",
@@ -100,8 +95,13 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
 
     small = [] if gpu else ["--batch-size", "8"]
     yield measured("mix", "mix", "--rounds", "3", *quick, *small)
-    problems = ["--batch-sizes", "256", "--classes", "1000,21841"]
+    problems = ["--batch-sizes", "256", "--classes", "1000,21841", *([] if gpu else ["--dtypes", "float32"])]
     yield measured("loss", "loss", "--rounds", "3", *problems, *quick, dali=False)
+
+    count, classes = (1000, 100) if gpu else (16, 4)
+    generated = ["--root", str(images), "--images", str(count), "--classes", str(classes)]
+    yield Step("images", ["benchmarks.data", *generated], skip=f"--images {images}" if args.images else "")
+    no_images = "" if images.is_dir() else "there are no images"
     tuning = ["--rounds", "2", "--batches", "8"] if gpu else ["--rounds", "1", "--batches", "1"]
     yield measured("tune", "tune", "--data", str(images), *tuning, *small, skip=no_images)
     tuned = arguments(out / "tune.json")
@@ -110,9 +110,8 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     most = ["--images", "10240"] if gpu else []
     yield measured("loaders", "loaders", "--rounds", "3", *most, "--only", only, *data_args, skip=no_images)
     for name, model, batch_size in (("deit", "deit_small_patch16_224", 128), ("resnet50", "resnet50", 256)):
-        steps_ = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size)]
-        yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, "--amp", *steps_, *data_args,
-                       skip=no_images)
+        sizes = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size), *(["--amp"] if gpu else [])]
+        yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, *sizes, *data_args, skip=no_images)
     for seed in range(args.seeds):
         for recipe in RECIPES:
             yield training(args, recipe, seed, scratch)

@@ -60,8 +60,8 @@ def environment() -> dict[str, Any]:
         from nvidia import dali
         from nvidia.dali import backend_impl
 
-        names = ("GetCudaVersion", "GetNvimgcodecVersion", "GetNvjpegVersion")
-        found["dali"] = dict(version=dali.__version__, **{name: getattr(backend_impl, name)() for name in names})
+        found["dali"] = dict(version=dali.__version__, cuda=backend_impl.GetCudaVersion(),
+                             nvimgcodec=backend_impl.GetNvimgcodecVersion())
     return found
 
 
