@@ -343,7 +343,8 @@ def test_channels_last_batches_give_the_same_logits(files, where, dtype):
     assert torch.equal(*images.values())
     assert images[True].is_contiguous(memory_format=torch.channels_last)
     last = model.to(memory_format=torch.channels_last)(images[True].float())
-    torch.testing.assert_close(last, model_of(where)(images[False].float()), rtol=1e-3, atol=1e-4)
+    # A GPU convolves in TF32.
+    torch.testing.assert_close(last, model_of(where)(images[False].float()), rtol=1e-2, atol=5e-3)
 
 
 # Memory

@@ -105,7 +105,7 @@ def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypat
 
 def test_trainings_are_compared_over_the_seeds_that_both_finished():
     runs = [("cutmix 0", "ok", 80.0), ("lumix 0", "ok", 81.0), ("cutmix 1", "ok", 70.0), ("lumix 1", "ok", 73.0),
-            ("cutmix 2", "ok", 99.0), ("lumix 2", "stopped at its limit", 0.0)]
+            ("cutmix 2", "ok", 99.0), ("lumix 2", "stopped at its limit", 0.0), ("lumix 3", "ok", 9.0)]
     lines = [dict(step=f"training {name}", status=status, result=dict(top1=top1)) for name, status, top1 in runs]
     found = gpu.paired(lines)
     assert (found["n"], found["difference"]["values"], found["difference"]["mean"]) == (2, [1.0, 3.0], 2.0)
