@@ -112,7 +112,7 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     for name, model, batch_size in (("deit", "deit_small_patch16_224", 128), ("resnet50", "resnet50", 256)):
         options = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size), *(["--amp"] if gpu else [])]
         yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, *options, *data_args,
-                       skip=no_images)
+                       *([] if gpu else ["--batch-size", "2"]), skip=no_images)
     for seed in range(args.seeds):
         for recipe in RECIPES:
             yield training(args, recipe, seed, scratch)
