@@ -87,7 +87,8 @@ def mix(
 
     Raises:
         ValueError: an argument outside its range.
-        RuntimeError: (DALI's, when the batch runs) images of unequal size.
+        RuntimeError: (DALI's, when the batch runs) images of unequal size; with Mixup alone the message is
+            about shapes that do not broadcast. Resize them to one size before.
 
     Note:
         The arguments mean what timm's `Mixup` means, but partners are a random permutation in which nobody

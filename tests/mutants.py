@@ -33,6 +33,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
+VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 
@@ -208,6 +209,24 @@ MUTANTS = [
            tests("sources", "epochs_and_seeds_differ_and_ranks_are_disjoint")),
     Mutant("ranks read the same samples", SOURCES, "order[self.rank :: self.world_size]",
            "order[:: self.world_size]", tests("sources", "training_is_fair_by_brute_force")),
+    # the visit to a GPU host
+    Mutant("a batch is copied on its way out", LOADER, "(torch.from_dlpack(output.as_tensor()) for",
+           "(torch.from_dlpack(output.as_tensor()).clone() for", tests("gpu", "batches_are_dalis_own_memory")),
+    Mutant("the loss of low-precision logits in their own type", LOSS, "torch.float64 else torch.float32\n",
+           "torch.float64 else logits.dtype\n",
+           tests("gpu", "low_precision_logits_cost_a_rounding_of_the_gradient_alone")),
+    Mutant("what a stopped step started lives on", VISIT, "os.killpg(process.pid, number)",
+           "os.kill(process.pid, number)", tests("visit", "a_visit_goes_on_whatever_a_step_does")),
+    Mutant("results come at the end alone", VISIT, "        results.flush()\n", "",
+           tests("visit", "a_visit_goes_on_whatever_a_step_does")),
+    Mutant("a visit's step has a flag that its program lacks", VISIT, '"--steps", "20"', '"--stepps", "20"',
+           tests("visit", "every_step_is_a_command_line_that_its_program_takes")),
+    Mutant("unpaired seeds are compared", VISIT, 'if f"training cutmix {seed}" in top1]', "]",
+           tests("visit", "trainings_are_compared_over_the_seeds_that_both_finished")),
+    Mutant("a blend with the weights exchanged", "benchmarks/mix.py",
+           "(1.0 - drawn.weight) * own + drawn.weight * other",
+           "drawn.weight * own + (1.0 - drawn.weight) * other",
+           tests("visit", "every_blend_is_mixup")),
 ]
 
 
