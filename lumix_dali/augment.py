@@ -27,7 +27,6 @@ from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
@@ -70,9 +69,9 @@ OPERATIONS: dict[str, tuple[float, float, bool]] = {
     "Contrast": (1, 0.09, True),
     "Sharpness": (1, 0.09, True),
     "Posterize": (4, -0.4, False),  # bits
+    "Invert": (0, 0, False),  # solarizing from 0 on
     "Solarize": (256, -25.6, False),  # threshold
     "SolarizeAdd": (0, 11, False),
-    "Invert": (0, 0, False),
     "AutoContrast": (0, 0, False),
     "Equalize": (0, 0, False),
 }
@@ -82,6 +81,16 @@ _NOT_INCREASING = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness")
     "Solarize": (0, 25.6, False),
 }
 _WARPS = 5
+
+
+_PARTS: dict[str, tuple[str, Callable, float, float]] = {
+    "m": ("magnitude", int, 0, pymath.inf),
+    "n": ("layers", int, 1, pymath.inf),
+    "p": ("prob", float, 0, 1),
+    "mstd": ("std", float, 0, pymath.inf),
+    "mmax": ("most", int, 0, pymath.inf),
+    "inc": ("increasing", int, 0, 1),
+}
 
 
 def parse(spec: str) -> Policy:
@@ -96,33 +105,24 @@ def parse(spec: str) -> Policy:
     """
     name, *parts = spec.split("-") if isinstance(spec, str) else [repr(spec)]
     if name != "rand":
-        raise ValueError(f"auto_augment={spec!r}: {name!r} is not supported; give rand-m9-mstd0.5-inc1 or the like")
-    whole, number = r"\d+", r"\d*\.?\d+|\d+\.|inf"
-    known = {
-        "m": ("magnitude", whole, int),
-        "n": ("layers", "[1-9]|1[0-9]", int),
-        "p": ("prob", r"0|1|0?\.\d+|[01]\.0*|0\.\d+", float),
-        "mstd": ("std", number, float),
-        "mmax": ("most", whole, int),
-        "inc": ("increasing", "0|1", int),
-    }
+        raise ValueError(f"auto_augment={spec!r}: {name!r} is not supported; give one like rand-m9-mstd0.5-inc1")
     fields: dict[str, Any] = {}
     for part in parts:
-        key, value = (re.fullmatch(r"([a-z]*)(.*)", part) or re.fullmatch(r"()(.*)", part)).groups()  # type: ignore
-        if key == "mstdinf":
-            key, value = "mstd", "inf"
-        if key not in known or not re.fullmatch(known[key][1], value):
+        match = re.fullmatch(r"([a-z]*?)(\d*\.?\d+|inf)", part)
+        try:
+            field, convert, least, most = _PARTS[match[1]]  # type: ignore[index]
+            fields[field] = convert(match[2])  # type: ignore[index]
+            if not least <= fields[field] <= most:
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
             raise ValueError(
                 f"auto_augment={spec!r}: {part!r} is not supported; give m9 (magnitude), n2 (layers), p0.5, "
-                "mstd0.5, mmax10 or inc1, timm's words; its sets of operations (t...) are not there"
-            )
-        field, _, convert = known[key]
-        fields[field] = convert(value)
-    if fields.get("std", 0) > 100:
-        fields["std"] = pymath.inf
-    if not fields.get("most", 1):
-        del fields["most"]  # timm reads 0 as unset
-    return Policy(**fields | {"increasing": bool(fields.get("increasing", 0))})
+                "mstd0.5, mmax10 or inc1, as in timm; timm's other sets of operations (t...) are not there"
+            ) from None
+    policy = Policy(**fields)
+    # timm's words for a uniform law, and for an upper bound that is not set
+    std = pymath.inf if policy.std > 100 else policy.std
+    return policy._replace(std=std, most=policy.most or Policy().most, increasing=bool(policy.increasing))
 
 
 def rand_augment(
@@ -194,13 +194,13 @@ def _leaves(policy: Policy, warp: Callable) -> list[tuple[int, Callable]]:
         "Posterize": lambda images, bits: posterize(images, whole(bits)),
         "Solarize": lambda images, threshold: solarize(images, whole(threshold)),
         "SolarizeAdd": lambda images, add: solarize_add(images, math.min(math.floor(add), 128)),
-        "Invert": lambda images, _: invert(images),
         "AutoContrast": lambda images, _: auto_contrast(images),
         "Equalize": lambda images, _: equalize(images),
     }
     leaves: list[tuple[int, Callable]] = [(0, lambda images, *_: images), (2 * _WARPS, warp)]
-    for place, name in enumerate(list(OPERATIONS)[_WARPS:], _WARPS):
-        leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
+    for place, name in enumerate(OPERATIONS):
+        if name in single:
+            leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
     return leaves
 
 
@@ -234,14 +234,18 @@ def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINE
         share: float32 [2], of width and height, by which the content moves left and up.
         fill: three grey levels.
     """
-    size = fn.cast(images.shape()[:2], dtype=types.FLOAT)[::-1]
+    height_width = images.shape(dtype=types.FLOAT)
+    size = fn.stack(height_width[1], height_width[0])
     matrix = fn.transforms.rotation(angle=degrees, center=size * 0.5)
     matrix = fn.transforms.shear(matrix, shear=shear)
     matrix = fn.transforms.translation(matrix, offset=share * size)
     # Third row (0, 0, 1). A constant has the size of the whole batch, and cannot be used where that is split.
     matrix = fn.pad(fn.pad(fn.reshape(matrix, shape=[6]), shape=[8]), shape=[9], fill_value=1)
     return fn.experimental.warp_perspective(
-        images, matrix=fn.reshape(matrix, shape=[3, 3]), fill_value=[float(level) for level in fill], interp_type=interpolation
+        images,
+        matrix=fn.reshape(matrix, shape=[3, 3]),
+        fill_value=[float(level) for level in fill],
+        interp_type=interpolation,
     )
 
 
@@ -302,6 +306,159 @@ def auto_contrast(images: DataNode) -> DataNode:
 def equalize(images: DataNode) -> DataNode:
     """Pillow's ImageOps.equalize, within two grey levels: OpenCV's of the negative, whose sum starts at white."""
     return invert(fn.equalize(invert(images)))
+
+
+def color_jitter(
+    images: DataNode, jitter: float | Sequence[float], *, prob: float = 1.0, grayscale_prob: float = 0.0
+) -> DataNode:
+    """torchvision's ColorJitter on Pillow images, then its RandomGrayscale.
+
+    Args:
+        images: uint8, HWC, RGB.
+        jitter: brightness, contrast, saturation and, as a fourth, hue (in turns, up to .5); one number stands for
+            the first three. A factor is uniform in [max(0, 1 - jitter), 1 + jitter].
+        prob: probability that a sample is jittered.
+        grayscale_prob: probability that its colour is taken away.
+
+    Returns:
+        As `images`.
+
+    Note:
+        The hue is turned in YIQ, linearly, where Pillow turns it in HSV.
+    """
+    bright, contrasted, saturated, hue = jitter_of(jitter)
+
+    def factor(amount: float) -> DataNode:
+        return fn.random.uniform(range=[max(0.0, 1 - amount), 1 + amount])
+
+    steps: list[tuple[Callable, DataNode]] = [
+        (operation, factor(amount))
+        for operation, amount in ((brightness, bright), (contrast, contrasted), (color, saturated))
+        if amount
+    ]
+    if hue:
+        turned = fn.random.uniform(range=[-360 * hue, 360 * hue])
+        steps.append((lambda images, degrees: fn.hue(images, hue=degrees), turned))
+
+    def jittered(images: DataNode, *factors: DataNode) -> DataNode:
+        for (operation, _), drawn in zip(steps, factors, strict=True):
+            images = operation(images, drawn)
+        return images
+
+    if steps:
+        images = _sometimes(prob, jittered, images, *(drawn for _, drawn in steps))
+    return _sometimes(grayscale_prob, lambda images: color(images, 0.0), images)
+
+
+def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, float]:
+    """Amounts of brightness, contrast, saturation and hue.
+
+    Raises:
+        ValueError: not a number, three or four, or one that is negative (hue: above .5).
+    """
+    amounts = [jitter] * 3 if isinstance(jitter, Real) else list(jitter) if isinstance(jitter, Sequence) else []
+    amounts += [0.0] * (len(amounts) == 3)
+    whole = len(amounts) == 4 and all(isinstance(a, Real) and 0 <= a < pymath.inf for a in amounts)
+    if not whole or amounts[3] > 0.5:
+        raise ValueError(
+            f"color_jitter={jitter!r}: give a number >= 0, or three or four of them: brightness, contrast, "
+            "saturation, hue (at most .5)"
+        )
+    return tuple(map(float, amounts))  # type: ignore[return-value]
+
+
+def erase(
+    images: DataNode,
+    *,
+    prob: float = 0.25,
+    mode: str = "pixel",
+    count: int = 1,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> DataNode:
+    """Random erasing (arXiv 1708.04896) with timm's law: area 2 to 33 %, aspect .3 to 3.3, log-uniform.
+
+    Args:
+        images: uint8, HWC, of any size.
+        prob: probability that a sample is erased.
+        mode: what a region is filled with: "const", the mean colour; "rand", one colour of N(mean, std); or
+            "pixel", such a colour for each pixel.
+        count: a sample has 1 to `count` regions, uniformly, which share the area.
+        mean, std: of the normalisation that follows, in units of [0, 1].
+
+    Returns:
+        As `images`.
+
+    Raises:
+        ValueError: a mode that there is not.
+    """
+    if mode not in ERASE_MODES:
+        raise ValueError(f"re_mode={mode!r}: give one of {', '.join(map(repr, ERASE_MODES))}")
+    fill = partial(_fill, mode=mode, mean=[255 * m for m in mean], std=[255 * s for s in std])
+    number = fn.random.choice(count + 1, p=[1 - prob] + [prob / count] * count)
+    for region in range(count):
+        drawn = fn.random.uniform(range=[0.0, 1.0], shape=[_ATTEMPTS + 1, 3])
+        images = _if(number > region, fill, lambda images, *_: images, images, drawn, number)
+    return images
+
+
+def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNode, DataNode]:
+    """timm's rule of a region: of ten draws one that is smaller than the image, or none.
+
+    Args:
+        size: float32 [2], height and width.
+        drawn: float32 [11, 3] in [0, 1): area, aspect and weight of each draw, and last the region's place. The
+            draw of most weight is taken where timm takes the first: the same law, but needs no constant.
+        number: regions that share the area.
+
+    Returns:
+        int32 [2] start, int32 [2] sides, (y, x); sides of 0 where no draw fits.
+    """
+    tries, place = drawn[:_ATTEMPTS], drawn[_ATTEMPTS, :2]
+    area = (tries[:, 0] * (1 / 3 - 0.02) + 0.02) * (size[0] * size[1]) / number
+    aspect = math.exp((tries[:, 1] * 2 - 1) * pymath.log(1 / 0.3))
+    sides = fn.cast(math.sqrt(fn.stack(area * aspect, area / aspect, axis=1)), dtype=types.INT32)
+    fits = fn.reductions.min(fn.cast(sides < size, dtype=types.INT32), axes=[1], keep_dims=True)
+    weight = fits * tries[:, 2:]
+    taken = fits * (weight == fn.reductions.max(weight, axes=[0], keep_dims=True))
+    side = fn.reductions.max(sides * taken, axes=[0])
+    return fn.cast(math.floor(place * (size - side + 1)), dtype=types.INT32), side
+
+
+def _fill(images, drawn, number, *, mode, mean, std) -> DataNode:
+    size = images.shape(dtype=types.INT32)
+    start, sides = region_of(fn.cast(size[:2], dtype=types.FLOAT), drawn, number)
+    # At least a pixel of noise, also where nothing is pasted.
+    shape = fn.cat(math.max(sides, 1) if mode == "pixel" else math.min(sides, 0) + 1, size[2:])
+    noise = fn.random.normal(shape=shape, device=images.device if mode == "pixel" else "cpu")
+    noise = fn.crop_mirror_normalize(
+        fn.reshape(noise, layout="HWC"),
+        mean=[-m / s for m, s in zip(mean, std, strict=True)],
+        std=[1 / s for s in std],
+        dtype=types.UINT8,
+        output_layout="HWC",
+    )
+    if mode != "pixel":
+        start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, noise))
+        level = [round(m) for m in mean] if mode == "const" else fn.reshape(colour, shape=[-1])
+        return fn.erase(images, anchor=start, shape=sides, axis_names="HW", fill_value=level)
+    return fn.multi_paste(
+        images,
+        noise,
+        in_anchors=fn.stack(start * 0, start * 0),
+        out_anchors=fn.stack(start * 0, start),
+        shapes=fn.stack(size[:2], sides),
+        output_size=size[:2],
+    )
+
+
+def _sometimes(prob: float, operation: Callable, *nodes: DataNode) -> DataNode:
+    if prob == 0:
+        return nodes[0]
+    if prob == 1:
+        return operation(*nodes)
+    chosen = fn.cast(fn.random.coin_flip(probability=prob), dtype=types.BOOL)
+    return _if(chosen, operation, lambda images, *_: images, *nodes)
 
 
 def _blend(degenerate: DataNode, images: DataNode, factor) -> DataNode:
