@@ -108,7 +108,7 @@ def parse(spec: str) -> Policy:
         raise ValueError(f"auto_augment={spec!r}: {name!r} is not supported; give one like rand-m9-mstd0.5-inc1")
     fields: dict[str, Any] = {}
     for part in parts:
-        match = re.fullmatch(r"([a-z]*?)(\d*\.?\d+|inf)", part)
+        match = re.fullmatch(r"([a-z]+)(\d+\.?\d*)", part)
         try:
             field, convert, least, most = _PARTS[match[1]]  # type: ignore[index]
             fields[field] = convert(match[2])  # type: ignore[index]
@@ -356,10 +356,10 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     Raises:
         ValueError: not a number, three or four, or one that is negative (hue: above .5).
     """
-    amounts = [jitter] * 3 if isinstance(jitter, Real) else list(jitter) if isinstance(jitter, Sequence) else []
+    amounts: list[Any] = list(jitter) if isinstance(jitter, Sequence) else [jitter] * 3
     amounts += [0.0] * (len(amounts) == 3)
-    whole = len(amounts) == 4 and all(isinstance(a, Real) and 0 <= a < pymath.inf for a in amounts)
-    if not whole or amounts[3] > 0.5:
+    known = all(isinstance(amount, Real) and 0 <= float(amount) < pymath.inf for amount in amounts)
+    if len(amounts) != 4 or not known or amounts[3] > 0.5:
         raise ValueError(
             f"color_jitter={jitter!r}: give a number >= 0, or three or four of them: brightness, contrast, "
             "saturation, hue (at most .5)"

@@ -254,6 +254,24 @@ def test_flags_reach_the_loss():
     assert (criterion.base, criterion.bce_reduction) == ("bce", "sum")
 
 
+def test_augmentation_flags_reach_the_training_loader(data):
+    flags = ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", ".4", "--reprob", ".25", "--remode", "rand",
+             "--recount", "2", "--aug-repeats", "3", "--train-interpolation", "random"]
+    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": .9}
+    loaders = []
+    for given in (flags, [], ["--color-jitter", ".1", ".2", ".3", ".05"]):
+        args = train.parse_args(["--data-dir", str(data), "-b", "4", *given])
+        loaders.append(train.build_loaders(args, *train.load_data(args), config))
+    (ours, validation), (plain, _), (jittered, _) = loaders
+    wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": 1., "re_prob": .25,
+              "re_mode": "rand", "re_count": 2, "interpolation": "random"}
+    assert {key: ours._graph[key] for key in wanted} == wanted
+    assert (ours._order.repeats, plain._order.repeats) == (3, 0)
+    assert validation._graph["interpolation"] == plain._graph["interpolation"] == "bilinear"
+    assert not (wanted.keys() - {"interpolation"}) & plain._graph.keys()
+    assert jittered._graph["color_jitter"] == (.1, .2, .3, .05)
+
+
 @pytest.mark.parametrize(("flags", "world_size", "expected"), [
     ([], 1, .05), (["--lr", ".3"], 8, .3), (["--opt", "adamw"], 1, .1 * .5 ** .5),
     (["--lr-base-scale", "sqrt"], 1, .1 * .5 ** .5), ([], 8, .4), (["--grad-accum-steps", "4"], 2, .4),
