@@ -11,8 +11,9 @@ Departures from timm 1.0.31:
 - Rotate, Shear and Translate interpolate as the training crop does, "random" bilinearly. timm then chooses
   bilinear or bicubic for every operation. OpenCV's bicubic kernel has a = -.75, Pillow's -.5, and it blends
   the fill colour into the outermost pixel.
-- Colours are within one grey level of Pillow's, Equalize within two; Sharpness also sharpens the outermost
-  pixels, which Pillow leaves.
+- Colours are within one grey level of Pillow's. Equalize is within two at 224 x 224, more for small images: Pillow
+  counts in steps of a whole number of pixels. Sharpness also sharpens the outermost pixels, which Pillow leaves.
+- Posterize to 0 bits, which timm asks for at magnitude 10, is black, as it was in Pillow; 13.0 refuses it.
 - `color_jitter` has one order of its steps where torchvision draws one. That only shows where a step clips.
 - `erase` comes before mixing, as in the training code of DeiT, Swin and ConvNeXt; timm's own prefetcher erases
   afterwards, when λ0 no longer counts the pixels that are there. Its noise is rounded and clipped to uint8.
@@ -186,11 +187,15 @@ def _magnitude(policy: Policy):
 def _leaves(policy: Policy, warp: Callable) -> list[tuple[int, Callable]]:
     """(last outcome, function of images, outcome and argument), in the order of the outcomes."""
     whole = math.ceil if policy.increasing else math.floor  # 4 - int(.4 m), or int(.4 m)
+
+    def enhance(operation: Callable) -> Callable:
+        return lambda images, factor: operation(images, math.max(factor, 0.1))
+
     single: dict[str, Callable] = {
-        "Brightness": lambda images, factor: brightness(images, math.max(factor, 0.1)),
-        "Color": lambda images, factor: color(images, math.max(factor, 0.1)),
-        "Contrast": lambda images, factor: contrast(images, math.max(factor, 0.1)),
-        "Sharpness": lambda images, factor: sharpness(images, math.max(factor, 0.1)),
+        "Brightness": enhance(brightness),
+        "Color": enhance(color),
+        "Contrast": enhance(contrast),
+        "Sharpness": enhance(sharpness),
         "Posterize": lambda images, bits: posterize(images, whole(bits)),
         "Solarize": lambda images, threshold: solarize(images, whole(threshold)),
         "SolarizeAdd": lambda images, add: solarize_add(images, math.min(math.floor(add), 128)),
@@ -304,7 +309,7 @@ def auto_contrast(images: DataNode) -> DataNode:
 
 
 def equalize(images: DataNode) -> DataNode:
-    """Pillow's ImageOps.equalize, within two grey levels: OpenCV's of the negative, whose sum starts at white."""
+    """Pillow's ImageOps.equalize, nearly: OpenCV's of the negative, whose sum starts at white."""
     return invert(fn.equalize(invert(images)))
 
 

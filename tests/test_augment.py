@@ -138,7 +138,7 @@ def test_layers_come_one_after_the_other(monkeypatch, photographs):
 
 
 def test_no_bits_are_black(monkeypatch, photographs):
-    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: black, and from Pillow 12 on an error."""
+    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: once black, with Pillow 13 an error."""
     assert not ours(monkeypatch, photographs, [[outcome("Posterize")]], "rand-m10-n1-inc1").any()
 
 
