@@ -128,7 +128,7 @@ def parse(spec: str) -> Policy:
 
 def rand_augment(
     images: DataNode,
-    spec: str | Policy = "rand-m9-mstd0.5-inc1",
+    spec: str = "rand-m9-mstd0.5-inc1",
     *,
     fill: Sequence[float] = (128, 128, 128),
     interpolation: int = types.INTERP_LINEAR,
@@ -147,7 +147,7 @@ def rand_augment(
     Raises:
         ValueError: a spec that `parse` refuses.
     """
-    policy = spec if isinstance(spec, Policy) else parse(spec)
+    policy = parse(spec)
     leaves = _leaves(policy, partial(_warp, fill=fill, interpolation=interpolation))
     outcome, argument = draw(policy)
     for layer in range(policy.layers):
