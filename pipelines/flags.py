@@ -31,6 +31,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--scale", type=float, nargs=2, default=(.08, 1.), help="area of the random resized crop")
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of that crop")
     add("--hflip", type=float, default=.5, help="probability of a horizontal flip")
+    add("--aa", metavar="SPEC", help="RandAugment, such as rand-m9-mstd0.5-inc1; None: off")
+    add("--color-jitter", type=float, nargs="+", metavar="X",
+        help="brightness, contrast, saturation and hue, or one number for the first three; not used with --aa; "
+             "None, where timm has .4: off")
+    add("--reprob", type=float, default=0., help="probability of random erasing, before mixing")
+    add("--remode", default="pixel", help="what is erased becomes: pixel (noise), rand (one colour) or const")
+    add("--recount", type=int, default=1, help="most regions erased in an image")
+    add("--aug-repeats", type=int, default=0, metavar="N", help="repeated augmentation; 0: off")
+    add("--train-interpolation", default="", help="or random, which timm defaults to; empty: --interpolation")
     add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
     add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
     add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")

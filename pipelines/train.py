@@ -112,10 +112,17 @@ def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Sampl
     """The training and the validation loader, with the input that timm's `data_config` describes."""
     common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
                   seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
+    jitter = args.color_jitter  # a list, but a number in timm's YAML
+    augmentation = dict(
+        auto_augment=args.aa,
+        color_jitter=jitter[0] if isinstance(jitter, list) and len(jitter) == 1 else jitter,
+        re_prob=args.reprob, re_mode=args.remode, re_count=args.recount, num_aug_repeats=args.aug_repeats)
+    if args.train_interpolation:
+        augmentation["interpolation"] = args.train_interpolation
     train = create_loader(
         train_data, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio,
         hflip=args.hflip, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, **common)
+        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, **common | augmentation)
     val_batch = args.validation_batch_size or args.batch_size
     return train, create_loader(val_data, batch_size=val_batch, is_training=False, **common)
 

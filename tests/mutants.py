@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 
 VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
+AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 
 
@@ -49,6 +50,7 @@ MINMAX = tests("fn", "minmax_counts_its_boxes")
 BAD = tests("fn", "wrong_arguments_are_named_with_a_remedy")
 DELIVERED = tests("loader", "delivered_pixels_are_what_the_target_says")
 BOXES = tests("fn_law", "boxes")
+OPERATIONS = tests("augment", "operations_are_timms")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
@@ -227,6 +229,29 @@ MUTANTS = [
            "(1.0 - drawn.weight) * own + drawn.weight * other",
            "drawn.weight * own + (1.0 - drawn.weight) * other",
            tests("visit", "every_blend_is_mixup")),
+
+    # augmentation
+    Mutant("an image is rotated the other way", AUGMENT, "rotation(angle=degrees", "rotation(angle=-degrees",
+           OPERATIONS),
+    Mutant("a translation goes by the height alone", AUGMENT,
+           "fn.stack(height_width[1], height_width[0])", "fn.stack(height_width[0], height_width[0])", OPERATIONS),
+    Mutant("bits are rounded down where timm rounds up", AUGMENT, "whole = math.ceil if", "whole = math.floor if",
+           OPERATIONS),
+    Mutant("contrast about mid-grey", AUGMENT, "_blend(fn.reductions.mean(_grey(images), axes=[0, 1], "
+           "keep_dims=True)", "_blend(fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True) * 0 + 128",
+           OPERATIONS),
+    Mutant("no sign is drawn", AUGMENT, "slopes += [slope, -slope if signed else slope]",
+           "slopes += [slope, slope]", OPERATIONS),
+    Mutant("a layer is always applied", AUGMENT, "chances = [1 - policy.prob] + [policy.prob /",
+           "chances = [0] + [1 /", tests("augment", "draws_follow_timms_law")),
+    Mutant("magnitudes twice as spread", AUGMENT, "stddev=policy.std, shape=[policy.layers])",
+           "stddev=2 * policy.std, shape=[policy.layers])", tests("augment", "draws_follow_timms_law")),
+    Mutant("erased areas up to a third and more", AUGMENT, "(1 / 3 - 0.02) + 0.02", "(1 / 3) + 0.02",
+           tests("augment", "regions_are_timms")),
+    Mutant("noise in units of the whole range", AUGMENT, "std=[1 / s for s in std],",
+           "std=[1 / 255 for s in std],", tests("augment", "what_is_erased")),
+    Mutant("an epoch is repeated as a whole", SOURCES, "np.repeat(order, self.repeats or 1)",
+           "np.tile(order, self.repeats or 1)", tests("sources", "repeated_augmentation_is_timms")),
 ]
 
 

@@ -202,6 +202,31 @@ def test_always_and_never_flipped(tmp_path, hflip):
     assert (flipped == hflip).all()
 
 
+def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
+    write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
+    options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
+    images = {name: run(classification.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
+                        interpolation=name, **options)[0] for name in classification.TRAIN_INTERPOLATIONS}
+    cubic, linear = ((images["random"] == images[name]).all((1, 2, 3)) for name in ("bicubic", "bilinear"))
+    assert (cubic ^ linear).all()
+    assert stats.binomtest(int(cubic.sum()), 400, 0.5).pvalue > 1e-3
+
+
+def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
+    """timm's rule: no colour jitter beside it; warps are filled with the mean, and interpolate as the crop."""
+    write(np.zeros((40, 40, 3)), tmp_path / "black.png")
+    calls = []
+    for name in ("rand_augment", "color_jitter"):
+        monkeypatch.setattr(classification.augment, name, lambda images, *a, name=name, **k: calls.append(
+            (name, a, k)) or images)
+    options = {"color_jitter": 0.4, "mean": (0.485, 0.456, 0.406)}
+    for spec in (None, "rand-m9"):
+        run(classification.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
+    (first, _, _), (second, arguments, keywords) = calls
+    assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
+    assert keywords == {"fill": [124, 116, 104], "interpolation": classification.INTERPOLATIONS["bicubic"]}
+
+
 @pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])
 def test_the_training_crop_of_a_long_image(tmp_path, size):
     """Where ten draws do not fit, both take the short side and 4/3 of it: timm of the middle, DALI of anywhere."""
@@ -237,6 +262,9 @@ def gpu_graph(define, **options):
     ("train", {"mixing": {"cutmix_alpha": 1.0}}),
     ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
     ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "layout": "HWC"}),
+    ("train", {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"cutmix_alpha": 1.0}}),
+    ("train", {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "rand"}),
+    ("train", {"interpolation": "random", "re_prob": 0.25, "re_mode": "const", "re_count": 2}),
     ("val", {}),
     ("val", {"size": (96, 128), "dtype": "uint8"}),
     ("val", {"crop_mode": "squash"}),
