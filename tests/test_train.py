@@ -283,11 +283,12 @@ def test_checkpoint_history(tmp_path, monkeypatch):
 def test_config_gives_defaults(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
-                      "reprob: 0.25\nbn_eps: null\n")
+                      "pin_mem: true\nbn_eps: null\noutput: ''\n")  # timm's "" is its default
     args = train.parse_args(["--config", str(config), "--r-r", ".2"])
     assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
     assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
-    assert "ignored: reprob=0.25\n" in capsys.readouterr().err
+    assert args.output == "runs"
+    assert "ignored: pin_mem=True\n" in capsys.readouterr().err
     assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
 
 
