@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
@@ -148,12 +149,16 @@ def draw_scaling(result: dict[str, Any]) -> Figure:
         axes.semilogx(*zip(*line, strict=True), marker="o", label=name)
     axes.axhline(result["assumed"]["gpu_rate"], color="gray", linestyle=":", label="what a GPU takes")
     axes.set(xlabel="GPUs", ylabel="images/s a GPU", ylim=(0, None))
+    ranks = sorted({row["ranks"] for row in result["rows"]})
+    axes.set_xticks(ranks, map(str, ranks))
+    axes.minorticks_off()
     figure.legend(loc="outside upper center", ncols=3, fontsize=7)
     return _captioned(figure, result)
 
 
 def _captioned(figure: Figure, result: dict[str, Any]) -> Figure:
-    figure.supxlabel(_where(result).replace("; ", "\n"), fontsize=7, color="gray")
+    lines = textwrap.wrap(_where(result), int(17 * figure.get_figwidth()))
+    figure.supxlabel("\n".join(lines), fontsize=7, color="gray")
     return figure
 
 

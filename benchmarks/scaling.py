@@ -129,7 +129,7 @@ def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
             found.append(dict(
                 name=name, ranks=ranks, loader=stage.loader, median=rate, bound=bound, headroom=needed[ranks],
                 cores_needed=args.gpu_rate / core["decode"] * ranks,
-                gbit_needed=args.gpu_rate * ranks * core["kilobytes"] * 8e-6))
+                gbit_needed=0.0 if local else args.gpu_rate * ranks * core["kilobytes"] * 8e-6))
     return found
 
 
@@ -139,7 +139,7 @@ def note(core: dict[str, Any], assumed: dict[str, Any]) -> str:
         "measured: {decode:.0f} images/s and {read:.0f} files/s a core of {cpu} ({threads} threads), "
         "{kilobytes} kB a file, commit {commit:.10}; "
         "assumed: a GPU takes {gpu_rate:g} images/s and has {cores_per_gpu} cores, {gpus_per_node} GPUs share a "
-        "link of {link:g} Gbit/s, the store has {store:g} Gbit/s and opens {files:g} files/s, batches of "
+        "link of {link:g} Gbit/s, the store has {store:g} Gbit/s and opens {files:,.0f} files/s, batches of "
         "{batch_size} vary by {spread:g}, {ahead} are prepared ahead"
     ).format(**core, **assumed)
 
