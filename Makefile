@@ -27,7 +27,7 @@ check: $(ready)
 mutants: $(ready)  # one-line faults, each of which a test must catch
 	$(python) -m tests.mutants $(ARGS)
 
-soak: $(ready)  # the long tests: leaks over thousands of batches, two ranks killed and resumed
+soak: $(ready)  # the long tests: leaks, ranks killed and resumed, every recipe for two steps
 	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
 
 bench: $(ready)  # this loader against others, on generated images or ARGS='--data DIR'

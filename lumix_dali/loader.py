@@ -203,9 +203,12 @@ class Loader:
         classes, num_classes: class names, and their number.
         batch_size: samples a batch on this rank.
         device: torch.device of the batches.
+        sampler: the loader itself, where timm's train.py and Lightning look for `set_epoch`.
         mixup_enabled: timm's switch; takes effect with the next ``iter()`` and leaves the order as it is.
         bad: {index: substitute's index} of samples that could not be decoded and were replaced.
     """
+
+    batch_sampler = None  # as in a DataLoader that gets its batches made: timm then asks `sampler`
 
     def __init__(self, samples, order, device, graph, mixing, run, max_bad):
         self.samples = self.dataset = samples
@@ -220,6 +223,10 @@ class Loader:
         self._current: Callable[[], _Epoch | None] = lambda: None
         self._closed = False
         self._pid = os.getpid()
+
+    @property
+    def sampler(self) -> Loader:  # an attribute would make a cycle, and only gc would free the loader
+        return self
 
     def __len__(self) -> int:
         """Number of batches an epoch on this rank."""

@@ -119,6 +119,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="updates between two writes of last.pth.tar; 0: after each epoch only")
     add("--resume", nargs="?", const=True, metavar="PATH",
         help="go on from that checkpoint or run folder; without PATH from OUTPUT/EXPERIMENT, if it is there yet")
+    add("--smoke", action="store_true",
+        help="two steps on generated images instead of --data-dir, to see that the command works to its end")
     add("--log-interval", type=int, default=50, metavar="N",
         help="batches between two looks at the loss shown and at λ")
     return parser
@@ -130,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     if config := parser.parse_args(argv).config:
         read_config(parser, config)
     args = parser.parse_args(argv)
-    if args.data_dir is None:
+    if args.data_dir is None and not args.smoke:
         parser.error("--data-dir is required")
     least = {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "checkpoint_interval": 0, "seed": 0,
              "max_bad": 0, "grad_accum_steps": 1, "lumix_warmup_epochs": 0}
@@ -161,7 +163,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> None:
     if not isinstance(config, dict):
         parser.error(f"--config {path}: it holds a {type(config).__name__}; write FLAG: VALUE lines")
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{key: value for key, value in config.items() if key in known})
+    # timm writes "" for what is not set.
+    parser.set_defaults(**{key: value for key, value in config.items() if key in known and value != ""})
     if unknown := [f"{key}={value}" for key, value in config.items() if key not in known and value]:
         print(f"--config {path}: no such flags here, ignored: {', '.join(unknown)}", file=sys.stderr)
 

@@ -10,6 +10,7 @@ by default (`--cutmix 1.0`), because LUMix needs it.
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
     torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
     python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # go on where it stopped
+    python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # a paper's row: does it run?
 
 OUTPUT/EXPERIMENT gets `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
 them), `summary.csv` and `log.jsonl` (a row an epoch), `args.yaml` and, at the end, `summary.json`.
@@ -56,6 +57,7 @@ from lumix_dali.sources import Samples, load
 from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .flags import parse_args, ratios
 from .ranks import Stop, gathered, joined, summed
+from .smoke import shrink
 
 
 def load_data(args: argparse.Namespace) -> tuple[Samples, Samples]:
@@ -417,6 +419,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ValueError: for a wrong argument, folder or checkpoint, before the first batch.
     """
     args = parse_args(argv, __doc__)
+    if args.smoke:
+        shrink(args)
     criterion = build_criterion(args)
     train_data, val_data = load_data(args)
     with joined(args):

@@ -252,6 +252,15 @@ MUTANTS = [
            "std=[1 / 255 for s in std],", tests("augment", "what_is_erased")),
     Mutant("an epoch is repeated as a whole", SOURCES, "np.repeat(order, self.repeats or 1)",
            "np.tile(order, self.repeats or 1)", tests("sources", "repeated_augmentation_is_timms")),
+    # in other programs
+    Mutant("no sampler to set the epoch of", LOADER, "def sampler(self)", "def no_sampler(self)",
+           tests("timm_loader", "a_run_resumed_at_epoch_2_sees_epoch_2")),
+    Mutant("resumed at the start of the epoch", "pipelines/with_accelerate.py",
+           'loader.load_state_dict(state["loader"])', "pass", tests("frameworks", "one_process")),
+    Mutant("the mean rank sets the pace, not the slowest", "benchmarks/scaling.py", "max(ready.max(),",
+           "max(ready.mean(),", tests("scaling", "the_slowest_of_n_exponential_times")),
+    Mutant("a queue of one, however deep", "benchmarks/scaling.py", "begin[step - ahead] if step >= ahead",
+           "begin[step - 1] if step >= 1", tests("scaling", "a_long_queue_hides_what_one_rank_varies")),
 ]
 
 
