@@ -79,8 +79,8 @@ def mix(
         switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
         mode: "elem", one draw a sample, or "batch", one a batch. Partners always differ by sample.
         correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
-        index: int32 scalar on the CPU, each sample's own place in the batch, for who knows it (DALI has no operator
-            that says it); spares CutMix a copy of the batch.
+        index: int32 scalar on the CPU, each sample's own place in the batch, where that is known (DALI has no
+            operator for it); spares CutMix a copy of the batch.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
@@ -321,7 +321,9 @@ def _area_ratio(extent: DataNode) -> DataNode:
     return area[1] / area[0]
 
 
-def _blend(images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
+def _blend(
+    images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode
+) -> DataNode:
     """images·(1 - w) + partners·w where `is_mixup`, within one grey level; elsewhere `others`.
 
     Float arithmetic and its cast cost the CPU six times as much as two scalings in uint8 of the samples that

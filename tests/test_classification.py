@@ -203,6 +203,8 @@ def test_always_and_never_flipped(tmp_path, hflip):
 
 
 def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
+    from scipy import stats
+
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
     options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
     images = {name: run(classification.train_pipeline, [tmp_path / "noise.png"], batch_size=400,

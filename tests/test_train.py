@@ -303,11 +303,11 @@ def test_checkpoint_history(tmp_path, monkeypatch):
 def test_config_gives_defaults(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
-                      "vflip: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n")  # timm's "" is its default
+                      "vflip: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n")
     args = train.parse_args(["--config", str(config), "--r-r", ".2"])
     assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
     assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
-    assert args.output == "runs"
+    assert args.output == "runs"  # timm's "" is its default
     assert (args.color_jitter, args.reprob) == (.4, .25)
     assert "ignored: vflip=0.25\n" in capsys.readouterr().err
     assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
