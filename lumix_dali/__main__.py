@@ -165,9 +165,7 @@ def _add_convert(commands) -> None:
 
 
 def _convert(args) -> int:
-    samples = sources.load(args.root)
-    if isinstance(samples, shards.Shards):
-        raise ValueError(f"{args.root!r}: shards already; give a class folder, a list file or a manifest")
+    samples = sources.load_files(args.root)
     if not sources.is_manifest(args.root):
         report = preflight.scan(args.root, full=args.full, workers=args.workers, progress=_progress)
         samples = report.samples

@@ -232,7 +232,7 @@ def _read_shards(source: shards.Part, reader: dict[str, Any] | None) -> tuple[Da
     )
     if source.kind == "webdataset":
         extensions = ";".join(extension[1:] for extension in shards.EXTENSIONS)
-        return fn.readers.webdataset(
+        encoded, label = fn.readers.webdataset(
             paths=source.paths,
             index_paths=source.indices,
             ext=[extensions, "cls"],
@@ -240,6 +240,7 @@ def _read_shards(source: shards.Part, reader: dict[str, Any] | None) -> tuple[Da
             missing_component_behavior="skip",
             **common,
         )
+        return encoded, label
     features = {
         shards.IMAGE: tfrecord.FixedLenFeature((), tfrecord.string, ""),
         shards.LABEL: tfrecord.VarLenFeature(tfrecord.int64, 0),

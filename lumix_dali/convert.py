@@ -118,7 +118,7 @@ def _write_tar(file: io.BufferedWriter, samples: sources.Samples, indices: Seque
 def _write_records(file: io.BufferedWriter, samples: sources.Samples, indices: Sequence[int]) -> str:
     lines = ""
     for i in indices:
-        features = {
+        features: dict[str, bytes | int] = {
             shards.IMAGE: shards.read_bytes(samples.path(i)),
             shards.LABEL: int(samples.labels[i]),
             shards.NAME: os.fsencode(samples.names[i]),

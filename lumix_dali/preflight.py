@@ -136,9 +136,7 @@ def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[
     if shards.is_remote(source):
         raise ValueError(f"source={os.fspath(source)!r}: files in S3 are not scanned; scan them before the upload")
     if not os.path.isdir(source):
-        samples = sources.load(source)
-        assert isinstance(samples, sources.Samples)
-        return samples, [], []
+        return sources.load_files(source), [], []
     root = os.fspath(source)
     everything = sources.class_files(root)
     classes = list(everything)
@@ -203,7 +201,8 @@ class _Look(NamedTuple):
 
 
 def _look_at_shard(path: str, full: bool, max_pixels: int) -> _Look:
-    look, seen, batch = _Look([], [], {}, []), set(), {}
+    look, seen = _Look([], [], {}, []), set()
+    batch: dict[str, bytes] = {}
 
     def decode() -> None:
         reasons = _undecodable(list(batch.values()), num_threads=1)
@@ -230,6 +229,8 @@ def _look_at_shard(path: str, full: bool, max_pixels: int) -> _Look:
                     decode()
         if batch:
             decode()
+        if not seen:
+            look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
         look.bad[""] = str(error)
     if fault := _index_fault(path):
@@ -260,7 +261,7 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     folder, classes = os.path.dirname(paths[0]), None
     if os.path.exists(os.path.join(folder, shards.DESCRIPTION)):
         classes = shards.description(folder)["classes"]
-    names, labels, bad, ignored, files = [], [], {}, [], {}
+    names, labels, ignored, bad, files = [], [], [], {}, {}  # type: list, list, list, dict, dict
     for shard, look in zip(shown, looks, strict=True):
         bad |= {f"{shard}/{name}".rstrip("/"): reason for name, reason in look.bad.items()}
         ignored += [f"{shard}/{name}" for name in look.ignored]

@@ -124,9 +124,12 @@ def find(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
         return sorted(path for path in found if _is_shard(path))
     if not is_remote(source) and not os.path.isdir(source):
         return []
-    # Beside class folders, archives are none of ours.
-    names = [] if _has_folders(source) else sorted(filter(_is_shard, listing(source)))
-    return [os.path.join(source, name) for name in names]
+    if _has_folders(source):
+        return []  # beside class folders, archives are none of ours
+    names = listing(source)
+    if DESCRIPTION in names:
+        description(source)  # an error where none is written yet
+    return [os.path.join(source, name) for name in sorted(names) if _is_shard(name)]
 
 
 def load(paths: Sequence[str]) -> Shards:

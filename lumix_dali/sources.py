@@ -94,6 +94,18 @@ def load(source: str | os.PathLike | Sequence[str | os.PathLike] | Samples | Sha
     raise ValueError(f"source={path!r}: no such folder or list file; give one that exists")
 
 
+def load_files(source: str | os.PathLike | Samples) -> Samples:
+    """What `load` gives, where it must not be shards.
+
+    Raises:
+        ValueError: it is shards.
+    """
+    samples = load(source)
+    if isinstance(samples, Shards):
+        raise ValueError(f"source={str(source)!r}: these are shards; give a class folder, a list or a manifest")
+    return samples
+
+
 def is_manifest(path: str | os.PathLike) -> bool:
     """Whether this is a file that ``lumix-dali check`` wrote."""
     return not os.path.isdir(path) and MANIFEST.encode() in shards.read_bytes(os.fspath(path))[:64]
@@ -277,8 +289,13 @@ class Blocks(Order):
     def _share(self) -> int:
         return len(self._block(self.rank))
 
+    @property
+    def _blocks(self) -> int:
+        return min(self.world_size, self.n)  # DALI wants a sample in each; ranks behind the last get none
+
     def _block(self, number: int) -> range:
-        return range(self.n * number // self.world_size, self.n * (number + 1) // self.world_size)
+        start, stop = (self.n * min(edge, self._blocks) // self._blocks for edge in (number, number + 1))
+        return range(start, stop)
 
     def _number(self, epoch: int) -> int:
         return (self.rank + epoch) % self.world_size if self.shuffle else self.rank
@@ -294,7 +311,7 @@ class Blocks(Order):
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(count)
             fill = min(self.initial_fill, self.n // self.world_size)
-        return source.part(self._number(epoch), self.world_size, order.tolist(), fill, seed)
+        return source.part(self._number(epoch), self._blocks, order.tolist(), fill, seed)
 
 
 def natural_key(text: str) -> list:

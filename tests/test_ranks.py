@@ -137,6 +137,7 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
     assert row["top1"] == top1
 
 
+@pytest.mark.slow
 def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
     """All of the corpus, and a good file in six, on rank 1 alone: both ranks take the same steps, in time."""
     for rank in range(2):

@@ -321,7 +321,7 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
             pytest.skip("its index covers its file")
         first.write_bytes(first.read_bytes() + bytes(10240))
     elif change == "index":
-        first.with_suffix(".idx").write_text(first.with_suffix(".idx").read_text() + "\n")
+        first.with_suffix(".idx").write_text(first.with_suffix(".idx").read_text().replace(" ", "  ", 1))
     elif change == "classes":
         content = json.loads((copy / "shards.json").read_text())
         (copy / "shards.json").write_text(json.dumps(content | {"classes": ["x", *content["classes"][1:]]}))
@@ -329,10 +329,6 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
         source = sorted(map(str, copy.glob(f"*{shards.SUFFIX[kind]}")))[::-1]
     else:
         options = {"initial_fill": 7}
-    if change == "index" and kind == "webdataset":
-        with pytest.raises(ValueError, match="its index is damaged"):
-            make(source)
-        return
     with pytest.raises(ValueError, match=r"state: it is another loader's: .*(data|initial_fill) was"):
         make(source, **options).load_state_dict(state)
 
@@ -417,7 +413,7 @@ def test_shards_of_no_use(copy, kind):
     refused("give shards of one kind, each of them once", [copy / "a.tar", copy / "b.tfrecord"])
     refused("no such shard; give one that exists", [copy / f"nowhere{suffix}"])
     refused("no shard in this list", [])
-    first.write_bytes(content[: len(content) // 2])
+    first.write_bytes(content[:1000])
     refused(f"source='{first}': its index ends at byte .* of .*; write it anew")
     first.write_bytes(content)
     text = index.read_text()
@@ -427,7 +423,8 @@ def test_shards_of_no_use(copy, kind):
     index.write_text("".join(text.splitlines(keepends=True)[1:]))
     refused("its index is damaged" if kind == "webdataset" else r"4 samples in its index, 5 in shards\.json")
     index.unlink()
-    refused(rf"no shard-000000\.idx beside it; write it with DALI's {'wds' if suffix == '.tar' else 'tfrecord'}2idx")
+    tool = "wds2idx" if suffix == ".tar" else "tfrecord2idx"
+    refused(rf"no shard-000000\.idx beside it; write it with DALI's {tool}")
     index.write_text(text)
     for damage in ("{", "{}", "[]", '{"format": "x"}'):
         (copy / "shards.json").write_text(damage)
@@ -560,7 +557,7 @@ def test_the_command(tmp_path, capsys):
     assert "it holds shards of another shard_size" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "out"), "-o", str(tmp_path / "a.png"), "--count", "4"]) == 0
     assert main(["convert", str(tmp_path / "out"), "--to", "tfrecord", "--out", str(tmp_path / "b")]) == 2
-    assert "shards already" in capsys.readouterr().err
+    assert "these are shards; give a class folder" in capsys.readouterr().err
 
 
 # Checking
@@ -638,7 +635,7 @@ def test_a_tfrecord_that_was_changed_is_named(copy, kind):
 def test_cut_shards_and_their_indices(copy, kind):
     suffix = shards.SUFFIX[kind]
     cut, stale, bare = (copy / f"shard-00000{i}{suffix}" for i in range(3))
-    cut.write_bytes(cut.read_bytes()[:-2000] if kind == "tfrecord" else cut.read_bytes()[:4000])
+    cut.write_bytes(cut.read_bytes()[:1000])
     stale.with_suffix(".idx").write_text((copy / "shard-000003.idx").read_text())
     bare.with_suffix(".idx").unlink()
     report = preflight.scan(copy, workers=1)
