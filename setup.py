@@ -9,7 +9,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").r
 demo = ["matplotlib", "pillow", "scikit-learn", "tqdm"]
 bench = ["matplotlib", "pillow", "spdl", "tqdm", "webdataset"]
 examples = ["accelerate", "lightning"]
-test = [*demo, *examples, "hypothesis", "pytest>=8", "scipy"]
+test = [*demo, *examples, "boto3", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8", "scipy"]
 
 setup(
     name="lumix-dali",
@@ -34,6 +34,7 @@ setup(
         # One of the two, never both: the wheels overwrite each other's files.
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
+        "s3": ["boto3"],
         "demo": demo,
         "examples": examples,
         "bench": bench,

@@ -1,4 +1,6 @@
-"""The command ``lumix-dali``: ``show`` what the pipeline does to your images, ``check`` them before a run."""
+"""The command ``lumix-dali``: ``show`` what the pipeline does to your images, ``check`` them before a run, and
+``convert`` them to shards.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import preflight
+from . import convert, preflight, shards, sources
 
 KINDS = ("unmixed", "Mixup", "CutMix", "mixed")
 BOX_COLOUR = (255, 64, 64)
@@ -19,7 +21,7 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     """Writes a picture of mixed samples as the model gets them: pixels, box, classes and λ0 (arXiv 2211.15846).
 
     Args:
-        root: class folder or list file.
+        root: class folder, list file, manifest or shards.
         out: name of the picture, by whose ending Pillow chooses the format.
         count: number of samples.
         columns: samples a row.
@@ -32,11 +34,14 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
 
     if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
         options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
-    fixed: dict[str, Any] = dict(batch_size=count, drop_last=False, dtype="uint8", device="cpu")
-    with create_loader(root, **options, **fixed) as loader:
+    source = sources.load(root)
+    fixed: dict[str, Any] = dict(batch_size=count, dtype="uint8", device="cpu")
+    fixed["drop_last"] = isinstance(source, shards.Shards)
+    with create_loader(source, **options, **fixed) as loader:
         images, target = next(iter(loader))
         rows = zip(images.permute(0, 2, 3, 1).numpy(), *(field.tolist() for field in target), strict=True)
-        tiles = [_tile(Image.fromarray(image), loader.classes, *row) for image, *row in rows]
+        classes = loader.classes or range(1 << 31)  # without names, numbers
+        tiles = [_tile(Image.fromarray(image), classes, *row) for image, *row in rows]
     width, height = tiles[0].size
     grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for place, tile in enumerate(tiles):
@@ -66,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where `check` found faults, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
     commands = parser.add_subparsers(required=True)
-    for add in (_add_show, _add_check):
+    for add in (_add_show, _add_check, _add_convert):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def _add_show(commands) -> None:
     command = commands.add_parser("show", help="a picture of mixed samples, each with its classes, lam0 and box")
     add = command.add_argument
-    add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line) or manifest")
+    add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line), manifest, or shards")
     add("-o", "--out", default="mixed.png", help="name of the picture (%(default)s)")
     add("--count", type=int, default=16, help="number of samples (%(default)s)")
     add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
@@ -114,7 +119,7 @@ def _show(args) -> int:
 def _add_check(commands) -> None:
     command = commands.add_parser("check", help="which files cannot be used, and why; writes a manifest")
     add = command.add_argument
-    add("root", help="class folder, list file or manifest")
+    add("root", help="class folder, list file, manifest; or shards: a folder of them, one, or a glob")
     add("--full", action="store_true", help="decode every file, instead of looking at headers and ends alone")
     add("--manifest", metavar="FILE", help="write the usable files here, for create_loader")
     add("--report", metavar="FILE", help="write what was found here, as JSON")
@@ -135,6 +140,8 @@ def _check(args) -> int:
             **report.shards(args.ranks, args.batch_size)
         )
     )
+    if args.manifest and report.files:
+        raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
     if args.manifest:
         preflight.write_manifest(report.samples, args.manifest)
     if args.report:
@@ -142,6 +149,33 @@ def _check(args) -> int:
         with open(args.report, "w", encoding="ascii") as file:
             json.dump(content, file, indent=1)
     return 0 if report.ok else 1
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="images as shards in random order, with index files")
+    add = command.add_argument
+    add("root", help="class folder or list file, scanned first; or a manifest, taken as it is")
+    add("--to", required=True, choices=list(shards.SUFFIX), help="format of the shards")
+    add("--out", required=True, metavar="DIR", help="folder of the shards; the same command again goes on")
+    add("--shard-size", type=int, default=10_000, help="samples a shard (%(default)s)")
+    add("--seed", type=int, default=0, help="of the order (%(default)s)")
+    add("--full", action="store_true", help="decode every file in the scan")
+    add("--workers", type=int, help="processes of the scan; default: the CPUs this one may use")
+    command.set_defaults(run=_convert)
+
+
+def _convert(args) -> int:
+    samples = sources.load_files(args.root)
+    if not sources.is_manifest(args.root):
+        report = preflight.scan(args.root, full=args.full, workers=args.workers, progress=_progress)
+        samples = report.samples
+        for name, reason in report.bad.items():
+            print(f"left out {name!r}: {reason}", file=sys.stderr)
+    paths = convert.convert(
+        samples, args.out, to=args.to, shard_size=args.shard_size, seed=args.seed, progress=_progress
+    )
+    print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
+    return 0
 
 
 def _progress(chunks, total: int):

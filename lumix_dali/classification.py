@@ -1,7 +1,8 @@
 """The two pipelines of image classification: training with mixing, and evaluation.
 
 Both run wholly on the CPU (``device_id=None``) or decode and go on on the GPU. They read what `source` names:
-a callable of DALI's ``BatchInfo`` that returns (paths, labels) of that batch.
+a callable of DALI's ``BatchInfo`` that returns (paths, labels) of that batch, or a part of TFRecord or WebDataset
+shards, through DALI's own readers.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from math import floor
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali import Pipeline, fn, math, pipeline_def, tfrecord, types
 from nvidia.dali.data_node import DataNode
 
 from . import augment
 from . import fn as mixfn
+from . import shards
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -26,7 +28,7 @@ DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8
 
 @pipeline_def(enable_checkpointing=True)
 def train_pipeline(
-    source: Callable,
+    source: Callable | shards.Part,
     *,
     size: Sequence[int] = (224, 224),
     scale: Sequence[float] = (0.08, 1.0),
@@ -51,7 +53,7 @@ def train_pipeline(
     """Random resized crop, flip, augment, erase, mix, normalise: timm's training transform, then LUMix Eq. 1.
 
     Args:
-        source: callable of ``BatchInfo``, gives (list of uint8 paths, list of int64 labels).
+        source: callable of ``BatchInfo``, gives (list of uint8 paths, list of int64 labels); or a part of shards.
         size: (H, W) of the output.
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
@@ -66,7 +68,7 @@ def train_pipeline(
         re_prob, re_mode, re_count: of `augment.erase`, before mixing; a probability of 0: off.
         mixing: arguments of `lumix_dali.fn.mix`; None: nothing is mixed.
         decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
-        reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
+        reader: further arguments of ``fn.io.file.read``, or of the shards' reader, such as `dont_use_mmap`.
 
     Returns:
         images [B, C, H, W] or [B, H, W, C], then the five fields of `MixTarget`.
@@ -111,7 +113,7 @@ def train_pipeline(
 
 @pipeline_def(enable_checkpointing=True)
 def val_pipeline(
-    source: Callable,
+    source: Callable | shards.Part,
     *,
     size: Sequence[int] = (224, 224),
     crop_pct: float = 0.875,
@@ -147,41 +149,67 @@ def val_pipeline(
 
 
 @pipeline_def
-def decode_pipeline(paths: Sequence[str]):
-    """Reads and decodes these files, once a run: an error says that one of them is bad."""
-    names = [np.frombuffer(os.fsencode(path), np.uint8) for path in paths]
-    encoded = fn.io.file.read(fn.external_source(lambda: names, batch=True, dtype=types.UINT8, ndim=1))
+def decode_pipeline(images: Sequence[str] | Sequence[bytes]):
+    """Decodes these files, or their contents, once a run: an error says that one of them is bad."""
+    paths = isinstance(images[0], str)
+    given = [np.frombuffer(os.fsencode(image), np.uint8) for image in images]
+    encoded = fn.external_source(lambda: given, batch=True, dtype=types.UINT8, ndim=1)
+    if paths:
+        encoded = fn.io.file.read(encoded)
     return fn.decoders.image(encoded, device="cpu" if Pipeline.current().device_id is None else "mixed")
 
 
-def undecodable(paths: Sequence[str], device_id: int | None = None, num_threads: int = 1) -> dict[str, str]:
+def undecodable(images: Sequence, device_id: int | None = None, num_threads: int = 1) -> dict[Any, str]:
     """Which of these files DALI cannot decode, with its reasons: halves a batch until the bad ones are alone.
 
     Args:
-        paths: image files.
+        images: paths (str) of image files, or their contents (bytes).
         device_id: GPU to decode on; None: the CPU.
         num_threads: DALI's threads.
 
     Returns:
-        {path: reason} of the bad ones.
+        {image: reason} of the bad ones.
     """
-    if not paths:
+    if not images:
         return {}
     try:
-        decode_pipeline(paths, batch_size=len(paths), num_threads=num_threads, device_id=device_id).run()
+        decode_pipeline(images, batch_size=len(images), num_threads=num_threads, device_id=device_id).run()
     except RuntimeError as error:
-        if len(paths) == 1:
+        if len(images) == 1:
             reason = str(error).partition("encountered:")[2].partition("\nCurrent pipeline")[0]
-            return {paths[0]: " ".join(reason.partition("\nC++ context")[0].split())}
-        half = len(paths) // 2
-        return undecodable(paths[:half], device_id, num_threads) | undecodable(
-            paths[half:], device_id, num_threads
+            return {images[0]: " ".join(reason.partition("\nC++ context")[0].split())}
+        half = len(images) // 2
+        return undecodable(images[:half], device_id, num_threads) | undecodable(
+            images[half:], device_id, num_threads
         )
     return {}
 
 
-def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNode, DataNode]:
+@pipeline_def
+def shard_pipeline(source: shards.Part, reader: dict[str, Any] | None = None):
+    """Encoded image and label of each sample as the shards hold them, in the order of the other pipelines."""
+    return _read_shards(source, reader)
+
+
+def shard_batch(
+    source: shards.Part, iteration: int, batch_size: int, num_threads: int, reader: dict[str, Any] | None
+) -> list[tuple[str, bytes, bytes]]:
+    """Batch number `iteration`, read again: (DALI's words for its place, image, label) of each sample."""
+    pipe = shard_pipeline(source, reader, batch_size=batch_size, num_threads=num_threads, device_id=None)
+    for _ in range(iteration + 1):
+        images, labels = pipe.run()
+    return [
+        (image.source_info(), np.array(image).tobytes(), np.array(label).tobytes())
+        for image, label in zip(images, labels, strict=True)
+    ]
+
+
+def _read(source: Callable | shards.Part, reader: dict[str, Any] | None) -> tuple[str, DataNode, DataNode]:
     device = "cpu" if Pipeline.current().device_id is None else "gpu"
+    if isinstance(source, shards.Part):
+        encoded, label = _read_shards(source, reader)
+        label = _number(label) if source.kind == "webdataset" else fn.reshape(label, shape=[])
+        return device, encoded, label
     paths, labels = fn.external_source(
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
@@ -190,6 +218,48 @@ def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNod
 
 def _interpolation(name: str) -> Any:
     return fn.random.choice(list(INTERPOLATIONS.values())) if name == "random" else INTERPOLATIONS[name]
+
+
+def _read_shards(source: shards.Part, reader: dict[str, Any] | None) -> tuple[DataNode, DataNode]:
+    common = dict(
+        shard_id=source.shard_id,
+        num_shards=source.num_shards,
+        random_shuffle=bool(source.initial_fill),
+        initial_fill=source.initial_fill or 1,
+        seed=source.seed,
+        pad_last_batch=True,  # never a sample of the next rank's
+        **(reader or {}),
+    )
+    if source.kind == "webdataset":
+        extensions = ";".join(extension[1:] for extension in shards.EXTENSIONS)
+        encoded, label = fn.readers.webdataset(
+            paths=source.paths,
+            index_paths=source.indices,
+            ext=[extensions, "cls"],
+            case_sensitive_extensions=False,
+            missing_component_behavior="skip",
+            **common,
+        )
+        return encoded, label
+    features = {
+        shards.IMAGE: tfrecord.FixedLenFeature((), tfrecord.string, ""),
+        shards.LABEL: tfrecord.VarLenFeature(tfrecord.int64, 0),
+    }
+    found = fn.readers.tfrecord(path=source.paths, index_path=source.indices, features=features, **common)
+    return found[shards.IMAGE], found[shards.LABEL]
+
+
+_POWERS = np.array([*(10**i for i in reversed(range(shards.DIGITS))), *[10**shards.DIGITS // 10] * 32], np.int32)
+
+
+def _number(text: DataNode) -> DataNode:
+    """The int64 that ASCII digits, maybe before a newline, stand for. Another text is an error of `fn.slice`."""
+    digit = (text >= ord("0")) & (text <= ord("9"))
+    found = fn.reductions.sum(digit + 1000 * ((digit == 0) & (text > ord(" "))))
+    # No digit, too many of them, or another sign: the slice would start in front of the powers.
+    start = shards.DIGITS - fn.cast(found, dtype=types.INT32) - 1000 * (found == 0)
+    powers = fn.slice(types.Constant(_POWERS, device="cpu"), start, text.shape(dtype=types.INT32)[0], axes=[0])
+    return fn.reductions.sum(fn.cast(text - ord("0"), dtype=types.INT64) * digit * powers)
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:

@@ -26,15 +26,17 @@ except ImportError as error:
         "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
     ) from error
 
-from . import augment, classification, sources
+from . import augment, classification, shards, sources
 from . import fn as mixfn
 from .target import MixTarget
 
 _FORMAT = "lumix_dali.loader/1"
+# Of the shards' reader, what changes nothing in the stream.
+_SHARD_READER = ("dont_use_mmap", "read_ahead", "prefetch_queue_depth", "tensor_init_bytes")
 
 
 def create_loader(
-    source: str | os.PathLike | sources.Samples,
+    source: str | os.PathLike | Sequence[str | os.PathLike] | sources.Samples | shards.Shards,
     *,
     batch_size: int,
     input_size: int | Sequence[int] = 224,
@@ -66,6 +68,8 @@ def create_loader(
     dtype: str = "float32",
     channels_last: bool = False,
     drop_last: bool = True,
+    shuffle: str = "auto",
+    initial_fill: int = 1024,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -81,7 +85,9 @@ def create_loader(
     Takes what ``timm.data.resolve_data_config`` returns as it is.
 
     Args:
-        source: class folder (``root/class/image``), list file (``PATH LABEL`` a line), or `sources.Samples`.
+        source: class folder (``root/class/image``), list file (``PATH LABEL`` a line), or `sources.Samples`; or
+            TFRecord or WebDataset (image and .cls) shards with their index files: a folder, a glob or a list of
+            paths. Each of them here or in S3 (``s3://bucket/prefix``).
         batch_size: samples a batch, on each rank.
         input_size: side, (H, W) or (3, H, W) of the images handed out, in pixels.
         is_training: True: shuffled, cropped at random, flipped, mixed, batches of equal number on all ranks.
@@ -100,16 +106,22 @@ def create_loader(
         dtype: "float32", "float16", or "uint8" (not normalised).
         channels_last: hand out NCHW tensors in channels-last memory format.
         drop_last: training only: leave out the incomplete last batch. False: keep it, and even out the ranks by
-            repeating fewer samples than there are ranks.
+            repeating fewer samples than there are ranks. Shards are always without it.
+        shuffle: training only: "global", one permutation of all samples an epoch, for folders and lists;
+            "buffer", for shards: these in a new order an epoch, and a sample at random from `initial_fill` of
+            their neighbours, so that they must be written in random order (``lumix-dali convert`` does); "auto":
+            what the source can do.
+        initial_fill: samples in the buffer, on each rank.
         seed: of order and draws; ranks draw differently from the same seed.
         rank, world_size: this process's part of each epoch.
         num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
         prefetch_queue_depth: batches that DALI prepares ahead.
         on_bad_sample: "replace" a file that cannot be decoded by the next good one of the list, and warn with its
-            name, or "raise".
+            name, or "raise". In shards none can be replaced: the error names shard and sample.
         max_bad: how many files are replaced before that is an error after all.
         decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
-        reader: further arguments of ``fn.io.file.read`` (`dont_use_mmap` on network storage).
+        reader: further arguments of ``fn.io.file.read``, or of the shards' reader (`dont_use_mmap` on network
+            storage).
 
     Returns:
         A `Loader`.
@@ -164,7 +176,23 @@ def create_loader(
             crop_mode=_one_of("crop_mode", crop_mode, ("center", "squash")),
         )
     samples = sources.load(source)
-    order = sources.Order(
+    is_sharded = isinstance(samples, shards.Shards)
+    _one_of("shuffle", shuffle, ("auto", "global", "buffer"))
+    if is_training and shuffle == ("global" if is_sharded else "buffer"):
+        raise ValueError(
+            f"shuffle={shuffle!r}: "
+            + (
+                "shards are read in sequence; give 'buffer', and write them in random order (lumix-dali convert)"
+                if is_sharded
+                else "a folder or a list is shuffled as a whole; give 'global'"
+            )
+        )
+    buffer: dict[str, Any] = {}
+    if is_sharded:
+        buffer = dict(initial_fill=_check_int("initial_fill", initial_fill, 1))
+        if unknown := (reader or {}).keys() - _SHARD_READER:
+            raise ValueError(f"reader={reader!r}: {min(unknown)} is the loader's; give {', '.join(_SHARD_READER)}")
+    order = (sources.Blocks if is_sharded else sources.Order)(
         len(samples),
         batch_size,
         shuffle=is_training,
@@ -173,6 +201,7 @@ def create_loader(
         rank=rank,
         world_size=world_size,
         repeats=_check_int("num_aug_repeats", num_aug_repeats, 0),
+        **buffer,
     )
     run = dict(
         num_threads=_default_threads() if num_threads is None else _check_int("num_threads", num_threads, 1),
@@ -199,8 +228,8 @@ class Loader:
     where the state was taken.
 
     Attributes:
-        samples, dataset: the `sources.Samples`.
-        classes, num_classes: class names, and their number.
+        samples, dataset: the `sources.Samples`, or the `shards.Shards`.
+        classes, num_classes: class names, and their number; None for shards that do not tell them.
         batch_size: samples a batch on this rank.
         device: torch.device of the batches.
         sampler: the loader itself, where timm's train.py and Lightning look for `set_epoch`.
@@ -212,7 +241,8 @@ class Loader:
 
     def __init__(self, samples, order, device, graph, mixing, run, max_bad):
         self.samples = self.dataset = samples
-        self.classes, self.num_classes = samples.classes, len(samples.classes)
+        self.classes = samples.classes
+        self.num_classes = None if samples.classes is None else len(samples.classes)
         self.batch_size, self.device = order.batch_size, device
         self.mixup_enabled = True
         self.bad: dict[int, int] = {}
@@ -344,6 +374,20 @@ class Loader:
             instead = self.samples.path(substitute)
             warnings.warn(f"{name!r} cannot be decoded ({reason}); {instead!r} takes its place", stacklevel=4)
 
+    def _explained(self, part: shards.Part, iteration: int, rows: int, error: RuntimeError) -> Exception:
+        """An error that names the sample of a shard, where one explains `error`."""
+        threads = self._run["num_threads"]
+        batch = classification.shard_batch(part, iteration, self.batch_size, threads, self._run["reader"])[:rows]
+        bad = classification.undecodable([image for _, image, _ in batch], _device_id(self.device), threads)
+        for source, image, label in batch:
+            reason = bad.get(image) or (part.kind == "webdataset" and shards.label_fault(label))
+            if reason:
+                return ValueError(
+                    f"{self.samples.place(source)}: {reason}; in shards nothing can be replaced: find all such "
+                    "samples with `lumix-dali check`, and write the shards anew"
+                )
+        return error
+
     def _undecodable(self, indices: list[int]) -> dict[int, str]:
         paths = {self.samples.path(i): i for i in indices}
         device_id, threads = _device_id(self.device), self._run["num_threads"]
@@ -375,7 +419,9 @@ class _Epoch(Iterator):
         if self._pipe is None or self.place.iteration == len(loader):
             self.close()
             raise StopIteration
-        images, *target = (torch.from_dlpack(output.as_tensor()) for output in self._run())
+        # Shards' readers pad the last batch of an evaluation.
+        rows = len(self._indices[self.place.iteration * loader.batch_size :][: loader.batch_size])
+        images, *target = (torch.from_dlpack(output.as_tensor())[:rows] for output in self._run(rows))
         # A checkpoint taken after an error is already behind the batch that failed: take one every time (.2 ms).
         self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
         loader._place = self.place
@@ -387,12 +433,14 @@ class _Epoch(Iterator):
         """Frees the pipeline."""
         self._pipe = None
 
-    def _run(self) -> tuple:
+    def _run(self, rows: int) -> tuple:
         stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
         while True:
             try:
                 return self._pipe.run(stream)
             except RuntimeError as error:
+                if isinstance(self._source, shards.Part):
+                    raise self._loader._explained(self._source, self.place.iteration, rows, error) from error
                 size = self._loader.batch_size
                 self._loader._replace(self._indices[self.place.iteration * size :][:size], error)
                 self._pipe = self._build(self.place)
@@ -403,14 +451,20 @@ class _Epoch(Iterator):
         define = classification.train_pipeline if order.shuffle else classification.val_pipeline
         # The order has a seed of its own: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
+        seed = int(seed) & 0x7FFFFFFF
+        self._source = (
+            order.part(loader.samples, place.epoch, seed)
+            if isinstance(order, sources.Blocks)
+            else _reader(loader.samples, self._indices, loader.batch_size, loader.bad)
+        )
         return define(
-            _reader(loader.samples, self._indices, loader.batch_size, loader.bad),
+            self._source,
             **loader._graph,
             **training,
             **loader._run,
             batch_size=loader.batch_size,
             device_id=_device_id(loader.device),
-            seed=int(seed) & 0x7FFFFFFF,
+            seed=seed,
             checkpoint=place.checkpoint,
         )
 

@@ -1,24 +1,25 @@
 """``lumix-dali check``: find the files that would stop a run before it starts, and write a manifest of the others.
 
 The fast scan reads the first and the last bytes of each file; ``--full`` decodes everything with DALI itself, the
-only judge of what DALI can decode.
+only judge of what DALI can decode. Shards are read from end to end, and never extracted.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from . import sources
+from . import shards, sources
 
 MAX_PIXELS = 100_000_000
 _CHUNK = 256
@@ -34,6 +35,8 @@ class Report:
         ignored: names passed over: hidden, or without an image's extension.
         empty: classes without a usable image.
         counts: usable images of each class.
+        files: of shards: usable samples of each.
+        warnings: of shards: what hinders training, though every sample can be used.
     """
 
     samples: sources.Samples
@@ -41,6 +44,8 @@ class Report:
     ignored: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -68,18 +73,20 @@ class Report:
             bad=self.bad,
             empty=self.empty,
             ignored=self.ignored,
+            files=self.files,
+            warnings=self.warnings,
         )
 
 
 def scan(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     full: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda chunks, total: chunks,
 ) -> Report:
-    """Looks at every file of a class folder, a list file or a manifest.
+    """Looks at every file of a class folder, a list file or a manifest, or at every sample of shards.
 
     Args:
         source: as `create_loader` takes it.
@@ -92,9 +99,15 @@ def scan(
         A `Report`.
 
     Raises:
-        ValueError: nothing is there, or a list's line is wrong.
+        ValueError: nothing is there, it is in S3, or a list's line is wrong.
     """
     workers = workers or len(os.sched_getaffinity(0))
+    if paths := shards.find(source):
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            looks = pool.map(_look_at_shard, paths, [full] * len(paths), [max_pixels] * len(paths))
+            return _shard_report(paths, list(progress(looks, len(paths))))
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source={source!r}: no shard in this list; give one at least")
     found, ignored, empty = _found(source)
     paths = [found.path(i) for i in range(len(found))]
     chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
@@ -120,11 +133,13 @@ def scan(
 
 def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[str]]:
     """Samples, ignored names, and classes without any image."""
+    if shards.is_remote(source):
+        raise ValueError(f"source={os.fspath(source)!r}: files in S3 are not scanned; scan them before the upload")
     if not os.path.isdir(source):
-        return sources.load(source), [], []
+        return sources.load_files(source), [], []
     root = os.fspath(source)
-    classes = sources.class_names(root)
-    everything = {name: list(sources.files_below(root, name)) for name in classes}
+    everything = sources.class_files(root)
+    classes = list(everything)
     images = {name: sorted(filter(sources.is_image, files)) for name, files in everything.items()}
     names = [file for name in classes for file in images[name]]
     labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes]).astype(np.int64)
@@ -132,23 +147,32 @@ def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[
     return sources.Samples(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
 
 
-def _undecodable(paths: list[str], num_threads: int) -> dict[str, str]:
+def _undecodable(images: list, num_threads: int) -> dict[Any, str]:
     from .classification import undecodable  # the processes of the fast scan need no DALI
 
-    return undecodable(paths, num_threads=num_threads)
+    return undecodable(images, num_threads=num_threads)
 
 
 def _look(paths: list[str], max_pixels: int) -> dict[str, str]:
-    return {path: reason for path in paths if (reason := _fault(path, max_pixels))}
+    found = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                reason = _fault(file, max_pixels)
+        except OSError as error:
+            reason = error.strerror or "cannot be read"
+        if reason:
+            found[path] = reason
+    return found
 
 
-def _fault(path: str, max_pixels: int) -> str | None:
+def _fault(file: BinaryIO, max_pixels: int) -> str | None:
     """Why this file cannot be used, judged by its header and its end."""
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata
             with Image.open(file) as image:
                 if image.width * image.height > max_pixels:
@@ -156,7 +180,7 @@ def _fault(path: str, max_pixels: int) -> str | None:
                 kind = image.format
             if kind not in ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM"):
                 return f"{kind} is not decoded by DALI"
-            file.seek(max(0, os.path.getsize(path) - 4096))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             tail = file.read()
     except OSError as error:
         return error.strerror or "not an image"
@@ -167,6 +191,110 @@ def _fault(path: str, max_pixels: int) -> str | None:
     return None if end in tail else "cut short: its end marker is missing"
 
 
+class _Look(NamedTuple):
+    """What one shard holds."""
+
+    names: list[str]
+    labels: list[int]
+    bad: dict[str, str]
+    ignored: list[str]
+
+
+def _look_at_shard(path: str, full: bool, max_pixels: int) -> _Look:
+    look, seen = _Look([], [], {}, []), set()
+    batch: dict[str, bytes] = {}
+
+    def decode() -> None:
+        reasons = _undecodable(list(batch.values()), num_threads=1)
+        look.bad.update({name: reasons[image] for name, image in batch.items() if image in reasons})
+        batch.clear()
+
+    if shards.is_remote(path):
+        raise ValueError(f"source={path!r}: shards in S3 are not scanned; scan them before the upload")
+    try:
+        for sample in shards.samples(path, look.ignored):
+            key = os.path.splitext(sample.name)[0]
+            fault = sample.fault or _fault(io.BytesIO(sample.image), max_pixels)
+            if key in seen:
+                fault = "its key occurs twice"
+            seen.add(key)
+            if fault:
+                look.bad[sample.name] = fault
+                continue
+            look.names.append(sample.name)
+            look.labels.append(sample.label)
+            if full:
+                batch[sample.name] = sample.image
+                if len(batch) == _CHUNK:
+                    decode()
+        if batch:
+            decode()
+        if not seen:
+            look.bad[""] = "no sample in it"
+    except (ValueError, OSError) as error:
+        look.bad[""] = str(error)
+    if fault := _index_fault(path):
+        look.bad["index"] = fault
+    return look
+
+
+def _index_fault(path: str) -> str | None:
+    """Why the index of this shard cannot be used: what it says is not where things are."""
+    index = next((i for i in shards.index_names(path) if os.path.exists(i)), None)
+    if index is None:
+        return f"no {os.path.basename(shards.index_names(path)[0])} beside it"
+    try:
+        rows = shards.parse_index(path, shards.read_bytes(index))
+        if shards.kind_of(path) == "tfrecord":
+            with open(path, "rb") as file:
+                there = [(offset, len(content) + 16) for offset, content, _ in shards.records(file)]
+        else:
+            there = [(member.offset_data, member.size) for _, member in shards.members(path)]
+    except (ValueError, IndexError) as error:
+        return str(error)
+    return None if [(row.offset, row.size) for row in rows] == there else "its index is of another file"
+
+
+def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
+    folder, classes = os.path.dirname(paths[0]), None
+    if os.path.exists(os.path.join(folder, shards.DESCRIPTION)):
+        classes = shards.description(folder)["classes"]
+    names, labels, ignored, bad, files = [], [], [], {}, {}  # type: list, list, list, dict, dict
+    for shard, look in zip(shown, looks, strict=True):
+        bad |= {f"{shard}/{name}".rstrip("/"): reason for name, reason in look.bad.items()}
+        ignored += [f"{shard}/{name}" for name in look.ignored]
+        good = [row for row in zip(look.names, look.labels, strict=True) if row[0] not in look.bad]
+        for name, label in good:
+            if classes is not None and label >= len(classes):
+                bad[f"{shard}/{name}"] = f"label {label}, of {len(classes)} classes"
+            elif label >= sources.MAX_CLASSES:
+                bad[f"{shard}/{name}"] = f"label {label}, not below {sources.MAX_CLASSES}"
+            else:
+                names.append(f"{shard}/{name}")
+                labels.append(label)
+        files[shard] = sum(f"{shard}/{name}" not in bad for name, _ in good)
+    classes = classes or [str(k) for k in range(max(labels, default=-1) + 1)]
+    numbers = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
+    counts = {name: int(number) for name, number in zip(classes, numbers, strict=True)}
+    empty = [name for name, number in counts.items() if not number]
+    samples = sources.Samples(root, names, np.array(labels, np.int64), classes)
+    return Report(samples, bad, ignored, empty, counts, files, _warnings(samples, looks))
+
+
+def _warnings(samples: sources.Samples, looks: Sequence[_Look]) -> list[str]:
+    found, labels = [], samples.labels
+    shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
+    expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
+    if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:
+        found.append("sorted by class, and only a buffer shuffles shards; write them with `lumix-dali convert`")
+    keys = [key for look in looks for key in {os.path.splitext(name)[0] for name in look.names}]
+    if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
+        found.append(f"{twice} keys occur in more than one shard: the same samples twice?")
+    return found
+
+
 def show(report: Report, most: int = 20) -> str:
     """The report for people: totals, then at most `most` names of each kind."""
     lines = [f"{len(report.samples)} usable images in {len(report.samples.classes)} classes"]
@@ -174,6 +302,10 @@ def show(report: Report, most: int = 20) -> str:
         by_count = sorted(report.counts, key=lambda name: report.counts[name])
         low, high = by_count[0], by_count[-1]
         lines.append(f"smallest class: {low!r}, {report.counts[low]}; largest: {high!r}, {report.counts[high]}")
+    if report.files:
+        sizes = report.files.values()
+        lines.append(f"{len(sizes)} shards of {min(sizes)} to {max(sizes)} samples")
+    lines += [f"warning: {warning}" for warning in report.warnings]
     for title, items in (
         ("cannot be used", [f"{name!r}: {reason}" for name, reason in report.bad.items()]),
         ("classes without a usable image", [repr(name) for name in report.empty]),

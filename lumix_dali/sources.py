@@ -12,26 +12,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-# What DALI's decoders read; the same names as timm's, and some more.
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".jp2",
-    ".ppm",
-    ".pgm",
-    ".pnm",
-)
+from . import shards
+from .shards import EXTENSIONS, Shards
+
 # A list's labels are bounded, since there is a class name for every number up to the largest.
 MAX_CLASSES = 10**6
 MANIFEST = "lumix_dali.manifest/1"
@@ -42,7 +28,7 @@ class Samples:
     """Image files with their labels: what timm calls a data set, without the pixels.
 
     Args:
-        root: folder that `names` are relative to.
+        root: folder that `names` are relative to, local or in S3 (``s3://bucket/prefix``).
         names: path of each image below `root`.
         labels: int64 [n], class of each image, in [0, K).
         classes: K class names.
@@ -77,24 +63,52 @@ class Samples:
 
     def path(self, index: int) -> str:
         """Path of sample `index`."""
-        return os.path.join(self.root, self.names[index])
+        name = self.names[index]
+        return name if shards.is_remote(name) else os.path.join(self.root, name)
 
 
-def load(source: str | os.PathLike | Samples) -> Samples:
-    """Samples of a folder (`folder`), a list (`file_list`), a manifest of ``lumix-dali check``, or at hand.
+def load(source: str | os.PathLike | Sequence[str | os.PathLike] | Samples | Shards) -> Samples | Shards:
+    """Samples of a folder (`folder`), a list (`file_list`), a manifest of ``lumix-dali check``, or shards.
+
+    Args:
+        source: one of these, here or in S3. Shards are a folder of ``*.tar`` or ``*.tfrecord``, a glob, or a list
+            of paths, with their index files beside them.
 
     Raises:
         ValueError: nothing is there, or what is there cannot be used.
     """
-    if isinstance(source, Samples):
+    if isinstance(source, Samples | Shards):
         return source
-    if os.path.isdir(source):
-        return folder(source)
-    if os.path.isfile(source):
-        with open(source, "rb") as file:
-            is_manifest = MANIFEST.encode() in file.read(64)
-        return manifest(source) if is_manifest else file_list(source)
-    raise ValueError(f"source={os.fspath(source)!r}: no such folder or list file; give one that exists")
+    if found := shards.find(source):
+        return shards.load(found)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source={source!r}: no shard in this list; give one at least")
+    path = os.fspath(source)
+    if os.path.isdir(path):
+        return folder(path)
+    parent, name = os.path.split(path.rstrip("/"))
+    if shards.is_remote(path) and name not in shards.listing(parent):
+        return folder(path.rstrip("/"))
+    if shards.is_remote(path) or os.path.isfile(path):
+        return manifest(path) if is_manifest(path) else file_list(path)
+    raise ValueError(f"source={path!r}: no such folder or list file; give one that exists")
+
+
+def load_files(source: str | os.PathLike | Samples) -> Samples:
+    """What `load` gives, where it must not be shards.
+
+    Raises:
+        ValueError: it is shards.
+    """
+    samples = load(source)
+    if isinstance(samples, Shards):
+        raise ValueError(f"source={str(source)!r}: these are shards; give a class folder, a list or a manifest")
+    return samples
+
+
+def is_manifest(path: str | os.PathLike) -> bool:
+    """Whether this is a file that ``lumix-dali check`` wrote."""
+    return not os.path.isdir(path) and MANIFEST.encode() in shards.read_bytes(os.fspath(path))[:64]
 
 
 def folder(root: str | os.PathLike) -> Samples:
@@ -112,11 +126,11 @@ def folder(root: str | os.PathLike) -> Samples:
         ValueError: no class folder, or a class without an image.
     """
     root = os.fspath(root)
-    classes = class_names(root)
+    files = class_files(root)
     names: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(filter(is_image, files_below(root, name)))
+    for label, name in enumerate(files):
+        found = sorted(filter(is_image, files[name]))
         if not found:
             raise ValueError(
                 f"source={root!r}: class {name!r} has no image ({', '.join(sorted(EXTENSIONS))}); "
@@ -124,7 +138,7 @@ def folder(root: str | os.PathLike) -> Samples:
             )
         names += found
         labels += [label] * len(found)
-    return Samples(root, names, np.array(labels, np.int64), classes)
+    return Samples(root, names, np.array(labels, np.int64), list(files))
 
 
 def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Samples:
@@ -143,7 +157,8 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
     """
     path = os.fspath(path)
     names, labels = [], []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig", "surrogateescape").split("\n"), 1):
+    text = shards.read_bytes(path).decode("utf-8-sig", "surrogateescape")
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if not line.strip():
             continue
         match = re.fullmatch(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", line, re.ASCII)
@@ -155,7 +170,10 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
         labels.append(int(match[2]))
     if not names:
         raise ValueError(f"source={path!r}: no sample in it; write one PATH LABEL a line")
-    root = os.path.dirname(os.path.abspath(path)) if root is None else os.fspath(root)
+    if root is None:
+        root = os.path.dirname(path if shards.is_remote(path) else os.path.abspath(path))
+    else:
+        root = os.fspath(root)
     return Samples(root, names, np.array(labels, np.int64), [str(k) for k in range(max(labels) + 1)])
 
 
@@ -166,7 +184,7 @@ def manifest(path: str | os.PathLike) -> Samples:
         ValueError: it is damaged, or was changed by hand.
     """
     try:
-        content = json.loads(Path(path).read_text("ascii"))
+        content = json.loads(shards.read_bytes(os.fspath(path)).decode("ascii"))
         labels = np.array(content["labels"], np.int64)
         samples = Samples(content["root"], content["names"], labels, content["classes"])
     except (ValueError, KeyError, TypeError) as error:
@@ -245,18 +263,77 @@ class Order:
         return order[: min(self._share, len(self) * self.batch_size)]
 
 
+@dataclass(frozen=True)
+class Blocks(Order):
+    """The order of shards: a rank reads a block of neighbours, which in training a buffer mixes.
+
+    In training the shards are read in an order drawn from (seed, epoch), alike on all ranks, which take the blocks
+    in turn; the tail that does not fill a batch on every rank is left out. In evaluation the blocks differ by one
+    sample at most.
+
+    Args:
+        initial_fill: samples in the buffer.
+
+    Raises:
+        ValueError: training is to keep the incomplete last batch: DALI's readers pad it before it is mixed.
+    """
+
+    initial_fill: int = 1024
+
+    def __post_init__(self):
+        if self.shuffle and not self.drop_last:
+            raise ValueError("drop_last=False: training from shards drops the incomplete batch; leave it True")
+        super().__post_init__()
+
+    @property
+    def _share(self) -> int:
+        return len(self._block(self.rank))
+
+    @property
+    def _blocks(self) -> int:
+        return min(self.world_size, self.n)  # DALI wants a sample in each; ranks behind the last get none
+
+    def _block(self, number: int) -> range:
+        start, stop = (self.n * min(edge, self._blocks) // self._blocks for edge in (number, number + 1))
+        return range(start, stop)
+
+    def _number(self, epoch: int) -> int:
+        return (self.rank + epoch) % self.world_size if self.shuffle else self.rank
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Places of this rank's samples, int64, in the order of the shards; in training before the buffer."""
+        return np.array(self._block(self._number(epoch))[: len(self) * self.batch_size], np.int64)
+
+    def part(self, source: Shards, epoch: int, seed: int) -> shards.Part:
+        """What DALI's reader reads in `epoch`; `seed` is of the buffer."""
+        count, fill = len(source.paths), 0
+        order = np.arange(count)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(count)
+            fill = min(self.initial_fill, self.n // self.world_size)
+        return source.part(self._number(epoch), self._blocks, order.tolist(), fill, seed)
+
+
 def natural_key(text: str) -> list:
     """Sorts numbers in names by value, as timm orders classes."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
-def class_names(root: str) -> list[str]:
-    """The class folders of `root`, in the order of their labels."""
-    found = (entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-    classes = sorted(sorted(found), key=natural_key)  # "1" and "01" have one key: never scandir's order
-    if not classes:
+def class_files(root: str) -> dict[str, list[str]]:
+    """{class folder: all files below it, relative to `root`}, in the order of the labels."""
+    files: dict[str, list[str]] = {}
+    if shards.is_remote(root):
+        for file in shards.listing(root, deep=True):
+            name, slash, _ = file.partition("/")
+            if slash and name[0] != ".":
+                files.setdefault(name, []).append(file)
+    else:
+        names = (entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        files = {name: list(files_below(root, name)) for name in names}
+    if not files:
         raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
-    return classes
+    # "1" and "01" have one key: never scandir's order
+    return {name: files[name] for name in sorted(sorted(files), key=natural_key)}
 
 
 def files_below(root: str, name: str) -> Iterator[str]:

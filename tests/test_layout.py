@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "reference": 0, "target": 0,
+    "reference": 0, "target": 0, "shards": 0,
     "loss": 1, "fn": 1, "sources": 1, "augment": 1,
-    "classification": 2,
+    "classification": 2, "convert": 2,
     "loader": 3, "preflight": 3,
     "__main__": 4,
     "pipelines": 5, "benchmarks": 5,

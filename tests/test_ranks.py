@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from images import damaged, ramps, write
 from test_resume import NOISY, digest, results
 from test_train import argv, one_thread, recomputed, rows, write_folder  # noqa: F401
 
@@ -40,14 +41,38 @@ train.fit = fit_and_tell
 train.main(sys.argv[1:])
 """
 
+# Each rank has a folder of its own, as on nodes with disks of their own, and meets the others at every step.
+LOADER = """
+import datetime, json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from lumix_dali import create_loader
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+rank, steps = dist.get_rank(), []
+for is_training in (True, False):
+    loader = create_loader(f"{sys.argv[1]}/{rank}", batch_size=3, input_size=8, num_threads=1, device="cpu",
+                           is_training=is_training, rank=rank, world_size=2)
+    for epoch in range(2):
+        count = torch.zeros(1)
+        for images, target in loader:
+            together = torch.ones(1)
+            dist.all_reduce(together)
+            count += together / 2
+        steps.append(count.item())
+Path(os.environ["TOLD"], f"{rank}.json").write_text(json.dumps({"steps": steps, "bad": len(loader.bad)}))
+dist.destroy_process_group()
+"""
+
 
 @pytest.fixture
 def start(tmp_path):
     """`start(ranks, flags, **environment)` starts torchrun on a program whose ranks tell how they ended."""
     agents = []
 
-    def run(ranks, flags, **environment):
-        (tmp_path / "rank.py").write_text(RANK)
+    def run(ranks, flags, program=RANK, **environment):
+        (tmp_path / "rank.py").write_text(program)
         told = tmp_path / "told"
         told.mkdir(exist_ok=True)
         base = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOLD": str(told)}
@@ -110,6 +135,26 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
     loss, top1 = recomputed(tmp_path / "run", data, "test_vit", img_size=32)
     assert row["val_loss"] == pytest.approx(loss, rel=.02)
     assert row["top1"] == top1
+
+
+@pytest.mark.slow
+def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
+    """All of the corpus, and a good file in six, on rank 1 alone: both ranks take the same steps, in time."""
+    for rank in range(2):
+        for number in range(24):
+            path = tmp_path / "data" / str(rank) / "a" / f"{number:02}.jpg"
+            write(ramps(20, 24, number), path)
+    for number, content in enumerate(damaged().values()):
+        path = tmp_path / "data" / "1" / "a" / f"{3 * number:02}.jpg"
+        path.unlink()
+        if content is None:
+            path.symlink_to("nowhere")
+        else:
+            path.write_bytes(content)
+    told, out = finished(start(2, [str(tmp_path / "data")], program=LOADER), tmp_path, 2)
+    assert [each["steps"] for each in told] == [[4, 4, 4, 4]] * 2
+    assert [each["bad"] for each in told] == [0, 3]  # of the seven, those in this rank's half of the evaluation
+    assert "takes its place" in out
 
 
 def without_lr(flags):
