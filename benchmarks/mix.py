@@ -40,7 +40,7 @@ GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 def scaled(images, partners, drawn: Any):
     """What `lumix_dali.fn` does."""
-    return normalised_in_dali(mixfn._blend(images, partners, drawn.weight, drawn.is_mixup))
+    return normalised_in_dali(mixfn._blend(images, partners, images, drawn.weight, drawn.is_mixup))
 
 
 def arithmetic(images, partners, drawn: Any):
