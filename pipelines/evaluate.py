@@ -1,0 +1,738 @@
+"""The paper's evaluation protocols (Tables 1, 5, 7, 8, 9) for any timm model, on images read through DALI.
+
+    python -m pipelines.evaluate top1 --data-dir imagenet --checkpoint runs/NAME/model_best.pth.tar
+    python -m pipelines.evaluate shuffle --data-dir imagenet --model deit_small_patch16_224 --pretrained --amp
+    python -m pipelines.evaluate occlusion --data-dir imagenet --checkpoint FILE --model M --figure drop.png
+    python -m pipelines.evaluate imagenet-a --data-dir imagenet-a --checkpoint FILE --model M --out a.json
+    python -m pipelines.evaluate imagenet-o --data-dir imagenet-o --val-dir imagenet --checkpoint FILE --model M
+    python -m pipelines.evaluate wsas --data-dir voc --checkpoint FILE --model M
+    python -m pipelines.evaluate wsol --data-dir imagenet --boxes annotations --checkpoint FILE --model M
+
+Every result is printed beside the paper's numbers for its baseline and for LUMix: timm's own DeiT-S (--pretrained)
+has to come out at the baseline's, which settles that a protocol is the paper's. A checkpoint of pipelines.train
+brings its model, classes, input size, mean and std, and for top1 also the crop that it was validated with.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import timm
+import torch
+from matplotlib.figure import Figure
+from nvidia import dali
+from PIL import Image
+from sklearn.metrics import average_precision_score
+from timm.data import ImageNetInfo, resolve_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.utils import AttentionExtract, ParseKwargs
+from torch import nn
+from torchvision.datasets import VOCSegmentation
+from torchvision.ops import box_iou
+from tqdm import tqdm
+
+from lumix_dali import __version__, create_loader
+from lumix_dali.sources import Samples, load
+
+from . import metrics
+from .checkpoint import FORMAT
+
+Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): a value a seed, in percent
+Variant = tuple[tuple[str, str | int], int, torch.Tensor]  # key, number of the seed, images
+
+IMAGENET = "the validation set of ImageNet-1k (https://image-net.org) as DIR/WNID/IMAGE.JPEG or DIR/val/WNID/..."
+BENCHMARK = "from https://github.com/hendrycks/natural-adv-examples, unpacked: 200 folders DIR/WNID/IMAGE.jpg"
+EXPECTED = {
+    "top1": IMAGENET, "shuffle": IMAGENET, "occlusion": IMAGENET, "wsol": IMAGENET,
+    "imagenet-a": f"ImageNet-A {BENCHMARK}", "imagenet-o": f"ImageNet-O {BENCHMARK}",
+    "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
+            "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
+}
+BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml in any folder"
+
+# (DeiT-S, LUMix-DeiT-S) in percent; Table 1 has other models, too.
+TABLE_1 = {
+    "convnext_tiny": (82.1, 82.5), "convnext_small": (83.1, 83.3), "convnext_base": (83.8, 84.1),
+    "swin_tiny_patch4_window7_224": (81.3, 81.7), "swin_small_patch4_window7_224": (83.0, 83.1),
+    "swin_base_patch4_window7_224": (83.5, 83.6), "deit_small_patch16_224": (79.8, 80.6),
+    "deit_base_patch16_224": (81.8, 82.2), "xcit_small_12_p16_224": (82.0, 82.3),
+    "xcit_medium_24_p16_224": (82.7, 83.2), "xcit_large_24_p16_224": (82.9, 83.6), "resnet50": (78.6, 79.1),
+}
+TABLE_7 = {1: (79.9, 80.5), 4: (75.6, 76.3), 8: (73.3, 73.6), 16: (69.2, 69.9), 32: (59.8, 60.3), 64: (46.1, 46.3),
+           "average": (67.3, 67.8)}
+TABLE_9 = {0: (79.8, 80.6), 10: (76.7, 77.5), 20: (71.9, 73.2), 30: (65.9, 68.2), 40: (59.1, 62.0), 50: (50.5, 53.9),
+           60: (40.9, 44.8), 70: (29.5, 34.4), 80: (17.4, 23.0), 90: (5.7, 11.7), "average": (49.75, 52.92)}
+PAPER = {
+    **{("shuffle", "shuffled", name): pair for name, pair in TABLE_7.items()},
+    **{("occlusion", "non-salient", name): pair for name, pair in TABLE_9.items()},
+    ("imagenet-a", "", "top-1"): (19.1, 19.9), ("imagenet-a", "", "calibration error"): (32.0, 31.5),
+    ("imagenet-a", "", "AURRA"): (23.8, 27.4), ("imagenet-o", "", "AUPR"): (20.9, 21.3),
+    ("wsas", "", "Jaccard index"): (29.2, 29.5), ("wsol", "", "box IoU"): (34.9, 41.8),
+}
+ABSCISSA = {"shuffle": "cells", "occlusion": "information loss, %"}
+
+
+class Normalised(nn.Module):
+    """A model that takes uint8 images: pixels are dropped, permuted and shown before they are normalised."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> Any:
+        return self.model((images.float() / 255 - self.mean) / self.std)
+
+
+@dataclass
+class Subject:
+    """What is evaluated, and how images get to it."""
+
+    args: argparse.Namespace
+    model: Any  # of timm
+    network: Normalised  # around the model
+    data: dict[str, Any]  # size, interpolation, crop, mean, std, in timm's words
+    names: Sequence[str] | None  # of the outputs
+    autocast: torch.autocast
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return self.data["input_size"][1:]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model and of the images."""
+        return self.network.mean.device
+
+    def batches(self, samples: Samples, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` of how they are resized and cropped."""
+        # A damaged image is an error: a substitute would falsify the result.
+        options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
+        loader = create_loader(samples, batch_size=self.args.batch_size, device=self.device,
+                               num_threads=self.args.workers, **options)
+        with loader, progress(len(samples), self.args.protocol) as bar:
+            for images, labels in loader:
+                yield images, labels
+                bar.update(len(labels))
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 [B, K]."""
+        with self.autocast:
+            return self.network(images).float()
+
+
+def progress(total: int, what: str) -> tqdm:
+    """A bar; in a log file it speaks once a minute."""
+    interval = .1 if sys.stderr.isatty() else 60
+    return tqdm(total=total, desc=what, unit="img", unit_scale=True, leave=False, dynamic_ncols=True,
+                mininterval=interval, delay=interval)
+
+
+# Protocols: each takes the subject and gives its values.
+
+def top1(subject: Subject) -> Values:
+    """Table 1."""
+    return accuracies(subject, lambda images: [(("", "top-1"), 0, images)])
+
+
+def shuffle(subject: Subject) -> Values:
+    """Table 7: accuracy with the cells of each grid permuted."""
+    args, generators = subject.args, seeded(subject.args)
+    check_grids("--grids", args.grids, subject.size)
+
+    def variants(images: torch.Tensor) -> Iterator[Variant]:
+        for rows, columns in args.grids:
+            cells = rows * columns
+            for seed, generator in enumerate(generators if cells > 1 else generators[:1]):
+                order = permutations(len(images), cells, args.perm, generator).to(images.device)
+                yield ("shuffled", cells), seed, metrics.shuffle_cells(images, order, (rows, columns))
+
+    return with_average(accuracies(subject, variants))
+
+
+def occlusion(subject: Subject) -> Values:
+    """Table 9 (non-salient), and the two other ways of its source to drop patches."""
+    args, generators = subject.args, seeded(subject.args)
+    rows, columns = args.drop_grid
+    if "random" in args.drop:
+        check_grids("--drop-grid", [args.drop_grid], subject.size)
+    saliency = saliency_model(subject) if set(args.drop) - {"random"} else None
+
+    def masks(mode: str, loss: int, batch: int, attention: Any) -> list[torch.Tensor]:
+        if mode == "salient":
+            return [metrics.top_mass(attention, loss / 100)]
+        if mode == "non-salient":
+            return [~metrics.top_mass(attention, (100 - loss) / 100)]
+        ranks = [permutations(batch, rows * columns, args.perm, generator) for generator in generators]
+        return [(rank < rows * columns * loss // 100).view(-1, rows, columns) for rank in ranks]
+
+    def variants(images: torch.Tensor) -> Iterator[Variant]:
+        attention = saliency(images) if saliency else None
+        for mode, loss in product(args.drop, args.losses):
+            for seed, mask in enumerate(masks(mode, loss, len(images), attention)[: None if loss else 1]):
+                yield (mode, loss), seed, metrics.drop_cells(images, mask.to(images.device))
+
+    return with_average(accuracies(subject, variants))
+
+
+def imagenet_a(subject: Subject) -> Values:
+    """Table 8, upper part."""
+    samples, outputs = subset(subject)
+    confidence, correct = confidences(subject, samples, outputs)
+    calibration = [100 * metrics.rms_calibration_error(confidence, correct, subject.args.bin_size, skip_last)
+                   for skip_last in (True, False)]
+    return {("", "top-1"): [100 * float(correct.mean())],
+            ("", "calibration error"): [calibration[0]],
+            ("", "calibration error, last bin too"): [calibration[1]],
+            ("", "AURRA"): [100 * float(metrics.response_rate_accuracy(confidence, correct).mean())]}
+
+
+def imagenet_o(subject: Subject) -> Values:
+    """Table 8, lower part: ImageNet-O's images against those that ImageNet has in the folders of the same name."""
+    args = subject.args
+    outside, outputs = subset(subject)
+    validation = read(args, "--val-dir", args.val_dir, IMAGENET)
+    if absent := sorted(set(outside.classes) - set(validation.classes)):
+        raise missing(args, "--val-dir", args.val_dir, IMAGENET, f"it lacks {len(absent)} classes, as {absent[0]}")
+    inside = relabelled(validation, outside.classes)
+    scores = [-confidences(subject, samples, outputs)[0] for samples in (outside, inside)]
+    is_outside = np.repeat([1, 0], [len(outside), len(inside)])
+    return {("", "AUPR"): [100 * float(average_precision_score(is_outside, np.concatenate(scores)))]}
+
+
+def wsas(subject: Subject) -> Values:
+    """Table 5, segmentation: the best head's top-mass mask against VOC's objects."""
+    args = subject.args
+    try:
+        voc = VOCSegmentation(args.data_dir, image_set="val")
+    except (RuntimeError, OSError) as error:
+        raise missing(args, "--data-dir", args.data_dir, EXPECTED["wsas"], error) from error
+    attend, scores = class_attention(subject, subject.model), []
+    for images, numbers in subject.batches(numbered(Samples("", voc.images, np.zeros(len(voc), int), [""])),
+                                           crop_mode="squash", crop_pct=1.):
+        masks = metrics.enlarge(metrics.top_mass(attend(images), args.mass), subject.size)
+        for mask, number in zip(masks, numbers.tolist(), strict=True):
+            # The public protocol resizes the truth, too; class numbers cannot be interpolated.
+            truth = Image.open(voc.masks[number]).resize(subject.size[::-1], Image.Resampling.NEAREST)
+            target = torch.from_numpy(np.array(truth)).to(mask.device)
+            scores.append([metrics.best_jaccard(mask, target, ignore_void) for ignore_void in (False, True)])
+    plain, ignored = 100 * np.mean(scores, 0)
+    return {("", "Jaccard index"): [float(plain)], ("", "Jaccard index, void left out"): [float(ignored)]}
+
+
+def wsol(subject: Subject) -> Values:
+    """Table 5, localisation; the paper gives no protocol, so each choice is a flag."""
+    args = subject.args
+    samples = numbered(read(args, "--data-dir", args.data_dir))
+    annotations = find_boxes(args, samples)
+    attend, best = class_attention(subject, subject.model), []
+    # The whole image is squashed into the input, so that no object is cut off.
+    for images, numbers in subject.batches(samples, crop_mode="squash", crop_pct=1.):
+        masks = metrics.top_mass(one_head(attend(images), args.head), args.mass)
+        for mask, number in zip(masks, numbers.tolist(), strict=True):
+            box = metrics.mask_box(mask, args.component == "largest", args.connectivity == 8)
+            iou = box_iou(box[None], true_boxes(annotations[number], samples.path(number)))
+            best.append(float(iou.max() if args.boxes_per_image == "best" else iou.mean()))
+    return {("", "box IoU"): [100 * statistics.fmean(best)]}
+
+
+PROTOCOLS: dict[str, Callable[[Subject], Values]] = {
+    "top1": top1, "shuffle": shuffle, "occlusion": occlusion, "imagenet-a": imagenet_a, "imagenet-o": imagenet_o,
+    "wsas": wsas, "wsol": wsol,
+}
+
+
+# What protocols share.
+
+def accuracies(subject: Subject, variants: Callable[[torch.Tensor], Iterable[Variant]]) -> Values:
+    """Top-1 on every variant of every image; the data are read once."""
+    samples = labelled(subject, read(subject.args, "--data-dir", subject.args.data_dir))
+    hits: dict[tuple, dict[int, torch.Tensor]] = {}
+    for images, labels in subject.batches(samples):
+        for key, seed, changed in variants(images):
+            right = (subject.logits(changed).argmax(1) == labels).sum()  # stays on the device
+            seeds = hits.setdefault(key, {})
+            seeds[seed] = seeds.get(seed, 0) + right
+    return {key: [100 * int(right) / len(samples) for right in seeds.values()] for key, seeds in hits.items()}
+
+
+def with_average(values: Values) -> Values:
+    """Adds the average of each curve, seed by seed; a point without a draw is the same for all seeds."""
+    result = dict(values)
+    for curve in dict.fromkeys(curve for curve, _ in values):
+        points = [seeds for (other, _), seeds in values.items() if other == curve]
+        most = max(map(len, points))
+        aligned = [seeds * most if len(seeds) == 1 else seeds for seeds in points]
+        result[curve, "average"] = [statistics.fmean(point) for point in zip(*aligned, strict=True)]
+    return result
+
+
+def seeded(args: argparse.Namespace) -> list[torch.Generator]:
+    """A generator a seed."""
+    return [torch.Generator().manual_seed(args.seed + number) for number in range(args.seeds)]
+
+
+def check_grids(flag: str, grids: Iterable[tuple[int, int]], size: tuple[int, int]) -> None:
+    """Raises ValueError where cells would not be equal."""
+    for rows, columns in grids:
+        if size[0] % rows or size[1] % columns:
+            raise ValueError(f"{flag} {rows}x{columns}: it does not divide images of {size[0]}x{size[1]}; give a "
+                             "grid that does, or another --img-size")
+
+
+def permutations(batch: int, cells: int, perm: str, generator: torch.Generator) -> torch.Tensor:
+    """int64 [1, cells] with perm="batch", [batch, cells] with "sample"."""
+    return torch.rand(batch if perm == "sample" else 1, cells, generator=generator).argsort(1)
+
+
+def confidences(subject: Subject, samples: Samples, outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Largest probability among these outputs, and whether it is the label's; [n] each."""
+    found = []
+    for images, labels in subject.batches(samples):
+        confidence, guess = subject.logits(images)[:, outputs].softmax(1).max(1)
+        found.append(torch.stack([confidence.double(), (guess == labels).double()]))
+    confidence, correct = torch.cat(found, 1).cpu().numpy()
+    return confidence, correct
+
+
+def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of uint8 images that gives the last block's attention from the class token to the patches.
+
+    Returns:
+        float [B, heads, rows, columns], of the softmax over all tokens.
+
+    Raises:
+        ValueError: the model has no such attention.
+    """
+    name, blocks = model.pretrained_cfg["architecture"], getattr(model, "blocks", None)
+    if blocks is None or getattr(model, "cls_token", None) is None or not hasattr(blocks[-1], "attn"):
+        raise ValueError(f"{name}: it has no attention from a class token to patches; give a ViT, such as deit_*")
+    blocks[-1].attn.fused_attn = False  # the fused kernel keeps its attention to itself
+    layer = f"blocks.{len(blocks) - 1}.attn.attn_drop"
+    data = subject.data if model is subject.model else resolve_data_config(model=model)
+    extract = Normalised(AttentionExtract(model, [layer], method="hook"), data["mean"], data["std"])
+    extract.to(subject.device)
+
+    def attend(images: torch.Tensor) -> torch.Tensor:
+        with subject.autocast:
+            attention = extract(images)[layer]
+        return attention[:, :, 0, model.num_prefix_tokens:].float().unflatten(-1, model.patch_embed.grid_size)
+
+    return attend
+
+
+def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of uint8 images that gives DINO's attention [B, rows, columns], of the head asked for."""
+    args = subject.args
+    model = build(args.dino_model, "--dino-model", args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
+    set_size(model, subject.size, "--dino-model")
+    attend = class_attention(subject, model)
+    return lambda images: one_head(attend(images), args.head)
+
+
+def one_head(attention: torch.Tensor, head: str) -> torch.Tensor:
+    """[B, heads, rows, columns] to [B, rows, columns]: the head of this number, or "mean" or "max" over heads."""
+    if head in ("mean", "max"):
+        return attention.mean(1) if head == "mean" else attention.amax(1)
+    if int(head) >= attention.shape[1]:
+        raise ValueError(f"--head {head}: the model has {attention.shape[1]} heads, counted from 0")
+    return attention[:, int(head)]
+
+
+# Data.
+
+def missing(args: argparse.Namespace, flag: str, path: str | None, expected: str, reason: object) -> ValueError:
+    """An error that says where data come from and how they lie."""
+    return ValueError(f"{flag} {path}: {reason}. {args.protocol} needs {expected}")
+
+
+def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = "") -> Samples:
+    """Samples of a class folder, or of `val` or `validation` in it."""
+    inner = [Path(path or "", name) for name in ("val", "validation")]
+    try:
+        return load(next((folder for folder in inner if folder.is_dir()), path or ""))
+    except ValueError as error:
+        raise missing(args, flag, path, expected or EXPECTED[args.protocol], error) from error
+
+
+def labelled(subject: Subject, samples: Samples) -> Samples:
+    """`samples` with the number of the model's output as label."""
+    names = subject.names
+    if names is None and len(samples.classes) == subject.model.num_classes:
+        names = samples.classes
+    if names is None or (unknown := set(samples.classes) - set(names)):
+        what = "their names are not known" if names is None else f"{sorted(unknown)[0]!r} is none of them"
+        raise ValueError(f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders for a model of "
+                         f"{subject.model.num_classes} classes, but {what}; name the folders as the model's classes")
+    return relabelled(samples, names)
+
+
+def relabelled(samples: Samples, names: Sequence[str]) -> Samples:
+    """The samples of the classes `names`, with the place among them as label."""
+    place = {name: number for number, name in enumerate(names)}
+    labels = np.array([place.get(name, -1) for name in samples.classes])[samples.labels]
+    kept = np.flatnonzero(labels >= 0)
+    return Samples(samples.root, [samples.names[number] for number in kept.tolist()], labels[kept], names)
+
+
+def subset(subject: Subject) -> tuple[Samples, list[int]]:
+    """ImageNet-A's or -O's samples, and which of the model's 1000 outputs are their classes."""
+    args = subject.args
+    samples = read(args, "--data-dir", args.data_dir)
+    known = ImageNetInfo().label_names()
+    if len(samples.classes) != 200 or not set(samples.classes) <= set(known):
+        raise missing(args, "--data-dir", args.data_dir, EXPECTED[args.protocol],
+                      f"it has {len(samples.classes)} class folders, {samples.classes[0]!r} first")
+    if subject.names != known:
+        raise ValueError(f"--model {args.model}: {args.protocol} needs a model of ImageNet's 1000 classes, in the "
+                         f"order of their WordNet ids; this one has {subject.model.num_classes} outputs")
+    outputs = sorted(known.index(name) for name in samples.classes)
+    return relabelled(samples, [known[number] for number in outputs]), outputs
+
+
+def numbered(samples: Samples) -> Samples:
+    """`samples` with their own number as label."""
+    return Samples(samples.root, samples.names, np.arange(len(samples)), samples.names)
+
+
+def find_boxes(args: argparse.Namespace, samples: Samples) -> list[Path]:
+    """The annotation of each sample."""
+    found = {path.stem: path for path in Path(args.boxes or "").rglob("*.xml")} if args.boxes else {}
+    stems = [Path(name).stem for name in samples.names]
+    if absent := [stem for stem in stems if stem not in found]:
+        raise missing(args, "--boxes", args.boxes, BOXES, f"no {absent[0]}.xml, nor {len(absent) - 1} others")
+    return [found[stem] for stem in stems]
+
+
+def true_boxes(annotation: Path, image: str) -> torch.Tensor:
+    """float64 [n, 4] (x0, y0, x1, y1) in units of the image's width and height."""
+    boxes = [[float(box.findtext(name, "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
+             for box in ElementTree.parse(annotation).iter("bndbox")]
+    if not boxes:
+        raise ValueError(f"{annotation}: no bndbox in it; leave the image out, or give its boxes")
+    with Image.open(image) as opened:  # reads the header alone; some annotations have another size
+        width, height = opened.size
+    return torch.tensor(boxes, dtype=torch.float64) / torch.tensor([width, height, width, height])
+
+
+# The model.
+
+def build(name: str, name_flag: str, checkpoint: str | None, flag: str, **options: Any) -> nn.Module:
+    """A timm model with the weights of a checkpoint, or without one timm's own.
+
+    Raises:
+        ValueError: the model, the file or the download fails, with a remedy.
+    """
+    try:
+        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=checkpoint or "", **options)
+    except FileNotFoundError as error:
+        if checkpoint:
+            raise ValueError(f"{flag} {checkpoint}: no such file; give a checkpoint of {name}") from error
+        raise ValueError(no_weights(name, flag, error)) from error
+    except Exception as error:  # whatever torch.load, a hub or a network raises
+        if not timm.is_model(name.split(".")[0]):
+            raise ValueError(f"{name_flag} {name}: timm knows no such model; see timm.list_models()") from error
+        if not checkpoint:
+            raise ValueError(no_weights(name, flag, error)) from error
+        raise ValueError(f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give the model that it "
+                         "is of, with its --num-classes and --model-kwargs") from error
+
+
+def no_weights(name: str, flag: str, error: Exception) -> str:
+    """What to do where timm's weights cannot be had."""
+    return (f"{name}: timm could not get its weights ({first_line(error)}); with no network, fetch them elsewhere "
+            f"and give {flag} FILE")
+
+
+def first_line(error: Exception) -> str:
+    """Type and start of an error, short enough for a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
+    """Makes a model for images of this size; position embeddings are resampled as the public protocols do."""
+    patches = getattr(model, "patch_embed", None)
+    if patches is None or not hasattr(model, "set_input_size") or tuple(patches.img_size) == tuple(size):
+        return
+    if any(side % patch for side, patch in zip(size, patches.patch_size, strict=True)):
+        raise ValueError(f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; give "
+                         "another --img-size")
+    before, grid = getattr(model, "pos_embed", None), patches.grid_size
+    model.set_input_size(img_size=size)
+    if before is not None:  # timm's way has antialiasing, and with it another kernel
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        model.pos_embed.data = resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix,
+                                                      antialias=False)
+
+
+def build_subject(args: argparse.Namespace) -> Subject:
+    """The model on its device, with the protocol's input."""
+    saved = saved_run(args)
+    model: Any = build(args.model, "--model", args.checkpoint, "--checkpoint", **args.model_kwargs,
+                       **({"num_classes": args.num_classes} if args.num_classes else {}))
+    wanted: dict[str, Any] = {"img_size": 512 if args.protocol == "wsas" else None}
+    if not (args.protocol == "top1" and saved):  # which is validated as it was in training
+        wanted |= {"crop_pct": 1. if args.model.startswith("xcit") else .875,  # as the paper
+                   "interpolation": "bicubic" if args.protocol == "top1" else "bilinear"}
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    data = resolve_data_config({**wanted, **given}, model=model)
+    set_size(model, data["input_size"][1:], f"--model {args.model}")
+    device = find_device(args.device)
+    network = Normalised(model, data["mean"], data["std"]).eval().to(device)
+    names = saved.get("classes") or (ImageNetInfo().label_names() if model.num_classes == 1000 else None)
+    autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
+    return Subject(args, model, network, data, names, autocast)
+
+
+def find_device(name: str) -> torch.device:
+    """The device, "auto" a GPU if there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {first_line(error)}; give auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def saved_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What a checkpoint of pipelines.train says of its model becomes the default of the flags; {} of others."""
+    try:
+        content = torch.load(args.checkpoint, map_location="cpu", weights_only=True) if args.checkpoint else {}
+    except Exception:  # other formats are timm's to read, or to refuse
+        content = {}
+    saved = content if isinstance(content, dict) and content.get("run_format") == FORMAT else {}
+    if flags := saved.get("args"):
+        keys = ["model", "img_size", "input_size", "mean", "std"]
+        keys += ["crop_pct", "interpolation"] * (args.protocol == "top1")
+        for key in keys:
+            if getattr(args, key) is None:
+                setattr(args, key, flags[key] or None)
+        args.model_kwargs = args.model_kwargs or flags["model_kwargs"]
+        args.num_classes = args.num_classes or flags["num_classes"] or len(saved["classes"])
+    if args.model is None:
+        raise ValueError("--model: give the name of a timm model; only a checkpoint of pipelines.train brings its own")
+    return saved
+
+
+# Results.
+
+def rows(args: argparse.Namespace, values: Values) -> list[dict[str, Any]]:
+    """One row a number, with the paper's beside it."""
+    arch = args.model.split(".")[0]
+    paper = PAPER | ({("top1", "", "top-1"): TABLE_1[arch]} if arch in TABLE_1 else {})
+    return [{"curve": curve, "name": name, "mean": statistics.fmean(seeds), "values": seeds,
+             "std": statistics.stdev(seeds) if len(seeds) > 1 else None,
+             "paper": paper.get((args.protocol, curve, name))} for (curve, name), seeds in values.items()]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text."""
+    whose = f"paper: {result['paper_model']}"
+    lines = [f"{result['protocol']}, {result['model']}, in %",
+             f"{'':36}{'here':>8}{'':8}  {whose:>22}   + LUMix"]
+    for row in result["rows"]:
+        spread = f"± {row['std']:.2f}" if row["std"] is not None else ""
+        baseline, lumix = (f"{value:g}" for value in row["paper"]) if row["paper"] else ("-", "-")
+        name = f"{row['curve']} {row['name']}".strip()
+        lines.append(f"{name:36}{row['mean']:8.2f}{spread:8}  {baseline:>22}{lumix:>10}")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Accuracy over cells or loss where the protocol has such curves, else a bar a number; with the paper's."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")  # without pyplot no display is looked for
+    axes, found = figure.subplots(), result["rows"]
+    labels = (f"paper, {result['paper_model']}", f"paper, {result['paper_model']} + LUMix")
+    if xlabel := ABSCISSA.get(result["protocol"]):
+        for number, curve in enumerate(dict.fromkeys(row["curve"] for row in found)):
+            points = [row for row in found if row["curve"] == curve and row["name"] != "average"]
+            x = [row["name"] for row in points]
+            axes.errorbar(x, [row["mean"] for row in points], [row["std"] or 0 for row in points],
+                          color=f"C{number}", marker="o", capsize=3, label=f"{curve}, here")
+            known = [row for row in points if row["paper"]]
+            for which, style in enumerate(("--", ":")):
+                if known:
+                    axes.plot([row["name"] for row in known], [row["paper"][which] for row in known], style,
+                              color=f"C{number}", alpha=.7, label=labels[which])
+        if result["protocol"] == "shuffle":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(x, list(map(str, x)))
+        axes.set(xlabel=xlabel, ylabel="top-1, %", ylim=(0, None))
+    else:
+        place = np.arange(len(found))
+        axes.bar(place - .25, [row["mean"] for row in found], .25, label="here")
+        for which in (0, 1):
+            axes.bar(place + .25 * which, [row["paper"][which] if row["paper"] else 0 for row in found], .25,
+                     color=f"C{which + 1}", alpha=.6, label=labels[which])
+        axes.set_xticks(place, [row["name"].replace(", ", ",\n") for row in found])
+        axes.set(ylabel="%")
+    axes.set_title(f"{result['protocol']}: {result['model']}", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def metadata(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Where a result comes from: command, commit, date, device, versions."""
+    def git(*command: str) -> str | None:
+        ran = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return None if ran.returncode else ran.stdout.strip()
+
+    return {"command": f"python -m pipelines.evaluate {shlex.join(argv)}", "commit": git("rev-parse", "HEAD"),
+            "clean": git("status", "--porcelain") == "",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "versions": {"lumix_dali": __version__, "python": platform.python_version(),
+                         "torch": torch.__version__, "timm": timm.__version__, "dali": dali.__version__}}
+
+
+def write(path: str, result: dict[str, Any]) -> None:
+    """Writes JSON in one step."""
+    scratch = Path(f"{path}.partial")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(scratch, path)
+
+
+# The command line.
+
+def grid(text: str) -> tuple[int, int]:
+    """An argparse type: 4x8 for 4 rows and 8 columns."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}: give ROWSxCOLUMNS, such as 4x8")
+    return int(sides[0]), int(sides[1])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag; what a group's title names in brackets is what its flags are for."""
+    parser = argparse.ArgumentParser("python -m pipelines.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("protocol", choices=PROTOCOLS)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="timm's name of it; None: the checkpoint's")
+    add("--checkpoint", metavar="FILE", help="of pipelines.train, or anything timm.create_model loads")
+    add("--pretrained", action="store_true", help="timm's weights instead")
+    add("--num-classes", type=int, help="outputs of the model; None: the checkpoint's, else timm's")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the model")
+
+    add = parser.add_argument_group("images").add_argument
+    add("--data-dir", required=True, metavar="DIR", help="what a protocol needs, it says where DIR lacks it")
+    add("--val-dir", metavar="DIR", help="ImageNet's validation set [imagenet-o]")
+    add("--boxes", metavar="DIR", help="its bounding boxes [wsol]")
+    add("--img-size", type=int, help="side; None: the model's, for wsas 512")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
+    add("--crop-pct", type=float, help="None: .875, XCiT 1, top1 of a checkpoint as in its training")
+    add("--interpolation", choices=("bilinear", "bicubic"), help="None: bilinear, for top1 bicubic")
+    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+
+    add = parser.add_argument_group("choices that the paper leaves open").add_argument
+    add("--grids", type=grid, nargs="+", default=[(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)], metavar="RxC",
+        help="1x1 2x2 2x4 4x4 4x8 8x8 [shuffle]")
+    add("--perm", choices=("batch", "sample"), default="batch",
+        help="one draw a batch, as the public code, or one an image [shuffle, occlusion]")
+    add("--seeds", type=int, default=3, metavar="N", help="random draws, 3 [shuffle, occlusion]")
+    add("--seed", type=int, default=0, help="of the first draw, 0 [shuffle, occlusion]")
+    add("--drop", nargs="+", choices=("random", "salient", "non-salient"), metavar="MODE",
+        default=["random", "salient", "non-salient"], help="random salient non-salient [occlusion]")
+    add("--losses", type=int, nargs="+", default=list(range(0, 100, 10)), metavar="PERCENT",
+        help="cells (random) or attention mass (else) dropped, 0 10 .. 90 [occlusion]")
+    add("--drop-grid", type=grid, default=(14, 14), metavar="RxC", help="of random drops, 14x14 [occlusion]")
+    add("--dino-model", default="vit_small_patch16_224.dino", help="whose attention is saliency [occlusion]")
+    add("--dino-checkpoint", metavar="FILE", help="its weights; None: timm's [occlusion]")
+    add("--head", help="number, mean or max; None: 1, the second, as the public code [occlusion]; mean [wsol]")
+    add("--mass", type=float, default=.9, help="share of the attention that is foreground, .9 [wsas, wsol]")
+    add("--component", choices=("largest", "all"), default="largest", help="what the box is drawn about [wsol]")
+    add("--connectivity", type=int, choices=(4, 8), default=4, help="of components, 4 [wsol]")
+    add("--boxes-per-image", choices=("best", "mean"), default="best", help="IoU of several true boxes [wsol]")
+    add("--bin-size", type=int, default=100, metavar="N", help="samples a bin, 100 [imagenet-a]")
+
+    add = parser.add_argument_group("run").add_argument
+    add("-b", "--batch-size", type=int, default=256, help="images a batch (256)")
+    add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of mixed precision (float16)")
+    add("--out", metavar="FILE.json", help="writes the result, and where it comes from")
+    add("--figure", metavar="FILE.png", help="draws the result beside the paper's")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; what is wrong on its face, or would be ignored, ends the program here."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        meant = (action.help or "").partition("[")[2].rstrip("]")
+        if meant and args.protocol not in meant.split(", ") and getattr(args, action.dest) != action.default:
+            parser.error(f"{action.option_strings[-1]} is for {meant}: leave it out with {args.protocol}")
+    if bool(args.checkpoint) == args.pretrained:
+        parser.error("give either --checkpoint FILE or --pretrained")
+    for name, least in {"seeds": 1, "seed": 0, "batch_size": 1, "bin_size": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
+    if not 0 < args.mass <= 1:
+        parser.error(f"--mass {args.mass}: give a share in (0, 1]")
+    if odd := [loss for loss in args.losses if not 0 <= loss < 100]:
+        parser.error(f"--losses {odd[0]}: give percents in [0, 100)")
+    args.head = args.head or {"occlusion": "1"}.get(args.protocol, "mean")
+    if args.head not in ("mean", "max") and not args.head.isdecimal():
+        parser.error(f"--head {args.head}: give a number, mean or max")
+    return args
+
+
+@torch.inference_mode()
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluates as the command line says, prints the result, writes and draws it where asked to.
+
+    Args:
+        argv: the command line without the program's name; None takes the process's own.
+
+    Returns:
+        The result, as `--out` gets it.
+
+    Raises:
+        ValueError: a wrong argument, data that are missing, weights that cannot be had.
+    """
+    args = parse_args(argv)
+    torch.set_float32_matmul_precision("high")
+    subject = build_subject(args)
+    values = PROTOCOLS[args.protocol](subject)
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "figure")}
+    arch = args.model.split(".")[0]
+    result = {"protocol": args.protocol, "model": args.model, "rows": rows(args, values),
+              "paper_model": arch if args.protocol == "top1" else "DeiT-S", "settings": settings,
+              "input": subject.data, "meta": metadata(sys.argv[1:] if argv is None else argv, subject.device)}
+    print(table(result))
+    if args.out:
+        write(args.out, result)
+    if args.figure:
+        draw(result, args.figure)
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"python -m pipelines.evaluate: {error}")
