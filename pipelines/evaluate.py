@@ -14,13 +14,7 @@ brings its model, classes, input size, mean and std, and for top1 also the crop 
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +26,6 @@ from xml.etree import ElementTree
 import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
-from nvidia import dali
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.data import ImageNetInfo, resolve_data_config
@@ -44,10 +36,10 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from lumix_dali import __version__, create_loader
+from lumix_dali import create_loader
 from lumix_dali.sources import Samples, load
 
-from . import metrics
+from . import metrics, report
 from .checkpoint import FORMAT
 
 Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): a value a seed, in percent
@@ -61,28 +53,7 @@ EXPECTED = {
     "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
             "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
 }
-BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml in any folder"
-
-# (DeiT-S, LUMix-DeiT-S) in percent; Table 1 has other models, too.
-TABLE_1 = {
-    "convnext_tiny": (82.1, 82.5), "convnext_small": (83.1, 83.3), "convnext_base": (83.8, 84.1),
-    "swin_tiny_patch4_window7_224": (81.3, 81.7), "swin_small_patch4_window7_224": (83.0, 83.1),
-    "swin_base_patch4_window7_224": (83.5, 83.6), "deit_small_patch16_224": (79.8, 80.6),
-    "deit_base_patch16_224": (81.8, 82.2), "xcit_small_12_p16_224": (82.0, 82.3),
-    "xcit_medium_24_p16_224": (82.7, 83.2), "xcit_large_24_p16_224": (82.9, 83.6), "resnet50": (78.6, 79.1),
-}
-TABLE_7 = {1: (79.9, 80.5), 4: (75.6, 76.3), 8: (73.3, 73.6), 16: (69.2, 69.9), 32: (59.8, 60.3), 64: (46.1, 46.3),
-           "average": (67.3, 67.8)}
-TABLE_9 = {0: (79.8, 80.6), 10: (76.7, 77.5), 20: (71.9, 73.2), 30: (65.9, 68.2), 40: (59.1, 62.0), 50: (50.5, 53.9),
-           60: (40.9, 44.8), 70: (29.5, 34.4), 80: (17.4, 23.0), 90: (5.7, 11.7), "average": (49.75, 52.92)}
-PAPER = {
-    **{("shuffle", "shuffled", name): pair for name, pair in TABLE_7.items()},
-    **{("occlusion", "non-salient", name): pair for name, pair in TABLE_9.items()},
-    ("imagenet-a", "", "top-1"): (19.1, 19.9), ("imagenet-a", "", "calibration error"): (32.0, 31.5),
-    ("imagenet-a", "", "AURRA"): (23.8, 27.4), ("imagenet-o", "", "AUPR"): (20.9, 21.3),
-    ("wsas", "", "Jaccard index"): (29.2, 29.5), ("wsol", "", "box IoU"): (34.9, 41.8),
-}
-ABSCISSA = {"shuffle": "cells", "occlusion": "information loss, %"}
+BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml anywhere"
 
 
 class Normalised(nn.Module):
@@ -123,7 +94,7 @@ class Subject:
         return self.network.mean.device
 
     def batches(self, samples: Samples, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` of how they are resized and cropped."""
+        """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` concern resize and crop."""
         # A damaged image is an error: a substitute would falsify the result.
         options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
         loader = create_loader(samples, batch_size=self.args.batch_size, device=self.device,
@@ -379,9 +350,9 @@ def labelled(subject: Subject, samples: Samples) -> Samples:
     if names is None and len(samples.classes) == subject.model.num_classes:
         names = samples.classes
     if names is None or (unknown := set(samples.classes) - set(names)):
-        what = "their names are not known" if names is None else f"{sorted(unknown)[0]!r} is none of them"
-        raise ValueError(f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders for a model of "
-                         f"{subject.model.num_classes} classes, but {what}; name the folders as the model's classes")
+        what = "their names are not known" if names is None else f"{min(unknown)!r} is none of them"
+        raise ValueError(f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders, a model of "
+                         f"{subject.model.num_classes} classes, and {what}; name the folders as its classes")
     return relabelled(samples, names)
 
 
@@ -452,8 +423,8 @@ def build(name: str, name_flag: str, checkpoint: str | None, flag: str, **option
             raise ValueError(f"{name_flag} {name}: timm knows no such model; see timm.list_models()") from error
         if not checkpoint:
             raise ValueError(no_weights(name, flag, error)) from error
-        raise ValueError(f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give the model that it "
-                         "is of, with its --num-classes and --model-kwargs") from error
+        raise ValueError(f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give its model, "
+                         "--num-classes and --model-kwargs") from error
 
 
 def no_weights(name: str, flag: str, error: Exception) -> str:
@@ -473,8 +444,8 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
     if patches is None or not hasattr(model, "set_input_size") or tuple(patches.img_size) == tuple(size):
         return
     if any(side % patch for side, patch in zip(size, patches.patch_size, strict=True)):
-        raise ValueError(f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; give "
-                         "another --img-size")
+        raise ValueError(f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; "
+                         "give another --img-size")
     before, grid = getattr(model, "pos_embed", None), patches.grid_size
     model.set_input_size(img_size=size)
     if before is not None:  # timm's way has antialiasing, and with it another kernel
@@ -528,89 +499,8 @@ def saved_run(args: argparse.Namespace) -> dict[str, Any]:
         args.model_kwargs = args.model_kwargs or flags["model_kwargs"]
         args.num_classes = args.num_classes or flags["num_classes"] or len(saved["classes"])
     if args.model is None:
-        raise ValueError("--model: give the name of a timm model; only a checkpoint of pipelines.train brings its own")
+        raise ValueError("--model: give the name of a timm model; checkpoints of pipelines.train alone bring it")
     return saved
-
-
-# Results.
-
-def rows(args: argparse.Namespace, values: Values) -> list[dict[str, Any]]:
-    """One row a number, with the paper's beside it."""
-    arch = args.model.split(".")[0]
-    paper = PAPER | ({("top1", "", "top-1"): TABLE_1[arch]} if arch in TABLE_1 else {})
-    return [{"curve": curve, "name": name, "mean": statistics.fmean(seeds), "values": seeds,
-             "std": statistics.stdev(seeds) if len(seeds) > 1 else None,
-             "paper": paper.get((args.protocol, curve, name))} for (curve, name), seeds in values.items()]
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows as text."""
-    whose = f"paper: {result['paper_model']}"
-    lines = [f"{result['protocol']}, {result['model']}, in %",
-             f"{'':36}{'here':>8}{'':8}  {whose:>22}   + LUMix"]
-    for row in result["rows"]:
-        spread = f"± {row['std']:.2f}" if row["std"] is not None else ""
-        baseline, lumix = (f"{value:g}" for value in row["paper"]) if row["paper"] else ("-", "-")
-        name = f"{row['curve']} {row['name']}".strip()
-        lines.append(f"{name:36}{row['mean']:8.2f}{spread:8}  {baseline:>22}{lumix:>10}")
-    return "\n".join(lines)
-
-
-def draw(result: dict[str, Any], path: str) -> None:
-    """Accuracy over cells or loss where the protocol has such curves, else a bar a number; with the paper's."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")  # without pyplot no display is looked for
-    axes, found = figure.subplots(), result["rows"]
-    labels = (f"paper, {result['paper_model']}", f"paper, {result['paper_model']} + LUMix")
-    if xlabel := ABSCISSA.get(result["protocol"]):
-        for number, curve in enumerate(dict.fromkeys(row["curve"] for row in found)):
-            points = [row for row in found if row["curve"] == curve and row["name"] != "average"]
-            x = [row["name"] for row in points]
-            axes.errorbar(x, [row["mean"] for row in points], [row["std"] or 0 for row in points],
-                          color=f"C{number}", marker="o", capsize=3, label=f"{curve}, here")
-            known = [row for row in points if row["paper"]]
-            for which, style in enumerate(("--", ":")):
-                if known:
-                    axes.plot([row["name"] for row in known], [row["paper"][which] for row in known], style,
-                              color=f"C{number}", alpha=.7, label=labels[which])
-        if result["protocol"] == "shuffle":
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(x, list(map(str, x)))
-        axes.set(xlabel=xlabel, ylabel="top-1, %", ylim=(0, None))
-    else:
-        place = np.arange(len(found))
-        axes.bar(place - .25, [row["mean"] for row in found], .25, label="here")
-        for which in (0, 1):
-            axes.bar(place + .25 * which, [row["paper"][which] if row["paper"] else 0 for row in found], .25,
-                     color=f"C{which + 1}", alpha=.6, label=labels[which])
-        axes.set_xticks(place, [row["name"].replace(", ", ",\n") for row in found])
-        axes.set(ylabel="%")
-    axes.set_title(f"{result['protocol']}: {result['model']}", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
-    axes.grid(alpha=.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def metadata(argv: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: command, commit, date, device, versions."""
-    def git(*command: str) -> str | None:
-        ran = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return None if ran.returncode else ran.stdout.strip()
-
-    return {"command": f"python -m pipelines.evaluate {shlex.join(argv)}", "commit": git("rev-parse", "HEAD"),
-            "clean": git("status", "--porcelain") == "",
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "versions": {"lumix_dali": __version__, "python": platform.python_version(),
-                         "torch": torch.__version__, "timm": timm.__version__, "dali": dali.__version__}}
-
-
-def write(path: str, result: dict[str, Any]) -> None:
-    """Writes JSON in one step."""
-    scratch = Path(f"{path}.partial")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(scratch, path)
 
 
 # The command line.
@@ -718,16 +608,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     subject = build_subject(args)
     values = PROTOCOLS[args.protocol](subject)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "figure")}
-    arch = args.model.split(".")[0]
-    result = {"protocol": args.protocol, "model": args.model, "rows": rows(args, values),
-              "paper_model": arch if args.protocol == "top1" else "DeiT-S", "settings": settings,
-              "input": subject.data, "meta": metadata(sys.argv[1:] if argv is None else argv, subject.device)}
-    print(table(result))
+    meta = report.metadata("pipelines.evaluate", sys.argv[1:] if argv is None else argv, subject.device)
+    result = report.build(args, values, subject.data, meta)
+    print(report.table(result))
     if args.out:
-        write(args.out, result)
+        report.write(args.out, result)
     if args.figure:
-        draw(result, args.figure)
+        report.draw(result, args.figure)
     return result
 
 
