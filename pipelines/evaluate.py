@@ -30,6 +30,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.layers import resample_abs_pos_embed
+from timm.models import VisionTransformer, load_checkpoint
 from timm.utils import AttentionExtract, ParseKwargs
 from torch import nn
 from torchvision.datasets import VOCSegmentation
@@ -53,6 +54,9 @@ EXPECTED = {
     "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
             "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
 }
+# What a run of pipelines.train passes on; the second, to top1 alone, which then repeats the run's own number.
+FROM_THE_RUN = ("model", "num_classes", "model_kwargs", "img_size", "input_size", "mean", "std")
+FROM_ITS_VALIDATION = ("crop_pct", "interpolation")
 BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml anywhere"
 
 
@@ -313,7 +317,7 @@ def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], to
 def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function of uint8 images that gives DINO's attention [B, rows, columns], of the head asked for."""
     args = subject.args
-    model = build(args.dino_model, "--dino-model", args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
+    model = build(args.dino_model, args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
     set_size(model, subject.size, "--dino-model")
     attend = class_attention(subject, model)
     return lambda images: one_head(attend(images), args.head)
@@ -406,31 +410,32 @@ def true_boxes(annotation: Path, image: str) -> torch.Tensor:
 
 # The model.
 
-def build(name: str, name_flag: str, checkpoint: str | None, flag: str, **options: Any) -> nn.Module:
-    """A timm model with the weights of a checkpoint, or without one timm's own.
+def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | None = None, **options: Any) -> Any:
+    """A timm model with the weights of a checkpoint, made for images of `size`, or without one with timm's own.
 
     Raises:
         ValueError: the model, the file or the download fails, with a remedy.
     """
+    model_flag = flag.replace("checkpoint", "model")
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"{model_flag} {name}: timm knows no such model; see timm.list_models()")
+    if not checkpoint:
+        try:
+            return timm.create_model(name, pretrained=True, **options)
+        except Exception as error:  # whatever a hub and a network raise
+            raise ValueError(f"{model_flag} {name}: timm could not get its weights ({first_line(error)}); "
+                             f"without a network, fetch them elsewhere and give {flag} FILE") from error
+    model: Any = timm.create_model(name, **options)
+    if size and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
     try:
-        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=checkpoint or "", **options)
+        load_checkpoint(model, checkpoint)
     except FileNotFoundError as error:
-        if checkpoint:
-            raise ValueError(f"{flag} {checkpoint}: no such file; give a checkpoint of {name}") from error
-        raise ValueError(no_weights(name, flag, error)) from error
-    except Exception as error:  # whatever torch.load, a hub or a network raises
-        if not timm.is_model(name.split(".")[0]):
-            raise ValueError(f"{name_flag} {name}: timm knows no such model; see timm.list_models()") from error
-        if not checkpoint:
-            raise ValueError(no_weights(name, flag, error)) from error
+        raise ValueError(f"{flag} {checkpoint}: no such file; give a checkpoint of {name}") from error
+    except Exception as error:  # what a foreign or damaged file raises is anything
         raise ValueError(f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give its model, "
                          "--num-classes and --model-kwargs") from error
-
-
-def no_weights(name: str, flag: str, error: Exception) -> str:
-    """What to do where timm's weights cannot be had."""
-    return (f"{name}: timm could not get its weights ({first_line(error)}); with no network, fetch them elsewhere "
-            f"and give {flag} FILE")
+    return model
 
 
 def first_line(error: Exception) -> str:
@@ -448,7 +453,8 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
                          "give another --img-size")
     before, grid = getattr(model, "pos_embed", None), patches.grid_size
     model.set_input_size(img_size=size)
-    if before is not None:  # timm's way has antialiasing, and with it another kernel
+    if isinstance(model, VisionTransformer) and before is not None:
+        # timm's way has antialiasing, and with it another kernel.
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         model.pos_embed.data = resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix,
                                                       antialias=False)
@@ -457,8 +463,8 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
 def build_subject(args: argparse.Namespace) -> Subject:
     """The model on its device, with the protocol's input."""
     saved = saved_run(args)
-    model: Any = build(args.model, "--model", args.checkpoint, "--checkpoint", **args.model_kwargs,
-                       **({"num_classes": args.num_classes} if args.num_classes else {}))
+    options = dict(args.model_kwargs, **({"num_classes": args.num_classes} if args.num_classes else {}))
+    model = build(args.model, args.checkpoint, "--checkpoint", size=saved.get("size"), **options)
     wanted: dict[str, Any] = {"img_size": 512 if args.protocol == "wsas" else None}
     if not (args.protocol == "top1" and saved):  # which is validated as it was in training
         wanted |= {"crop_pct": 1. if args.model.startswith("xcit") else .875,  # as the paper
@@ -484,23 +490,27 @@ def find_device(name: str) -> torch.device:
 
 
 def saved_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What a checkpoint of pipelines.train says of its model becomes the default of the flags; {} of others."""
+    """What a checkpoint of pipelines.train says of its model becomes the default of the flags.
+
+    Returns:
+        Its `classes`, and the `size` (H, W) that it was trained at, None for the model's own; {} of other files.
+    """
     try:
         content = torch.load(args.checkpoint, map_location="cpu", weights_only=True) if args.checkpoint else {}
     except Exception:  # other formats are timm's to read, or to refuse
         content = {}
     saved = content if isinstance(content, dict) and content.get("run_format") == FORMAT else {}
-    if flags := saved.get("args"):
-        keys = ["model", "img_size", "input_size", "mean", "std"]
-        keys += ["crop_pct", "interpolation"] * (args.protocol == "top1")
-        for key in keys:
-            if getattr(args, key) is None:
-                setattr(args, key, flags[key] or None)
-        args.model_kwargs = args.model_kwargs or flags["model_kwargs"]
-        args.num_classes = args.num_classes or flags["num_classes"] or len(saved["classes"])
+    flags = saved.get("args", {})
+    for key in FROM_THE_RUN + FROM_ITS_VALIDATION * (args.protocol == "top1"):
+        if not getattr(args, key):
+            setattr(args, key, flags.get(key) or getattr(args, key))
     if args.model is None:
         raise ValueError("--model: give the name of a timm model; checkpoints of pipelines.train alone bring it")
-    return saved
+    if not saved:
+        return {}
+    args.num_classes = args.num_classes or len(saved["classes"])
+    shape = flags["input_size"] or [3, flags["img_size"], flags["img_size"]]
+    return {"classes": saved["classes"], "size": shape[1:] if shape[1] else None}
 
 
 # The command line.
@@ -514,7 +524,7 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag; what a group's title names in brackets is what its flags are for."""
+    """Every flag; a group that has the names of protocols for its title is theirs alone."""
     parser = argparse.ArgumentParser("python -m pipelines.evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("protocol", choices=PROTOCOLS)
@@ -527,35 +537,42 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("images").add_argument
     add("--data-dir", required=True, metavar="DIR", help="what a protocol needs, it says where DIR lacks it")
-    add("--val-dir", metavar="DIR", help="ImageNet's validation set [imagenet-o]")
-    add("--boxes", metavar="DIR", help="its bounding boxes [wsol]")
     add("--img-size", type=int, help="side; None: the model's, for wsas 512")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
-    add("--crop-pct", type=float, help="None: .875, XCiT 1, top1 of a checkpoint as in its training")
+    add("--crop-pct", type=float, help="None: .875, XCiT 1, top1 of a run's checkpoint as in the run")
     add("--interpolation", choices=("bilinear", "bicubic"), help="None: bilinear, for top1 bicubic")
     add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
     add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
 
-    add = parser.add_argument_group("choices that the paper leaves open").add_argument
+    add = parser.add_argument_group("shuffle").add_argument
     add("--grids", type=grid, nargs="+", default=[(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)], metavar="RxC",
-        help="1x1 2x2 2x4 4x4 4x8 8x8 [shuffle]")
+        help="rows and columns of cells (1x1 2x2 2x4 4x4 4x8 8x8)")
+    add = parser.add_argument_group("shuffle, occlusion").add_argument
     add("--perm", choices=("batch", "sample"), default="batch",
-        help="one draw a batch, as the public code, or one an image [shuffle, occlusion]")
-    add("--seeds", type=int, default=3, metavar="N", help="random draws, 3 [shuffle, occlusion]")
-    add("--seed", type=int, default=0, help="of the first draw, 0 [shuffle, occlusion]")
+        help="one draw a batch, as the public code (default), or one an image")
+    add("--seeds", type=int, default=3, metavar="N", help="draws, whose spread is reported (3)")
+    add("--seed", type=int, default=0, help="of the first draw (0)")
+    add = parser.add_argument_group("occlusion").add_argument
     add("--drop", nargs="+", choices=("random", "salient", "non-salient"), metavar="MODE",
-        default=["random", "salient", "non-salient"], help="random salient non-salient [occlusion]")
+        default=["random", "salient", "non-salient"], help="what is dropped (random salient non-salient)")
     add("--losses", type=int, nargs="+", default=list(range(0, 100, 10)), metavar="PERCENT",
-        help="cells (random) or attention mass (else) dropped, 0 10 .. 90 [occlusion]")
-    add("--drop-grid", type=grid, default=(14, 14), metavar="RxC", help="of random drops, 14x14 [occlusion]")
-    add("--dino-model", default="vit_small_patch16_224.dino", help="whose attention is saliency [occlusion]")
-    add("--dino-checkpoint", metavar="FILE", help="its weights; None: timm's [occlusion]")
-    add("--head", help="number, mean or max; None: 1, the second, as the public code [occlusion]; mean [wsol]")
-    add("--mass", type=float, default=.9, help="share of the attention that is foreground, .9 [wsas, wsol]")
-    add("--component", choices=("largest", "all"), default="largest", help="what the box is drawn about [wsol]")
-    add("--connectivity", type=int, choices=(4, 8), default=4, help="of components, 4 [wsol]")
-    add("--boxes-per-image", choices=("best", "mean"), default="best", help="IoU of several true boxes [wsol]")
-    add("--bin-size", type=int, default=100, metavar="N", help="samples a bin, 100 [imagenet-a]")
+        help="how much: of the cells, or of the attention for the salient modes (0 10 ... 90)")
+    add("--drop-grid", type=grid, default=(14, 14), metavar="RxC", help="cells of random drops (14x14)")
+    add("--dino-model", default="vit_small_patch16_224.dino", help="whose attention is saliency (%(default)s)")
+    add("--dino-checkpoint", metavar="FILE", help="its weights; None: timm's")
+    add = parser.add_argument_group("occlusion, wsol").add_argument
+    add("--head", help="number, mean or max; None: for occlusion 1, the second, as the public code, for wsol mean")
+    add = parser.add_argument_group("wsas, wsol").add_argument
+    add("--mass", type=float, default=.9, help="share of the attention that is foreground (.9)")
+    add = parser.add_argument_group("wsol").add_argument
+    add("--boxes", metavar="DIR", help="bounding boxes of ImageNet's validation set")
+    add("--component", choices=("largest", "all"), default="largest", help="what the box is drawn about (largest)")
+    add("--connectivity", type=int, choices=(4, 8), default=4, help="of components (4)")
+    add("--boxes-per-image", choices=("best", "mean"), default="best", help="IoU with several true boxes (best)")
+    add = parser.add_argument_group("imagenet-a").add_argument
+    add("--bin-size", type=int, default=100, metavar="N", help="samples a bin of the calibration error (100)")
+    add = parser.add_argument_group("imagenet-o").add_argument
+    add("--val-dir", metavar="DIR", help="ImageNet's validation set")
 
     add = parser.add_argument_group("run").add_argument
     add("-b", "--batch-size", type=int, default=256, help="images a batch (256)")
@@ -572,10 +589,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; what is wrong on its face, or would be ignored, ends the program here."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    for action in parser._actions:
-        meant = (action.help or "").partition("[")[2].rstrip("]")
-        if meant and args.protocol not in meant.split(", ") and getattr(args, action.dest) != action.default:
-            parser.error(f"{action.option_strings[-1]} is for {meant}: leave it out with {args.protocol}")
+    for group in parser._action_groups:
+        theirs = (group.title or "").split(", ")
+        given = [action for action in group._group_actions if getattr(args, action.dest, None) != action.default]
+        if given and set(theirs) <= PROTOCOLS.keys() and args.protocol not in theirs:
+            parser.error(f"{given[0].option_strings[-1]} is for {group.title}: leave it out with {args.protocol}")
     if bool(args.checkpoint) == args.pretrained:
         parser.error("give either --checkpoint FILE or --pretrained")
     for name, least in {"seeds": 1, "seed": 0, "batch_size": 1, "bin_size": 1}.items():
