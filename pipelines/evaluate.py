@@ -54,8 +54,10 @@ EXPECTED = {
     "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
             "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
 }
-# What a run of pipelines.train passes on; the second, to top1 alone, which then repeats the run's own number.
-FROM_THE_RUN = ("model", "num_classes", "model_kwargs", "img_size", "input_size", "mean", "std")
+# What a run of pipelines.train passes on: its size but for wsas, which has its own, and how it validated for top1
+# alone, which then repeats the run's own number.
+FROM_THE_RUN = ("model", "num_classes", "model_kwargs", "mean", "std")
+SIZE_OF_THE_RUN = ("img_size", "input_size")
 FROM_ITS_VALIDATION = ("crop_pct", "interpolation")
 BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml anywhere"
 
@@ -456,8 +458,8 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
     if isinstance(model, VisionTransformer) and before is not None:
         # timm's way has antialiasing, and with it another kernel.
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        model.pos_embed.data = resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix,
-                                                      antialias=False)
+        model.pos_embed = nn.Parameter(resample_abs_pos_embed(
+            before.data, list(patches.grid_size), list(grid), prefix, antialias=False))
 
 
 def build_subject(args: argparse.Namespace) -> Subject:
@@ -501,7 +503,8 @@ def saved_run(args: argparse.Namespace) -> dict[str, Any]:
         content = {}
     saved = content if isinstance(content, dict) and content.get("run_format") == FORMAT else {}
     flags = saved.get("args", {})
-    for key in FROM_THE_RUN + FROM_ITS_VALIDATION * (args.protocol == "top1"):
+    taken = FROM_THE_RUN + SIZE_OF_THE_RUN * (args.protocol != "wsas")
+    for key in taken + FROM_ITS_VALIDATION * (args.protocol == "top1"):
         if not getattr(args, key):
             setattr(args, key, flags.get(key) or getattr(args, key))
     if args.model is None:

@@ -15,8 +15,8 @@ def test_calibration_error_by_hand():
     # bins (.2, .4) and (.6, .8): confidence .3 and .7, accuracy .5 both
     assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2) == pytest.approx(.02 ** .5)
     assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2, skip_last=False) == pytest.approx(.2)
-    # bins of 1 and of the last 2: |.1 - 1| and |.5 - .5|, in any order of the samples
-    assert metrics.rms_calibration_error([.6, .1, .4], [1, 1, 0], 1) == pytest.approx((.81 / 3 + .16 / 3) ** .5)
+    # bins of one sample each, sorted: gaps .9 and .4, and .3 in the last
+    assert metrics.rms_calibration_error([.7, .1, .4], [1, 1, 0], 1) == pytest.approx((.81 / 3 + .16 / 3) ** .5)
 
 
 @pytest.mark.parametrize("n", [20, 25, 29, 30])
@@ -35,7 +35,7 @@ def test_calibration_error_of_a_loop(n):
 
 
 def test_a_single_bin_is_refused():
-    with pytest.raises(ValueError, match="bin_size=3: 4 samples make one bin.* at most 2"):
+    with pytest.raises(ValueError, match=r"bin_size=3: 4 samples make one bin.* at most 2"):
         metrics.rms_calibration_error(CONFIDENCE, CORRECT, 3)
     assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 3, skip_last=False) == pytest.approx(0, abs=1e-12)
 
