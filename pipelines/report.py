@@ -58,21 +58,22 @@ def build(args: argparse.Namespace, values: Mapping[tuple[str, str | int], list[
     rows = [{"curve": curve, "name": name, "mean": statistics.fmean(seeds), "values": seeds,
              "std": statistics.stdev(seeds) if len(seeds) > 1 else None, "paper": pair(curve, name)}
             for (curve, name), seeds in values.items()]
+    source = "DeiT-S" if args.protocol != "top1" else arch if arch in TABLE_1 else "none"
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "figure")}
     return {"protocol": args.protocol, "model": args.model, "unit": "%", "rows": rows, "settings": settings,
-            "paper_model": arch if args.protocol == "top1" else "DeiT-S", "input": data, "meta": meta}
+            "paper_model": source, "input": data, "meta": meta}
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     whose = f"paper: {result['paper_model']}"
     lines = [f"{result['protocol']}, {result['model']}, in %",
-             f"{'':36}{'here':>8}{'':8}  {whose:>22}   + LUMix"]
+             f"{'':36}{'here':>8}{'':9}  {whose:>22}   + LUMix"]
     for row in result["rows"]:
-        spread = f"± {row['std']:.2f}" if row["std"] is not None else ""
+        spread = f"± {row['std']:5.2f}" if row["std"] is not None else ""
         baseline, lumix = (f"{value:g}" for value in row["paper"]) if row["paper"] else ("-", "-")
         name = f"{row['curve']} {row['name']}".strip()
-        lines.append(f"{name:36}{row['mean']:8.2f}{spread:8}  {baseline:>22}{lumix:>10}")
+        lines.append(f"{name:36}{row['mean']:8.2f}{spread:>9}  {baseline:>22}{lumix:>10}")
     return "\n".join(lines)
 
 
