@@ -1,11 +1,16 @@
 """Small graphs fed by hand: what goes in and what comes out are NumPy arrays, on either backend."""
 
 import inspect
+import signal
 
 import numpy as np
 import pytest
 
 from lumix_dali.target import MixTarget
+
+# A shell's background job ignores SIGINT, and so would the processes that tests start in order to interrupt them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

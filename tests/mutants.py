@@ -39,6 +39,9 @@ AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 
 
+METRICS, EVALUATE = "pipelines/metrics.py", "pipelines/evaluate.py"
+
+
 def tests(module, *names):
     return " ".join(f"tests/test_{module}.py::test_{name}" for name in names)
 
@@ -54,6 +57,7 @@ OPERATIONS = tests("augment", "operations_are_timms")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
+OCCLUSION, WSOL = tests("evaluate", "occlusion"), tests("evaluate", "wsol")
 DENSE = tests("target", "dense_equals_the_oracle", "dense_keeps_the_sum_when_both_classes_are_one")
 
 MUTANTS = [
@@ -261,6 +265,41 @@ MUTANTS = [
            "max(ready.mean(),", tests("scaling", "the_slowest_of_n_exponential_times")),
     Mutant("a queue of one, however deep", "benchmarks/scaling.py", "begin[step - ahead] if step >= ahead",
            "begin[step - 1] if step >= 1", tests("scaling", "a_long_queue_hides_what_one_rank_varies")),
+    # the paper's evaluations
+    Mutant("calibration bins of unsorted samples", METRICS, '[np.argsort(confidence, kind="stable")]', "[:]",
+           tests("metrics", "calibration_error_by_hand")),
+    Mutant("the rest makes a bin of its own", METRICS, "max(1, len(gap) // bin_size)", "-(-len(gap) // bin_size)",
+           tests("metrics", "calibration_error_of_a_loop")),
+    Mutant("response rate from the least confident", METRICS, "np.argsort(-np.asarray(confidence, float)",
+           "np.argsort(np.asarray(confidence, float)", tests("metrics", "aurra")),
+    Mutant("cells put where they are taken from", METRICS, "device=images.device)[:, None], order]",
+           "device=images.device)[:, None], order.argsort(1)]", tests("metrics", "shuffled_cells")),
+    Mutant("mass takes a cell less", METRICS, "value.cumsum(-1) - value", "value.cumsum(-1)",
+           tests("metrics", "top_mass_by_hand", "top_mass_is_the_fewest_cells")),
+    Mutant("void left out of the truth alone", METRICS, "masks = masks & (target != 255)", "pass",
+           tests("metrics", "best_jaccard")),
+    Mutant("mean over heads", METRICS, ".amax(1).mean())", ".mean(1).mean())", tests("metrics", "best_jaccard")),
+    Mutant("a box ends before its last cell", METRICS, "(x1 + 1) / columns, (y1 + 1) / rows",
+           "x1 / columns, y1 / rows", tests("metrics", "mask_box", "a_box_holds_its_pixels")),
+    Mutant("labels are the folders' numbers", EVALUATE, "return relabelled(samples, names)", "return samples",
+           tests("evaluate", "top1_by_the_names_of_the_folders")),
+    Mutant("non-salient drops what is salient", EVALUATE, "[~metrics.top_mass(attention",
+           "[metrics.top_mass(attention", OCCLUSION),
+    Mutant("attention of the first block", EVALUATE, 'f"blocks.{len(blocks) - 1}.attn.attn_drop"',
+           '"blocks.0.attn.attn_drop"', OCCLUSION),
+    Mutant("position embedding resampled with antialiasing", EVALUATE, "antialias=False", "antialias=True",
+           tests("evaluate", "wsas_at_512")),
+    Mutant("all 1000 outputs", EVALUATE, "subject.logits(images)[:, outputs].softmax(1)",
+           "subject.logits(images).softmax(1)[:, outputs]", tests("evaluate", "imagenet_a", "imagenet_o")),
+    Mutant("confidence as score", EVALUATE, "scores = [-confidences(", "scores = [confidences(",
+           tests("evaluate", "imagenet_o")),
+    Mutant("all validation images are in distribution", EVALUATE, "relabelled(validation, outside.classes)",
+           "validation", tests("evaluate", "imagenet_o")),
+    Mutant("the objects of the image before", EVALUATE, "annotations[number]", "annotations[number - 1]", WSOL),
+    Mutant("one permutation a batch where each image has one", EVALUATE, 'batch if perm == "sample" else 1', "1",
+           tests("evaluate", "shuffle")),
+    Mutant("a damaged image is replaced", EVALUATE, 'on_bad_sample="raise"', 'on_bad_sample="replace"',
+           tests("evaluate", "a_damaged_image_ends_the_evaluation")),
 ]
 
 

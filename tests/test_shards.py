@@ -600,8 +600,8 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
     assert report.bad.keys() == {"a.tar/index", *(f"a.tar/{name}" for name in faults)}  # the blank is in the index
     for name, reason in [("cut.jpg", "cut short"), ("text.jpg", "not an image"), ("unlabelled", "no .cls"),
                          ("blind", "0 images"), ("word", "its .cls is b'cat'"), ("two", "2 images"),
-                         ("a blank", "blank"), ("0.jpg", "its key occurs twice"), ("huge.jpg", "not below 1000000"),
-                         ("index", "blank")]:
+                         ("a blank", "blank"), ("0.jpg", "its key occurs twice"),
+                         ("huge.jpg", "not below 1000000"), ("index", "blank")]:
         assert reason in report.bad[f"a.tar/{name}"]
     assert report.ignored == [f"a.tar/{name}" for name in ("soft", "hard", "device", "pipe", ".hidden.jpg")]
     assert not report.ok
