@@ -7,7 +7,7 @@ here = Path(__file__).parent
 readme = here / "README.md"
 version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").read_text())[1]
 demo = ["matplotlib", "pillow", "scikit-learn", "tqdm"]
-bench = ["matplotlib", "pillow", "spdl", "tqdm", "webdataset"]
+bench = [*demo, "opencv-contrib-python-headless", "scipy", "spdl", "webdataset"]  # OpenCV: SaliencyMix
 test = [*demo, "hypothesis", "pytest>=8", "scipy"]
 
 setup(

@@ -1,14 +1,15 @@
 """Trains a small model in each row of a table of the LUMix paper (arXiv 2211.15846), over several seeds.
 
-All rows of a seed start from the same weights and see the same images, crops and boxes in the same order, as far as
-they mix alike; so what is reported besides mean, standard deviation and standard error is the difference to the
+All rows of a seed start from the same weights and see the same crops in the same order, and the same boxes where
+they mix alike. So what is reported besides mean, standard deviation and standard error is the difference to the
 CutMix row seed by seed, with its 95 % t interval. The last epoch counts, not the best.
 
     python -m benchmarks.accuracy --table 2 --out runs/table2.json --figure runs/table2.svg
-    python -m benchmarks.accuracy --table 6 --model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=4 \\
-        embed_dim=64 depth=4 num_heads=2 --out runs/table6-vit.json
-    python -m benchmarks.accuracy --table 2 --data CIFAR-10-images --model resnet18 --small-stem --hflip .5 \\
-        --batch-size 512 --amp --minutes 9 --jobs 5 --images-per-class 0 --out runs/cifar.json
+    python -m benchmarks.accuracy --table 6 --model resnet10t --model-kwargs channels=16,32,64,128 --epochs 40 \\
+        --out runs/table6-resnet.json
+    python -m benchmarks.accuracy --table 2 --data CIFAR-10-images --img-size 32 --images-per-class 0 \\
+        --model resnet18 --small-stem --batch-size 512 --hflip .5 --amp --minutes 9 --jobs 5 --threads 3 \\
+        --out runs/cifar.json
 
 Every finished (row, seed) is in the JSON at once: a run that was stopped goes on where it was when it is called
 again with the same arguments. The default data are the scanned digits of `make demo`, 20 training images a class
@@ -84,24 +85,22 @@ TABLES = {
          Row("random λ a patch", 79.1, PLAIN, "patch mixup")],
 }
 
-# What happens to images and labels in the graph. SaliencyMix and TransMix do the rest in `Training.batch`, `.step`.
-Method = Callable[..., tuple[Any, MixTarget]]
-METHODS: dict[str, Method] = {
-    "none": lambda images, labels, **_: (images, mixfn.unmixed(labels, images.device)),
-    "cutmix": lambda images, labels, **_: mixfn.cutmix(images, labels),
-    "mixup": lambda images, labels, **_: mixfn.mixup(images, labels),
-    "resizemix": lambda images, labels, **_: mixing.resizemix(images, labels),
-    "patch mixup": lambda images, labels, **where: mixing.patch_mixup(images, labels, **where),
-}
-METHODS |= {"transmix": METHODS["cutmix"], "saliencymix": METHODS["none"]}
-
 
 def _shuffled(images, labels, **where):
     images, target = mixfn.cutmix(images, labels)
     return mixing.shuffle_patches(images, **where), target
 
 
-METHODS["shuffled"] = _shuffled
+# What the graph does to images and labels. SaliencyMix goes on in `Training.batch`, TransMix in `Training.step`.
+METHODS: dict[str, Callable[..., tuple[Any, MixTarget]]] = {
+    "none": lambda images, labels, **_: (images, mixfn.unmixed(labels, images.device)),
+    "cutmix": lambda images, labels, **_: mixfn.cutmix(images, labels),
+    "mixup": lambda images, labels, **_: mixfn.mixup(images, labels),
+    "resizemix": lambda images, labels, **_: mixing.resizemix(images, labels),
+    "shuffled": _shuffled,
+    "patch mixup": mixing.patch_mixup,
+}
+METHODS |= {"transmix": METHODS["cutmix"], "saliencymix": METHODS["none"]}
 
 
 class Data(NamedTuple):
@@ -164,7 +163,8 @@ def batches(source: Callable, *, size: int, scale: Sequence[float], hflip: float
                                         dtype=[types.UINT8, types.INT64], ndim=[3, 0], layout=["HWC", ""])
     if Pipeline.current().device_id is not None:
         images = images.gpu()
-    images = fn.random_resized_crop(images, size=[size, size], random_area=list(scale), interp_type=types.INTERP_CUBIC)
+    images = fn.random_resized_crop(
+        images, size=[size, size], random_area=list(scale), interp_type=types.INTERP_CUBIC)
     images = fn.flip(images, horizontal=fn.random.coin_flip(probability=hflip))
     images, target = METHODS[method](images, labels, size=(size, size), patch=patch)
     return images, *target
@@ -253,14 +253,14 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     model: Any = timm.create_model(args.model, num_classes=int(num_classes), **args.model_kwargs)
     if args.small_stem:
         if not (isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")):
-            raise ValueError(f"--small-stem: {args.model} has no stem of one convolution and a pooling; give a ResNet "
-                             "such as resnet18, or leave it out")
+            raise ValueError(f"--small-stem: {args.model} has no stem of one convolution and a pooling; give a "
+                             "ResNet such as resnet18, or leave it out")
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     return model
 
 
-def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[float], None] | None = None
+def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[float], object] | None = None
           ) -> dict[str, Any]:
     """Trains a row with a seed.
 
@@ -285,13 +285,15 @@ def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Call
     return dict(seed=seed, top1=top1, seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
 
 
-def measure_speed(args: argparse.Namespace, rows: Sequence[Row], rounds: int = 5, steps: int = 10
+def measure_speed(args: argparse.Namespace, rows: Sequence[Row], rounds: int = 9, steps: int = 10
                   ) -> dict[str, dict[str, Any]]:
-    """Images/s of batch making and training step, rows taking turns: {row: images_per_second, ratio to CutMix}."""
+    """Images/s of batch and training step, rows taking turns: {row: images_per_second, ratio to CutMix}."""
     trainings = {row.name: Training(args, row, seed=0, epochs=1) for row in rows}
     values: dict[str, list[float]] = {name: [] for name in trainings}
     for number in tqdm(range(rounds + 1), "speed", unit="round", leave=False, disable=None):
         for name, training in trainings.items():
+            for _ in range(3):  # what the pipeline made ahead while it idled
+                training.step()
             harness.synchronise(args.device)
             start = time.perf_counter()
             for _ in range(steps):
@@ -299,9 +301,10 @@ def measure_speed(args: argparse.Namespace, rows: Sequence[Row], rounds: int = 5
             harness.synchronise(args.device)
             if number:  # the first round warms up
                 values[name].append(steps * args.batch_size / (time.perf_counter() - start))
-    return {name: dict(images_per_second=harness.summary(speeds),
-                       ratio=harness.summary([one / other for one, other in zip(speeds, values[CUTMIX], strict=True)]))
-            for name, speeds in values.items()}
+    ratios = {name: [one / other for one, other in zip(speeds, values[CUTMIX], strict=True)]
+              for name, speeds in values.items()}
+    return {name: dict(images_per_second=harness.summary(values[name]), ratio=harness.summary(ratios[name]))
+            for name in values}
 
 
 def describe(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -338,24 +341,29 @@ def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Raises:
         ValueError: `--out` is another run's, or would be uncommitted code's in `benchmarks/results`.
     """
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out", "figure", "jobs", "threads", "allow_dirty")}
-    settings = json.loads(json.dumps(settings | dict(digests=[load(split).digest for split in splits(args.data)])))
     meta = harness.metadata(command)
     harness.refuse_dirty(args.out, meta, args.allow_dirty)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure", "allow_dirty")}
     rows = [dict(row._asdict(), runs=[], error=None) for row in TABLES[args.table]]
-    fresh = dict(kind="accuracy", unit="top-1 %", complete=False, meta=meta, settings=settings, jobs=args.jobs,
-                 epochs=args.epochs, rows=rows)
+    fresh = dict(kind="accuracy", unit="top-1 %", complete=False, meta=meta, epochs=args.epochs, rows=rows,
+                 settings=settings | dict(digests=[load(split).digest for split in splits(args.data)]))
+    fresh = json.loads(json.dumps(fresh))  # tuples become lists, as in a file
     if not Path(args.out).exists():
-        return json.loads(json.dumps(fresh))
+        return fresh
     old = json.loads(Path(args.out).read_text())
-    state = [(result.get("settings", {}) | {key: result.get("meta", {}).get(key) for key in ("commit", "clean")}
-              | {"kind": result.get("kind")}) for result in (old, fresh)]
-    there, here = state
-    if different := [key for key in here | there if here.get(key) != there.get(key)]:
+    there, here = identity(old), identity(fresh)
+    if different := [key for key in there | here if there.get(key) != here.get(key)]:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
-        raise ValueError(f"--out {args.out}: it is another run's: {listed}. Call it as it was called, or give another file")
+        raise ValueError(f"--out {args.out}: it is another run's: {listed}. Call it as it was called, or give "
+                         "another file")
     return old
+
+
+def identity(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike for a run to go on."""
+    meta = result.get("meta", {})
+    return dict(kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"),
+                **result.get("settings", {}))
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -461,12 +469,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=harness.positive, default=5, metavar="N", help="seeds 0 to N - 1")
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
     add("--figure", metavar="FILE.svg", help="accuracy against epoch")
-    add("--model", default="resnet10t", help="any timm model")
+    add("--model", help="any timm model (default: a ViT of 4 x 4 patches, 64 channels, 3 blocks)")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="NAME=VALUE of timm.create_model")
     add("--small-stem", action="store_true", help="a ResNet's stem: 3x3, stride 1, no pooling")
-    add("--img-size", type=harness.positive, default=32)
+    add("--img-size", type=harness.positive, default=16)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=harness.positive, help="of each model (default: 30)")
+    length.add_argument("--epochs", type=harness.positive, help="of each model (default: 80)")
     length.add_argument("--minutes", type=float, help="for a model; as many epochs as CutMix does in them")
     add("--batch-size", type=harness.positive, default=50)
     add("--lr", type=float, default=2e-3, help="of AdamW, at the top of a cosine schedule")
@@ -475,7 +483,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--smoothing", type=float, default=.1, help="of labels")
     add("--scale", type=float, nargs=2, default=[.6, 1.], help="share of the area that a crop has")
     add("--hflip", type=float, default=0., help="a mirrored 2 is no digit")
-    add("--patch", type=harness.positive, default=16, help="Table 12: side of a patch in pixels")
+    add("--patch", type=harness.positive, default=8,
+        help="Table 12: side of a patch in pixels; the paper's is 16, of 224")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="bfloat16")
     add("--jobs", type=harness.positive, default=1, help="models trained side by side")
@@ -485,7 +494,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = harness.resolve_device(args.device)
     if args.epochs is None and args.minutes is None:
-        args.epochs = 30
+        args.epochs = 80
+    if args.model is None:
+        args.model = "vit_tiny_patch16_224"
+        args.model_kwargs = dict(img_size=args.img_size, patch_size=args.img_size // 4, embed_dim=64, depth=3,
+                                 num_heads=4) | args.model_kwargs
     if args.data == parser.get_default("data") and not Path(args.data).exists():
         write_digits(args.data)
     return args

@@ -34,7 +34,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow",
-            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel")
+            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel",
+            "opencv-contrib-python-headless")
 
 
 @dataclass

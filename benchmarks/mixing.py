@@ -1,7 +1,7 @@
 """Mixing methods beside the package's own, for Tables 6 and 12 of LUMix (arXiv 2211.15846).
 
-In DALI's graph, on either backend: ResizeMix, and the two ablations of the input space. Outside: SaliencyMix, whose
-map only OpenCV makes, on the host; and TransMix, which changes the label alone and needs the model's attention.
+In DALI's graph, on either backend: ResizeMix, and the two ablations of the input space. Outside: SaliencyMix,
+whose map OpenCV makes on the host; and TransMix, which changes the label alone and needs the model's attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from lumix_dali.reference import count_lam0, cut_box, mix_images
 OTHER = 3  # MixTarget's kind: mixed by other means than a box or one weight
 
 
-def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1, 0.8)) -> tuple[DataNode, MixTarget]:
+def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1, 0.8)
+              ) -> tuple[DataNode, MixTarget]:
     """ResizeMix (arXiv 2012.11101): the whole partner, made smaller by τ, is pasted anywhere inside the image.
 
     Args:
@@ -43,9 +44,9 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     start = fn.cast(math.floor(free), dtype=types.INT32)
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
     drawn = mixfn.given(size, partner, partner * 0 + mixfn.CUTMIX, fn.cat(start, start + side))
-    _, target = mixfn.apply(images, labels, drawn)  # the pixels it would paste are never made: nobody asks for them
+    _, target = mixfn.apply(images, labels, drawn)  # its pixels are never made: DALI prunes what nobody asks for
     mixed = fn.multi_paste(images, small, in_anchors=drawn.start * 0, out_anchors=drawn.start,
-                           shapes=drawn.stop - drawn.start)
+                           shapes=drawn.stop - drawn.start, output_size=size)
     return mixed, target
 
 
@@ -64,7 +65,7 @@ def shuffle_patches(images: DataNode, size: Sequence[int], patch: int = 16) -> D
     draws = fn.random.uniform(range=[0.0, 1.0], shape=[count, 1])
     others = fn.reshape(draws, shape=[1, count])
     smaller = (others < draws) | ((others == draws) & types.Constant(np.tri(count, k=-1, dtype=np.bool_)))
-    rank = fn.reductions.sum(fn.cast(smaller, dtype=types.INT32), axes=[1])
+    rank = fn.cast(fn.reductions.sum(fn.cast(smaller, dtype=types.INT32), axes=[1]), dtype=types.INT32)
     row = rank // columns
     return fn.multi_paste(images, in_anchors=patch * fn.stack(row, rank - columns * row, axis=1),
                           out_anchors=types.Constant(places), shapes=types.Constant(np.full_like(places, patch)))
@@ -142,7 +143,8 @@ def most_salient(image: np.ndarray) -> tuple[int, int]:
     """
     import cv2  # an extra: pip install opencv-contrib-python-headless
 
-    found, values = cv2.saliency.StaticSaliencyFineGrained_create().computeSaliency(image)
+    detector: Any = cv2.saliency  # its stubs lack what it makes at run time
+    found, values = detector.StaticSaliencyFineGrained_create().computeSaliency(image)
     if not found:
         raise RuntimeError(f"OpenCV finds no saliency map for an image of shape {image.shape}")
     y, x = np.unravel_index(values.argmax(), values.shape)
