@@ -60,15 +60,16 @@ def shuffle_patches(images: DataNode, size: Sequence[int], patch: int = 16) -> D
     """
     rows, columns = _grid(size, patch)
     count = rows * columns
-    places = patch * np.stack(np.divmod(np.arange(count), columns), 1).astype(np.int32)
     # A draw's rank among all draws; of equal ones the first comes first, so that it is always a permutation.
     draws = fn.random.uniform(range=[0.0, 1.0], shape=[count, 1])
     others = fn.reshape(draws, shape=[1, count])
     smaller = (others < draws) | ((others == draws) & types.Constant(np.tri(count, k=-1, dtype=np.bool_)))
     rank = fn.cast(fn.reductions.sum(fn.cast(smaller, dtype=types.INT32), axes=[1]), dtype=types.INT32)
-    row = rank // columns
-    return fn.multi_paste(images, in_anchors=patch * fn.stack(row, rank - columns * row, axis=1),
-                          out_anchors=types.Constant(places), shapes=types.Constant(np.full_like(places, patch)))
+    swap = [0, 2, 1, 3, 4]  # to and from patches of whole rows
+    cut = fn.transpose(fn.reshape(images, shape=[rows, patch, columns, patch, -1]), perm=swap)
+    moved = fn.sequence_rearrange(fn.reshape(cut, shape=[count, patch, patch, -1], layout="FHWC"), new_order=rank)
+    joined = fn.transpose(fn.reshape(moved, shape=[rows, columns, patch, patch, -1]), perm=swap)
+    return fn.reshape(joined, shape=[*size, -1], layout="HWC")
 
 
 def patch_mixup(images: DataNode, labels: DataNode, size: Sequence[int], patch: int = 16, alpha: float = 1.0
@@ -140,6 +141,10 @@ def most_salient(image: np.ndarray) -> tuple[int, int]:
 
     Args:
         image: uint8 [H, W, 3].
+
+    Note:
+        As in the authors' code the map has 256 levels, and of equal values the first one counts. Its maximum is
+        often at an edge, the more so the smaller the image.
     """
     import cv2  # an extra: pip install opencv-contrib-python-headless
 
@@ -147,7 +152,7 @@ def most_salient(image: np.ndarray) -> tuple[int, int]:
     found, values = detector.StaticSaliencyFineGrained_create().computeSaliency(image)
     if not found:
         raise RuntimeError(f"OpenCV finds no saliency map for an image of shape {image.shape}")
-    y, x = np.unravel_index(values.argmax(), values.shape)
+    y, x = np.unravel_index((255 * values).astype(np.uint8).argmax(), values.shape)
     return int(y), int(x)
 
 
