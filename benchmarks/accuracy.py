@@ -5,8 +5,8 @@ they mix alike. So what is reported besides mean, standard deviation and standar
 CutMix row seed by seed, with its 95 % t interval. The last epoch counts, not the best.
 
     python -m benchmarks.accuracy --table 2 --out runs/table2.json --figure runs/table2.svg
-    python -m benchmarks.accuracy --table 6 --model resnet10t --model-kwargs channels=16,32,64,128 --epochs 40 \\
-        --out runs/table6-resnet.json
+    python -m benchmarks.accuracy --table 6 --model vit_tiny_patch16_224 --model-kwargs img_size=16 patch_size=4 \\
+        embed_dim=64 depth=3 num_heads=4 --epochs 160 --out runs/table6-vit.json        # TransMix needs a ViT
     python -m benchmarks.accuracy --table 2 --data CIFAR-10-images --img-size 32 --images-per-class 0 \\
         --model resnet18 --small-stem --batch-size 512 --hflip .5 --amp --minutes 9 --jobs 5 --threads 3 \\
         --out runs/cifar.json
@@ -469,12 +469,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=harness.positive, default=5, metavar="N", help="seeds 0 to N - 1")
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
     add("--figure", metavar="FILE.svg", help="accuracy against epoch")
-    add("--model", help="any timm model (default: a ViT of 4 x 4 patches, 64 channels, 3 blocks)")
+    add("--model", help="any timm model (default: a resnet10t of a quarter of its width)")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="NAME=VALUE of timm.create_model")
     add("--small-stem", action="store_true", help="a ResNet's stem: 3x3, stride 1, no pooling")
     add("--img-size", type=harness.positive, default=16)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=harness.positive, help="of each model (default: 80)")
+    length.add_argument("--epochs", type=harness.positive, help="of each model (default: 40)")
     length.add_argument("--minutes", type=float, help="for a model; as many epochs as CutMix does in them")
     add("--batch-size", type=harness.positive, default=50)
     add("--lr", type=float, default=2e-3, help="of AdamW, at the top of a cosine schedule")
@@ -494,11 +494,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.device = harness.resolve_device(args.device)
     if args.epochs is None and args.minutes is None:
-        args.epochs = 80
+        args.epochs = 40
     if args.model is None:
-        args.model = "vit_tiny_patch16_224"
-        args.model_kwargs = dict(img_size=args.img_size, patch_size=args.img_size // 4, embed_dim=64, depth=3,
-                                 num_heads=4) | args.model_kwargs
+        args.model, args.model_kwargs = "resnet10t", dict(channels=(16, 32, 64, 128)) | args.model_kwargs
     if args.data == parser.get_default("data") and not Path(args.data).exists():
         write_digits(args.data)
     return args

@@ -15,7 +15,8 @@ from benchmarks import accuracy, plot  # noqa: E402
 from benchmarks.accuracy import PLAIN, Row, Training, describe, subset  # noqa: E402
 from tests.images import write  # noqa: E402
 
-LIGHT = ["--model-kwargs", "embed_dim=8", "depth=1", "num_heads=1", "--batch-size", "4", "--epochs", "2"]
+LIGHT = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=8",
+         "depth=1", "num_heads=1", "--batch-size", "4", "--epochs", "2"]
 
 
 @pytest.fixture(autouse=True, scope="module")
