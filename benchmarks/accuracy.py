@@ -187,7 +187,8 @@ class Training:
             batch = epoch(number)[step * args.batch_size:][:args.batch_size]
             return images[batch], labels[batch]
 
-        cuda = self.device.type == "cuda"
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = cuda = self.device.type == "cuda"
         self.pipe = batches(
             source, size=args.img_size, scale=args.scale, hflip=args.hflip, method=row.method, patch=args.patch,
             batch_size=args.batch_size, num_threads=args.threads, device_id=self.device.index if cuda else None,
@@ -493,6 +494,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure uncommitted code for benchmarks/results; the result says so")
     args = parser.parse_args(argv)
     args.device = harness.resolve_device(args.device)
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: give a number above 0")
     if args.epochs is None and args.minutes is None:
         args.epochs = 40
     if args.model is None:
@@ -506,7 +509,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     args = parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if argv is None else argv)])
-    torch.set_float32_matmul_precision("high")
     try:
         run(args, command)
     except KeyboardInterrupt:

@@ -104,7 +104,8 @@ def test_a_seed_has_its_own_images_of_each_class():
 
 
 def runs(*values):
-    return [dict(seed=seed, top1=[0., value]) for seed, value in enumerate(values)]
+    """The last epoch counts; the one before was better."""
+    return [dict(seed=seed, top1=[99. + seed % 2, value]) for seed, value in enumerate(values)]
 
 
 def test_statistics_by_hand():
