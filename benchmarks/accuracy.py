@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -416,18 +417,21 @@ class Workers:
     """Trainings side by side, each in a process of its own; a single one in this process."""
 
     def __init__(self, jobs: int):
-        context = multiprocessing.get_context("spawn")
+        spawn = multiprocessing.get_context("spawn")
         # Ctrl-C is for the parent, which then ends them.
-        self.pool = context.Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) if jobs > 1 else None
+        ignored = (signal.SIGINT, signal.SIG_IGN)
+        self.pool = ProcessPoolExecutor(jobs, spawn, signal.signal, ignored) if jobs > 1 else None
 
     def each(self, task: Callable, items: Sequence[tuple]) -> list:
         """Results of `task(*item)`, all at the same time."""
-        return self.pool.starmap(task, items, 1) if self.pool else [task(*item) for item in items]
+        apply = self.pool.map if self.pool else map
+        return list(apply(task, *zip(*items, strict=True)))
 
     def unordered(self, tasks: Sequence[tuple], bar: tqdm) -> Iterator[tuple[str, dict[str, Any]]]:
         """(row's name, what `train` returned) of each task as it ends."""
         if self.pool:
-            for name, done in self.pool.imap_unordered(_named_train, tasks):
+            for future in as_completed([self.pool.submit(_named_train, task) for task in tasks]):
+                name, done = future.result()
                 bar.update(len(done["top1"]))
                 yield name, done
             return
@@ -438,7 +442,9 @@ class Workers:
     def close(self) -> None:
         """Ends the processes at once."""
         if self.pool:
-            self.pool.terminate()
+            for process in multiprocessing.active_children():
+                process.terminate()
+            self.pool.shutdown(cancel_futures=True)
 
 
 def _named_train(task: tuple) -> tuple[str, dict[str, Any]]:
