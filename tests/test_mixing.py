@@ -192,7 +192,7 @@ def test_transmix_by_hand():
 
 def test_transmix_leaves_other_kinds_alone():
     target = boxes((0, 0, 4, 4), kind=1)
-    assert mixing.transmix(target, torch.full((1, 4), .25), (8, 8)).lam0.tolist() == [.25]
+    assert mixing.transmix(target, torch.tensor([[.7, .1, .1, .1]]), (8, 8)).lam0.tolist() == [.25]
 
 
 def test_transmix_equals_a_loop_in_numpy():
