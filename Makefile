@@ -11,7 +11,7 @@ python := .venv/bin/python
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: demo test check mutants soak test-gpu bench figures
+.PHONY: demo test check mutants soak gpu test-gpu bench figures
 
 demo: $(ready)
 	$(python) -m pipelines.demo $(ARGS)
@@ -27,7 +27,7 @@ check: $(ready)
 mutants: $(ready)  # one-line faults, each of which a test must catch
 	$(python) -m tests.mutants $(ARGS)
 
-soak: $(ready)  # the long tests: leaks over thousands of batches, two ranks killed and resumed
+soak: $(ready)  # the long tests: leaks, ranks killed and resumed, every recipe for two steps
 	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
 
 bench: $(ready)  # this loader against others, on generated images or ARGS='--data DIR'
@@ -37,7 +37,10 @@ bench: $(ready)  # this loader against others, on generated images or ARGS='--da
 figures: $(ready)  # pictures and README tables from benchmarks/results
 	$(python) -m benchmarks.plot
 
-test-gpu: $(ready)
+gpu: $(ready)  # all that needs a GPU, in one visit of minutes: ARGS='--minutes 9 --out DIR --cifar DIR'
+	$(python) -m benchmarks.gpu $(if $(findstring --out,$(ARGS)),,--out runs/gpu) $(ARGS)
+
+test-gpu: $(ready)  # the GPU tests alone
 	$(python) -m pytest -m gpu $(ARGS)
 
 $(ready): setup.py

@@ -8,7 +8,8 @@ readme = here / "README.md"
 version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").read_text())[1]
 demo = ["matplotlib", "pillow", "scikit-learn", "tqdm"]
 bench = [*demo, "opencv-contrib-python-headless", "scipy", "spdl", "webdataset"]  # OpenCV: SaliencyMix
-test = [*demo, "hypothesis", "pytest>=8", "scipy"]
+examples = ["accelerate", "lightning"]
+test = [*demo, *examples, "hypothesis", "pytest>=8", "scipy"]
 
 setup(
     name="lumix-dali",
@@ -34,6 +35,7 @@ setup(
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
         "demo": demo,
+        "examples": examples,
         "bench": bench,
         "test": test,
         "dev": [*test, "mypy", "ruff", "types-PyYAML", "types-tqdm"],

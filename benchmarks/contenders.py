@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Setting:
     size: int
     device: str
     scratch: Path
+    decoder: dict[str, Any] = field(default_factory=dict)  # of DALI's decoder
 
     @property
     def cuda(self) -> bool:
@@ -127,13 +128,13 @@ class Entry:
 # --- DALI's own
 
 
-def cropped(images, size: int, stages: int):
+def cropped(images, size: int, stages: int, decoder: dict[str, Any]):
     """Files decoded and cropped (from 2 stages on), resized and flipped (from 3 on)."""
     gpu = Pipeline.current().device_id is not None
     if stages > 1:
         images = fn.decoders.image_random_crop(
             images, device="mixed" if gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO,
-            adjust_orientation=False)
+            adjust_orientation=False, **decoder)
     if stages > 2:
         images = fn.resize_crop_mirror(
             images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
@@ -148,25 +149,26 @@ def normalised_in_dali(images):
 
 
 @pipeline_def
-def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int):
+def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int, decoder: dict[str, Any]):
     """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
     images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
     gpu = Pipeline.current().device_id is not None
-    images = cropped(images, size, stages)
+    images = cropped(images, size, stages, decoder)
     if stages > 3:
         images = normalised_in_dali(images)
     return images, labels.gpu() if gpu else labels
 
 
-def build_dali(s: Setting, threads: int, stages: int):
-    return dali_pipeline(s.paths(), s.samples.labels.tolist(), s.size, stages, batch_size=s.batch_size,
+def build_dali(s: Setting, threads: int, stages: int, **options: Any):
+    return dali_pipeline(s.paths(), s.samples.labels.tolist(), s.size, stages, s.decoder, batch_size=s.batch_size,
                          num_threads=threads, prefetch_queue_depth=PREFETCH,
-                         device_id=torch.device(s.device).index if s.cuda else None)
+                         device_id=torch.device(s.device).index if s.cuda else None, **options)
 
 
-def open_dali(stages: int, s: Setting, threads: int, batches: int) -> Epoch:
+def open_dali(stages: int, s: Setting, threads: int, batches: int, **options: Any) -> Epoch:
     def epoch():
-        pipe, stream = build_dali(s, threads, stages), torch.cuda.current_stream(s.device) if s.cuda else None
+        pipe = build_dali(s, threads, stages, **options)
+        stream = torch.cuda.current_stream(s.device) if s.cuda else None
         for _ in range(batches):
             images, labels = pipe.run(stream)
             if stages == 4:
@@ -194,7 +196,7 @@ def open_dali_torchvision(s: Setting, threads: int, batches: int) -> Epoch:
 
 def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -> Iterable:
     return create_loader(s.repeated(batches), batch_size=s.batch_size, input_size=s.size, device=s.device,
-                         num_threads=threads, prefetch_queue_depth=PREFETCH, **mixing)
+                         num_threads=threads, prefetch_queue_depth=PREFETCH, decoder=s.decoder, **mixing)
 
 
 # --- timm
@@ -395,6 +397,7 @@ ENTRIES = [
     Entry("dali/+decode", partial(open_dali, 2), whole=False, note="+ image_random_crop", **DALI),
     Entry("dali/+resize", partial(open_dali, 3), whole=False, note="+ resize_crop_mirror", **DALI),
     Entry("dali/+normalise", partial(open_dali, 4), note="+ crop_mirror_normalize, DLPack: the ceiling", **DALI),
+    Entry("dali/pinned", partial(open_dali, 4, set_affinity=True), note="the ceiling with set_affinity", **DALI),
     Entry("lumix/none", partial(open_lumix, {}), **DALI),
     Entry("lumix/cutmix elem", partial(open_lumix, mixed("elem")), mixing="CutMix", **DALI),
     Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing="CutMix", **DALI),

@@ -16,7 +16,6 @@ import os
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,12 +47,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 
 
 @pipeline_def
-def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any]):
+def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any], decoder: dict[str, Any]):
     """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
     paths, labels = fn.external_source(source, num_outputs=2, batch=True,
                                        dtype=[types.UINT8, types.INT64], ndim=[1, 0])
     images, target = fn.io.file.read(paths), (labels,)  # type: tuple[Any, tuple]
-    images = cropped(images, size, stages)
+    images = cropped(images, size, stages, decoder)
     if stages > 3:
         images, target = mixfn.mix(images, labels, **mixing)
     if stages > 4:
@@ -70,8 +69,9 @@ def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
         index = rng.integers(0, n, s.batch_size)
         return [np.frombuffer(s.samples.path(i).encode(), np.uint8) for i in index], list(s.samples.labels[index])
 
-    return staged_pipeline(source, s.size, stages, CUTMIX, batch_size=s.batch_size, num_threads=threads,
-                           prefetch_queue_depth=PREFETCH, device_id=torch.device(s.device).index, **options)
+    return staged_pipeline(source, s.size, stages, CUTMIX, s.decoder, batch_size=s.batch_size,
+                           num_threads=threads, prefetch_queue_depth=PREFETCH,
+                           device_id=torch.device(s.device).index, **options)
 
 
 def stage_epoch(s: Setting, threads: int, stages: int, copied: bool, batches: int) -> Iterator:
@@ -108,7 +108,7 @@ class Step:
         """The loader of this recipe."""
         return create_loader(
             self.s.repeated(batches), batch_size=self.s.batch_size, input_size=self.s.size, device=self.s.device,
-            num_threads=threads, prefetch_queue_depth=PREFETCH, **self.mixing)
+            num_threads=threads, prefetch_queue_depth=PREFETCH, decoder=self.s.decoder, **self.mixing)
 
     def run(self, batch: Any, parts: int = len(MODEL_STAGES)) -> None:
         """The first `parts` parts of a step."""
@@ -151,12 +151,18 @@ def fed(loader: Iterable, step: Step) -> Iterator:
 def model_turn(step: Step, batch: Any, parts: int, timed: int) -> float:
     """Milliseconds of the first `parts` parts of a step on a cached batch, after one that does not count."""
     step.run(batch, parts)
-    harness.synchronise(step.s.device)
-    start = time.perf_counter()
-    for _ in range(timed):
-        step.run(batch, parts)
-    harness.synchronise(step.s.device)
-    return 1000 * (time.perf_counter() - start) / timed
+    return harness.milliseconds(partial(step.run, batch, parts), timed, step.s.device)
+
+
+def first_batch(step: Step, threads: int, batches: int) -> float:
+    """Milliseconds from ``iter()`` to the first batch: what every epoch pays for a pipeline of its own."""
+    epochs: list[Any] = []  # kept, so that taking a pipeline down is not counted
+
+    def start() -> None:
+        epochs.append(iter(step.loader(threads, batches)))
+        next(epochs[-1])
+
+    return harness.milliseconds(start, 1, step.s.device)
 
 
 def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
@@ -169,6 +175,9 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
     for parts, name in enumerate(MODEL_STAGES, 1):
         turn = partial(model_turn, steps["lumix"], cached["lumix"], parts, args.steps)
         yield harness.Candidate(name, turn, where=dict(part="model"))
+    for recipe, step in steps.items():
+        turn = partial(first_batch, step, args.threads, args.batches)
+        yield harness.Candidate(f"{recipe} first batch", turn, where=dict(part="epoch"))
     for recipe, step in steps.items():
         turn = partial(model_turn, step, cached[recipe], len(MODEL_STAGES), args.steps)
         yield harness.Candidate(f"{recipe} replayed", turn, where=dict(part="step"))
@@ -217,6 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=harness.positive, default=256)
     parser.add_argument("--input-size", type=harness.positive, default=224)
     parser.add_argument("--threads", type=harness.positive, default=len(os.sched_getaffinity(0)), help="DALI's")
+    parser.add_argument("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
+                        help="of DALI's decoder, as benchmarks.tune finds them")
     parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
     parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
@@ -228,9 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or data.generate()
         device = harness.resolve_device(args.device)
-        s = Setting(load(root), args.batch_size, args.input_size, device, Path(scratch))
+        s = Setting(load(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
         settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
-                        threads=args.threads, amp=args.amp, images=len(s.samples),
+                        threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
                         executor_statistics=executor_statistics(s, args.threads))
         result = harness.compare(
             list(candidates(s, args)), kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,

@@ -34,7 +34,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow",
-            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel",
+            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel", "nvidia-nvimgcodec-cu12",
+            "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "pytest",
             "opencv-contrib-python-headless")
 
 
@@ -198,6 +199,24 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
+    """Milliseconds a call of `step`, in the mean of `count` calls; between CUDA events on a GPU."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        return 1000 * (time.perf_counter() - start) / count
+    stream = torch.cuda.current_stream(device)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record(stream)
+    for _ in range(count):
+        step()
+    last.record(stream)
+    last.synchronize()
+    return first.elapsed_time(last) / count
+
+
 def last_line(error: BaseException) -> str:
     """Type and last line of an error, as a traceback ends."""
     lines = str(error).strip().splitlines() or [""]
@@ -292,6 +311,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="measure uncommitted code for benchmarks/results; the result says so")
 
 
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
@@ -302,6 +326,14 @@ def positive(text: str) -> int:
 def positives(text: str) -> list[int]:
     """An argparse type: whole numbers above 0, separated by commas."""
     return [positive(part) for part in text.split(",")]
+
+
+def options(text: str) -> dict[str, Any]:
+    """An argparse type: NAME=NUMBER, separated by commas."""
+    try:
+        return {name: json.loads(value) for name, value in (part.split("=") for part in text.split(",") if part)}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=NUMBER, separated by commas") from error
 
 
 def resolve_device(device: str) -> str:

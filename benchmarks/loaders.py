@@ -121,6 +121,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=harness.positives, default=sorted({max(1, cpus // 2), cpus, 2 * cpus}), metavar="LIST",
         help="the others take the best of these (default: half, all and twice the CPUs)")
     add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
+    add("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
+        help="of DALI's decoder, as benchmarks.tune finds them")
     add("--only", metavar="NAMES", help="names, or their beginnings, separated by commas")
     args = parser.parse_args(argv)
     if args.quick:
@@ -139,12 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.loaders", *(sys.argv[1:] if argv is None else argv)])
     samples = some(load(args.data or data.generate()))
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch))
+        setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch), args.decoder)
         settings = dict(
             files=len(samples), classes=len(samples.classes), generated=args.data is None,
             mean_kb=warm_page_cache(setting.paths()), page_cache="warm: every file read once before",
             batch_size=args.batch_size, input_size=args.input_size, dtype="float32", device=args.device,
-            threads=args.threads, workers=args.workers, prefetch=PREFETCH, torch_threads=torch.get_num_threads(),
+            decoder=args.decoder, threads=args.threads, workers=args.workers, prefetch=PREFETCH,
+            torch_threads=torch.get_num_threads(),
             crop=dict(scale=SCALE, ratio=RATIO), interpolation="bicubic, antialiased")
         result = harness.compare(
             candidates(args.entries, setting, args),

@@ -2,7 +2,9 @@
 
 LUMixLoss, eager and compiled, against what it replaces: timm's `mixup_target` with `SoftTargetCrossEntropy`, and
 PyTorch's cross entropy on probabilities; on a GPU also Liger's fused cross entropy, on hard labels alone.
-Making the target is part of every candidate: it is made anew for every batch.
+Making the target is part of every candidate: it is made anew for every batch. "graphed" is a step captured in a
+CUDA graph: its kernels without the time it takes to launch them. The floor reads the logits twice and writes the
+gradient once, which any loss has to do.
 
     python -m benchmarks.loss --out FILE.json
     python -m benchmarks.loss --batch-sizes 256,1024 --classes 1000,21841 --dtypes float32 --out FILE.json
@@ -11,7 +13,6 @@ Making the target is part of every candidate: it is made anew for every batch.
 import argparse
 import shlex
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ from lumix_dali import LUMixLoss, MixTarget
 from . import harness
 
 SMOOTHING = 0.1
-REFERENCE = "timm soft target"
+REFERENCE, FLOOR = "timm soft target", "floor"
 SECONDS = 0.3  # a turn lasts about so long
 
 
@@ -80,10 +81,11 @@ def peak_bytes(step: Callable[[], None], device: str, compiled: bool) -> int | N
 class Turn:
     """One candidate on one problem."""
 
-    def __init__(self, loss: Callable, shape: tuple[int, int], dtype: str, device: str, compiled: bool):
-        self.loss, self.shape, self.device, self.compiled = loss, shape, device, compiled
+    def __init__(self, loss: Callable, shape: tuple[int, int], dtype: str, device: str, compiled: bool = False,
+                 graphed: bool = False):
+        self.loss, self.shape, self.device, self.compiled, self.graphed = loss, shape, device, compiled, graphed
         self.dtype = getattr(torch, dtype)
-        self.count = 1
+        self.count, self.run = 1, self.step
 
     def step(self) -> None:
         """Forward and backward."""
@@ -104,21 +106,40 @@ class Turn:
         for _ in range(3):
             self.step()
         self.logits.grad = None
-        peak = peak_bytes(self.step, self.device, self.compiled)
-        start = time.perf_counter()
-        self.measure()
-        self.count = max(1, round(SECONDS / (time.perf_counter() - start)))
+        peak = None if self.graphed else peak_bytes(self.step, self.device, self.compiled)
+        if self.graphed:
+            self.run = captured(self.step)
+        self.count = max(1, round(1000 * SECONDS / self.measure()))
         gradient = logits.numel() * logits.element_size()
         return dict(peak_bytes=peak, beyond_gradient=None if peak is None else peak - gradient)
 
     def measure(self) -> float:
         """Milliseconds a step."""
-        harness.synchronise(self.device)
-        start = time.perf_counter()
-        for _ in range(self.count):
-            self.step()
-        harness.synchronise(self.device)
-        return 1000 * (time.perf_counter() - start) / self.count
+        return harness.milliseconds(self.run, self.count, self.device)
+
+
+class Floor(Turn):
+    """The bytes that every loss moves."""
+
+    def step(self) -> None:
+        """Reads the logits twice and writes something of the gradient's size."""
+        if self.logits.grad is None:
+            self.logits.grad, self.twin = torch.empty_like(self.logits), self.logits.detach().clone()
+        torch.add(self.logits.detach(), self.twin, out=self.logits.grad)
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as a CUDA graph, as PyTorch's notes on graphs do it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def timm_loss(logits: torch.Tensor, target: MixTarget) -> torch.Tensor:
@@ -148,13 +169,17 @@ def candidates(batch_sizes: Sequence[int], classes: Sequence[int], dtypes: Seque
         ("LUMix eager", criterion), ("LUMix compiled", compiled), (REFERENCE, timm_loss),
         ("torch probabilities", torch_loss)]
     if device != "cpu":
-        losses.append(("Liger, hard labels", liger_loss))
+        losses += [("LUMix graphed", criterion), (f"{REFERENCE} graphed", timm_loss),
+                   ("Liger, hard labels", liger_loss)]
     for dtype in dtypes:
         for k in classes:
             for b in batch_sizes:
                 for name, loss in losses:
-                    turn = Turn(loss, (b, k), dtype, device, loss is compiled)
-                    yield harness.Candidate(name, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype))
+                    turn = Turn(loss, (b, k), dtype, device, loss is compiled, name.endswith("graphed"))
+                    yield harness.Candidate(name, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype),
+                                            excused=loss is liger_loss)
+                turn = Floor(timm_loss, (b, k), dtype, device)
+                yield harness.Candidate(FLOOR, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     harness.compare(
         list(candidates(args.batch_sizes, args.classes, args.dtypes, device)), kind="loss", unit="ms",
         command=shlex.join(["python", "-m", "benchmarks.loss", *(sys.argv[1:] if argv is None else argv)]),
-        out=args.out, rounds=args.rounds, references=[REFERENCE], allow_dirty=args.allow_dirty,
+        out=args.out, rounds=args.rounds, references=[REFERENCE, FLOOR], allow_dirty=args.allow_dirty,
         settings=dict(device=device, smoothing=SMOOTHING, torch_threads=torch.get_num_threads()))
 
 

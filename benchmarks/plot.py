@@ -7,7 +7,8 @@ shows; what stands between markers is compared as it is.
     python -m benchmarks.plot             # makes them anew
     python -m benchmarks.plot --check     # changes nothing; exit status 1 if one is not current
 
-Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too.
+Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too;
+scaling: ranks too, no quartiles.
 A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
 each of which adds a stage to the row before it.
 An accuracy result is what benchmarks/accuracy.py writes.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
@@ -31,6 +33,7 @@ from .harness import RESULTS, ROOT, summary
 CEILING, TIMM = "dali/+normalise", "timm FastCollateMixup elem"
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 matplotlib.rcParams |= {"svg.hashsalt": "lumix", "svg.fonttype": "none", "axes.spines.top": False,
                         "axes.spines.right": False, "font.size": 9}
@@ -161,8 +164,25 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
     return _captioned(figure, result)
 
 
+def draw_scaling(result: dict[str, Any]) -> Figure:
+    """Images/s a GPU against the number of GPUs, a line each place of the images."""
+    figure = Figure(figsize=(5.5, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        line = [(row["ranks"], row["median"]) for row in result["rows"] if row["name"] == name]
+        axes.semilogx(*zip(*line, strict=True), marker="o", label=name)
+    axes.axhline(result["assumed"]["gpu_rate"], color="gray", linestyle=":", label="what a GPU takes")
+    axes.set(xlabel="GPUs", ylabel="images/s a GPU", ylim=(0, None))
+    ranks = sorted({row["ranks"] for row in result["rows"]})
+    axes.set_xticks(ranks, map(str, ranks))
+    axes.minorticks_off()
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7)
+    return _captioned(figure, result)
+
+
 def _captioned(figure: Figure, result: dict[str, Any]) -> Figure:
-    figure.supxlabel(_where(result), fontsize=7, color="gray")
+    lines = textwrap.wrap(_where(result), int(17 * figure.get_figwidth()))
+    figure.supxlabel("\n".join(lines), fontsize=7, color="gray")
     return figure
 
 
@@ -179,7 +199,7 @@ def _where(result: dict[str, Any]) -> str:
     machine, dirty = result["meta"]["machine"], "" if result["meta"]["clean"] else ", with uncommitted changes"
     parts = [f"{machine['affinity']} × {machine['cpu']}", machine.get("gpu"), result["meta"]["date"][:10],
              f"commit {(result['meta']['commit'] or 'unknown')[:10]}{dirty}"]
-    return ", ".join(part for part in parts if part)
+    return "; ".join(filter(None, [", ".join(part for part in parts if part), result.get("note")]))
 
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
@@ -245,6 +265,17 @@ def _signed(sign: str, value: float | None) -> str:
     return "" if value is None else f" {sign} {value:.2f}" if sign else f"{value:.2f}"
 
 
+def table_scaling(result: dict[str, Any]) -> list[list[str]]:
+    """A line each place of the images and number of GPUs."""
+    takes = result["assumed"]["gpu_rate"]
+    return [["images", "GPUs", "a loader gives, images/s", "a GPU gets, images/s", "of what it takes", "bound by",
+             "loaders needed, × the GPU's rate", "cores needed", "network needed, Gbit/s"], *(
+        [row["name"], str(row["ranks"]), f"{row['loader']:.0f}", f"{row['median']:.0f}",
+         f"{row['median'] / takes:.0%}", row["bound"], f"{row['headroom']:.2f}", f"{row['cores_needed']:,.0f}",
+         f"{row['gbit_needed']:,.1f}"]
+        for row in result["rows"])]
+
+
 def _ratio(row: dict[str, Any], reference: str) -> str:
     median = row.get("ratios", {}).get(reference, {}).get("median")
     return "" if median is None else f"{median:.2f}"
@@ -252,7 +283,7 @@ def _ratio(row: dict[str, Any], reference: str) -> str:
 
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
          "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
-         "accuracy": (draw_accuracy, table_accuracy)}
+         "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling)}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -324,14 +355,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("texts", nargs="*", type=Path, help="files with tables (default: README.md and docs)")
+    add("texts", nargs="*", type=Path, help="files with tables (default: README.md, docs/*.md)")
     add("--check", action="store_true", help="change nothing; exit with 1 if something is not current")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is")
     add("--figures", type=Path, default=ROOT / "benchmarks" / "figures", metavar="DIR", help="where the SVG go")
     args = parser.parse_args(argv)
     try:
-        texts = args.texts or [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        found = stale(args.results, args.figures, texts, args.check)
+        found = stale(args.results, args.figures, args.texts or TEXTS, args.check)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for path in found:

@@ -39,7 +39,7 @@ def knobs(device: str, cpus: int) -> dict[str, list[Any]]:
 
 def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
     """`create_loader`'s arguments for the chosen values: some belong to the decoder."""
-    decoder = {name: value for name, value in chosen.items() if name in DECODER_KNOBS and value}
+    decoder = {name: value for name, value in chosen.items() if value != DECODER_KNOBS.get(name, [value])[0]}
     plain = {name: value for name, value in chosen.items() if name not in DECODER_KNOBS}
     return plain | (dict(decoder=decoder) if decoder else {})
 
@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cutmix", type=float, default=1.0)
     add("--dtype", default="float32", choices=("float32", "float16", "uint8"))
     add("--batches", type=harness.positive, default=4, help="timed batches a turn")
+    add("--out", metavar="FILE.json", help="where the result goes as well")
     add("--rounds", type=harness.positive, default=5, help="turns of each value")
     args = parser.parse_args(argv)
     samples = load(args.data or data.generate())
@@ -109,6 +110,10 @@ def main(argv: list[str] | None = None) -> None:
         for value, median in found.items():
             print(f"{name}={value!r:<8} {median:8.0f} images/s{'  <-' * (value == chosen[name])}")
     device = torch.cuda.get_device_name(s.device) if s.cuda else "CPU"
+    if args.out:
+        harness.write(args.out, dict(
+            kind="tune", unit="images/s", meta=harness.metadata("python -m benchmarks.tune"),
+            chosen=arguments(chosen), medians={name: [*found.items()] for name, found in medians.items()}))
     given = ", ".join(f"{name}={value!r}" for name, value in arguments(chosen).items())
     print(f"\nfastest here ({device}, {len(samples)} images):\ncreate_loader(..., {given})")
 

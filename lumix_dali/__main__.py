@@ -87,6 +87,8 @@ def _add_show(commands) -> None:
     add("--cutmix", type=float, default=1.0, help="CutMix' alpha, 0: off (%(default)s)")
     add("--mixup-mode", default="elem", help="elem or batch (%(default)s)")
     add("--hflip", type=float, default=0.5, help="probability of a flip (%(default)s)")
+    add("--aa", help="RandAugment before mixing, such as rand-m9-mstd0.5-inc1")
+    add("--reprob", type=float, default=0.0, help="probability of random erasing before mixing (%(default)s)")
     add("--seed", type=int, default=0)
     command.set_defaults(run=_show)
 
@@ -101,6 +103,8 @@ def _show(args) -> int:
         cutmix_alpha=args.cutmix,
         mode=args.mixup_mode,
         hflip=args.hflip,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
         seed=args.seed,
     )
     print(f"wrote {args.out}")

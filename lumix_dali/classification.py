@@ -15,10 +15,12 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
+from . import augment
 from . import fn as mixfn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+TRAIN_INTERPOLATIONS = (*INTERPOLATIONS, "random")
 DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 
 
@@ -35,11 +37,18 @@ def train_pipeline(
     std: Sequence[float] = IMAGENET_STD,
     dtype: str = "float32",
     layout: str = "CHW",
+    auto_augment: str | None = None,
+    color_jitter: float | Sequence[float] | None = None,
+    color_jitter_prob: float = 1.0,
+    grayscale_prob: float = 0.0,
+    re_prob: float = 0.0,
+    re_mode: str = "pixel",
+    re_count: int = 1,
     mixing: dict[str, Any] | None = None,
     decoder: dict[str, Any] | None = None,
     reader: dict[str, Any] | None = None,
 ):
-    """Random resized crop, flip, mix, normalise: timm's training transform, then LUMix Eq. 1.
+    """Random resized crop, flip, augment, erase, mix, normalise: timm's training transform, then LUMix Eq. 1.
 
     Args:
         source: callable of ``BatchInfo``, gives (list of uint8 paths, list of int64 labels).
@@ -47,10 +56,14 @@ def train_pipeline(
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
         hflip: probability of a horizontal flip, before mixing.
-        interpolation: "bicubic" or "bilinear", both with antialiasing.
+        interpolation: "bicubic" or "bilinear", both with antialiasing, or "random", one of them for each sample.
         mean, std: of the normalisation, in units of the full range [0, 1]; not used for uint8.
         dtype: "float32", "float16", or "uint8" for models that normalise themselves.
         layout: "CHW" or "HWC".
+        auto_augment: timm's RandAugment string, see `augment.parse`; None: off.
+        color_jitter, color_jitter_prob, grayscale_prob: of `augment.color_jitter`; the jitter is left out with
+            `auto_augment`, as timm leaves it out.
+        re_prob, re_mode, re_count: of `augment.erase`, before mixing; a probability of 0: off.
         mixing: arguments of `lumix_dali.fn.mix`; None: nothing is mixed.
         decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
         reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
@@ -75,9 +88,20 @@ def train_pipeline(
         images,
         size=list(size),
         crop=list(size),
-        interp_type=INTERPOLATIONS[interpolation],
+        interp_type=_interpolation(interpolation),
         mirror=fn.random.coin_flip(probability=hflip) if hflip else 0,
     )
+    if auto_augment:
+        fill = [min(255, round(255 * m)) for m in mean]
+        warped = INTERPOLATIONS.get(interpolation, types.INTERP_LINEAR)
+        images = augment.rand_augment(images, auto_augment, fill=fill, interpolation=warped)
+        color_jitter = None
+    if color_jitter or grayscale_prob:
+        images = augment.color_jitter(
+            images, color_jitter or 0.0, prob=color_jitter_prob, grayscale_prob=grayscale_prob
+        )
+    if re_prob:
+        images = augment.erase(images, prob=re_prob, mode=re_mode, count=re_count, mean=mean, std=std)
     if mixing is None:
         target = mixfn.unmixed(labels, device)
     else:
@@ -162,6 +186,10 @@ def _read(source: Callable, reader: dict[str, Any] | None) -> tuple[str, DataNod
         source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
     )
     return device, fn.io.file.read(paths, **(reader or {})), labels
+
+
+def _interpolation(name: str) -> Any:
+    return fn.random.choice(list(INTERPOLATIONS.values())) if name == "random" else INTERPOLATIONS[name]
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:

@@ -64,6 +64,7 @@ def mix(
     switch_prob: float = 0.5,
     mode: str = "elem",
     correct_lam: bool = True,
+    index: DataNode | None = None,
 ) -> tuple[DataNode, MixTarget]:
     """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
 
@@ -78,13 +79,16 @@ def mix(
         switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
         mode: "elem", one draw a sample, or "batch", one a batch. Partners always differ by sample.
         correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
+        index: int32 scalar on the CPU, each sample's own place in the batch, where that is known (DALI has no
+            operator for it); spares CutMix a copy of the batch.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
 
     Raises:
         ValueError: an argument outside its range.
-        RuntimeError: (DALI's, when the batch runs) images of unequal size.
+        RuntimeError: (DALI's, when the batch runs) images of unequal size; with Mixup alone the message is
+            about shapes that do not broadcast. Resize them to one size before.
 
     Note:
         The arguments mean what timm's `Mixup` means, but partners are a random permutation in which nobody
@@ -101,7 +105,7 @@ def mix(
         mode=mode,
         correct_lam=correct_lam,
     )
-    return apply(images, labels, drawn)
+    return apply(images, labels, drawn, index)
 
 
 def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options) -> tuple[DataNode, MixTarget]:
@@ -205,28 +209,38 @@ def given(
     return drawn
 
 
-def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, MixTarget]:
+def apply(
+    images: DataNode, labels: DataNode, drawn: Draw, index: DataNode | None = None
+) -> tuple[DataNode, MixTarget]:
     """Mixes images as drawn and says what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
 
     Args:
         images: uint8, HWC, one size for the whole batch.
         labels: one integer a sample, of any shape with one element.
         drawn: from `draw` or `given`.
+        index: as in `mix`.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
     """
     device = images.device
-    partners = fn.permute_batch(images, indices=drawn.partner)
+    mixed = images
+    if drawn.is_cutmix is None or index is None:
+        partners = fn.permute_batch(images, indices=drawn.partner)
     kinds, weights = [], []
     if drawn.is_cutmix is not None:
         is_cutmix, extent = _put(drawn.is_cutmix, device), drawn.stop - drawn.start
-        images = fn.multi_paste(images, partners, in_anchors=drawn.start, out_anchors=drawn.start, shapes=extent)
+        regions = dict(in_anchors=drawn.start, out_anchors=drawn.start, shapes=extent)
+        if index is None:
+            mixed = fn.multi_paste(images, partners, **regions)
+        else:  # Mixup takes its partner's canvas, and is blended with its own below
+            canvas = index if drawn.is_mixup is None else index + (drawn.partner - index) * drawn.is_mixup
+            mixed = partners = fn.multi_paste(images, in_ids=fn.stack(canvas, drawn.partner), **regions)
         box = fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1] * is_cutmix
         kinds.append(is_cutmix * CUTMIX)
         weights.append(_area_ratio(_put(extent, device)))
     if drawn.is_mixup is not None:
-        images = _blend(images, partners, drawn.weight, drawn.is_mixup)
+        mixed = _blend(images, partners, mixed, drawn.weight, drawn.is_mixup)
         kinds.append(_put(drawn.is_mixup, device) * MIXUP)
         weights.append(_put(drawn.weight, device))
     kind = reduce(add, kinds)  # a sample is of one kind: every other addend is zero
@@ -234,7 +248,7 @@ def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, Mi
     if drawn.is_cutmix is None:
         box = kind * np.zeros(4, np.int32)
     labels = _scalar(labels, device)
-    return images, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind)
+    return mixed, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind)
 
 
 def check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode) -> None:
@@ -307,17 +321,19 @@ def _area_ratio(extent: DataNode) -> DataNode:
     return area[1] / area[0]
 
 
-def _blend(images: DataNode, partners: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
-    """images·(1 - w) + partners·w where `is_mixup`, within one grey level.
+def _blend(
+    images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode
+) -> DataNode:
+    """images·(1 - w) + partners·w where `is_mixup`, within one grey level; elsewhere `others`.
 
     Float arithmetic and its cast cost the CPU six times as much as two scalings in uint8 of the samples that
     need it. The split is what DALI makes of an ``if``, which would ask every caller to enable conditionals.
     """
     split = fn._conditional.split
-    (own, kept), (other, _), (weight, _) = (
-        split(node, predicate=is_mixup, _if_stmt=True) for node in (images, partners, weight)
+    (own, _), (partner, _), (_, kept), (weight, _) = (
+        split(node, predicate=is_mixup, _if_stmt=True) for node in (images, partners, others, weight)
     )
-    blended = _scale(own, 1.0 - weight) + _scale(other, weight)
+    blended = _scale(own, 1.0 - weight) + _scale(partner, weight)
     return fn._conditional.merge(blended, kept, predicate=is_mixup)
 
 

@@ -26,7 +26,7 @@ except ImportError as error:
         "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
     ) from error
 
-from . import classification, sources
+from . import augment, classification, sources
 from . import fn as mixfn
 from .target import MixTarget
 
@@ -50,6 +50,14 @@ def create_loader(
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
+    auto_augment: str | None = None,
+    color_jitter: float | Sequence[float] | None = None,
+    color_jitter_prob: float = 1.0,
+    grayscale_prob: float = 0.0,
+    re_prob: float = 0.0,
+    re_mode: str = "pixel",
+    re_count: int = 1,
+    num_aug_repeats: int = 0,
     interpolation: str = "bicubic",
     mean: Sequence[float] = classification.IMAGENET_MEAN,
     std: Sequence[float] = classification.IMAGENET_STD,
@@ -83,7 +91,10 @@ def create_loader(
             with both alphas 0 nothing is mixed, and targets have kind 0.
         scale, ratio: ranges of the training crop's share of the area, and of its width over height.
         hflip: probability of a horizontal flip.
-        interpolation: "bicubic" or "bilinear".
+        auto_augment, color_jitter, color_jitter_prob, grayscale_prob, re_prob, re_mode, re_count: training's
+            augmentation before mixing, of `classification.train_pipeline`.
+        num_aug_repeats: repeated augmentation, see `sources.Order`; 0: off.
+        interpolation: "bicubic" or "bilinear"; for training also "random", one of them for each sample.
         mean, std: of the normalisation, in units of [0, 1].
         crop_pct, crop_mode: evaluation's crop, timm's meaning ("center" or "squash").
         dtype: "float32", "float16", or "uint8" (not normalised).
@@ -127,14 +138,24 @@ def create_loader(
     _check_int("world_size", world_size, 1)
     graph = dict(
         size=_size(input_size),
-        interpolation=_one_of("interpolation", interpolation, classification.INTERPOLATIONS),
+        interpolation=_one_of(
+            "interpolation",
+            interpolation,
+            classification.TRAIN_INTERPOLATIONS if is_training else classification.INTERPOLATIONS,
+        ),
         mean=_triple("mean", mean),
         std=_triple("std", std, positive=True),
         dtype=_one_of("dtype", dtype, classification.DTYPES),
         layout="HWC" if channels_last else "CHW",
     )
+    augmentation = _augmentation(
+        auto_augment, color_jitter, color_jitter_prob, grayscale_prob, re_prob, re_mode, re_count
+    )
+    if (augmentation or num_aug_repeats) and not is_training:
+        given = ", ".join([*augmentation, *["num_aug_repeats"] * bool(num_aug_repeats)])
+        raise ValueError(f"is_training=False: evaluation augments nothing; leave out {given}")
     if is_training:
-        graph |= dict(
+        graph |= augmentation | dict(
             scale=_range("scale", scale, 1.0), ratio=_range("ratio", ratio), hflip=_fraction("hflip", hflip)
         )
     else:
@@ -151,6 +172,7 @@ def create_loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        repeats=_check_int("num_aug_repeats", num_aug_repeats, 0),
     )
     run = dict(
         num_threads=_default_threads() if num_threads is None else _check_int("num_threads", num_threads, 1),
@@ -181,9 +203,12 @@ class Loader:
         classes, num_classes: class names, and their number.
         batch_size: samples a batch on this rank.
         device: torch.device of the batches.
+        sampler: the loader itself, where timm's train.py and Lightning look for `set_epoch`.
         mixup_enabled: timm's switch; takes effect with the next ``iter()`` and leaves the order as it is.
         bad: {index: substitute's index} of samples that could not be decoded and were replaced.
     """
+
+    batch_sampler = None  # as in a DataLoader that gets its batches made: timm then asks `sampler`
 
     def __init__(self, samples, order, device, graph, mixing, run, max_bad):
         self.samples = self.dataset = samples
@@ -198,6 +223,10 @@ class Loader:
         self._current: Callable[[], _Epoch | None] = lambda: None
         self._closed = False
         self._pid = os.getpid()
+
+    @property
+    def sampler(self) -> Loader:  # an attribute would make a cycle, and only gc would free the loader
+        return self
 
     def __len__(self) -> int:
         """Number of batches an epoch on this rank."""
@@ -419,6 +448,25 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _device_id(device: torch.device) -> int | None:
     return device.index if device.type == "cuda" else None
+
+
+def _augmentation(auto_augment, color_jitter, color_jitter_prob, grayscale_prob, re_prob, re_mode, re_count):
+    """Arguments of `train_pipeline`, of what is on."""
+    found: dict[str, Any] = {}
+    if auto_augment:
+        augment.parse(auto_augment)
+        found |= dict(auto_augment=auto_augment)
+    if color_jitter is not None and any(amounts := augment.jitter_of(color_jitter)):
+        found |= dict(color_jitter=amounts, color_jitter_prob=_fraction("color_jitter_prob", color_jitter_prob))
+    if _fraction("grayscale_prob", grayscale_prob):
+        found |= dict(grayscale_prob=float(grayscale_prob))
+    if _fraction("re_prob", re_prob):
+        found |= dict(
+            re_prob=float(re_prob),
+            re_mode=_one_of("re_mode", re_mode, augment.ERASE_MODES),
+            re_count=_check_int("re_count", re_count, 1),
+        )
+    return found
 
 
 def _default_threads() -> int:

@@ -185,6 +185,10 @@ class Order:
     out (timm's rule); without it the order is continued from its start by fewer samples than there are
     ranks. Evaluation deals all samples out once, in order; ranks may then differ by one sample.
 
+    With `repeats`, training follows timm's `RepeatAugSampler`: each sample stands `repeats` times in a row before
+    the dealing, and an epoch keeps its length (from 256 samples on, cut to a multiple of 256), so that it shows
+    about n / repeats of the samples.
+
     Args:
         n: number of samples.
         batch_size: samples a batch and rank.
@@ -192,6 +196,7 @@ class Order:
         drop_last: leave out the incomplete last batch.
         seed: of the order; alike on all ranks.
         rank, world_size: which part of each epoch this is.
+        repeats: repeated augmentation; 0: off.
 
     Raises:
         ValueError: with `drop_last`, fewer samples than one batch on every rank.
@@ -204,6 +209,7 @@ class Order:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    repeats: int = 0
 
     def __post_init__(self):
         if not 0 <= self.rank < self.world_size:
@@ -217,12 +223,14 @@ class Order:
     def __len__(self) -> int:
         """Number of batches."""
         if self.drop_last:
-            return self.n // (self.world_size * self.batch_size)
+            return (self._share if self.repeats else self.n // self.world_size) // self.batch_size
         return -(-self._share // self.batch_size)
 
     @property
     def _share(self) -> int:
         even = -(-self.n // self.world_size)
+        if self.repeats and self.n >= 256:
+            return self.n // 256 * 256 // self.world_size
         return even if self.shuffle else len(range(self.rank, self.n, self.world_size))
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -231,9 +239,10 @@ class Order:
             order = np.arange(self.n)
         else:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-            order = np.resize(order, -(-self.n // self.world_size) * self.world_size)
+            order = np.repeat(order, self.repeats or 1)
+            order = np.resize(order, -(-len(order) // self.world_size) * self.world_size)
         order = order[self.rank :: self.world_size]
-        return order[: len(self) * self.batch_size]
+        return order[: min(self._share, len(self) * self.batch_size)]
 
 
 def natural_key(text: str) -> list:

@@ -31,6 +31,15 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--scale", type=float, nargs=2, default=(.08, 1.), help="area of the random resized crop")
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of that crop")
     add("--hflip", type=float, default=.5, help="probability of a horizontal flip")
+    add("--aa", metavar="SPEC", help="RandAugment, such as rand-m9-mstd0.5-inc1; None: off")
+    add("--color-jitter", type=float, nargs="+", metavar="X",
+        help="brightness, contrast, saturation and hue, or one number for the first three; not used with --aa; "
+             "None, where timm has .4: off")
+    add("--reprob", type=float, default=0., help="probability of random erasing, before mixing")
+    add("--remode", default="pixel", help="what is erased becomes: pixel (noise), rand (one colour) or const")
+    add("--recount", type=int, default=1, help="most regions erased in an image")
+    add("--aug-repeats", type=int, default=0, metavar="N", help="repeated augmentation; 0: off")
+    add("--train-interpolation", default="", help="or random, which timm defaults to; empty: --interpolation")
     add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
     add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
     add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
@@ -110,6 +119,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
         help="updates between two writes of last.pth.tar; 0: after each epoch only")
     add("--resume", nargs="?", const=True, metavar="PATH",
         help="go on from that checkpoint or run folder; without PATH from OUTPUT/EXPERIMENT, if it is there yet")
+    add("--smoke", action="store_true",
+        help="two steps on generated images instead of --data-dir, to see that the command works to its end")
     add("--log-interval", type=int, default=50, metavar="N",
         help="batches between two looks at the loss shown and at λ")
     return parser
@@ -121,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     if config := parser.parse_args(argv).config:
         read_config(parser, config)
     args = parser.parse_args(argv)
-    if args.data_dir is None:
+    if args.data_dir is None and not args.smoke:
         parser.error("--data-dir is required")
     least = {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "checkpoint_interval": 0, "seed": 0,
              "max_bad": 0, "grad_accum_steps": 1, "lumix_warmup_epochs": 0}
@@ -152,7 +163,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> None:
     if not isinstance(config, dict):
         parser.error(f"--config {path}: it holds a {type(config).__name__}; write FLAG: VALUE lines")
     known = {action.dest for action in parser._actions}
-    parser.set_defaults(**{key: value for key, value in config.items() if key in known})
+    # timm writes "" for what is not set.
+    parser.set_defaults(**{key: value for key, value in config.items() if key in known and value != ""})
     if unknown := [f"{key}={value}" for key, value in config.items() if key not in known and value]:
         print(f"--config {path}: no such flags here, ignored: {', '.join(unknown)}", file=sys.stderr)
 

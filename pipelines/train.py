@@ -10,6 +10,7 @@ by default (`--cutmix 1.0`), because LUMix needs it.
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
     torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
     python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # go on where it stopped
+    python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # a paper's row: does it run?
 
 OUTPUT/EXPERIMENT gets `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
 them), `summary.csv` and `log.jsonl` (a row an epoch), `args.yaml` and, at the end, `summary.json`.
@@ -56,6 +57,7 @@ from lumix_dali.sources import Samples, load
 from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .flags import parse_args, ratios
 from .ranks import Stop, gathered, joined, summed
+from .smoke import shrink
 
 
 def load_data(args: argparse.Namespace) -> tuple[Samples, Samples]:
@@ -112,10 +114,17 @@ def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Sampl
     """The training and the validation loader, with the input that timm's `data_config` describes."""
     common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
                   seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
+    jitter = args.color_jitter  # a list, but a number in timm's YAML
+    augmentation = dict(
+        auto_augment=args.aa,
+        color_jitter=jitter[0] if isinstance(jitter, list) and len(jitter) == 1 else jitter,
+        re_prob=args.reprob, re_mode=args.remode, re_count=args.recount, num_aug_repeats=args.aug_repeats)
+    if args.train_interpolation:
+        augmentation["interpolation"] = args.train_interpolation
     train = create_loader(
         train_data, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio,
         hflip=args.hflip, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, **common)
+        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, **common | augmentation)
     val_batch = args.validation_batch_size or args.batch_size
     return train, create_loader(val_data, batch_size=val_batch, is_training=False, **common)
 
@@ -410,6 +419,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ValueError: for a wrong argument, folder or checkpoint, before the first batch.
     """
     args = parse_args(argv, __doc__)
+    if args.smoke:
+        shrink(args)
     criterion = build_criterion(args)
     train_data, val_data = load_data(args)
     with joined(args):

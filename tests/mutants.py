@@ -33,8 +33,10 @@ class Mutant(NamedTuple):
     tests: str
 
 
+VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
 MIXING, ACCURACY = "benchmarks/mixing.py", "benchmarks/accuracy.py"
+AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 
 
@@ -49,6 +51,7 @@ MINMAX = tests("fn", "minmax_counts_its_boxes")
 BAD = tests("fn", "wrong_arguments_are_named_with_a_remedy")
 DELIVERED = tests("loader", "delivered_pixels_are_what_the_target_says")
 BOXES = tests("fn_law", "boxes")
+OPERATIONS = tests("augment", "operations_are_timms")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
@@ -248,6 +251,56 @@ MUTANTS = [
            tests("sources", "epochs_and_seeds_differ_and_ranks_are_disjoint")),
     Mutant("ranks read the same samples", SOURCES, "order[self.rank :: self.world_size]",
            "order[:: self.world_size]", tests("sources", "training_is_fair_by_brute_force")),
+    # the visit to a GPU host
+    Mutant("a batch is copied on its way out", LOADER, "(torch.from_dlpack(output.as_tensor()) for",
+           "(torch.from_dlpack(output.as_tensor()).clone() for", tests("gpu", "batches_are_dalis_own_memory")),
+    Mutant("the loss of low-precision logits in their own type", LOSS, "torch.float64 else torch.float32\n",
+           "torch.float64 else logits.dtype\n",
+           tests("gpu", "low_precision_logits_cost_a_rounding_of_the_gradient_alone")),
+    Mutant("what a stopped step started lives on", VISIT, "os.killpg(process.pid, number)",
+           "os.kill(process.pid, number)", tests("visit", "a_visit_goes_on_whatever_a_step_does")),
+    Mutant("results come at the end alone", VISIT, "        results.flush()\n", "",
+           tests("visit", "a_visit_goes_on_whatever_a_step_does")),
+    Mutant("a visit's step has a flag that its program lacks", VISIT, '"--steps", "20"', '"--stepps", "20"',
+           tests("visit", "every_step_is_a_command_line_that_its_program_takes")),
+    Mutant("unpaired seeds are compared", VISIT, 'if f"training cutmix {seed}" in top1]', "]",
+           tests("visit", "trainings_are_compared_over_the_seeds_that_both_finished")),
+    Mutant("a blend with the weights exchanged", "benchmarks/mix.py",
+           "(1.0 - drawn.weight) * own + drawn.weight * other",
+           "drawn.weight * own + (1.0 - drawn.weight) * other",
+           tests("visit", "every_blend_is_mixup")),
+
+    # augmentation
+    Mutant("an image is rotated the other way", AUGMENT, "rotation(angle=degrees", "rotation(angle=-degrees",
+           OPERATIONS),
+    Mutant("a translation goes by the height alone", AUGMENT,
+           "fn.stack(height_width[1], height_width[0])", "fn.stack(height_width[0], height_width[0])", OPERATIONS),
+    Mutant("bits are rounded down where timm rounds up", AUGMENT, "whole = math.ceil if", "whole = math.floor if",
+           OPERATIONS),
+    Mutant("contrast about mid-grey", AUGMENT, "_blend(fn.reductions.mean(_grey(images), axes=[0, 1], "
+           "keep_dims=True)", "_blend(fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True) * 0 + 128",
+           OPERATIONS),
+    Mutant("no sign is drawn", AUGMENT, "slopes += [slope, -slope if signed else slope]",
+           "slopes += [slope, slope]", OPERATIONS),
+    Mutant("a layer is always applied", AUGMENT, "chances = [1 - policy.prob] + [policy.prob /",
+           "chances = [0] + [1 /", tests("augment", "draws_follow_timms_law")),
+    Mutant("magnitudes twice as spread", AUGMENT, "stddev=policy.std, shape=[policy.layers])",
+           "stddev=2 * policy.std, shape=[policy.layers])", tests("augment", "draws_follow_timms_law")),
+    Mutant("erased areas up to a third and more", AUGMENT, "(1 / 3 - 0.02) + 0.02", "(1 / 3) + 0.02",
+           tests("augment", "regions_are_timms")),
+    Mutant("noise in units of the whole range", AUGMENT, "std=[1 / s for s in std],",
+           "std=[1 / 255 for s in std],", tests("augment", "what_is_erased")),
+    Mutant("an epoch is repeated as a whole", SOURCES, "np.repeat(order, self.repeats or 1)",
+           "np.tile(order, self.repeats or 1)", tests("sources", "repeated_augmentation_is_timms")),
+    # in other programs
+    Mutant("no sampler to set the epoch of", LOADER, "def sampler(self)", "def no_sampler(self)",
+           tests("timm_loader", "a_run_resumed_at_epoch_2_sees_epoch_2")),
+    Mutant("resumed at the start of the epoch", "pipelines/with_accelerate.py",
+           'loader.load_state_dict(state["loader"])', "pass", tests("frameworks", "one_process")),
+    Mutant("the mean rank sets the pace, not the slowest", "benchmarks/scaling.py", "max(ready.max(),",
+           "max(ready.mean(),", tests("scaling", "the_slowest_of_n_exponential_times")),
+    Mutant("a queue of one, however deep", "benchmarks/scaling.py", "begin[step - ahead] if step >= ahead",
+           "begin[step - 1] if step >= 1", tests("scaling", "a_long_queue_hides_what_one_rank_varies")),
 ]
 
 

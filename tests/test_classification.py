@@ -12,8 +12,6 @@ import pytest
 import torch
 from images import encoded, ramps, write
 from PIL import Image
-from scipy import stats
-from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
@@ -43,6 +41,7 @@ def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     """{file: image} of 100 pieces of two photographs, JPEG and PNG, most of odd sizes, down to 50 pixels."""
+    load_sample_images = pytest.importorskip("sklearn.datasets").load_sample_images
     root, rng, images = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0), {}
     originals = load_sample_images().images
     for number in range(100):
@@ -172,6 +171,8 @@ def timms_crops(size, count, seed, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 def assert_same_law(ours, theirs, size):
     """Areas, aspect ratios, and where in its room each crop lies."""
+    from scipy import stats  # not at the top: the GPU tests of this file do without
+
     def features(crop):
         starts, lengths = crop[:, :2], crop[:, 2:]
         return [lengths.prod(1), lengths[:, 1] / lengths[:, 0], *((starts + 0.5) / (size - lengths + 1)).T]
@@ -188,6 +189,8 @@ def assert_same_law(ours, theirs, size):
     ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
 ])
 def test_the_training_crop_follows_timms_law(tmp_path, size, options, seed):
+    from scipy import stats
+
     ours, flipped = crops(tmp_path, size, 2000, seed, hflip=0.3, **options)
     assert_same_law(ours, timms_crops(size, 10000, seed, **options), size)
     assert stats.binomtest(int(flipped.sum()), len(flipped), 0.3).pvalue > 1e-3
@@ -199,9 +202,38 @@ def test_always_and_never_flipped(tmp_path, hflip):
     assert (flipped == hflip).all()
 
 
+def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
+    from scipy import stats
+
+    write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
+    options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
+    images = {name: run(classification.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
+                        interpolation=name, **options)[0] for name in classification.TRAIN_INTERPOLATIONS}
+    cubic, linear = ((images["random"] == images[name]).all((1, 2, 3)) for name in ("bicubic", "bilinear"))
+    assert (cubic ^ linear).all()
+    assert stats.binomtest(int(cubic.sum()), 400, 0.5).pvalue > 1e-3
+
+
+def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
+    """timm's rule: no colour jitter beside it; warps are filled with the mean, and interpolate as the crop."""
+    write(np.zeros((40, 40, 3)), tmp_path / "black.png")
+    calls = []
+    for name in ("rand_augment", "color_jitter"):
+        monkeypatch.setattr(classification.augment, name, lambda images, *a, name=name, **k: calls.append(
+            (name, a, k)) or images)
+    options = {"color_jitter": 0.4, "mean": (0.485, 0.456, 0.406)}
+    for spec in (None, "rand-m9"):
+        run(classification.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
+    (first, _, _), (second, arguments, keywords) = calls
+    assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
+    assert keywords == {"fill": [124, 116, 104], "interpolation": classification.INTERPOLATIONS["bicubic"]}
+
+
 @pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])
 def test_the_training_crop_of_a_long_image(tmp_path, size):
     """Where ten draws do not fit, both take the short side and 4/3 of it: timm of the middle, DALI of anywhere."""
+    from scipy import stats
+
     ours, theirs = crops(tmp_path, size, 2000, 1)[0], timms_crops(size, 10000, 1)
     short, long = sorted(size)
     axis, ratio = size.index(long), 4 / 3
@@ -232,6 +264,9 @@ def gpu_graph(define, **options):
     ("train", {"mixing": {"cutmix_alpha": 1.0}}),
     ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
     ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "layout": "HWC"}),
+    ("train", {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"cutmix_alpha": 1.0}}),
+    ("train", {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "rand"}),
+    ("train", {"interpolation": "random", "re_prob": 0.25, "re_mode": "const", "re_count": 2}),
     ("val", {}),
     ("val", {"size": (96, 128), "dtype": "uint8"}),
     ("val", {"crop_mode": "squash"}),

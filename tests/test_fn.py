@@ -107,6 +107,19 @@ def test_partial_batches(graph, mode):
         assert_true(images, labels, *run(images, labels))
 
 
+def mix_indexed(images, labels, index, **options):
+    return mixfn.mix(images, labels, index=index, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alphas", [{}, {"mixup_alpha": 0.8}])
+def test_an_index_keeps_the_target_true(graph, alphas, mode):
+    run = graph(mix_indexed, 8, mode=mode, **alphas)
+    for step, count in enumerate((8, 8, 3, 8, 1, 2, 8, 7)):
+        images, labels = batch_of(count, seed=step)
+        assert_true(images, labels, *run(images, labels, index=np.arange(count, dtype=np.int32)))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_labels_of_readers_and_of_lists(graph, shape, dtype):

@@ -25,6 +25,7 @@ from lumix_dali import MixTarget, classification, create_loader, reference, sour
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 COUNT, SIZE = 24, (12, 18)
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "interpolation": "random"}
 
 
 @pytest.fixture
@@ -170,6 +171,30 @@ def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, option
         for batch, (images, target) in zip(batches, loader, strict=True):
             seen |= recount(grey_levels(images), batch, colours, labels, target.cpu())
     assert seen == kinds
+
+
+def test_erasing_comes_before_mixing(make, colour_files):
+    """Where a partner's region lies in a box, it is the partner's: λ0 counts it, and it is seen there too."""
+    root, colours, _ = colour_files
+    loader = make(root, batch_size=8, dtype="uint8", mean=(0.0, 0.0, 0.0), cutmix_alpha=1.0, re_prob=1.0,
+                  re_mode="const")
+    seen = 0
+    for batch, (images, target) in zip(sources.Order(COUNT, 8).epoch(0).reshape(-1, 8), loader, strict=True):
+        levels, inside = grey_levels(images), np.zeros((8, *SIZE), bool)
+        for mask, (y0, x0, y1, x1) in zip(inside, target.box.tolist(), strict=True):
+            mask[y0:y1, x0:x1] = True
+        black = (levels == 0).all(-1)
+        files = np.abs(levels[:, :, :, None].astype(int) - colours[batch]).max(-1).argmin(-1)
+        for row in range(8):
+            assert (files[row] == row)[~inside[row] & ~black[row]].all()
+            partners = np.unique(files[row][inside[row] & ~black[row]])
+            assert len(partners) <= 1
+            for partner in partners:
+                both = inside[row] & ~inside[partner]
+                np.testing.assert_array_equal(black[row][both], black[partner][both])
+                seen += int(black[row][both].sum())
+        np.testing.assert_allclose(inside.mean((1, 2)), target.lam0, atol=1e-6)
+    assert seen > 20
 
 
 def test_batches_that_are_kept_stay_as_they_were(make, ramp_files):
@@ -369,6 +394,28 @@ def test_every_state_leads_to_the_same_stream(make, ramp_files, tmp_path):
         expected = batches[place:][: 7 if not state["mixup_enabled"] else 5]
         endless = itertools.chain.from_iterable(itertools.repeat(resumed))
         assert_same(stream(itertools.islice(endless, len(expected))), expected)
+
+
+def test_every_state_of_an_augmented_stream_leads_to_the_same(make, ramp_files):
+    options = {"batch_size": 4, **MIX, **AUGMENTED, "num_aug_repeats": 2}
+    loader, batches, states = make(ramp_files, **options), [], []
+    for epoch in range(2):
+        for batch in loader:
+            batches.append(flat(batch))
+            states.append(loader.state_dict())
+            if epoch:
+                break
+    assert len(batches) == 6
+    plain = stream(make(ramp_files, **options | {"auto_augment": None, "re_prob": 0.0}))
+    assert differ(plain, batches)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(plain, batches, strict=False))  # the same order
+    for place, state in list(enumerate(states))[:4:2]:
+        resumed = make(ramp_files, **options, num_threads=1 + place % 2, prefetch_queue_depth=1 + place)
+        resumed.load_state_dict(state)
+        assert_same(stream(itertools.islice(itertools.chain(resumed, resumed), 5 - place)), batches[place + 1 :])
+    other = make(ramp_files, **options | {"re_prob": 0.25})
+    with pytest.raises(ValueError, match=r"it is another loader's: re_prob was 0\.5 and is 0\.25"):
+        other.load_state_dict(states[0])
 
 
 def test_a_state_goes_into_a_loader_under_way(make, ramp_files):
@@ -660,7 +707,7 @@ def test_resume_after_a_replacement(make, spoilt):
     loader = make(samples, **MIX)
     with pytest.warns(UserWarning, match=REPLACED):
         batches, states = zip(*((flat(batch), loader.state_dict()) for batch in loader), strict=True)
-    for place, state in enumerate(states[:4]):
+    for place, state in list(enumerate(states))[:4:2]:
         resumed = make(samples, **MIX)
         resumed.load_state_dict(state)
         with warnings.catch_warnings(record=True) as caught:
@@ -730,7 +777,18 @@ def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
     ({"input_size": 22.5}, r"input_size=22.5: give a side"),
     ({"input_size": None}, r"input_size=None: give a side"),
     ({"dtype": "bfloat16"}, "dtype='bfloat16': give one of 'float32', 'float16', 'uint8'"),
-    ({"interpolation": "random"}, "interpolation='random': give one of 'bilinear', 'bicubic'"),
+    ({"interpolation": "lanczos"}, "interpolation='lanczos': give one of 'bilinear', 'bicubic', 'random'"),
+    ({"is_training": False, "interpolation": "random"},
+     "interpolation='random': give one of 'bilinear', 'bicubic'$"),
+    ({"auto_augment": "augmix-m3"}, "auto_augment='augmix-m3': 'augmix' is not supported"),
+    ({"color_jitter": (0.4, 0.4)}, r"color_jitter=\(0.4, 0.4\): give a number >= 0, or three or four"),
+    ({"color_jitter": 0.4, "color_jitter_prob": 2}, r"color_jitter_prob=2: give a number in \[0, 1\]"),
+    ({"re_prob": -0.1}, r"re_prob=-0.1: give a number in \[0, 1\]"),
+    ({"re_prob": 0.1, "re_mode": "noise"}, "re_mode='noise': give one of 'const', 'rand', 'pixel'"),
+    ({"re_prob": 0.1, "re_count": 0}, "re_count=0: give a whole number >= 1"),
+    ({"num_aug_repeats": -1}, "num_aug_repeats=-1: give a whole number >= 0"),
+    ({"is_training": False, "re_prob": 0.25, "num_aug_repeats": 3},
+     "is_training=False: evaluation augments nothing; leave out re_prob, re_mode, re_count, num_aug_repeats"),
     ({"scale": (0, 1)}, r"scale=\(0, 1\): give \(low, high\) with 0 < low <= high <= 1"),
     ({"scale": (0.5, 0.2)}, r"scale=\(0.5, 0.2\): give \(low, high\)"),
     ({"scale": (0.5, 2)}, r"scale=\(0.5, 2\): give \(low, high\)"),

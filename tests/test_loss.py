@@ -7,7 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -346,25 +345,27 @@ def test_no_gradient_is_kept_in_evaluation():
 
 
 LAWS = {
-    ("beta", 2.0): stats.beta(2, 2),
-    ("beta", 0.8): stats.beta(0.8, 0.8),
-    ("beta", 1.0): stats.uniform(),
-    ("beta", 0.2): stats.beta(0.2, 0.2),
-    ("beta", 30.0): stats.beta(30, 30),
-    ("normal", 0.0, 1.0): stats.norm(0, 1),
-    ("normal", 0.5, 5**0.5): stats.norm(0.5, 5**0.5),
-    ("uniform",): stats.uniform(),
+    ("beta", 2.0): ("beta", (2, 2)),
+    ("beta", 0.8): ("beta", (0.8, 0.8)),
+    ("beta", 1.0): ("uniform", ()),
+    ("beta", 0.2): ("beta", (0.2, 0.2)),
+    ("beta", 30.0): ("beta", (30, 30)),
+    ("normal", 0.0, 1.0): ("norm", (0, 1)),
+    ("normal", 0.5, 5**0.5): ("norm", (0.5, 5**0.5)),
+    ("uniform",): ("uniform", ()),
 }
 
 
 @pytest.mark.parametrize("noise", LAWS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_noise_follows_its_law(noise, seed):
+    from scipy import stats  # not at the top: the GPU tests of this file do without
+
     torch.manual_seed(seed)
     # Beta(.2, .2) puts 2 % of its draws nearer to 1 than float32 can tell apart.
     lam_r = LUMixLoss(noise=noise).draw(torch.empty(20_000, 2, dtype=torch.float64))
     assert lam_r.dtype == torch.float64
-    assert stats.kstest(lam_r, LAWS[noise].cdf).pvalue > 1e-3
+    assert stats.kstest(lam_r, *LAWS[noise]).pvalue > 1e-3
     assert abs(np.corrcoef(lam_r[1:], lam_r[:-1])[0, 1]) < 0.03
 
 

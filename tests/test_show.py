@@ -64,7 +64,8 @@ def test_text_names_classes_and_weights(root, tmp_path, monkeypatch):
 def test_command_line(root, tmp_path, capsys):
     out = tmp_path / "mixed.jpg"
     assert program.main(["show", str(root), "-o", str(out), "--input-size", "28", "--count", "50",
-                         "--mixup", "0", "--hflip", "0", "--seed", "2"]) == 0
+                         "--mixup", "0", "--hflip", "0", "--seed", "2",
+                         "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5"]) == 0
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert Image.open(out).size == (4 * (28 * 8 + 8), 2 * (28 * 8 + 58))  # six files, one tile each
 

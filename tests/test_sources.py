@@ -326,3 +326,25 @@ def test_a_folder_that_moves_keeps_its_digest(tmp_path):
     before = sources.folder(root).digest
     shutil.move(root, tmp_path / "there")
     assert sources.folder(tmp_path / "there").digest == before
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+@pytest.mark.parametrize("n", [10, 255, 256, 700, 1024])
+def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
+    """Given the same permutation, each rank reads what timm's sampler gives it."""
+    torch = pytest.importorskip("torch")
+    sampler = pytest.importorskip("timm.data.distributed_sampler").RepeatAugSampler
+    shuffled = np.random.default_rng([5, 2]).permutation(n)
+    monkeypatch.setattr(torch, "randperm", lambda *_, **__: torch.tensor(shuffled))
+    for rank in range(world_size):
+        timms = sampler(range(n), world_size, rank, num_repeats=repeats)
+        timms.set_epoch(2)
+        options = dict(seed=5, rank=rank, world_size=world_size, repeats=repeats)
+        kept = sources.Order(n, 4, drop_last=False, **options)
+        assert kept.epoch(2).tolist() == list(timms)
+        assert len(kept) == -(-len(timms) // 4)
+        if len(timms) >= 4:
+            dropped = sources.Order(n, 4, **options)
+            assert len(dropped) == len(timms) // 4
+            assert dropped.epoch(2).tolist() == list(timms)[: len(timms) // 4 * 4]

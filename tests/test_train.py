@@ -254,6 +254,26 @@ def test_flags_reach_the_loss():
     assert (criterion.base, criterion.bce_reduction) == ("bce", "sum")
 
 
+def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
+    flags = ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", ".4", "--reprob", ".25", "--remode", "rand",
+             "--recount", "2", "--aug-repeats", "3", "--train-interpolation", "random"]
+    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": .9}
+    (tmp_path / "config.yaml").write_text("color_jitter: 0.4\n")
+    loaders = []
+    for given in (flags, [], ["--color-jitter", ".1", ".2", ".3", ".05"], ["-c", str(tmp_path / "config.yaml")]):
+        args = train.parse_args(["--data-dir", str(data), "-b", "4", *given])
+        loaders.append(train.build_loaders(args, *train.load_data(args), config))
+    (ours, validation), (plain, _), (jittered, _), (configured, _) = loaders
+    wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": 1., "re_prob": .25,
+              "re_mode": "rand", "re_count": 2, "interpolation": "random"}
+    assert {key: ours._graph[key] for key in wanted} == wanted
+    assert (ours._order.repeats, plain._order.repeats) == (3, 0)
+    assert validation._graph["interpolation"] == plain._graph["interpolation"] == "bilinear"
+    assert not (wanted.keys() - {"interpolation"}) & plain._graph.keys()
+    assert jittered._graph["color_jitter"] == (.1, .2, .3, .05)
+    assert configured._graph["color_jitter"] == (.4, .4, .4, 0.)
+
+
 @pytest.mark.parametrize(("flags", "world_size", "expected"), [
     ([], 1, .05), (["--lr", ".3"], 8, .3), (["--opt", "adamw"], 1, .1 * .5 ** .5),
     (["--lr-base-scale", "sqrt"], 1, .1 * .5 ** .5), ([], 8, .4), (["--grad-accum-steps", "4"], 2, .4),
@@ -283,11 +303,13 @@ def test_checkpoint_history(tmp_path, monkeypatch):
 def test_config_gives_defaults(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
-                      "reprob: 0.25\nbn_eps: null\n")
+                      "vflip: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n")
     args = train.parse_args(["--config", str(config), "--r-r", ".2"])
     assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
     assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
-    assert "ignored: reprob=0.25\n" in capsys.readouterr().err
+    assert args.output == "runs"  # timm's "" is its default
+    assert (args.color_jitter, args.reprob) == (.4, .25)
+    assert "ignored: vflip=0.25\n" in capsys.readouterr().err
     assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
 
 

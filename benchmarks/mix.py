@@ -1,0 +1,213 @@
+"""The mix stage alone, on images that are on the device already, against the copy that any mixing has to make.
+
+A turn is batches of a pipeline that does nothing but the stage; "nothing" is what such a pipeline costs by itself.
+On a GPU a row also says how long its kernels and copies run (`kernel_us` a batch, from the profiler), whatever the
+CPU's draws take meanwhile, and which they are. Four ways to blend Mixup end normalised, as a batch does.
+
+    python -m benchmarks.mix --batch-size 256 --out FILE.json
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+import lumix_dali.fn as mixfn
+
+from . import harness
+from .contenders import MEAN, STD, normalised_in_dali
+
+FLOOR, NOTHING = "floor: copy", "nothing"
+MIXES: dict[str, dict[str, Any]] = {
+    "cutmix elem": dict(cutmix_alpha=1.0),
+    "cutmix batch": dict(cutmix_alpha=1.0, mode="batch"),
+    "mixup elem": dict(cutmix_alpha=0.0, mixup_alpha=0.8),
+    "cutmix+mixup elem": dict(cutmix_alpha=1.0, mixup_alpha=0.8),
+    "cutmix+mixup batch": dict(cutmix_alpha=1.0, mixup_alpha=0.8, mode="batch"),
+}
+GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def scaled(images, partners, drawn: Any):
+    """What `lumix_dali.fn` does."""
+    return normalised_in_dali(mixfn._blend(images, partners, drawn.weight, drawn.is_mixup))
+
+
+def arithmetic(images, partners, drawn: Any):
+    """Three float operators and a cast."""
+    return normalised_in_dali(
+        fn.cast(images * (1.0 - drawn.weight) + partners * drawn.weight, dtype=types.UINT8))
+
+
+def transformed(images, partners, drawn: Any):
+    """Both images' channels times one 3x6 matrix."""
+    own, other = np.eye(3, 6, dtype=np.float32), np.eye(3, 6, k=3, dtype=np.float32)
+    both = fn.cat(images, partners, axis=2)
+    blended = fn.coord_transform(both, M=(1.0 - drawn.weight) * own + drawn.weight * other, dtype=types.UINT8)
+    return normalised_in_dali(fn.reshape(blended, layout="HWC"))
+
+
+def normalised_twice(images, partners, drawn: Any):
+    """The weight as part of the standard deviation; a weight of 0 divides by infinity."""
+    mean, std = ([255 * v for v in values] for values in (MEAN, STD))
+    parts = (fn.crop_mirror_normalize(part, dtype=types.FLOAT, output_layout="CHW", mean=mean,
+                                      std=(1.0 / weight) * np.array(std, np.float32))
+             for part, weight in ((images, 1.0 - drawn.weight), (partners, drawn.weight)))
+    return next(parts) + next(parts)
+
+
+BLENDS = (scaled, arithmetic, transformed, normalised_twice)
+
+
+def blended(blend: Callable, images, labels):
+    """All samples mixed by Mixup, in one of the ways of `BLENDS`."""
+    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], mixup_alpha=0.8, cutmix_alpha=0.0)
+    partners = fn.permute_batch(images, indices=drawn.partner)
+    return blend(images, partners, drawn), drawn.weight, fn.permute_batch(labels, indices=drawn.partner)
+
+
+def mixed(options: dict[str, Any], images, labels):
+    """`lumix_dali.fn.mix`."""
+    images, target = mixfn.mix(images, labels, **options)
+    return images, *target
+
+
+def draws(options: dict[str, Any], images, labels):
+    """The draw of `lumix_dali.fn.mix`, from a shape alone: operators on the CPU."""
+    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], **options)
+    return tuple(node for node in drawn if node is not None)
+
+
+def stages() -> dict[str, Callable]:
+    """Functions of (images, labels) in a graph."""
+    return {
+        NOTHING: lambda images, labels: (images, labels),
+        "normalise": lambda images, labels: (normalised_in_dali(images), labels),
+        **{name: partial(mixed, options) for name, options in MIXES.items()},
+        "draw: cutmix": partial(draws, MIXES["cutmix elem"]),
+        "draw: cutmix+mixup": partial(draws, MIXES["cutmix+mixup elem"]),
+        **{f"blend: {blend.__name__}": partial(blended, blend) for blend in BLENDS},
+    }
+
+
+def build(stage: Callable, images: torch.Tensor, threads: int):
+    """A pipeline of one stage on `images`, uint8 [B, H, W, 3] on the device, over and over."""
+    device = images.device
+    labels = [np.int64(i) for i in range(len(images))]
+    batch: Any = images if device.type == "cuda" else images.numpy()  # of a tensor DALI asks CUDA for its stream
+
+    @pipeline_def(batch_size=len(images), num_threads=threads, device_id=device.index, seed=0)
+    def define():
+        where = "gpu" if device.type == "cuda" else "cpu"
+        resident = fn.external_source(lambda: batch, batch=True, device=where, no_copy=True, layout="HWC")
+        return stage(resident, fn.external_source(lambda: labels, batch=True))
+
+    return define()
+
+
+class Turn:
+    """A stage at work."""
+
+    def __init__(self, stage: Callable, images: torch.Tensor, threads: int, count: int):
+        self.stage, self.images, self.threads, self.count = stage, images, threads, count
+
+    def prepare(self) -> dict[str, Any]:
+        """Builds it, and has its kernels profiled."""
+        device = self.images.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.run = partial(build(self.stage, self.images, self.threads).run, stream)
+        return self.profiled()
+
+    def profiled(self) -> dict[str, Any]:
+        """What the stage does on a GPU."""
+        for _ in range(5):
+            self.run()
+        return kernels(self.run, self.count) if self.images.device.type == "cuda" else {}
+
+    def measure(self) -> float:
+        """Milliseconds a batch."""
+        return harness.milliseconds(self.run, self.count, str(self.images.device))
+
+
+class Copy(Turn):
+    """Reads every image once and writes it once."""
+
+    def prepare(self) -> dict[str, Any]:
+        self.run = partial(torch.empty_like(self.images).copy_, self.images)
+        return dict(bytes=2 * self.images.nbytes, **self.profiled())
+
+
+def kernels(step: Callable[[], Any], count: int) -> dict[str, Any]:
+    """Microseconds a call of what a GPU runs for `step`, whichever thread launches it, and the longest of it."""
+    torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "trace.json")
+        activity = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+            for _ in range(count):
+                step()
+            torch.cuda.synchronize()
+        profile.export_chrome_trace(str(path))
+        return summed(json.loads(path.read_text())["traceEvents"], count)
+
+
+def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
+    """Microseconds and launches a call of a Chrome trace's GPU events, and by name those that take longest."""
+    times: Counter[str] = Counter()
+    launches = 0
+    for event in events:
+        if event.get("cat") in GPU_EVENTS:
+            times[event["name"]] += event["dur"]
+            launches += 1
+    return dict(kernel_us=sum(times.values()) / count, launches=launches / count,
+                longest={name[:100]: time / count for name, time in times.most_common(8)})
+
+
+def candidates(images: torch.Tensor, threads: int, count: int) -> Iterator[harness.Candidate]:
+    """The floor, then the stages."""
+    turn: Turn = Copy(lambda *nodes: nodes, images, threads, count)
+    yield harness.Candidate(FLOOR, turn.measure, turn.prepare)
+    for name, stage in stages().items():
+        turn = Turn(stage, images, threads, count)
+        yield harness.Candidate(name, turn.measure, turn.prepare)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mix", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser)
+    add = parser.add_argument
+    add("--batch-size", type=harness.positive, default=256)
+    add("--input-size", type=harness.positive, default=224)
+    add("--threads", type=harness.positive, default=harness.cpus(), help="DALI's")
+    add("--batches", type=harness.positive, default=50, help="that count in a turn")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.rounds, args.batches = 1, 2
+    device = harness.resolve_device(args.device)
+    shape = (args.batch_size, args.input_size, args.input_size, 3)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    result = harness.compare(
+        list(candidates(images, args.threads, args.batches)), kind="mix", unit="ms", out=args.out,
+        rounds=args.rounds,
+        command=shlex.join(["python", "-m", "benchmarks.mix", *(sys.argv[1:] if argv is None else argv)]),
+        references=[FLOOR, NOTHING, "normalise"], allow_dirty=args.allow_dirty,
+        settings=dict(batch_size=args.batch_size, input_size=args.input_size, device=device, threads=args.threads))
+    for row in result["rows"]:
+        kernel = f"  {row['kernel_us']:8.0f} µs of kernels" if "kernel_us" in row else ""
+        print(f"{row['name']:24}", f"{row['median']:8.3f} ms{kernel}" if row["values"] else row["error"])
+
+
+if __name__ == "__main__":
+    main()

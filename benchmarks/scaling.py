@@ -1,0 +1,192 @@
+"""What a job of N GPUs gets from its loaders: measured rates of one, in a model of many.
+
+A rank's loader makes a batch in the time that its slowest stage takes: decoding (its share of the node's cores),
+reading (its share of the files a second that the store opens) or the network (its share of the node's link and of
+the store's). It works ahead by the prefetch depth. A training step begins when the last rank has its batch, and
+the step before is done. Batches differ in their cost, by a coefficient of variation; the slowest of many ranks
+then sets the pace. Rates of decoding and mean file size are those of a result of `benchmarks.loaders`; everything
+about the cluster is an assumption, and a flag.
+
+    python -m benchmarks.scaling --out benchmarks/results/scaling.json
+    python -m benchmarks.scaling --out FILE.json --gpus-per-node 4 --link 25 --cores-per-gpu 32 --gpu-rate 2500
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import harness
+
+RANKS = (1, 8, 64, 256, 1000)
+LOADER, READER = "lumix/cutmix elem", "dali/read"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images/s that one rank's share of each stage allows."""
+
+    decode: float
+    read: float
+    network: float
+
+    @property
+    def bound(self) -> str:
+        """The slowest stage."""
+        rates = asdict(self)
+        return min(rates, key=rates.__getitem__)
+
+    @property
+    def loader(self) -> float:
+        """Of all stages together, which overlap."""
+        return min(asdict(self).values())
+
+
+def simulate(loader: float, gpu: float, ranks: int, *, batch: int = 128, spread: float = 0.0, ahead: int = 2,
+             steps: int = 1000, seed: int = 0) -> float:
+    """Images/s a GPU of training steps that wait for the slowest of all ranks.
+
+    Args:
+        loader: images/s of a rank's loader, alone.
+        gpu: images/s of a training step that never waits.
+        ranks: how many.
+        batch: images a batch and rank.
+        spread: coefficient of variation of a batch's time in the loader, gamma distributed; 0: all alike.
+        ahead: batches that a loader prepares before they are asked for, at least 1.
+        steps: training steps simulated; the first quarter is not counted.
+        seed: of the times.
+    """
+    rng, mean = np.random.default_rng(seed), batch / loader
+    ready, begin = np.zeros(ranks), np.zeros(steps)
+    for step in range(steps):
+        cost = rng.gamma(spread**-2, mean * spread**2, ranks) if spread else mean
+        free = begin[step - ahead] if step >= ahead else 0.0  # a place in the queue
+        ready = np.maximum(ready, free) + cost
+        begin[step] = max(ready.max(), begin[step - 1] + batch / gpu if step else 0.0)
+    first = steps // 4
+    return batch * (steps - 1 - first) / (begin[-1] - begin[first])
+
+
+def headroom(ranks: int, share: float = 0.99, **options: Any) -> float:
+    """How many times a GPU's images/s each loader has to make so that the GPUs get `share` of them.
+
+    Args:
+        ranks: how many.
+        share: in (0, 1).
+        options: of `simulate`.
+    """
+    low, high = share, 16.0  # all times alike; more than anybody has
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if simulate(middle, 1.0, ranks, **options) >= share else (middle, high)
+    return high
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """Rates of one core, and the mean size of a file, from a result of `benchmarks.loaders`.
+
+    Raises:
+        ValueError: it is no such result, or not one of a CPU pipeline.
+    """
+    result = json.loads(path.read_text())
+    rows = {row["name"]: row for row in result["rows"] if row.get("median")}
+    there = result.get("kind") == "loaders" and {LOADER, READER} <= rows.keys()
+    if not there or result["settings"]["device"] != "cpu":
+        raise ValueError(f"--results {path}: give a result of python -m benchmarks.loaders --device cpu that has "
+                         f"{LOADER!r} and {READER!r}")
+    machine = result["meta"]["machine"]
+    threads = rows[LOADER]["threads"]
+    return dict(decode=rows[LOADER]["median"] / threads, read=rows[READER]["median"] / threads,
+                kilobytes=result["settings"]["mean_kb"], threads=threads, cpu=machine["cpu"],
+                commit=result["meta"]["commit"], date=result["meta"]["date"])
+
+
+def rates(core: dict[str, Any], ranks: int, args: argparse.Namespace, local: bool) -> Rates:
+    """One rank's, of a job with so many; `local`: every node has a copy of the images."""
+    here = min(ranks, args.gpus_per_node)
+    images = 1e9 / 8 / (1e3 * core["kilobytes"])  # of one Gbit
+    network = math.inf if local else min(args.link / here, args.store / ranks) * images
+    files = math.inf if local else args.files / ranks
+    return Rates(args.cores_per_gpu * core["decode"], min(args.cores_per_gpu * core["read"], files), network)
+
+
+def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row each place of the images and number of GPUs."""
+    found, waiting = [], dict(batch=args.batch_size, spread=args.spread, ahead=args.ahead)
+    needed = {ranks: headroom(ranks, **waiting) for ranks in RANKS}
+    for name, local in (("a copy on each node", True), ("one store", False)):
+        for ranks in RANKS:
+            stage = rates(core, ranks, args, local)
+            rate = simulate(stage.loader, args.gpu_rate, ranks, **waiting)
+            bound = stage.bound if stage.loader < args.gpu_rate else "GPU"
+            found.append(dict(
+                name=name, ranks=ranks, loader=stage.loader, median=rate, bound=bound, headroom=needed[ranks],
+                cores_needed=args.gpu_rate / core["decode"] * ranks,
+                gbit_needed=0.0 if local else args.gpu_rate * ranks * core["kilobytes"] * 8e-6))
+    return found
+
+
+def note(core: dict[str, Any], assumed: dict[str, Any]) -> str:
+    """Where the numbers come from."""
+    return (
+        "measured: {decode:.0f} images/s and {read:.0f} files/s a core of {cpu} ({threads} threads), "
+        "{kilobytes} kB a file, commit {commit:.10}; "
+        "assumed: a GPU takes {gpu_rate:g} images/s and has {cores_per_gpu} cores, {gpus_per_node} GPUs share a "
+        "link of {link:g} Gbit/s, the store has {store:g} Gbit/s and opens {files:,.0f} files/s, batches of "
+        "{batch_size} vary by {spread:g}, {ahead} are prepared ahead"
+    ).format(**core, **assumed)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", required=True, metavar="FILE.json", help="where the result goes")
+    add("--results", type=Path, default=harness.RESULTS / "loaders.json", metavar="FILE.json",
+        help="measured rates (default: benchmarks/results/loaders.json)")
+    add("--gpu-rate", type=float, default=7000,
+        help="images/s of a GPU's training step (default: 7000, about MLPerf's ResNet-50 on one of eight H100)")
+    add("--cores-per-gpu", type=harness.positive, default=16, help="for its loader (default: 16)")
+    add("--gpus-per-node", type=harness.positive, default=8, help="that share a link (default: 8)")
+    add("--link", type=float, default=100, help="of a node, Gbit/s (default: 100)")
+    add("--store", type=float, default=400, help="of the shared store, Gbit/s (default: 400)")
+    add("--files", type=float, default=1e6, help="that the store opens in a second (default: 1e6)")
+    add("--batch-size", type=harness.positive, default=128, help="of a rank (default: 128)")
+    add("--spread", type=float, default=.1, help="coefficient of variation of a batch's time (default: .1)")
+    add("--ahead", type=harness.positive, default=2, help="batches prepared ahead, DALI's queue (default: 2)")
+    add("--allow-dirty", action="store_true", help="write benchmarks/results with uncommitted code")
+    args = parser.parse_args(argv)
+    for name in ("gpu_rate", "link", "store", "files"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    if not 0 <= args.spread <= 2:
+        parser.error(f"--spread {args.spread}: give a number in [0, 2]")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
+    args = parse_args(argv)
+    command = shlex.join(["python", "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)])
+    meta = harness.metadata(command)
+    harness.refuse_dirty(args.out, meta, args.allow_dirty)
+    core = measured(args.results)
+    assumed = {key: value for key, value in vars(args).items() if key not in ("out", "results", "allow_dirty")}
+    found = rows(core, args)
+    harness.write(args.out, dict(
+        kind="scaling", unit="images/s a GPU", complete=True, meta=meta, note=note(core, assumed), measured=core,
+        assumed=assumed, rows=found))
+    for row in found:
+        print("{name:20} {ranks:5} GPUs  {median:7.0f} images/s a GPU, bound by {bound}".format(**row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Loader and loss in Accelerate: resumed in the middle of an epoch.
+
+    python -m pipelines.with_accelerate data/digits
+    accelerate launch --num_processes 8 -m pipelines.with_accelerate data/digits --resume runs/accelerate
+
+`Accelerator.prepare` is given model and optimiser; the loader needs none of it: ranks and device are its own.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from lumix_dali import LUMixLoss, create_loader
+
+
+def main(argv: Sequence[str] | None = None) -> list[float]:
+    """Trains, and gives the losses of this process's steps."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.with_accelerate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder with train/CLASS and val/CLASS")
+    parser.add_argument("--model", default="resnet10t")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--output", default="runs/accelerate")
+    parser.add_argument("--resume", metavar="DIR")
+    args = parser.parse_args(argv)
+    set_seed(0)
+    accelerator = Accelerator()
+    loader = create_loader(f"{args.root}/train", batch_size=64, input_size=32, cutmix_alpha=1.,
+                           device=accelerator.device, rank=accelerator.process_index,
+                           world_size=accelerator.num_processes)
+    model = timm.create_model(args.model, num_classes=loader.num_classes)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=.05))
+    criterion, losses, step = LUMixLoss(), [], 0
+    # Not register_for_checkpointing, which saves rank 0's place alone; the others are at other images.
+    place = f"loader_{accelerator.process_index}.pt"
+    if args.resume:
+        accelerator.load_state(args.resume)
+        state = torch.load(Path(args.resume, place), weights_only=True)
+        loader.load_state_dict(state["loader"])
+        step = state["step"]
+    while step < args.epochs * len(loader):
+        for images, target in loader:  # a resumed one yields the rest of its epoch first
+            loss = criterion(model(images), target)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            step += 1
+            if step % args.save_every == 0:
+                accelerator.save_state(args.output)
+                torch.save({"step": step, "loader": loader.state_dict()}, Path(args.output, place))
+        accelerator.print(f"step {step:6}  loss {sum(losses[-len(loader):]) / len(losses[-len(loader):]):.4f}")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Loader and loss in Lightning: validated every epoch, and resumed in the middle of one.
+
+    python -m pipelines.with_lightning data/digits
+    python -m pipelines.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import timm
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torchmetrics.classification import MulticlassAccuracy
+
+from lumix_dali import LUMixLoss, MixTarget, create_loader
+from lumix_dali.sources import load
+
+from .ranks import gathered
+
+
+class Classifier(lightning.LightningModule):
+    """A timm model, trained on root/train with CutMix and LUMix, validated on root/val."""
+
+    def __init__(self, root: str, model: str = "resnet10t", size: int = 32, batch_size: int = 64):
+        super().__init__()
+        self.save_hyperparameters()
+        self.train_data, self.val_data = load(f"{root}/train"), load(f"{root}/val")
+        self.model = timm.create_model(model, num_classes=len(self.train_data.classes))
+        self.criterion = LUMixLoss()
+        self.top1 = MulticlassAccuracy(len(self.train_data.classes), average="micro")
+
+    def loader(self, samples: Any, **options: Any) -> Any:
+        """Each rank has its own; Lightning sets its epoch, and wraps nothing but a DataLoader."""
+        return create_loader(samples, batch_size=self.hparams["batch_size"], input_size=self.hparams["size"],
+                             device=self.trainer.strategy.root_device, rank=self.global_rank,
+                             world_size=self.trainer.world_size, **options)
+
+    def train_dataloader(self) -> Any:
+        return self.loader(self.train_data, cutmix_alpha=1.)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(self.val_data, is_training=False)
+
+    def training_step(self, batch: tuple[torch.Tensor, MixTarget], index: int) -> torch.Tensor:
+        images, target = batch
+        return self.criterion(self.model(images), target)
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
+        images, labels = batch
+        self.top1(self.model(images), labels)
+        self.log("top1", self.top1, prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=.05)
+
+    # Lightning saves the loader's place, but of rank 0 alone; the others are at other images.
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        loader: Any = self.trainer.train_dataloader
+        checkpoint["places"] = gathered(loader.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        place = checkpoint["places"][self.global_rank]
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [place]
+
+
+def main(argv: Sequence[str] | None = None) -> lightning.Trainer:
+    """Trains, and gives the trainer."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.with_lightning", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", help="folder with train/CLASS and val/CLASS")
+    parser.add_argument("--model", default="resnet10t")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=100, metavar="STEPS")
+    parser.add_argument("--output", default="runs/lightning")
+    parser.add_argument("--resume", metavar="CKPT")
+    args = parser.parse_args(argv)
+    lightning.seed_everything(0)
+    saver = ModelCheckpoint(args.output, every_n_train_steps=args.save_every, save_top_k=-1, save_last=True)
+    trainer = lightning.Trainer(accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs,
+                                callbacks=saver, logger=False)
+    trainer.fit(Classifier(args.root, args.model), ckpt_path=args.resume)
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

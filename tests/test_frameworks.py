@@ -1,0 +1,93 @@
+"""The examples for Lightning and Accelerate: a run that is cut in the middle of an epoch ends as the whole one."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from test_train import one_thread, write_folder  # noqa: F401
+
+from lumix_dali import LUMixLoss
+
+ROOT = Path(__file__).parents[1]
+RANK = """
+import json, os, sys
+from importlib import import_module
+from pathlib import Path
+from test_frameworks import losses
+
+found = losses(sys.argv[1], sys.argv[2:])
+Path(os.environ["TOLD"], os.environ["RANK"] + ".json").write_text(json.dumps(found))
+"""
+
+
+def losses(name, flags):
+    """Of each step that the example takes; without λ_r, whose generator Lightning does not save."""
+    example, seen = import_module(f"pipelines.with_{name}"), []
+
+    class Recorded(LUMixLoss):
+        def __init__(self):
+            super().__init__(0., .5)
+
+        def forward(self, *inputs):
+            loss = super().forward(*inputs)
+            seen.append(loss.item())
+            return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "LUMixLoss", Recorded)
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        example.main(flags)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return str(write_folder(tmp_path_factory.mktemp("data"), {"train": 150, "val": 17}, size=(36, 40)))
+
+
+def flags(name, root, output, devices=1):
+    lightning = ["--accelerator", "cpu", "--devices", str(devices)] if name == "lightning" else []
+    return [root, "--model", "test_resnet", "--epochs", "2", "--save-every", str(10 // devices), "--output",
+            str(output), *lightning]
+
+
+def saved(name, output, step):
+    return next(output.glob(f"*step={step}.ckpt")) if name == "lightning" else output
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate"])
+def test_one_process(name, root, tmp_path):
+    """Of 450 images seven batches an epoch; saved after the tenth."""
+    pytest.importorskip(name)
+    whole = losses(name, flags(name, root, tmp_path))
+    assert len(set(whole)) == 14
+    again = [*flags(name, root, tmp_path / "again"), "--resume", str(saved(name, tmp_path, 10))]
+    assert losses(name, again) == whole[10:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lightning", "accelerate"])
+def test_two_processes(name, root, tmp_path):
+    """Three batches an epoch, saved after the fifth; each rank goes on at its own images."""
+    pytest.importorskip(name)
+
+    def run(*more):
+        (tmp_path / "rank.py").write_text(RANK)
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+                       "TOLD": str(tmp_path)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                   "localhost:0", "--nproc-per-node", "2", str(tmp_path / "rank.py"), name, *more]
+        done = subprocess.run(command, cwd=tmp_path, text=True, timeout=300, capture_output=True, check=False,
+                              env=os.environ | environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+    plain = flags(name, root, tmp_path / "run", devices=2)
+    first, second = whole = run(*plain)
+    assert len(first) == len(second) == 6
+    assert not set(first) & set(second)
+    assert run(*plain, "--resume", str(saved(name, tmp_path / "run", 5))) == [each[5:] for each in whole]

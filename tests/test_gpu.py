@@ -1,0 +1,373 @@
+"""What a GPU shows between DALI and PyTorch: copies, waits, streams, graphs, precision, decoders, leaks.
+
+Every test runs on the CPU too, as far as there is something to see, so that its logic is tried without a GPU.
+Mixing itself is compared with the oracle in `test_fn.py`, damage and resume in `test_loader.py`, on both backends.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import ramp_samples
+from PIL import Image
+from torch import nn
+
+from lumix_dali import LUMixLoss, MixTarget, create_loader, reference
+from lumix_dali.sources import Samples
+
+MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+CLASSES = 20
+
+
+@pytest.fixture
+def where(device):
+    """torch's name of the device under test."""
+    return torch.device("cuda:0" if device == "gpu" else "cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """20 lossless images, a class each."""
+    return ramp_samples(tmp_path_factory.mktemp("ramps"), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """20 JPEGs with 4:4:4, 4:2:2 and 4:2:0 chroma, every fourth progressive, odd sizes, some grey."""
+    root = tmp_path_factory.mktemp("jpegs")
+    for number, image in enumerate(pictures(CLASSES)):
+        image = image.convert("L") if number % 7 == 6 else image
+        image.save(root / f"{number:02}.jpg", quality=90, subsampling=number % 3, progressive=number % 4 == 3)
+    return Samples(str(root), sorted(os.listdir(root)), np.arange(CLASSES), [str(k) for k in range(CLASSES)])
+
+
+def pictures(count):
+    """Smooth colours with a little noise, of odd sizes."""
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        size = (241 + 16 * (number % 5), 177 + 18 * (number % 3))
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
+        noise = rng.normal(0, 2, (size[1], size[0], 1))
+        yield Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
+
+
+def make(samples, where, **options):
+    defaults = {"batch_size": 4, "input_size": 32, "num_threads": 2, "device": where}
+    return create_loader(samples, **defaults | options)
+
+
+def flat(batch):
+    images, target = batch
+    return [tensor.cpu().clone() for tensor in (images, *target)]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        for a, b in zip(our, their, strict=True):
+            assert torch.equal(a, b)
+
+
+def model_of(where, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    return nn.Sequential(*layers).to(where, dtype)
+
+
+def oracle(logits, target, lam_r, **options):
+    """Float64 losses and gradients of the logits, of the mean over the batch."""
+    labels, partner_labels, lam0, box, kind = (field.cpu().numpy() for field in target)
+    loss, grad = reference.lumix_loss(logits.detach().double().cpu().numpy(), labels, partner_labels, lam0, kind,
+                                      lam_r.cpu().numpy(), box=box, smoothing=0.1, **options)
+    return loss.mean(), grad / len(loss)
+
+
+@contextlib.contextmanager
+def no_waiting(where):
+    """On a GPU, PyTorch refuses to wait for it."""
+    if where.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if where.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# From DALI to PyTorch
+
+
+def test_batches_are_dalis_own_memory(files, where, monkeypatch):
+    """Neither images nor metadata are copied on their way out of DALI."""
+    given, take = set(), torch.from_dlpack
+
+    def recorded(output):
+        given.add(output.data_ptr())
+        return take(output)
+
+    monkeypatch.setattr(torch, "from_dlpack", recorded)
+    images, target = next(iter(make(files, where, channels_last=True, **MIX)))
+    tensors = (images, *target)
+    assert {tensor.device for tensor in tensors} == {where}
+    assert {tensor.data_ptr() for tensor in tensors} == given
+    assert len(given) == 6
+
+
+def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, where):
+    """From the loader's batch to the optimiser's step; loss and gradient of the delivered target in float64."""
+    model, criterion = model_of(where), LUMixLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seen, batches, lam_r = [], iter(make(files, where, **MIX)), torch.linspace(0, 1, 4, device=where)
+    for number in range(5):
+        with no_waiting(where) if number else contextlib.nullcontext():  # the first step loads kernels
+            images, target = next(batches)
+            logits = model(images)
+            logits.retain_grad()
+            loss = criterion(logits, target, lam_r)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            criterion(logits.detach(), target)  # with a draw of its own
+        seen.append((loss, logits, target))
+    for loss, logits, target in seen:
+        expected, gradient = oracle(logits, target, lam_r)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(logits.grad.cpu(), gradient, atol=1e-5)
+
+
+def copies(events):
+    """Copies of a Chrome trace on the streams on which matrices were multiplied, and these streams."""
+    def on_gpu(category):
+        return [(event["name"], event["args"]["stream"]) for event in events if event.get("cat") == category]
+
+    streams = {stream for name, stream in on_gpu("kernel") if "gemm" in name.lower()}
+    return [name for name, stream in on_gpu("gpu_memcpy") if stream in streams], streams
+
+
+def test_copies_are_found_in_a_trace():
+    events = [{"cat": "kernel", "name": "sgemm", "args": {"stream": 7}}, {"cat": "cpu_op", "name": "mm"},
+              {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "args": {"stream": 20}}]
+    assert copies(events) == ([], {7})
+    events.append({"cat": "gpu_memcpy", "name": "Memcpy DtoD", "args": {"stream": 7}})
+    assert copies(events) == (["Memcpy DtoD"], {7})
+
+
+@pytest.mark.gpu
+def test_nothing_is_copied_on_the_training_stream(files, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    criterion, weight = LUMixLoss(), torch.randn(3 * 32 * 32, CLASSES, device="cuda", requires_grad=True)
+    activity = torch.profiler.ProfilerActivity
+    loader = make(files, "cuda:0", **MIX)
+    for images, target in loader:  # loads kernels
+        criterion(images.flatten(1) @ weight, target).backward()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        for images, target in loader:
+            criterion(images.flatten(1) @ weight, target).backward()
+        torch.cuda.synchronize()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    found, streams = copies(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
+    if not streams:
+        pytest.skip("the profiler saw no matrix product: CUPTI may not be allowed here")
+    assert found == []
+
+
+def test_another_stream_gets_the_same_batches(files, where):
+    """Batches belong to the stream that is current when they are taken."""
+    expected = [flat(batch) for batch in make(files, where, **MIX)]
+    with torch.cuda.stream(torch.cuda.Stream()) if where.type == "cuda" else contextlib.nullcontext():
+        found = [flat(batch) for batch in make(files, where, **MIX)]
+    assert_same(found, expected)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("subsampling", [0, 2], ids=["4:4:4", "4:2:0"])
+def test_decoded_pixels_are_pillows(device, where, subsampling):
+    """On the CPU to the bit; a GPU has another inverse transform and another way to enlarge the chroma."""
+    from nvidia.dali import fn, pipeline_def
+
+    contents = []
+    for image in pictures(8):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90, subsampling=subsampling)
+        contents.append(np.frombuffer(file.getvalue(), np.uint8))
+
+    @pipeline_def(batch_size=len(contents), num_threads=2, device_id=where.index)
+    def define():
+        encoded = fn.external_source(lambda: contents, batch=True)
+        return fn.decoders.image(encoded, device="mixed" if device == "gpu" else "cpu", adjust_orientation=False)
+
+    (decoded,) = define().run()
+    decoded = decoded.as_cpu() if device == "gpu" else decoded
+    for i, content in enumerate(contents):
+        off = np.abs(decoded.at(i).astype(int) - np.asarray(Image.open(io.BytesIO(content))))
+        assert off.max() == 0 if device == "cpu" else off.mean() < 1.5, off.mean()
+
+
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
+def test_jpegs_repeat_bit_for_bit_and_resume(jpegs, where, hw_decoder_load):
+    """Whichever decoder takes a file: twice the same, with other threads, and from a state taken on the way."""
+    options = {**MIX, "decoder": {"hw_decoder_load": hw_decoder_load}}
+    loader, batches = make(jpegs, where, **options), []
+    for number, batch in enumerate(loader):
+        batches.append(flat(batch))
+        if number == 1:
+            state = loader.state_dict()
+    assert_same([flat(batch) for batch in make(jpegs, where, num_threads=1, **options)], batches)
+    resumed = make(jpegs, where, prefetch_queue_depth=4, **options)
+    resumed.load_state_dict(state)
+    assert_same([flat(batch) for batch in resumed], batches[2:])
+
+
+# The loss
+
+
+def case(where, dtype, batch=16):
+    """Logits, a target of every kind, and noise."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(size=(batch, CLASSES)) * 3, dtype=dtype, device=where)
+    kind = torch.arange(batch, dtype=torch.int32) % 3
+    box = torch.tensor([[8, 8, 24, 24]], dtype=torch.int32) * (kind == 2)[:, None]
+    labels, partner_labels = torch.tensor(rng.integers(CLASSES, size=(2, batch)))
+    lam0 = torch.tensor(rng.random(batch), dtype=torch.float32) * (kind > 0)
+    target = MixTarget(labels, partner_labels, lam0, box.int(), kind).to(where)
+    return logits.requires_grad_(), target, torch.tensor(rng.random(batch), dtype=torch.float32, device=where)
+
+
+def captured(step, where):
+    """`step` as a CUDA graph; on the CPU as it is."""
+    if where.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
+    """Forward, backward and the draw, captured once, replayed on other logits, targets and noise."""
+    criterion, (logits, target, lam_r) = LUMixLoss(), case(where, dtype)
+    held = {}
+
+    def step():
+        logits.grad = None
+        loss = criterion(logits, target, lam_r)
+        loss.backward()
+        held["loss"] = loss.detach()  # the graph of a warm-up must not live on into the capture
+        held["drawn"] = criterion.draw(logits)
+
+    replay, draws = captured(step, where), []
+    for number in range(3):
+        with torch.no_grad():
+            logits.copy_(torch.roll(logits, 1 + number, 0))
+            target.lam0.copy_(torch.roll(target.lam0, 3, 0))  # the kinds come round every three
+            lam_r.copy_(torch.roll(lam_r, 1, 0))
+            target.labels.copy_(torch.roll(target.labels, 1, 0))
+        replay()
+        expected, gradient = oracle(logits, target, lam_r)
+        low = dtype != torch.float32
+        assert held["loss"].item() == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(logits.grad.float().cpu(), gradient, atol=1e-3 if low else 1e-5)
+        draws.append(held["drawn"].cpu().clone())
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base", ["softmax", "bce"])
+def test_low_precision_logits_cost_a_rounding_of_the_gradient_alone(where, dtype, base):
+    """The loss of low-precision logits is float32, and the oracle's of these very logits."""
+    logits, target, lam_r = case(where, dtype)
+    loss = LUMixLoss(base=base)(logits, target, lam_r)
+    loss.backward()
+    expected, gradient = oracle(logits, target, lam_r, base=base)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert logits.grad.dtype == dtype
+    np.testing.assert_allclose(logits.grad.float().cpu(), gradient, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_loss_in_float32(files, where, dtype):
+    """The model's logits are of low precision, and their loss is the oracle's all the same."""
+    model, criterion = model_of(where), LUMixLoss()
+    images, target = next(iter(make(files, where, batch_size=16, **MIX)))
+    lam_r = torch.linspace(0, 1, 16, device=where)
+    with torch.autocast(where.type, dtype):
+        logits = model(images)
+        logits.retain_grad()
+        loss = criterion(logits, target, lam_r)
+    loss.backward()
+    assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+    expected, gradient = oracle(logits, target, lam_r)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(logits.grad.float().cpu(), gradient, rtol=1e-2, atol=1e-5)
+
+
+def test_compiled_it_is_the_oracles(where):
+    """One graph, and on a GPU inductor's kernels; aot_eager stands in for them on the CPU."""
+    if where.type == "cuda":
+        pytest.importorskip("triton")
+    torch._dynamo.reset()
+    backend = "inductor" if where.type == "cuda" else "aot_eager"
+    compiled = torch.compile(LUMixLoss(), fullgraph=True, backend=backend)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, target, lam_r = case(where, dtype)
+        loss = compiled(logits, target, lam_r)
+        loss.backward()
+        expected, gradient = oracle(logits, target, lam_r)
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        np.testing.assert_allclose(logits.grad.float().cpu(), gradient, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_channels_last_batches_give_the_same_logits(files, where, dtype):
+    model = model_of(where)
+    images = {last: next(iter(make(files, where, channels_last=last, dtype=dtype, **MIX)))[0]
+              for last in (False, True)}
+    assert torch.equal(*images.values())
+    assert images[True].is_contiguous(memory_format=torch.channels_last)
+    last = model.to(memory_format=torch.channels_last)(images[True].float())
+    # A GPU convolves in TF32.
+    torch.testing.assert_close(last, model_of(where)(images[False].float()), rtol=1e-2, atol=5e-3)
+
+
+# Memory
+
+
+def used_mib(where):
+    """Of this process, and of the GPU by whomever."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    host = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    free, total = torch.cuda.mem_get_info(where) if where.type == "cuda" else (0, 0)
+    return host, (total - free) / 2**20
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_2000_batches(jpegs, where):
+    """In 20 epochs, each a pipeline of its own."""
+    repeated = np.tile(np.arange(CLASSES), 20)  # 100 batches an epoch
+    samples = Samples(jpegs.root, [jpegs.names[i] for i in repeated], jpegs.labels[repeated], jpegs.classes)
+    loader, readings = make(samples, where, **MIX), []
+    for _ in range(20):
+        assert sum(1 for _ in loader) == 100
+        readings.append(used_mib(where))
+    print("MiB of the process and of the GPU after each 100 batches:", np.round(readings).tolist())
+    growth = np.subtract(readings[-1], readings[5])
+    assert growth[0] < 20
+    assert growth[1] < 64

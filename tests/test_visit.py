@@ -1,0 +1,193 @@
+"""The visit to a GPU host goes on whatever a step does, and writes as it goes; what it compares is right."""
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cost, gpu, harness, loaders, loss, mix, probe, tune
+from benchmarks import data as generated
+from benchmarks.gpu import Step
+from pipelines import train
+
+SLEEPER = "import os, time; open({!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def alive(pid):
+    with contextlib.suppress(OSError):  # a zombie has ended
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
+    """One step ends well, one fails, one hangs and ignores Ctrl-C, one lacks a module; lines are there at once."""
+    out, pids, seen = tmp_path / "out", tmp_path / "pids", []
+    sleep = SLEEPER.format(str(pids))
+    stubborn = ("import signal, subprocess, sys; signal.signal(2, signal.SIG_IGN); "
+                f"subprocess.Popen([sys.executable, '-c', {sleep!r}])")
+
+    def steps(args, scratch):
+        yield Step("environment", ["timeit", "-n1", "-r1", "print('{\"gpu\": null}')"])
+        yield Step("mix", ["timeit", "-n1", "-r1", "raise ValueError('broken')"])
+        seen.extend(lines_of(out))
+        yield Step("loss", ["timeit", "-n1", "-r1", "-s", stubborn, sleep])
+        yield Step("tune", ["timeit"], needs=(("no_such_module", "a remedy"),))
+        yield Step("training lumix 0", ["timeit"], skip="no --cifar")
+        yield Step("tests", ["timeit", "-n1", "-r1", "pass"])
+
+    monkeypatch.setattr(gpu, "steps", steps)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(gpu.SHARES, 1.0))
+    argv = ["--out", str(out), "--minutes", "0.15", "--device", "cpu", "--only", "environment,mix,loss,tune,tests"]
+    assert gpu.main(argv) == 1
+    found = {line["step"]: line for line in lines_of(out)}
+    assert {name: line["status"] for name, line in found.items()} == {
+        "environment": "ok", "mix": "failed", "loss": "stopped at its limit", "tune": "skipped", "tests": "ok",
+    } | {name: line["status"] for name, line in found.items() if name == "images"}
+    assert found["mix"]["reason"].endswith("ValueError: broken")
+    assert found["tune"]["reason"] == "no module no_such_module: a remedy"
+    assert [line["step"] for line in seen] == ["environment", "mix"]
+    assert "broken" in (out / "log.txt").read_text()
+    assert len(pids.read_text().split()) == 2
+    assert not any(map(alive, pids.read_text().split()))
+    assert "stopped at its limit" in capsys.readouterr().out
+
+
+class Parsed(Exception):
+    """A command line was accepted."""
+
+
+PROGRAMS = {"benchmarks.probe": probe, "benchmarks.data": generated, "benchmarks.mix": mix,
+            "benchmarks.loss": loss, "benchmarks.tune": tune, "benchmarks.loaders": loaders,
+            "benchmarks.cost": cost, "pipelines.train": train}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypatch, device):
+    """And of at most 8 files in all."""
+    for folder in ("images", "cifar/train", "cifar/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    argv = ["--out", str(tmp_path), "--device", device, "--seeds", "2"]
+    monkeypatch.setattr(gpu.Path, "iterdir", lambda self: iter(()))  # an empty folder, as far as it is asked
+    args = gpu.parse_args([*argv, "--images", str(tmp_path / "images"), "--cifar", str(tmp_path / "cifar")])
+    chosen = {"num_threads": 3, "decoder": {"hw_decoder_load": 0.12}}
+    (tmp_path / "tune.json").write_text(json.dumps({"chosen": chosen}))
+    parse = argparse.ArgumentParser.parse_args
+    found = []
+
+    def parsed(self, *args):
+        found.append(parse(self, *args))
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    steps = list(gpu.steps(args, tmp_path / "scratch"))
+    for step in steps:
+        if step.argv[0] != "pytest":
+            with pytest.raises(Parsed):
+                PROGRAMS[step.argv[0]].main(step.argv[1:])
+    assert {step.name.partition(" ")[0] for step in steps} == set(gpu.SHARES)
+    files = {step.result for step in steps if step.result and step.result.parent == tmp_path}
+    assert len(files) + len(["results.jsonl", "log.txt"]) <= 8
+    (given,) = (each for each in found if getattr(each, "only", None))
+    assert (given.threads, given.decoder) == ([3], {"hw_decoder_load": 0.12})
+    (pytest_argv,) = (step.argv for step in steps if step.argv[0] == "pytest")
+    assert all((harness.ROOT / arg).is_file() for arg in pytest_argv if arg.startswith("tests/"))
+
+
+def test_trainings_are_compared_over_the_seeds_that_both_finished():
+    runs = [("cutmix 0", "ok", 80.0), ("lumix 0", "ok", 81.0), ("cutmix 1", "ok", 70.0), ("lumix 1", "ok", 73.0),
+            ("cutmix 2", "ok", 99.0), ("lumix 2", "stopped at its limit", 0.0), ("lumix 3", "ok", 9.0)]
+    lines = [dict(step=f"training {name}", status=status, result=dict(top1=top1)) for name, status, top1 in runs]
+    found = gpu.paired(lines)
+    assert (found["n"], found["difference"]["values"], found["difference"]["mean"]) == (2, [1.0, 3.0], 2.0)
+    assert found["cutmix"]["mean"] == 75.0
+    assert found["difference"]["deviation"] == pytest.approx(2**0.5)
+    assert gpu.paired(lines[:1]) == {}
+
+
+def test_outcomes_of_the_tests_are_read_from_the_output():
+    output = ("tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
+              "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
+              "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
+              "ERROR tests/test_a.py::test_g - of a fixture\n")
+    assert gpu.found(Step("tests", ["pytest"]), output) == {
+        "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": ["tests/test_f.py"],
+        "skipped": ["tests/test_a.py::test_d"]}
+
+
+@pytest.mark.parametrize("blend", mix.BLENDS)
+def test_every_blend_is_mixup(blend):
+    """Normalised, within a grey level of the float64 blend with the weight and the partner that were drawn."""
+    images = torch.randint(256, (8, 12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found, weight, partner = (torch.from_dlpack(output.as_tensor()).double().numpy()
+                              for output in mix.build(mix.stages()[f"blend: {blend.__name__}"], images, 1).run())
+    w = weight.reshape(-1, 1, 1, 1)
+    expected = images.numpy() * (1 - w) + images.numpy()[partner.astype(int)] * w
+    levels = 255 * (found.transpose(0, 2, 3, 1) * mix.STD + mix.MEAN)
+    assert np.abs(levels - expected).max() < 1.01
+    assert 0.05 < weight.max() < 1
+
+
+def test_kernels_are_summed_by_name():
+    events = [{"cat": "kernel", "name": "a", "dur": 3.0}, {"cat": "kernel", "name": "a", "dur": 5.0},
+              {"cat": "gpu_memcpy", "name": "b", "dur": 2.0}, {"cat": "cpu_op", "name": "c", "dur": 100.0}]
+    assert mix.summed(events, 2) == {"kernel_us": 5.0, "launches": 1.5, "longest": {"a": 4.0, "b": 1.0}}
+
+
+def test_the_sources_digest_follows_the_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    (tmp_path / "lumix_dali").mkdir()
+    (tmp_path / "lumix_dali/a.py").write_text("1")
+    before = probe.digest()
+    assert before == probe.digest()
+    (tmp_path / "lumix_dali/a.py").write_text("2")
+    assert probe.digest() != before
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("", {}), ("a=1,b=0.5", {"a": 1, "b": 0.5}), ("a", None), ("a=b", None),
+])
+def test_decoder_options(text, value):
+    if value is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="give NAME=NUMBER"):
+            harness.options(text)
+    else:
+        assert harness.options(text) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    (name, value) for name, values in tune.DECODER_KNOBS.items() for value in values])
+def test_tuned_values_reach_the_decoder(name, value):
+    """0 is a value like any other; a default is left to DALI."""
+    default = value == tune.DECODER_KNOBS[name][0]
+    found = tune.arguments(dict(num_threads=2, **{name: value}))
+    assert found == (dict(num_threads=2) if default else dict(num_threads=2, decoder={name: value}))
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--only", "mixx"], "--only mixx: no such step; give some of environment"),
+    (["--minutes", "0"], "--minutes 0: give a number above 0"),
+    (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
+])
+def test_a_wrong_visit_is_named(tmp_path, argv, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out"), *argv])
+    assert message in capsys.readouterr().err
+
+
+def test_results_are_not_written_over(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text("{}")
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path)])
+    assert "it is not an empty folder" in capsys.readouterr().err
+    assert (tmp_path / "results.jsonl").read_text() == "{}"
+    assert os.listdir(tmp_path) == ["results.jsonl"]
