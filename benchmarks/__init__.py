@@ -1,1 +1,1 @@
-"""Programs that measure speed; run them from the checkout: ``python -m benchmarks.loaders``."""
+"""Programs that measure speed and accuracy; run them from the checkout: ``python -m benchmarks.loaders``."""

@@ -11,6 +11,7 @@ Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads
 scaling: ranks too, no quartiles.
 A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
 each of which adds a stage to the row before it.
+An accuracy result is what benchmarks/accuracy.py writes.
 """
 
 import argparse
@@ -140,6 +141,29 @@ def draw_loss(result: dict[str, Any]) -> Figure:
     return _captioned(figure, result)
 
 
+def draw_accuracy(result: dict[str, Any]) -> Figure:
+    """Accuracy against epoch, a colour a row: its seeds faint, their mean bold."""
+    rows = [row for row in result["rows"] if row["runs"]]
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes, last = figure.subplots(), []
+    for number, row in enumerate(rows):
+        curves = [run["top1"] for run in row["runs"]]
+        epochs = range(1, len(curves[0]) + 1)
+        for curve in curves:
+            axes.plot(epochs, curve, color=f"C{number}", alpha=0.25, linewidth=0.6)
+        mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        label = f"{row['name']}: {row['mean']:.2f}{_signed('±', row['sd'])} (n = {row['n']})"
+        axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
+        last += [curve[-1] for curve in curves]
+    if last:  # the climb from chance would press the ends, which are what counts, into one line
+        room = max(2.0, max(last) - min(last))
+        axes.set_ylim(min(last) - 2 * room, min(100.5, max(last) + room / 2))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation top-1, %")
+    axes.legend(fontsize=7, loc="lower right", title="last epoch, mean ± standard deviation", title_fontsize=7)
+    return _captioned(figure, result)
+
+
 def draw_scaling(result: dict[str, Any]) -> Figure:
     """Images/s a GPU against the number of GPUs, a line each place of the images."""
     figure = Figure(figsize=(5.5, 3), layout="constrained")
@@ -214,6 +238,33 @@ def table_loss(result: dict[str, Any]) -> list[list[str]]:
          f"{_ms(row):.3g}" if _ms(row) is not None else row["error"], ratio(row)] for row in result["rows"])]
 
 
+def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
+    """A line a row: accuracy, its difference to CutMix seed by seed, and what it costs."""
+    gpu = result["settings"]["device"] != "cpu"
+    lines = [["row", "the paper's DeiT-S", "top-1, %", "n", "standard error", "− CutMix, 95 %",
+              "GPU hours" if gpu else "CPU hours", "images/s, of CutMix'"]]
+    for row in result["rows"]:
+        paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
+        if row["error"] or not row["runs"]:
+            lines.append([row["name"], paper, row["error"] or "not yet", *[""] * 5])
+            continue
+        mean, interval, ratio = row["difference"]["mean"], row["difference"]["interval"], row["speed"]["ratio"]
+        compared = "" if mean is None else f"{mean:+.2f}"
+        compared += "" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval)
+        speed = "{:.2f} ({:.2f} – {:.2f})".format(ratio["median"], *ratio["quartiles"])
+        if row["name"] == "CutMix":
+            compared, speed = "", "1"
+        jobs = result["settings"]["jobs"]  # models that shared the GPU
+        hours = sum(run["seconds"] / jobs if gpu else run["cpu_seconds"] for run in row["runs"]) / 3600
+        lines.append([row["name"], paper, f"{row['mean']:.2f}" + _signed("±", row["sd"]), str(row["n"]),
+                      _signed("", row["standard_error"]), compared, f"{hours:.3f}", speed])
+    return lines
+
+
+def _signed(sign: str, value: float | None) -> str:
+    return "" if value is None else f" {sign} {value:.2f}" if sign else f"{value:.2f}"
+
+
 def table_scaling(result: dict[str, Any]) -> list[list[str]]:
     """A line each place of the images and number of GPUs."""
     takes = result["assumed"]["gpu_rate"]
@@ -232,7 +283,7 @@ def _ratio(row: dict[str, Any], reference: str) -> str:
 
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
          "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
-         "scaling": (draw_scaling, table_scaling)}
+         "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -75,10 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="where the images are written")
+    parser.add_argument("--data-only", action="store_true", help="write the images, and stop")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)
 
     write_digits(args.data)
+    if args.data_only:
+        return 0
     summary = train.main([
         "--data-dir", str(args.data), "--model", "resnet10t", "--img-size", str(SIZE), "--crop-pct", "1",
         "--mean", *map(str, MEAN), "--std", *map(str, STD), "--scale", *map(str, SCALE),

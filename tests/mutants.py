@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 
 VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
+MIXING, ACCURACY = "benchmarks/mixing.py", "benchmarks/accuracy.py"
 AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 
@@ -58,6 +59,9 @@ WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
 OCCLUSION, WSOL = tests("evaluate", "occlusion"), tests("evaluate", "wsol")
+RESIZE = tests("mixing", "resizemix_pastes_the_whole_partner_into_the_box")
+TRANSMIX = tests("mixing", "transmix_by_hand", "transmix_leaves_other_kinds_alone")
+BY_HAND = tests("accuracy", "statistics_by_hand")
 DENSE = tests("target", "dense_equals_the_oracle", "dense_keeps_the_sum_when_both_classes_are_one")
 
 MUTANTS = [
@@ -134,6 +138,42 @@ MUTANTS = [
            tests("fn", "gpu_graph_keeps_to_the_budget")),
     Mutant("mode='pair' taken for batch", FN, 'mode not in ("elem", "batch")', 'mode[0] not in "ebp"', BAD),
     Mutant("α below 0 switches off", FN, "0 <= float(alpha)", "-1e9 < float(alpha)", BAD),
+
+    # the benchmarks' mixing methods, and what is said of accuracies
+    Mutant("ResizeMix crops", MIXING, "fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, "
+           "dtype=types.FLOAT))", "fn.permute_batch(images, indices=partner)", RESIZE),
+    Mutant("ResizeMix stretches", MIXING, "fn.random.uniform(range=list(scope))",
+           "fn.random.uniform(range=list(scope), shape=[2])", RESIZE),
+    Mutant("ResizeMix never at the far edge", MIXING, "(size - side + 1)", "(size - side)",
+           tests("mixing", "resizemix_puts_the_box_anywhere")),
+    Mutant("equal draws give no permutation", MIXING,
+           " | ((others == draws) & types.Constant(np.tri(count, k=-1, dtype=np.bool_)))", "",
+           tests("mixing", "equal_draws_still_give_a_permutation")),
+    Mutant("patches cut along rows", MIXING, "swap = [0, 2, 1, 3, 4]", "swap = [0, 1, 2, 3, 4]",
+           tests("mixing", "patches_are_permuted_whole_and_differently_for_each_sample")),
+    Mutant("largest weight for the mean", MIXING, "fn.reductions.mean(weight)", "fn.reductions.max(weight)",
+           tests("mixing", "each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean")),
+    Mutant("random λ weighs the canvas", MIXING, "own + (other - own) * spread", "other + (own - other) * spread",
+           tests("mixing", "each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean")),
+    Mutant("the canvas' salient point", MIXING, "zip(weights, partner, strict=True)",
+           "zip(weights, range(len(images)), strict=True)",
+           tests("mixing", "saliencymix_pastes_around_the_partners_point")),
+    Mutant("attention alone", MIXING, "(target.lam0 + share.to(target.lam0.dtype)) / 2", "share", TRANSMIX),
+    Mutant("attention not of a sum of 1", MIXING, " / attention.sum(1)", "", TRANSMIX),
+    Mutant("box resampled by area", MIXING, "size=(side, side))", 'size=(side, side), mode="area")', TRANSMIX),
+    Mutant("attention for Mixup", MIXING, "torch.where(target.kind == mixfn.CUTMIX,",
+           "torch.where(target.kind > 0,", TRANSMIX),
+    Mutant("attention to the class token", MIXING, "[:, :, 0, 1:]", "[:, :, 0, :-1]",
+           tests("mixing", "class_attention_is_the_last_blocks")),
+    Mutant("normal for t", ACCURACY, 'ppf(0.975, difference["n"] - 1)', "ppf(0.975, 1e9)", BY_HAND),
+    Mutant("sd of a population", ACCURACY, "ddof=1", "ddof=0", BY_HAND),
+    Mutant("the best epoch", ACCURACY, '{run["seed"]: run["top1"][-1]', '{run["seed"]: max(run["top1"])', BY_HAND),
+    Mutant("weights of no seed", ACCURACY, "torch.manual_seed(seed)  #", "#",
+           tests("accuracy", "rows_of_a_seed_share_weights_order_and_crops")),
+    Mutant("crops of no seed", ACCURACY, "            seed=seed)\n", "            seed=-1)\n",
+           tests("accuracy", "rows_of_a_seed_share_weights_order_and_crops")),
+    Mutant("another commit goes on", ACCURACY, 'commit=meta.get("commit")', "commit=None",
+           tests("accuracy", "another_commit_is_refused")),
 
     # MixTarget.dense
     Mutant("λ0 ↔ 1 - λ0 in dense", TARGET, "partner = (1 - smoothing) * self.lam0",
