@@ -49,12 +49,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 @pipeline_def
 def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any], decoder: dict[str, Any]):
     """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
-    paths, labels = fn.external_source(source, num_outputs=2, batch=True,
-                                       dtype=[types.UINT8, types.INT64], ndim=[1, 0])
-    images, target = fn.io.file.read(paths), (labels,)  # type: tuple[Any, tuple]
+    paths, labels, index = fn.external_source(source, num_outputs=3, batch=True,
+                                              dtype=[types.UINT8, types.INT64, types.INT32], ndim=[1, 0, 0])
+    images, target = fn.io.file.read(paths), (labels, index)  # type: tuple[Any, tuple]
     images = cropped(images, size, stages, decoder)
     if stages > 3:
-        images, target = mixfn.mix(images, labels, **mixing)
+        images, target = mixfn.mix(images, labels, index=index, **mixing)
     if stages > 4:
         images = normalised_in_dali(images)
     return images, *target
@@ -66,8 +66,9 @@ def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
     rng = np.random.default_rng(0)
 
     def source():
-        index = rng.integers(0, n, s.batch_size)
-        return [np.frombuffer(s.samples.path(i).encode(), np.uint8) for i in index], list(s.samples.labels[index])
+        drawn = rng.integers(0, n, s.batch_size)
+        paths = [np.frombuffer(s.samples.path(i).encode(), np.uint8) for i in drawn]
+        return paths, list(s.samples.labels[drawn]), np.arange(s.batch_size, dtype=np.int32)
 
     return staged_pipeline(source, s.size, stages, CUTMIX, s.decoder, batch_size=s.batch_size,
                            num_threads=threads, prefetch_queue_depth=PREFETCH,

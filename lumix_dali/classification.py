@@ -76,7 +76,8 @@ def train_pipeline(
         Arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are given by keyword too.
         The decoder turns nothing by EXIF, as PIL does not.
     """
-    device, encoded, labels = _read(source, reader)
+    with_cutmix = mixing is not None and (mixing.get("cutmix_alpha", 1.0) or mixing.get("cutmix_minmax"))
+    device, encoded, labels, index = _read(source, reader, with_index=bool(with_cutmix))
     images = fn.decoders.image_random_crop(
         encoded,
         device="mixed" if device == "gpu" else "cpu",
@@ -106,7 +107,7 @@ def train_pipeline(
     if mixing is None:
         target = mixfn.unmixed(labels, device)
     else:
-        images, target = mixfn.mix(images, labels, **mixing)
+        images, target = mixfn.mix(images, labels, index=index, **mixing)
     return _normalise(images, mean, std, dtype, layout), *target
 
 
@@ -136,7 +137,7 @@ def val_pipeline(
     Returns:
         images [B, C, H, W] or [B, H, W, C], labels [B].
     """
-    device, encoded, labels = _read(source, reader)
+    device, encoded, labels, _ = _read(source, reader)
     full = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
     images = fn.decoders.image(
         encoded, device="mixed" if device == "gpu" else "cpu", adjust_orientation=False, **(decoder or {})
@@ -203,16 +204,30 @@ def shard_batch(
     ]
 
 
-def _read(source: Callable | shards.Part, reader: dict[str, Any] | None) -> tuple[str, DataNode, DataNode]:
+def _read(
+    source: Callable | shards.Part, reader: dict[str, Any] | None, with_index: bool = False
+) -> tuple[str, DataNode, DataNode, DataNode | None]:
+    """Device, encoded images, labels and, from an order of our own, each sample's place in the batch."""
     device = "cpu" if Pipeline.current().device_id is None else "gpu"
     if isinstance(source, shards.Part):
         encoded, label = _read_shards(source, reader)
         label = _number(label) if source.kind == "webdataset" else fn.reshape(label, shape=[])
-        return device, encoded, label
-    paths, labels = fn.external_source(
-        source, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+        return device, encoded, label, None
+
+    def batch(info):
+        paths, labels = source(info)
+        return (paths, labels, np.arange(len(labels), dtype=np.int32))[:count]
+
+    count = 3 if with_index else 2
+    paths, labels, *index = fn.external_source(
+        batch,
+        num_outputs=count,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64, types.INT32][:count],
+        ndim=[1, 0, 0][:count],
     )
-    return device, fn.io.file.read(paths, **(reader or {})), labels
+    return device, fn.io.file.read(paths, **(reader or {})), labels, index[0] if index else None
 
 
 def _interpolation(name: str) -> Any:
