@@ -16,9 +16,8 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, math, pipeline_def, tfrecord, types
 from nvidia.dali.data_node import DataNode
 
-from . import augment
+from . import augment, shards
 from . import fn as mixfn
-from . import shards
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
