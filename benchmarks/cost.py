@@ -30,7 +30,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import lumix_dali.fn as mixfn
 from lumix_dali import LUMixLoss, create_loader
-from lumix_dali.sources import load
+from lumix_dali.sources import load_files
 
 from . import data, harness
 from .contenders import PREFETCH, Epoch, Setting, cropped, normalised_in_dali
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or data.generate()
         device = harness.resolve_device(args.device)
-        s = Setting(load(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
+        s = Setting(load_files(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
         settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
                         threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
                         executor_statistics=executor_statistics(s, args.threads))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lumix_dali.sources import Samples, load
+from lumix_dali.sources import Samples, load_files
 
 from . import data, harness
 from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
     args = parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.loaders", *(sys.argv[1:] if argv is None else argv)])
-    samples = some(load(args.data or data.generate()))
+    samples = some(load_files(args.data or data.generate()))
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch), args.decoder)
         settings = dict(

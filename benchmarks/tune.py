@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lumix_dali import create_loader
-from lumix_dali.sources import load
+from lumix_dali.sources import load_files
 
 from . import data, harness
 from .contenders import Setting
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", metavar="FILE.json", help="where the result goes as well")
     add("--rounds", type=harness.positive, default=5, help="turns of each value")
     args = parser.parse_args(argv)
-    samples = load(args.data or data.generate())
+    samples = load_files(args.data or data.generate())
     s = Setting(samples, args.batch_size, args.input_size, harness.resolve_device(args.device), Path())
     values = knobs(s.device, len(os.sched_getaffinity(0)))
     chosen, medians = tune(lambda values: speed(s, args, values), values, args.rounds)

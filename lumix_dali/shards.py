@@ -119,8 +119,10 @@ def find(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
         return [source] if is_remote(source) or os.path.isfile(source) else []
     if glob.has_magic(source) and not os.path.exists(source):
         root, pattern = os.path.split(source)
-        names = fnmatch.filter(listing(root), pattern) if is_remote(source) else None
-        found = glob.glob(source) if names is None else [f"{root}/{name}" for name in names]
+        if is_remote(source):
+            found = [f"{root}/{name}" for name in fnmatch.filter(listing(root), pattern)]
+        else:
+            found = glob.glob(source)
         return sorted(path for path in found if _is_shard(path))
     if not is_remote(source) and not os.path.isdir(source):
         return []

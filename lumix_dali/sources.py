@@ -275,7 +275,8 @@ class Blocks(Order):
         initial_fill: samples in the buffer.
 
     Raises:
-        ValueError: training is to keep the incomplete last batch: DALI's readers pad it before it is mixed.
+        ValueError: training is to keep the incomplete last batch, which DALI's readers pad before it is mixed, or
+            to repeat samples.
     """
 
     initial_fill: int = 1024
@@ -283,6 +284,8 @@ class Blocks(Order):
     def __post_init__(self):
         if self.shuffle and not self.drop_last:
             raise ValueError("drop_last=False: training from shards drops the incomplete batch; leave it True")
+        if self.repeats:
+            raise ValueError(f"num_aug_repeats={self.repeats}: shards are read in sequence; leave it at 0")
         super().__post_init__()
 
     @property

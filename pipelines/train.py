@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lumix_dali import LUMixLoss, MixTarget, __version__, check_target, create_loader
-from lumix_dali.sources import Samples, load
+from lumix_dali.sources import Samples, Shards, load
 
 from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .flags import parse_args, ratios
@@ -60,23 +60,27 @@ from .ranks import Stop, gathered, joined, summed
 from .smoke import shrink
 
 
-def load_data(args: argparse.Namespace) -> tuple[Samples, Samples]:
+def load_data(args: argparse.Namespace) -> tuple[Samples | Shards, Samples | Shards]:
     """The training and the validation samples.
 
     Raises:
         ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
     """
-    def split(*names: str) -> Samples:
+    def split(*names: str) -> Samples | Shards:
         for name in names:
             if Path(args.data_dir, name).is_dir():
-                return load(Path(args.data_dir, name))
+                data = load(Path(args.data_dir, name))
+                if data.classes is None:
+                    raise ValueError(f"--data-dir {args.data_dir}: nothing says which classes the shards in "
+                                     f"{name} have; write them with `lumix-dali convert`")
+                return data
         raise ValueError(f"--data-dir {args.data_dir}: no folder {' or '.join(names)} in it; "
                          "images belong in train/CLASS/ and val/CLASS/")
 
     train = split(args.train_split)
     val = split(args.val_split) if args.val_split else split("val", "validation")
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
+        odd = sorted(train.class_to_idx.keys() ^ val.class_to_idx)
         raise ValueError(f"--data-dir {args.data_dir}: training and validation differ in the classes "
                          f"{odd[:5]}; give both the same class folders")
     return train, val
@@ -110,7 +114,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
-def build_loaders(args: argparse.Namespace, train_data: Samples, val_data: Samples, data_config: dict):
+def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data_config: dict):
     """The training and the validation loader, with the input that timm's `data_config` describes."""
     common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
                   seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
@@ -429,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
-        model = build_model(args, len(train_data.classes))
+        model = build_model(args, len(train_data.class_to_idx))
         data_config = resolve_data_config(vars(args), model=model)
         train, val = build_loaders(args, train_data, val_data, data_config)
         folder = run_folder(args, found, "x".join(map(str, data_config["input_size"][1:])))

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from lumix_dali import LUMixLoss, MixTarget, create_loader
-from lumix_dali.sources import load
+from lumix_dali.sources import load_files
 
 from .ranks import gathered
 
@@ -26,7 +26,7 @@ class Classifier(lightning.LightningModule):
     def __init__(self, root: str, model: str = "resnet10t", size: int = 32, batch_size: int = 64):
         super().__init__()
         self.save_hyperparameters()
-        self.train_data, self.val_data = load(f"{root}/train"), load(f"{root}/val")
+        self.train_data, self.val_data = load_files(f"{root}/train"), load_files(f"{root}/val")
         self.model = timm.create_model(model, num_classes=len(self.train_data.classes))
         self.criterion = LUMixLoss()
         self.top1 = MulticlassAccuracy(len(self.train_data.classes), average="micro")

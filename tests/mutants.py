@@ -38,8 +38,7 @@ FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.
 MIXING, ACCURACY = "benchmarks/mixing.py", "benchmarks/accuracy.py"
 AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
-
-
+SHARDS, CONVERT = "lumix_dali/shards.py", "lumix_dali/convert.py"
 METRICS, EVALUATE = "pipelines/metrics.py", "pipelines/evaluate.py"
 
 
@@ -340,6 +339,41 @@ MUTANTS = [
            tests("evaluate", "shuffle")),
     Mutant("a damaged image is replaced", EVALUATE, 'on_bad_sample="raise"', 'on_bad_sample="replace"',
            tests("evaluate", "a_damaged_image_ends_the_evaluation")),
+    # shards
+    Mutant("shards in one order for ever", SOURCES, "order = np.random.default_rng([self.seed, epoch]).permutation(count)",
+           "order = np.random.default_rng([self.seed]).permutation(count)",
+           tests("shards", "shards_come_in_a_new_order_every_epoch")),
+    Mutant("a rank keeps its block", SOURCES, "(self.rank + epoch) % self.world_size", "self.rank % self.world_size",
+           tests("shards", "in_time_a_rank_reads_every_sample")),
+    Mutant("padded rows handed out", LOADER, "output.as_tensor())[:rows]", "output.as_tensor())[:]",
+           tests("shards", "each_sample_once_by_brute_force")),
+    Mutant("a rank for each sample too few", SOURCES, "return min(self.world_size, self.n)", "return self.world_size",
+           tests("shards", "each_sample_once_by_brute_force")),
+    Mutant("buffer of DALI's default width", PIPELINES, "initial_fill=source.initial_fill or 1", "initial_fill=1024",
+           tests("shards", "the_buffer_reaches_as_far_as_it_is_wide")),
+    Mutant("labels of one digit", PIPELINES, "digit * powers)", "digit)",
+           tests("shards", "any_number_is_read_from_its_digits")),
+    Mutant("a word is a label", PIPELINES, "1000 * ((digit == 0) & (text > ord(\" \")))", "0",
+           tests("shards", "a_label_that_is_no_number_is_named")),
+    Mutant("an empty label is 0", PIPELINES, " - 1000 * (found == 0)", "",
+           tests("shards", "a_label_that_is_no_number_is_named")),
+    Mutant("indices not in the digest", SHARDS, "sha.update(hashlib.sha256(content).digest())", "pass",
+           tests("shards", "a_state_of_other_shards_is_refused")),
+    Mutant("sizes not in the digest", SHARDS, "{name}\\0{folders[folder][name]}\\0", "{name}\\0",
+           tests("shards", "a_state_of_other_shards_is_refused")),
+    Mutant("index longer than its shard", SHARDS, "if not rows or last > size or (", "if not rows or (",
+           tests("shards", "shards_of_no_use")),
+    Mutant("checksum not masked", SHARDS, "+ 0xA282EAD8", "", tests("shards", "bytes_and_labels_are_untouched")),
+    Mutant("members that lead out are read", SHARDS, '".." in member.name.split("/")', "False",
+           tests("shards", "a_member_that_leads_out_is_refused")),
+    Mutant("shard named before its index", CONVERT, "_write(os.path.join(os.path.dirname(path), shards.index",
+           "os.replace(f\"{path}.tmp\", path)\n    os.link(path, f\"{path}.tmp\")\n"
+           "    _write(os.path.join(os.path.dirname(path), shards.index",
+           tests("shards", "what_has_a_shards_name_is_whole")),
+    Mutant("unfinished conversion taken as whole", SHARDS, ' and content["complete"]:', ":",
+           tests("shards", "a_conversion_that_was_killed_goes_on")),
+    Mutant("written in the order of the folder", CONVERT, ".permutation(len(samples))", ".permutation(1).repeat(1)",
+           tests("shards", "bytes_and_labels_are_untouched")),
 ]
 
 

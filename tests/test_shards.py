@@ -24,10 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import damaged, encoded, ramp_samples
 from nvidia.dali import fn, pipeline_def, types
+from test_train import argv, rows, write_folder
 
 from lumix_dali import classification, create_loader, preflight, shards, sources
 from lumix_dali.__main__ import main
 from lumix_dali.convert import convert
+from pipelines import train
 
 KINDS = ["webdataset", "tfrecord"]
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
@@ -260,6 +262,15 @@ def test_in_time_a_rank_reads_every_sample(counted):
     assert sorted(labels_of(loader) + labels_of(loader)) == sorted(range(6))
 
 
+def test_shards_come_in_a_new_order_every_epoch(folder, files):
+    """With a buffer of one sample, only the order of the shards is left of the shuffle, drawn from (seed, epoch)."""
+    written = np.random.default_rng(0).permutation(COUNT).tolist()
+    loader = make(folder, batch_size=COUNT, initial_fill=1, seed=3)
+    for epoch in range(3):
+        order = np.random.default_rng([3, epoch]).permutation(5)
+        assert labels_of(loader) == [label for shard in order for label in written[5 * shard :][:5]]
+
+
 def test_the_buffer_reaches_as_far_as_it_is_wide(counted):
     """With a buffer of 4, a sample is read at most 3 places early."""
     root = counted("tfrecord", 97)
@@ -377,6 +388,20 @@ def test_any_number_is_read_from_its_digits(numbers):
     assert out.as_array().tolist() == numbers
 
 
+@pytest.mark.slow
+def test_training_from_shards(kind, tmp_path):
+    data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
+    for name in ("train", "val"):
+        convert(sources.folder(data / name), tmp_path / "shards" / name, to=kind, shard_size=20)
+    train.main(argv(data, tmp_path / "a", "--epochs", "1"))
+    train.main(argv(tmp_path / "shards", tmp_path / "b", "--epochs", "1"))
+    ours, theirs = (rows(tmp_path / name / "run")[0] for name in "ba")
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=.7)  # another order and other draws
+    (tmp_path / "shards" / "train" / "shards.json").unlink()
+    with pytest.raises(ValueError, match="nothing says which classes the shards in train have"):
+        train.main(argv(tmp_path / "shards", tmp_path / "c"))
+
+
 # Arguments and files
 
 
@@ -384,6 +409,7 @@ def test_any_number_is_read_from_its_digits(numbers):
     ({"shuffle": "global"}, r"shuffle='global': shards are read in sequence; give 'buffer', and write .*convert"),
     ({"shuffle": "some"}, "shuffle='some': give one of 'auto', 'global', 'buffer'"),
     ({"drop_last": False}, "drop_last=False: training from shards drops the incomplete batch; leave it True"),
+    ({"num_aug_repeats": 3}, "num_aug_repeats=3: shards are read in sequence; leave it at 0"),
     ({"initial_fill": 0}, "initial_fill=0: give a whole number >= 1"),
     ({"reader": {"shard_id": 1}}, r"reader=.*: shard_id is the loader's; give dont_use_mmap, "),
     ({"batch_size": 24}, "batch_size=24: 23 samples do not fill a batch"),
@@ -522,6 +548,29 @@ def test_a_conversion_that_was_killed_goes_on(files, folder, kind, tmp_path, mon
     assert [path.stat().st_mtime_ns for path in whole] == before
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_has_a_shards_name_is_whole(files, folder, kind, tmp_path, monkeypatch):
+    """Killed before each single renaming in turn: a shard that is there has its index, and both are right."""
+    replace, out = os.replace, tmp_path / "out"
+    for stop in itertools.count():
+        count = itertools.count()
+
+        def killed(*paths, count=count, stop=stop):
+            if next(count) == stop:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        shutil.rmtree(out, ignore_errors=True)
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            convert(files, out, to=kind, shard_size=5)
+            break
+        except KeyboardInterrupt:
+            for shard in out.glob(f"*{shards.SUFFIX[kind]}"):
+                for path in (shard, shard.with_suffix(".idx")):
+                    assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert stop == 12  # two for each of five shards, two for the description
 
 
 def test_a_folder_of_something_else_is_left_alone(files, copy, kind, tmp_path):
