@@ -38,7 +38,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from lumix_dali import create_loader
-from lumix_dali.sources import Samples, load
+from lumix_dali.sources import Samples, load_files
 
 from . import metrics, report
 from .checkpoint import FORMAT
@@ -345,7 +345,7 @@ def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = 
     """Samples of a class folder, or of `val` or `validation` in it."""
     inner = [Path(path or "", name) for name in ("val", "validation")]
     try:
-        return load(next((folder for folder in inner if folder.is_dir()), path or ""))
+        return load_files(next((folder for folder in inner if folder.is_dir()), path or ""))
     except ValueError as error:
         raise missing(args, flag, path, expected or EXPECTED[args.protocol], error) from error
 
