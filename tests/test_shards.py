@@ -263,7 +263,7 @@ def test_in_time_a_rank_reads_every_sample(counted):
 
 
 def test_shards_come_in_a_new_order_every_epoch(folder, files):
-    """With a buffer of one sample, only the order of the shards is left of the shuffle, drawn from (seed, epoch)."""
+    """With a buffer of one, only the order of the shards is left of the shuffle, drawn from (seed, epoch)."""
     written = np.random.default_rng(0).permutation(COUNT).tolist()
     loader = make(folder, batch_size=COUNT, initial_fill=1, seed=3)
     for epoch in range(3):
