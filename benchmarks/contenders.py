@@ -219,14 +219,14 @@ class Files(Reader):
         return self.samples.path(index)
 
 
-def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: int) -> Iterable:
+def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: int, **augmentation) -> Iterable:
     make = timm.data.FastCollateMixup if in_collate else timm.data.Mixup
     mixup = make(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=s.num_classes)
     loader = timm.data.create_loader(
         timm.data.ImageDataset("", reader=Files(s.repeated(batches))), input_size=(3, s.size, s.size),
         batch_size=s.batch_size, is_training=True, scale=SCALE, ratio=RATIO, color_jitter=0.0,
         interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=s.cuda,
-        collate_fn=mixup if in_collate else None, device=torch.device(s.device))
+        collate_fn=mixup if in_collate else None, device=torch.device(s.device), **augmentation)
     return loader if in_collate else Epoch(lambda: (mixup(*batch) for batch in loader))
 
 
@@ -392,6 +392,9 @@ def mixed(mode: str, mixup_alpha: float = 0.0) -> dict[str, Any]:
     return dict(mode=mode, cutmix_alpha=1.0, mixup_alpha=mixup_alpha)
 
 
+# The paper's and DeiT's; repeated augmentation, too, but that changes the order alone.
+RECIPE: dict[str, Any] = dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel")
+
 ENTRIES = [
     Entry("dali/read", partial(open_dali, 1), whole=False, note="fn.readers.file, random_shuffle", **DALI),
     Entry("dali/+decode", partial(open_dali, 2), whole=False, note="+ image_random_crop", **DALI),
@@ -403,12 +406,16 @@ ENTRIES = [
     Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing="CutMix", **DALI),
     Entry("lumix/cutmix+mixup elem", partial(open_lumix, mixed("elem", 0.8)), mixing="CutMix + Mixup", **DALI),
     Entry("lumix/cutmix+mixup batch", partial(open_lumix, mixed("batch", 0.8)), mixing="CutMix + Mixup", **DALI),
+    Entry("lumix/recipe", partial(open_lumix, mixed("batch", 0.8) | RECIPE), mixing="CutMix + Mixup", **DALI,
+          note="batch mode, RandAugment, random erasing: before mixing, on uint8"),
     Entry("dali+torchvision cutmix", open_dali_torchvision, mixing="CutMix", **DALI,
           note="the ceiling's pipeline, DALIClassificationIterator, v2.CutMix on the device; targets are dense"),
     Entry("timm FastCollateMixup batch", partial(open_timm, "batch", True), note=COLLATED, **TIMM),
     Entry("timm FastCollateMixup elem", partial(open_timm, "elem", True), note=COLLATED, **TIMM),
     Entry("timm Mixup afterwards", partial(open_timm, "batch", False), **TIMM,
           note="create_loader with its prefetcher, then Mixup(mode='batch') on the device; targets are dense"),
+    Entry("timm recipe", partial(open_timm, "batch", True, **RECIPE), **TIMM,
+          note="FastCollateMixup in batch mode, RandAugment in the workers, random erasing by the prefetcher"),
     Entry("torchvision v2 collate cutmix", open_torchvision, mixing="CutMix", **TORCH,
           note="decode_image to uint8 tensors, transforms v2, CutMix in collate_fn, persistent workers"),
     Entry("spdl", open_spdl, ahead=lambda workers: PREFETCH + 4, swept=True,

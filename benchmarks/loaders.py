@@ -32,7 +32,8 @@ from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
 
 MOST_FILES = 10_000  # read from disk beforehand, and written again for WebDataset and FFCV
 TURN_SECONDS = 3.0
-REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "dali+torchvision cutmix")
+REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "timm recipe",
+              "dali+torchvision cutmix")
 
 
 class Turn:

@@ -2,7 +2,7 @@
 
 Every ``benchmarks/results/NAME.json`` becomes ``benchmarks/figures/NAME.svg``, and a table wherever a text has the
 markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure holds its result's hash, so that a stale one
-shows; what stands between markers is compared as it is.
+shows; what stands between markers is compared as it is. NAME "targets" is `TARGETS` beside what was measured.
 
     python -m benchmarks.plot             # makes them anew
     python -m benchmarks.plot --check     # changes nothing; exit status 1 if one is not current
@@ -30,9 +30,24 @@ from matplotlib.figure import Figure
 
 from .harness import RESULTS, ROOT, summary
 
-CEILING, TIMM = "dali/+normalise", "timm FastCollateMixup elem"
+CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "timm recipe"
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
+# What, at least or at most, in which result, whose ratio to whom, under which condition.
+TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
+    ("this loader with CutMix ÷ without mixing", 0.95, "loaders", "lumix/cutmix elem", "lumix/none", {}),
+    ("with CutMix + Mixup ÷ without mixing", 0.88, "loaders", "lumix/cutmix+mixup elem", "lumix/none", {}),
+    ("with CutMix ÷ plain DALI without mixing, the ceiling", 0.93, "loaders", "lumix/cutmix elem", CEILING, {}),
+    ("with CutMix + Mixup ÷ timm's loader with FastCollateMixup, elem", 1.25, "loaders", "lumix/cutmix+mixup elem",
+     TIMM, {}),
+    ("with CutMix ÷ DALI with torchvision's `CutMix` behind", 1.0, "loaders", "lumix/cutmix elem",
+     "dali+torchvision cutmix", {}),
+    *((f"loss, forward + backward ÷ timm's target and loss, {b} × {k:,}", -most, "loss", "LUMix eager",
+       "timm soft target", dict(B=b, K=k, dtype="float32"))
+      for b, k, most in ((256, 1000, 0.8), (1024, 1000, 0.8), (256, 21841, 0.5), (1024, 21841, 0.5))),
+    ("training step of a DeiT-S, LUMix ÷ CutMix", -1.01, "cost-deit_small", "lumix replayed", "cutmix replayed",
+     {}),
+]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 matplotlib.rcParams |= {"svg.hashsalt": "lumix", "svg.fonttype": "none", "axes.spines.top": False,
@@ -203,17 +218,17 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loader: images/s, and its ratio to the ceiling and to timm."""
+    """A line a loader: images/s, and its ratio to the ceiling and to timm, recipe to recipe."""
     counted = [["count"]] if result["kind"] == "loaders-threads" else []
     lines = [["loader", *(["threads"] if counted else []), "mixing", "images/s", "quartiles", "of the ceiling",
-              "of timm's FastCollateMixup, elem"]]
+              "of timm's loader"]]
     for row in result["rows"]:
         start = [row["name"], *([str(row["count"])] if counted else []), row.get("mixing", "none")]
         if row["median"] is None:
             lines.append([*start, row["error"] or "not measured", "", "", ""])
             continue
         low, high = row["quartiles"]
-        ratios = [_ratio(row, CEILING), _ratio(row, TIMM)]
+        ratios = [_ratio(row, CEILING), _ratio(row, TIMM_RECIPE if "recipe" in row["name"] else TIMM)]
         lines.append([*start, f"{row['median']:.0f}", f"{low:.0f} – {high:.0f}", *ratios])
     return lines
 
@@ -294,6 +309,23 @@ def table(result: dict[str, Any]) -> str:
     return f"{text}\n\n{_where(result)}: `{result['meta']['command']}`"
 
 
+def table_targets(results: Path) -> str:
+    """Markdown of `TARGETS`: negative bounds are the most it may be."""
+    lines = ["| ratio within a run | target | median | quartiles | met |", "| --- | --- | --- | --- | --- |"]
+    for what, bound, name, row, reference, where in TARGETS:
+        rows = json.loads((results / f"{name}.json").read_text())["rows"]
+        (found,) = (r for r in rows if r["name"] == row and where.items() <= r.items())
+        ratio = found["ratios"][reference]
+        if ratio["median"] is None:
+            lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | not measured |  | no |")
+            continue
+        met = ratio["median"] >= bound if bound > 0 else ratio["median"] <= -bound
+        low, high = ratio["quartiles"]
+        lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | {ratio['median']:.3f} | "
+                     f"{low:.3f} – {high:.3f} | {'yes' if met else 'no'} |")
+    return "\n".join(lines)
+
+
 def load(path: Path) -> tuple[dict[str, Any], str]:
     """A result and its hash.
 
@@ -321,6 +353,8 @@ def with_tables(text: str, results: Path) -> str:
     """
     def fill(match: re.Match) -> str:
         path = results / f"{match[1]}.json"
+        if match[1] == "targets":
+            return f"<!-- begin: targets -->\n{table_targets(results)}\n<!-- end: targets -->"
         if not path.is_file():
             raise ValueError(f"<!-- begin: {match[1]} -->: no {path}; measure it, or remove the marker")
         return f"<!-- begin: {match[1]} -->\n{table(load(path)[0])}\n<!-- end: {match[1]} -->"

@@ -442,6 +442,26 @@ def test_tables_are_made_from_the_results(report):
         "loaders.svg", "threads.svg", "cost.svg", "loss.svg"}
 
 
+def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
+    from benchmarks import plot
+
+    def ratios(median):
+        return {"other": {"median": median, "quartiles": [0.7, 0.9]}}
+
+    rows = [{"name": "ours", "B": b, "ratios": ratios(median)} for b, median in ((1, 0.8), (2, 0.5), (3, None))]
+    (tmp_path / "run.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(plot, "TARGETS", [
+        (f"bound {bound}, B = {b}", bound, "run", "ours", "other", {"B": b})
+        for bound, b in ((0.8, 1), (0.81, 1), (-0.5, 2), (-0.49, 2), (0.1, 3))])
+    assert plot.table_targets(tmp_path).splitlines()[2:] == [
+        "| bound 0.8, B = 1 | ≥ 0.8 | 0.800 | 0.700 – 0.900 | yes |",
+        "| bound 0.81, B = 1 | ≥ 0.81 | 0.800 | 0.700 – 0.900 | no |",
+        "| bound -0.5, B = 2 | ≤ 0.5 | 0.500 | 0.700 – 0.900 | yes |",
+        "| bound -0.49, B = 2 | ≤ 0.49 | 0.500 | 0.700 – 0.900 | no |",
+        "| bound 0.1, B = 3 | ≥ 0.1 | not measured |  | no |",
+    ]
+
+
 def test_check_finds_what_is_not_current(report, capsys):
     assert report.main("--check") == 1  # nothing is made yet, and nothing is made by looking
     assert not (report.root / "figures").exists()
