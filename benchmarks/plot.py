@@ -291,6 +291,23 @@ def table_scaling(result: dict[str, Any]) -> list[list[str]]:
         for row in result["rows"])]
 
 
+def draw_augment(result: dict[str, Any]) -> Figure:
+    """A bar an operation: the mean difference to timm's."""
+    rows = result["rows"][::-1]
+    figure = Figure(figsize=(8, 0.8 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["name"] for row in rows], [row["mean"] for row in rows], color=GROUPS["lumix"])
+    axes.set_xlabel("grey levels from timm's, mean")
+    return _captioned(figure, result)
+
+
+def table_augment(result: dict[str, Any]) -> list[list[str]]:
+    """A line an operation."""
+    return [["operation", "mean difference, grey levels", "largest", "values more than one off"], *(
+        [row["name"], f"{row['mean']:.3f}", str(row["largest"]), f"{row['beyond_one']:.2%}"]
+        for row in result["rows"])]
+
+
 def _ratio(row: dict[str, Any], reference: str) -> str:
     median = row.get("ratios", {}).get(reference, {}).get("median")
     return "" if median is None else f"{median:.2f}"
@@ -298,7 +315,8 @@ def _ratio(row: dict[str, Any], reference: str) -> str:
 
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
          "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
-         "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling)}
+         "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling),
+         "augment": (draw_augment, table_augment)}
 
 
 def table(result: dict[str, Any]) -> str:
