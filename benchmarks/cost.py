@@ -36,6 +36,7 @@ from . import data, harness
 from .contenders import PREFETCH, Epoch, Setting, cropped, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
+PARTS = ("loader", "model", "epoch", "step")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
 CUTMIX = dict(cutmix_alpha=1.0)
 # What is mixed, and the loss that goes with it.
@@ -231,9 +232,13 @@ def main(argv: list[str] | None = None) -> None:
                         help="of DALI's decoder, as benchmarks.tune finds them")
     parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
     parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), metavar="LIST",
+                        help=f"of {','.join(PARTS)} (default: all): the loader wants larger batches than a CPU's model")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
     args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts {','.join(args.parts)}: {min(unknown)} is none of {', '.join(PARTS)}")
     if args.quick:
         args.rounds, args.batches, args.steps = 1, 1, 1
     command = "python -m benchmarks.cost " + shlex.join(sys.argv[1:] if argv is None else argv)
@@ -245,10 +250,11 @@ def main(argv: list[str] | None = None) -> None:
                         threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
                         executor_statistics=executor_statistics(s, args.threads))
         result = harness.compare(
-            list(candidates(s, args)), kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
+            [c for c in candidates(s, args) if c.where["part"] in args.parts], kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
             allow_dirty=args.allow_dirty)
-        print(verdict(result["rows"]))
+        if "step" in args.parts:
+            print(verdict(result["rows"]))
         if args.trace:
             write_trace(s, args)
 

@@ -42,9 +42,10 @@ TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
      TIMM, {}),
     ("with CutMix ÷ DALI with torchvision's `CutMix` behind", 1.0, "loaders", "lumix/cutmix elem",
      "dali+torchvision cutmix", {}),
-    *((f"loss, forward + backward ÷ timm's target and loss, {b} × {k:,}", -most, "loss", "LUMix eager",
+    *((f"loss {mode}, forward + backward ÷ timm's target and loss, {b} × {k:,}", -most, "loss", f"LUMix {mode}",
        "timm soft target", dict(B=b, K=k, dtype="float32"))
-      for b, k, most in ((256, 1000, 0.8), (1024, 1000, 0.8), (256, 21841, 0.5), (1024, 21841, 0.5))),
+      for b, k, most in ((256, 1000, 0.8), (1024, 1000, 0.8), (256, 21841, 0.5), (1024, 21841, 0.5))
+      for mode in ("eager", "compiled")),
     ("training step of a DeiT-S, LUMix ÷ CutMix", -1.01, "cost-deit_small", "lumix replayed", "cutmix replayed",
      {}),
 ]
