@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
     parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), metavar="LIST",
-                        help=f"of {','.join(PARTS)} (default: all): the loader wants larger batches than a CPU's model")
+                        help=f"of {','.join(PARTS)} (default: all); a CPU's model wants smaller batches")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
     args = parser.parse_args(argv)
@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
                         threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
                         executor_statistics=executor_statistics(s, args.threads))
         result = harness.compare(
-            [c for c in candidates(s, args) if c.where["part"] in args.parts], kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
+            [c for c in candidates(s, args) if c.where["part"] in args.parts], kind="cost", unit="ms",
+            command=command, out=args.out, rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
             allow_dirty=args.allow_dirty)
         if "step" in args.parts:
