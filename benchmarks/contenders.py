@@ -64,7 +64,7 @@ class Setting:
         images, shape = batch[0], (self.batch_size, 3, self.size, self.size)
         found = (tuple(images.shape), images.dtype, images.device.type, images.is_contiguous())
         wanted = (shape, torch.float32, torch.device(self.device).type, True)
-        if found != wanted or images.abs().max() > 3:
+        if found != wanted or images.abs().max() > 10:  # noise in erased regions passes 4
             raise ValueError(f"batch: {found}, up to {images.abs().max():.1f}; give {wanted}, normalised")
 
     @cached_property
