@@ -247,7 +247,7 @@ def _index_fault(path: str) -> str | None:
         rows = shards.parse_index(path, shards.read_bytes(index))
         if shards.kind_of(path) == "tfrecord":
             with open(path, "rb") as file:
-                there = [(offset, len(content) + 16) for offset, content, _ in shards.records(file)]
+                there = [(offset, len(content) + 16) for offset, _, content in shards.records(file)]
         else:
             there = [(member.offset_data, member.size) for _, member in shards.members(path)]
     except (ValueError, IndexError) as error:

@@ -428,8 +428,8 @@ def parse_label(text: bytes) -> int | None:
     return int(match[1]) if match else None
 
 
-def records(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
-    """Offset, content, and whether both checksums hold, of each record of a TFRecord file.
+def records(file: BinaryIO) -> Iterator[tuple[int, bytes, bytes]]:
+    """Offset, frame (length and both checksums) and content of each record of a TFRecord file.
 
     Raises:
         ValueError: a record is cut short.
@@ -440,12 +440,13 @@ def records(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:
         left = os.fstat(file.fileno()).st_size - file.tell()
         if length + 4 > left:  # before anything is read: the length may claim the machine's memory
             raise ValueError(f"the record at byte {offset} is cut short")
-        content, checksum = file.read(length), file.read(4)
-        yield offset, content, masked_crc(header[:8]) == header[8:] and masked_crc(content) == checksum
+        content = file.read(length)
+        yield offset, header + file.read(4), content
 
 
 def _records(path: str, file: BinaryIO, ignored: list[str] | None) -> Iterator[Sample]:
-    for number, (offset, content, whole) in enumerate(records(file)):
+    for number, (offset, frame, content) in enumerate(records(file)):
+        whole = frame == frame[:8] + masked_crc(frame[:8]) + masked_crc(content)
         try:
             features = parse_example(content)
         except (IndexError, ValueError, UnicodeDecodeError):

@@ -349,7 +349,7 @@ MUTANTS = [
            tests("shards", "in_time_a_rank_reads_every_sample")),
     Mutant("padded rows handed out", LOADER, "output.as_tensor())[:rows]", "output.as_tensor())[:]",
            tests("shards", "each_sample_once_by_brute_force")),
-    Mutant("a rank for each sample too few", SOURCES, "return min(self.world_size, self.n)",
+    Mutant("more blocks than samples", SOURCES, "return min(self.world_size, self.n)",
            "return self.world_size",
            tests("shards", "each_sample_once_by_brute_force")),
     Mutant("buffer of DALI's default width", PIPELINES, "initial_fill=source.initial_fill or 1",
@@ -376,9 +376,8 @@ MUTANTS = [
            tests("shards", "what_has_a_shards_name_is_whole")),
     Mutant("unfinished conversion taken as whole", SHARDS, ' and content["complete"]:', ":",
            tests("shards", "a_conversion_that_was_killed_goes_on")),
-    Mutant("written in the order of the folder", CONVERT, ".permutation(len(samples))",
-           ".permutation(1).repeat(1)",
-           tests("shards", "bytes_and_labels_are_untouched")),
+    Mutant("written in the order of the folder", CONVERT, "np.random.default_rng(seed).permutation(",
+           "np.arange(", tests("shards", "bytes_and_labels_are_untouched")),
 ]
 
 
