@@ -388,7 +388,6 @@ def test_any_number_is_read_from_its_digits(numbers):
     assert out.as_array().tolist() == numbers
 
 
-@pytest.mark.slow
 def test_training_from_shards(kind, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
     for name in ("train", "val"):
