@@ -74,7 +74,8 @@ def timm_operation(name: str, sign: int) -> timms.AugmentOp:
     known = timms._RAND_INCREASING_TRANSFORMS
     full = name if name in known else name + "Increasing"
     operation = timms.AugmentOp(full, 1.0, MAGNITUDE, dict(img_mean=FILL, interpolation=Image.Resampling.BILINEAR))
-    level, drawn = operation.level_fn, timms._randomly_negate
+    level: Any = operation.level_fn  # None for an operation without a level
+    drawn = timms._randomly_negate
 
     def signed(*arguments: Any) -> Any:
         timms._randomly_negate = lambda value: sign * value
