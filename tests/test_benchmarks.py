@@ -380,6 +380,21 @@ def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
+# --- augment
+
+
+def test_operations_differ_from_timms_by_no_more_than_interpolation(folder, tmp_path):
+    from benchmarks import augment
+
+    augment.main(["--data", str(folder), "--images", "2", "--input-size", "96", "--out", str(tmp_path / "x.json")])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    assert len(rows) == 15 + 9  # nine of them have a sign
+    for name in ("Invert", "Posterize", "Solarize", "SolarizeAdd"):
+        assert rows[name]["largest"] == rows[name]["beyond_one"] == 0
+    for name in ("Rotate", "Rotate -", "ShearX", "ShearX -", "TranslateYRel", "TranslateYRel -"):
+        assert 0 < rows[name]["mean"] < 3  # the other sign would be tens of grey levels away
+
+
 # --- plot
 
 META = {"command": "python -m benchmarks.loaders --out x", "commit": "0123456789abcdef", "clean": True,
