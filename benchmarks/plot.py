@@ -334,14 +334,11 @@ def table_targets(results: Path) -> str:
     for what, bound, name, row, reference, where in TARGETS:
         rows = json.loads((results / f"{name}.json").read_text())["rows"]
         (found,) = (r for r in rows if r["name"] == row and where.items() <= r.items())
-        ratio = found["ratios"][reference]
-        if ratio["median"] is None:
-            lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | not measured |  | no |")
-            continue
-        met = ratio["median"] >= bound if bound > 0 else ratio["median"] <= -bound
-        low, high = ratio["quartiles"]
-        lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | {ratio['median']:.3f} | "
-                     f"{low:.3f} – {high:.3f} | {'yes' if met else 'no'} |")
+        ratio, measured = found["ratios"][reference], "not measured |  | no"
+        if (median := ratio["median"]) is not None:
+            met = median >= bound if bound > 0 else median <= -bound
+            measured = "{:.3f} | {:.3f} – {:.3f} | ".format(median, *ratio["quartiles"]) + ("yes" if met else "no")
+        lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | {measured} |")
     return "\n".join(lines)
 
 

@@ -23,6 +23,16 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, which cost much where the CPUs are shared."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def graph(device):
     """`graph(operation, batch_size, …)` builds a pipeline of one mixing operation and returns its `run`."""

@@ -14,18 +14,10 @@ from timm.data import ImageNetInfo
 from lumix_dali import create_loader
 from pipelines import evaluate, metrics, report, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WNIDS = ImageNetInfo().label_names()
 MEAN = STD = (.5, .5, .5)  # of timm's test models
 SIZE = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, which cost much where the CPUs are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(rng, path, size=(70, 90)):

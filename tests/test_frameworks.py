@@ -8,10 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from test_train import one_thread, write_folder  # noqa: F401
+from test_train import write_folder
 
 from lumix_dali import LUMixLoss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 RANK = """
 import json, os, sys

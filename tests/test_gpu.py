@@ -18,6 +18,7 @@ from images import ramp_samples
 from PIL import Image
 from torch import nn
 
+from benchmarks import loss as benchmark
 from lumix_dali import LUMixLoss, MixTarget, create_loader, reference
 from lumix_dali.sources import Samples
 
@@ -245,18 +246,7 @@ def case(where, dtype, batch=16):
 
 def captured(step, where):
     """`step` as a CUDA graph; on the CPU as it is."""
-    if where.type == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return step if where.type == "cpu" else benchmark.captured(step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,10 +12,11 @@ import pytest
 import torch
 from images import damaged, ramps, write
 from test_resume import NOISY, digest, results
-from test_train import argv, one_thread, recomputed, rows, write_folder  # noqa: F401
+from test_train import argv, recomputed, rows, write_folder
 
 from pipelines import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 RANK = """
 import hashlib, json, os, sys

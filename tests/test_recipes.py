@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_train import one_thread  # noqa: F401
 
 from pipelines import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = Path(train.__file__).parent / "recipes"
 ROOT = FOLDER.parents[1]

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import argv, one_thread, write_folder  # noqa: F401
+from test_train import argv, write_folder
 
 from pipelines import checkpoint, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 # All that is drawn or averaged: λ_r, dropout, drop path, the mixing and the augmentation; 12 batches, 6 updates.

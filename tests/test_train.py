@@ -16,6 +16,7 @@ from timm.loss import SoftTargetCrossEntropy
 from lumix_dali import LUMixLoss, MixTarget
 from pipelines import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 
@@ -38,15 +39,6 @@ def argv(data, output, *more):
     return ["--data-dir", str(data), "--output", str(output), "--experiment", "run", "--model", "test_resnet",
             "--img-size", "32", "-b", "8", "--epochs", "2", "--warmup-epochs", "0", "--opt", "adamw",
             "--lr", "3e-3", "--device", "cpu", "--workers", "2", "--seed", "1", *more]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads, which cost much where the CPUs are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
