@@ -168,10 +168,17 @@ def first_batch(step: Step, threads: int, batches: int) -> float:
 
 
 def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
-    """Stages of the loader, stages of the model, and whole steps."""
-    for number, name in enumerate(LOADER_STAGES, 1):
-        start = partial(stage_start, s, args.threads, min(number, 5), name == "copy")
-        yield harness.Candidate(name, partial(loader_turn, s, start, args.batches), where=dict(part="loader"))
+    """Stages of the loader, stages of the model, and whole steps: those of `args.parts`."""
+    if "loader" in args.parts:
+        for number, name in enumerate(LOADER_STAGES, 1):
+            start = partial(stage_start, s, args.threads, min(number, 5), name == "copy")
+            yield harness.Candidate(name, partial(loader_turn, s, start, args.batches), where=dict(part="loader"))
+    if set(args.parts) - {"loader"}:
+        yield from (c for c in model_candidates(s, args) if c.where["part"] in args.parts)
+
+
+def model_candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
+    """All that needs a model."""
     steps = {recipe: Step(s, args.model, recipe, args.amp) for recipe in RECIPES}
     cached = {recipe: next(iter(step.loader(args.threads, 1))) for recipe, step in steps.items()}
     for parts, name in enumerate(MODEL_STAGES, 1):
@@ -234,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), metavar="LIST",
                         help=f"of {','.join(PARTS)} (default: all); a CPU's model wants smaller batches")
+    parser.add_argument("--only", metavar="NAMES", help=f"of these parts' {harness.ONLY}")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
     args = parser.parse_args(argv)
@@ -249,25 +257,34 @@ def main(argv: list[str] | None = None) -> None:
         settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
                         threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
                         executor_statistics=executor_statistics(s, args.threads))
+        try:
+            chosen = harness.named(candidates(s, args), args.only)
+        except ValueError as error:
+            parser.error(str(error))
         result = harness.compare(
-            [c for c in candidates(s, args) if c.where["part"] in args.parts], kind="cost", unit="ms",
+            chosen, kind="cost", unit="ms",
             command=command, out=args.out, rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
             allow_dirty=args.allow_dirty)
-        if "step" in args.parts:
-            print(verdict(result["rows"]))
+        print(*verdict(result["rows"]), sep="\n")
         if args.trace:
             write_trace(s, args)
 
 
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """What the run says, in words."""
-    ratio = {row["name"]: {name: r["median"] for name, r in row["ratios"].items()} for row in rows}
-    slower = ratio["lumix loaded"]["lumix replayed"]
-    bottleneck = "the model" if slower < 1.05 else "the loader"
-    return (f"LUMix / CutMix, whole step: {ratio['lumix replayed']['cutmix replayed']:.3f}; "
-            f"CutMix / nothing: {ratio['cutmix replayed']['none replayed']:.3f}; "
-            f"loaded / replayed: {slower:.3f}, so {bottleneck} is the bottleneck")
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the run says of whole steps, in words, as far as it has them."""
+    found = {row["name"]: {name: r["median"] for name, r in row["ratios"].items()} for row in rows}
+
+    def ratio(name: str, reference: str) -> float | None:
+        return found.get(name, {}).get(reference)
+
+    said = {"LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
+            "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
+            "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed"))}
+    lines = [f"{what}: {value:.3f}" for what, value in said.items() if value is not None]
+    if slower is not None:
+        lines.append(f"so the {'model' if slower < 1.05 else 'loader'} is the bottleneck")
+    return lines
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -309,6 +309,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one small round: does everything run?")
     parser.add_argument("--allow-dirty", action="store_true",
                         help="measure uncommitted code for benchmarks/results; the result says so")
+
+
+ONLY = "candidates' names, or their beginnings, separated by commas"  # help of --only
+
+
+class Named(Protocol):
+    """What has a name, to be picked out by it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def named(candidates: Iterable[N], only: str | None) -> list[N]:
+    """Those whose names begin with one of `only`; None: all. ValueError where nobody's name does."""
+    candidates = list(candidates)
+    if only is None:
+        return candidates
+    wanted = tuple(part.strip() for part in only.split(","))
+    for part in wanted:
+        if not any(candidate.name.startswith(part) for candidate in candidates):
+            raise ValueError(f"--only {part}: no such candidate; give the beginning of one of "
+                             f"{', '.join(candidate.name for candidate in candidates)}")
+    return [candidate for candidate in candidates if candidate.name.startswith(wanted)]
 
 
 def cpus() -> int:

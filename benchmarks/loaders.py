@@ -81,18 +81,6 @@ def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namesp
     return found
 
 
-def chosen(only: str | None) -> list[Entry]:
-    """The entries whose names begin with one of `only`, or with all of it."""
-    if only is None:
-        return ENTRIES
-    wanted = [part.strip() for part in only.split(",")]
-    for part in wanted:
-        if not any(entry.name.startswith(part) for entry in ENTRIES):
-            raise ValueError(f"--only {part}: no such candidate; give the beginning of one of "
-                             f"{', '.join(entry.name for entry in ENTRIES)}")
-    return [entry for entry in ENTRIES if entry.name.startswith(tuple(wanted))]
-
-
 def some(samples: Samples, most: int = MOST_FILES) -> Samples:
     """At most `most` of the samples, drawn from all classes."""
     if len(samples) <= most:
@@ -124,12 +112,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
     add("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
         help="of DALI's decoder, as benchmarks.tune finds them")
-    add("--only", metavar="NAMES", help="names, or their beginnings, separated by commas")
+    add("--only", metavar="NAMES", help=harness.ONLY)
     args = parser.parse_args(argv)
     if args.quick:
         args.rounds, args.images, args.workers = 1, args.images or 2 * args.batch_size, args.workers[:1]
     try:
-        args.device, args.entries = harness.resolve_device(args.device), chosen(args.only)
+        args.device, args.entries = harness.resolve_device(args.device), harness.named(ENTRIES, args.only)
         harness.refuse_dirty(args.out, harness.metadata(""), args.allow_dirty)
     except ValueError as error:
         parser.error(str(error))

@@ -10,7 +10,7 @@ shows; what stands between markers is compared as it is. NAME "targets" is `TARG
 Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too;
 scaling: ranks too, no quartiles.
 A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
-each of which adds a stage to the row before it.
+each of which adds a stage to the row before it; its rows of part "step" are whole steps.
 An accuracy result is what benchmarks/accuracy.py writes.
 """
 
@@ -107,16 +107,21 @@ def draw_threads(result: dict[str, Any]) -> Figure:
 
 
 def draw_cost(result: dict[str, Any]) -> Figure:
-    """What a batch costs: its stages, one upon the other."""
-    figure = Figure(figsize=(8, 2.4), layout="constrained")
+    """What a batch costs: its stages, one upon the other, and below them whole steps."""
+    found, steps = stages(result), whole_steps(result)
+    names = ["stages"] * bool(found) + [row["name"] for row in steps]
+    figure = Figure(figsize=(8, 1.9 + 0.3 * len(names)), layout="constrained")
     axes, left = figure.subplots(), 0.0
-    for number, stage in enumerate(stages(result)):
+    for number, stage in enumerate(found):
         width = max(0.0, stage["ms"])  # a difference, which noise may make negative
-        axes.barh(0, width, left=left, color=f"C{number % 10}", label=f"{stage['name']} {stage['ms']:.1f}")
+        axes.barh("stages", width, left=left, color=f"C{number % 10}", label=f"{stage['name']} {stage['ms']:.1f}")
         left += width
-    axes.set_yticks([])
+    for row in steps:
+        axes.barh(row["name"], row["median"], color=GROUPS["dali/"], xerr=whiskers([row]), capsize=2)
+    axes.invert_yaxis()
     axes.set_xlabel("ms a batch")
-    figure.legend(loc="outside upper center", ncols=5, fontsize=7)
+    if found:
+        figure.legend(loc="outside upper center", ncols=5, fontsize=7)
     return _captioned(figure, result)
 
 
@@ -132,6 +137,11 @@ def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
             found.append(dict(name=row["name"], ms=cost["median"], quartiles=cost["quartiles"]))
             before = row["values"]
     return found
+
+
+def whole_steps(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are whole steps, fed by the loader or by the replay of a batch."""
+    return [row for row in result["rows"] if row.get("part") == "step" and row["values"]]
 
 
 def draw_loss(result: dict[str, Any]) -> Figure:
@@ -235,12 +245,15 @@ def table_loaders(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_cost(result: dict[str, Any]) -> list[list[str]]:
-    """A line a stage."""
-    found = stages(result)
+    """A line a stage, with its share of them all; a line a whole step, with its ratio to CutMix'."""
+    found, steps = stages(result), whole_steps(result)
     total = sum(stage["ms"] for stage in found)
-    return [["stage", "ms a batch", "quartiles", "share"], *(
-        [stage["name"], f"{stage['ms']:.2f}", " – ".join(f"{q:.2f}" for q in stage.get("quartiles") or ()),
-         f"{stage['ms'] / total:.0%}"] for stage in found)]
+    lines = [(stage["name"], stage["ms"], stage["quartiles"], f"{stage['ms'] / total:.0%}") for stage in found]
+    lines += [(f"whole step, {row['name']}", row["median"], row["quartiles"], _ratio(row, "cutmix replayed", 3))
+              for row in steps]
+    return [["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)], *(
+        [name, f"{ms:.2f}", " – ".join(f"{q:.2f}" for q in quartiles or ()), said]
+        for name, ms, quartiles, said in lines)]
 
 
 def table_loss(result: dict[str, Any]) -> list[list[str]]:
@@ -309,9 +322,9 @@ def table_augment(result: dict[str, Any]) -> list[list[str]]:
         for row in result["rows"])]
 
 
-def _ratio(row: dict[str, Any], reference: str) -> str:
+def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
     median = row.get("ratios", {}).get(reference, {}).get("median")
-    return "" if median is None else f"{median:.2f}"
+    return "" if median is None else f"{median:.{digits}f}"
 
 
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),

@@ -380,6 +380,26 @@ def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys
     assert message in capsys.readouterr().err
 
 
+# --- cost
+
+
+def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
+    cost = pytest.importorskip("benchmarks.cost")
+    out = tmp_path / "x.json"
+    arguments = ["--data", str(folder), "--quick", "--batch-size", "4", "--input-size", "32", "--model",
+                 "test_vit", "--device", "cpu", "--out", str(out)]
+    cost.main([*arguments, "--parts", "step", "--only", "lumix replayed,cutmix"])
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["cutmix replayed", "cutmix loaded", "lumix replayed"]
+    ratio = rows["lumix replayed"]["values"][0] / rows["cutmix replayed"]["values"][0]
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"LUMix / CutMix, whole step: {ratio:.3f}"]  # of the others a half is missing
+    with pytest.raises(SystemExit):
+        cost.main([*arguments, "--parts", "loader", "--only", "lumix replayed"])
+    assert "--only lumix replayed: no such candidate; give the beginning of one of read, decode" in (
+        capsys.readouterr().err)
+
+
 # --- augment
 
 
@@ -418,7 +438,8 @@ COST = {"kind": "cost", "meta": META, "rows": [
     {"name": "read", "part": "loader", "values": [1.0, 2.0, 3.0]},
     {"name": "decode", "part": "loader", "values": [11.0, 14.0, 13.0]},
     {"name": "forward", "part": "model", "values": [5.0, 5.0, 5.0]},
-    {"name": "whole", "part": "step", "values": [19.0, 19.0, 19.0]}]}
+    {"name": "lumix replayed", "part": "step", "values": [19.0, 20.0, 19.0], "median": 19.0,
+     "quartiles": [19.0, 19.5], "ratios": {"cutmix replayed": {"median": 1.0056}}}]}
 LOSS = {"kind": "loss", "meta": META, "rows": [
     {"name": name, "B": 128, "K": classes, "dtype": "float32", "ms": ms * classes, "ratio": ms}
     for name, ms in (("LUMix", 0.5), ("timm", 1.0)) for classes in (10, 1000)]}
@@ -451,6 +472,7 @@ def test_tables_are_made_from_the_results(report):
     assert "| ffcv | none | E: a \\| b |  |  |  |" in lines  # a losing row stays, and says why
     assert "| spdl | 2 | none | 200 | 190 – 206 | 0.50 |  |" in lines
     assert "| decode | 10.00 | 10.00 – 11.00 | 59% |" in lines  # 10, 12, 10: round by round
+    assert "| whole step, lumix replayed | 19.00 | 19.00 – 19.50 | 1.006 |" in lines
     assert "| LUMix | 128 | 1000 | float32 | 500 | 0.50 |" in lines
     assert "2 × A CPU, 2030-01-02, commit 0123456789: `python -m benchmarks.loaders --out x`" in lines
     assert {path.name for path in (report.root / "figures").iterdir()} == {
