@@ -132,13 +132,14 @@ def _summarise(rows: list[dict], candidates: Sequence[Candidate], references: Se
     for row, candidate in zip(rows, candidates, strict=True):
         row.update(summary(row["values"]))
         row["ratios"] = {
-            other["name"]: _ratio(row["values"], other["values"])
+            other["name"]: ratio(row["values"], other["values"])
             for other, rival in zip(rows, candidates, strict=True)
             if other["name"] in references and rival.where == candidate.where
         }
 
 
-def _ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Ratios round by round, and their summary."""
     ratios = [value / other for value, other in zip(values, reference, strict=False)]
     return dict(values=ratios, **summary(ratios))
 

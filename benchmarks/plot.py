@@ -322,6 +322,25 @@ def table_augment(result: dict[str, Any]) -> list[list[str]]:
         for row in result["rows"])]
 
 
+def draw_tune(result: dict[str, Any]) -> Figure:
+    """A bar a value of each knob, with quartiles; chosen ones in colour."""
+    rows = result["rows"][::-1]
+    figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shades = [GROUPS["lumix"] if row["chosen"] else GROUPS["dali/"] for row in rows]
+    axes.barh([row["name"] for row in rows], [row["median"] for row in rows], color=shades, xerr=whiskers(rows),
+              capsize=2)
+    axes.set_xlabel(f"images/s, median and quartiles of {result['rounds']} rounds; green: chosen")
+    return _captioned(figure, result)
+
+
+def table_tune(result: dict[str, Any]) -> list[list[str]]:
+    """A line a value."""
+    return [["argument", "images/s", "quartiles", "of the default, round by round", "chosen"], *(
+        [f"`{row['name']}`", f"{row['median']:.0f}", "{:.0f} – {:.0f}".format(*row["quartiles"]),
+         _ratio(row, "default", 3), "yes" * row["chosen"]] for row in result["rows"])]
+
+
 def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
     median = row.get("ratios", {}).get(reference, {}).get("median")
     return "" if median is None else f"{median:.{digits}f}"
@@ -330,7 +349,7 @@ def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
          "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
          "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling),
-         "augment": (draw_augment, table_augment)}
+         "augment": (draw_augment, table_augment), "tune": (draw_tune, table_tune)}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,14 +1,14 @@
 """Finds the `create_loader` arguments that make this loader fastest on this machine, on your own images.
 
-One knob after the other: its values take turns for some rounds, and one replaces the default only if its median
-is more than 2 % faster, which noise is not. The decoder's knobs concern GPUs alone.
+One knob after the other: its values take turns for some rounds, and one replaces the default only if it is more
+than 2 % faster in the median of the rounds. The decoder's knobs concern GPUs alone.
 
     python -m benchmarks.tune --data imagenet/train --batch-size 256
 """
 
 import argparse
-import os
-import statistics
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,33 +45,42 @@ def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def tune(
-    measure: Callable[[dict[str, Any]], float], values: dict[str, list[Any]], rounds: int
-) -> tuple[dict[str, Any], dict[str, dict[Any, float]]]:
+    measure: Callable[[dict[str, Any]], float], values: dict[str, list[Any]], rounds: int,
+    save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Chooses a value for each knob, those before it being set already.
 
     Args:
         measure: images/s with these values of all knobs.
         values: of each knob, the default first.
-        rounds: turns of each value.
+        rounds: turns of each value, after an untimed turn with all defaults.
+        save: is given the rows after every round.
 
     Returns:
-        The chosen values, and the median of each value of each knob.
+        The chosen values, and a row a value: name, knob, value, values (one a round), median, quartiles, its
+        ratio to the default round by round, and whether it was chosen.
     """
     chosen = {name: options[0] for name, options in values.items()}
-    medians: dict[str, dict[Any, float]] = {}
+    rows: list[dict[str, Any]] = []
+    measure(dict(chosen))
     with tqdm(total=rounds * sum(map(len, values.values())), unit="turn", disable=None) as bar:
-        for name, options in values.items():
-            speeds: dict[Any, list[float]] = {value: [] for value in options}
+        for knob, options in values.items():
+            found = [dict(name=f"{knob}={value!r}", knob=knob, value=value, values=[]) for value in options]
+            rows += found
             for _ in range(rounds):
-                for value in options:
-                    bar.set_postfix_str(f"{name}={value}")
-                    speeds[value].append(measure(chosen | {name: value}))
+                for row in found:
+                    bar.set_postfix_str(row["name"])
+                    row["values"].append(measure(chosen | {knob: row["value"]}))
                     bar.update()
-            medians[name] = {value: statistics.median(speed) for value, speed in speeds.items()}
-            best = max(options, key=lambda value: medians[name][value])
-            if medians[name][best] > GAIN * medians[name][options[0]]:
-                chosen[name] = best
-    return chosen, medians
+                for row in found:
+                    ratio = harness.ratio(row["values"], found[0]["values"])
+                    row.update(harness.summary(row["values"]), ratios=dict(default=ratio), chosen=False)
+                save(rows)
+            best = max(found, key=lambda row: row["ratios"]["default"]["median"])
+            best = best if best["ratios"]["default"]["median"] > GAIN else found[0]
+            best["chosen"], chosen[knob] = True, best["value"]
+    save(rows)
+    return chosen, rows
 
 
 def speed(s: Setting, args: argparse.Namespace, chosen: dict[str, Any]) -> float:
@@ -102,20 +111,32 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", metavar="FILE.json", help="where the result goes as well")
     add("--rounds", type=harness.positive, default=5, help="turns of each value")
     args = parser.parse_args(argv)
+    command = shlex.join(["python", "-m", "benchmarks.tune", *(sys.argv[1:] if argv is None else argv)])
+    meta = harness.metadata(command)
+    try:
+        device = harness.resolve_device(args.device)
+        harness.refuse_dirty(args.out or "", meta)
+    except ValueError as error:
+        parser.error(str(error))
     samples = load_files(args.data or data.generate())
-    s = Setting(samples, args.batch_size, args.input_size, harness.resolve_device(args.device), Path())
-    values = knobs(s.device, len(os.sched_getaffinity(0)))
-    chosen, medians = tune(lambda values: speed(s, args, values), values, args.rounds)
-    for name, found in medians.items():
-        for value, median in found.items():
-            print(f"{name}={value!r:<8} {median:8.0f} images/s{'  <-' * (value == chosen[name])}")
-    device = torch.cuda.get_device_name(s.device) if s.cuda else "CPU"
-    if args.out:
-        harness.write(args.out, dict(
-            kind="tune", unit="images/s", meta=harness.metadata("python -m benchmarks.tune"),
-            chosen=arguments(chosen), medians={name: [*found.items()] for name, found in medians.items()}))
+    s = Setting(samples, args.batch_size, args.input_size, device, Path())
+    result: dict[str, Any] = dict(
+        kind="tune", unit="images/s", rounds=args.rounds, meta=meta,
+        settings=dict(batch_size=s.batch_size, input_size=s.size, device=device, dtype=args.dtype,
+                      mixup=args.mixup, cutmix=args.cutmix, images=len(samples)))
+
+    def save(rows: list[dict[str, Any]], **more: Any) -> None:
+        if args.out:
+            harness.write(args.out, result | dict(complete=bool(more), rows=rows) | more)
+
+    chosen, rows = tune(lambda values: speed(s, args, values), knobs(device, harness.cpus()), args.rounds, save)
+    save(rows, chosen=arguments(chosen))
+    for row in rows:
+        said = f"{row['median']:8.0f} images/s, {row['ratios']['default']['median']:.3f} of the default"
+        print(f"{row['name']:32} {said}{'  <-' * row['chosen']}")
+    name = torch.cuda.get_device_name(device) if s.cuda else "CPU"
     given = ", ".join(f"{name}={value!r}" for name, value in arguments(chosen).items())
-    print(f"\nfastest here ({device}, {len(samples)} images):\ncreate_loader(..., {given})")
+    print(f"\nfastest here ({name}, {len(samples)} images):\ncreate_loader(..., {given})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The LUMix loss (arXiv 2211.15846) on what the mixing emitted, without a dense [B, K] target.
 
-A soft target of two classes needs of log softmax only two columns and, for smoothing, the mean. One
-`autograd.Function` computes those with one exponential a logit and keeps the softmax, which becomes the
-gradient in place. All the rest is arithmetic on [B] and [B, 2], and left to plain autograd.
+A soft target of two classes needs of log softmax only two columns and, for smoothing, the mean; the gradient of
+whatever is made of them is the softmax times a number a row, plus a number in each of the two columns. So loss and
+gradient are computed in closed form, and `_WithGradient` ties them to the logits. The plain reading, with a dense
+target, is `reference.lumix_loss`.
 
     criterion = LUMixLoss()
     loss = criterion(model(images), target)        # target: MixTarget, or labels [B] without mixing
@@ -97,27 +98,23 @@ class LUMixLoss(nn.Module):
                 GPU: `check_target` does.
         """
         _check_shapes(logits, target, lam_r)
-        if isinstance(target, MixTarget):
-            columns = torch.stack((target.partner_labels, target.labels), 1)
-        else:
-            columns = target[:, None]
-        dtype = _compute_dtype(logits)
-        logp, mean_logp = _log_softmax(logits, columns, dtype)
-        if isinstance(target, MixTarget):
-            lam, active = self._mix(logp, target, lam_r)
-            weights = (1 - self.smoothing) * torch.stack((lam, 1 - lam), 1)
-        else:
-            active, weights = None, logp.new_full((1, 1), 1 - self.smoothing)
-
-        if self.base == "softmax":
-            loss = -(weights * logp).sum(1)
-            if self.smoothing:
-                loss = loss.sub(mean_logp, alpha=self.smoothing)
-        else:
-            loss = self._bce(logits.to(dtype), columns, weights)
-        if active is not None and self.eta:
-            loss = loss + self._regulariser(logp, columns, weights, active, logits.shape[1])
-        return loss.mean() if self.reduction == "mean" else loss
+        softmax, mean, columns = self.base == "softmax", self.reduction == "mean", _columns(target)
+        off = self.smoothing if softmax else 0.0
+        with torch.no_grad():
+            all_logp = logits.log_softmax(1, dtype=_compute_dtype(logits))
+            logp = all_logp.gather(1, columns)
+            if isinstance(target, MixTarget):
+                weights, terms, pull = self._mixed(logp, target, lam_r, logits.shape[1])
+            else:
+                weights = torch.full_like(logp, 1 - self.smoothing)
+                terms, pull = (weights * logp, weights) if softmax else (0 * weights, 0 * weights)
+            loss = terms.sum(1)
+            loss = -(loss.add(all_logp.mean(1), alpha=off) if off else loss)
+        loss = _WithGradient.apply(logits, loss.mean() if mean else loss, all_logp, columns, pull, off)
+        if softmax:
+            return loss
+        bce = self._bce(logits.to(loss.dtype), columns, weights)
+        return loss + (bce.mean() if mean else bce)
 
     @torch.no_grad()
     def lam(self, logits: Tensor, target: MixTarget | Tensor, lam_r: Tensor | None = None) -> Tensor:
@@ -134,8 +131,7 @@ class LUMixLoss(nn.Module):
         dtype = _compute_dtype(logits)
         if not isinstance(target, MixTarget):
             return torch.zeros(len(target), dtype=dtype, device=logits.device)
-        columns = torch.stack((target.partner_labels, target.labels), 1)
-        return self._mix(logits.gather(1, columns).to(dtype), target, lam_r)[0]
+        return self._mix(logits.gather(1, _columns(target)).to(dtype), target, lam_r)[0]
 
     def draw(self, logits: Tensor) -> Tensor:
         """One λ_r for each row of `logits` from torch's default generator: [B], on the logits' device."""
@@ -164,17 +160,45 @@ class LUMixLoss(nn.Module):
         """λ [B] (Eq. 3), and which samples it applies to; `columns` [B, 2]: z_a and z_b, up to a constant."""
         lam0 = target.lam0.to(columns.dtype)
         cutmix = target.kind == 2
+        y0, x0, y1, x1 = target.box.unbind(1)
         # With correct_lam=False a box without pixels has λ0 above 0 all the same; other kinds have no box.
-        active = (target.box[:, :2] < target.box[:, 2:]).all(1)
+        active = (y0 < y1) & (x0 < x1)
         active = active & cutmix if self.apply_to == "cutmix" else (active | ~cutmix) & (target.kind > 0)
         active = active & (lam0 > 0) & (lam0 < 1)
         lam = (1 - self.r_r - self.r_s) * lam0
         if self.r_r:
-            lam = lam + self.r_r * (self.draw(columns) if lam_r is None else lam_r.to(lam.dtype))
+            lam = lam.add(self.draw(columns) if lam_r is None else lam_r.to(lam.dtype), alpha=self.r_r)
         if self.r_s:
-            lam_s = torch.sigmoid(columns[:, 0] - columns[:, 1])
-            lam = lam + self.r_s * (lam_s.detach() if self.detach_lam_s else lam_s)
+            lam = lam.add(_lam_s(columns), alpha=self.r_s)
         return torch.where(active, lam.clamp(0, 1), lam0), active
+
+    def _mixed(
+        self, logp: Tensor, target: MixTarget, lam_r: Tensor | None, num_classes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns' weights, their terms of -loss, and the derivative of -loss by `logp`: each [B, 2]."""
+        lam, active = self._mix(logp, target, lam_r)
+        weights = (1 - self.smoothing) * torch.stack((lam, 1 - lam), 1)
+        terms, pull = (weights * logp, weights) if self.base == "softmax" else (0 * weights, 0 * weights)
+        if self.eta:  # R = Σ_{k∈P} y_k (1 - p_k) (Eq. 7)
+            y = weights
+            if self.smoothing:  # the same class twice is one element of P, with one `off`
+                a, b = target.partner_labels, target.labels
+                y = y.add(torch.stack((a != b, b == b), 1), alpha=self.smoothing / num_classes)
+            less, on = y * torch.expm1(logp), active.to(y.dtype)[:, None]
+            terms = torch.addcmul(terms, on, less, value=self.eta)
+            pull = torch.addcmul(pull, on, y + less, value=self.eta)
+        if self.r_s and not self.detach_lam_s:
+            pull = pull + self._through_lam_s(logp, lam, active, num_classes)
+        return weights, terms, pull
+
+    def _through_lam_s(self, logp: Tensor, lam: Tensor, active: Tensor, num_classes: int) -> Tensor:
+        """What the derivative of -loss by `logp` gets by way of λ_s: [B, 2]."""
+        p, per_class = logp.exp(), self.base == "bce" and self.bce_reduction == "mean"
+        a, b = (logp / (num_classes if per_class else 1) + self.eta * p).unbind(1)
+        lam_s = _lam_s(logp)
+        free = active & (lam > 0) & (lam < 1)  # else λ is clamped, or λ0 itself
+        slope = (1 - self.smoothing) * (a - b) * free * self.r_s * lam_s * (1 - lam_s)
+        return torch.stack((slope, -slope), 1)
 
     def _bce(self, z: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
         """Sigmoid cross entropy on y: Σ_k softplus(z_k) - y_k z_k, or its mean."""
@@ -183,16 +207,6 @@ class LUMixLoss(nn.Module):
         if self.smoothing:
             loss = loss.sub(z.mean(1), alpha=self.smoothing)
         return loss / z.shape[1] if self.bce_reduction == "mean" else loss
-
-    def _regulariser(
-        self, logp: Tensor, columns: Tensor, weights: Tensor, active: Tensor, num_classes: int
-    ) -> Tensor:
-        """η·R [B], R = Σ_{k∈P} y_k (1 - p_k) (Eq. 7), and 0 where LUMix does not apply."""
-        a, b = columns.unbind(1)
-        if self.smoothing:  # the same class twice is one element of P, with one `off`
-            member = torch.stack((a != b, b == b), 1)
-            weights = weights.add(member, alpha=self.smoothing / num_classes)
-        return -(self.eta * weights * active[:, None] * torch.expm1(logp)).sum(1)
 
 
 def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
@@ -220,53 +234,52 @@ def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
     _check_rows("box", target.box, placed, "must be zeros where kind is not 2 (CutMix)")
 
 
-class _KeptLogSoftmax(torch.autograd.Function):
-    """`_plain_log_softmax` with one exponential a logit: the forward pass's softmax becomes the gradient.
+class _WithGradient(torch.autograd.Function):
+    """Hands `loss` on, [B] or its mean; its derivative by log p in the columns is -`pull`, by log p's mean -`off`.
 
-    d log p_k / dz_j = [j = k] - p_j, so the gradient is p times a number a row, plus one constant a row for
-    the mean, plus one number in each of the gathered columns.
+    d log p_k / dz_j = [j = k] - p_j, so dloss/dz is p times a number a row, less one constant for the mean, less
+    `pull` in the columns.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        p = logits.softmax(1, dtype=dtype)
-        # The largest logit comes off first, so that large ones lose nothing; the largest p is at least 1/K.
-        top, log_top = logits.amax(1, keepdim=True).to(dtype), p.amax(1, keepdim=True).log()
-        logp = logits.gather(1, columns).to(dtype) - top + log_top
-        mean_logp = (logits.mean(1, keepdim=True, dtype=dtype) - top + log_top).squeeze(1)
-        ctx.save_for_backward(logits, columns)
-        ctx.set_materialize_grads(False)
+    def forward(
+        ctx: Any, logits: Tensor, loss: Tensor, all_logp: Tensor, columns: Tensor, pull: Tensor, off: float
+    ) -> Tensor:
+        ctx.save_for_backward(logits, columns, pull)
         # An attribute, not a saved tensor, so that the first backward pass may overwrite it and let it go; a
-        # second one (retain_graph) makes it anew. A compiled backward does so anyway: a saved p is one more
+        # second one (retain_graph) makes it anew. A compiled backward does so anyway: a saved one is one more
         # [B, K] to write and read.
-        ctx.p = None if torch.compiler.is_compiling() else p
-        return logp, mean_logp
+        ctx.all_logp, ctx.off = None if torch.compiler.is_compiling() else all_logp, off
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad_logp is None:
-            return None, None, None
-        logits, columns = ctx.saved_tensors
-        p, ctx.p = ctx.p, None
-        if p is None:
-            p = logits.softmax(1, dtype=grad_logp.dtype)
-        total = grad_logp.sum(1, keepdim=True)
-        if grad_mean is None:
-            grad = p.mul_(-total)
-        else:
-            grad_mean = grad_mean[:, None]
-            grad = p.mul_(-total - grad_mean).add_(grad_mean / logits.shape[1])
-        return grad.scatter_add_(1, columns, grad_logp).to(logits.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, columns, pull = ctx.saved_tensors
+        batch_size, num_classes = logits.shape
+        all_logp, ctx.all_logp = ctx.all_logp, None
+        p = (logits.log_softmax(1, dtype=pull.dtype) if all_logp is None else all_logp).exp_()
+        if grad.ndim == 0:  # of the mean
+            grad = grad / batch_size
+        grad = grad[..., None]
+        result = p.mul_((pull.sum(1, keepdim=True) + ctx.off) * grad)
+        if ctx.off:
+            result.sub_(grad * (ctx.off / num_classes))
+        result.scatter_add_(1, columns, pull * -grad)
+        return result.to(logits.dtype), None, None, None, None, None
 
 
-_log_softmax = _KeptLogSoftmax.apply
+def _lam_s(columns: Tensor) -> Tensor:
+    """λ_s = p_a / (p_a + p_b) [B] (Eq. 5) of z_a and z_b [B, 2], each up to the same constant."""
+    a, b = columns.unbind(1)
+    return torch.sigmoid(a - b)
 
 
-def _plain_log_softmax(logits: Tensor, columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """log p in the given columns [B, n], and its mean over all classes [B]: the plain reading, for tests."""
-    logp = logits.to(dtype).log_softmax(1)
-    return logp.gather(1, columns), logp.mean(1)
+def _columns(target: MixTarget | Tensor) -> Tensor:
+    """The classes [B, n] that a target gives weight: (a, b), or the label alone."""
+    if isinstance(target, MixTarget):
+        return torch.stack((target.partner_labels, target.labels), 1)
+    return target[:, None]
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:

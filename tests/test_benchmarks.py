@@ -400,6 +400,44 @@ def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
         capsys.readouterr().err)
 
 
+# --- tune
+
+
+def test_the_fastest_value_of_each_knob_is_chosen_if_it_is_no_noise(monkeypatch):
+    from benchmarks import tune
+
+    seen, saved, speeds = [], [], {1: 100.0, 2: 120.0, 4: 110.0}
+
+    def measure(values):
+        seen.append(values)
+        drift = 1 + len(seen)  # the machine gets faster all the time: only rounds tell
+        return drift * (speeds[values["threads"]] + (1.0 if values["depth"] == 3 else 0.0))
+
+    monkeypatch.setattr(tune, "GAIN", 1.1)
+    values = {"threads": [1, 2, 4], "depth": [2, 3]}
+    chosen, rows = tune.tune(measure, values, 10, lambda rows: saved.append(len(rows)))
+    assert chosen == {"threads": 2, "depth": 2}  # a depth of 3 gains, but less than a tenth
+    assert [row["name"] for row in rows if row["chosen"]] == ["threads=2", "depth=2"]
+    assert seen[0] == {"threads": 1, "depth": 2}
+    assert all(values["threads"] == 2 for values in seen[-20:])
+    assert saved == [3] * 10 + [5] * 11
+
+
+def test_tuning_runs_to_its_end(folder, tmp_path, capsys):
+    from benchmarks import tune
+
+    out = tmp_path / "tune.json"
+    tune.main(["--data", str(folder), "--device", "cpu", "--batch-size", "4", "--input-size", "16",
+               "--batches", "1", "--rounds", "1", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["complete"]
+    assert {row["knob"] for row in result["rows"]} == set(result["chosen"]) == {
+        "num_threads", "prefetch_queue_depth"}
+    assert "--batch-size 4" in result["meta"]["command"]
+    given = ", ".join(f"{name}={value}" for name, value in result["chosen"].items())
+    assert capsys.readouterr().out.splitlines()[-1] == f"create_loader(..., {given})"
+
+
 # --- augment
 
 

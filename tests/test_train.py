@@ -109,15 +109,20 @@ def test_lam_sums(apply_to):
 
 def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
     """Every step is looked at; the λ that the loss used, caught in the loss, have the mean that is logged."""
-    seen, mix = [], LUMixLoss._mix
+    seen, mix, lam_of = [], LUMixLoss._mix, LUMixLoss.lam
 
-    def spy(self, columns, target, lam_r):
-        lam, active = mix(self, columns, target, lam_r)
-        if columns.requires_grad:
-            seen.append(lam.detach()[active])
+    def spy(self, *inputs):
+        lam, active = mix(self, *inputs)
+        seen.append(lam[active])
         return lam, active
 
+    def unseen(self, *inputs):  # what is asked for the log is not what the loss used
+        with monkeypatch.context() as patch:
+            patch.setattr(LUMixLoss, "_mix", mix)
+            return lam_of(self, *inputs)
+
     monkeypatch.setattr(LUMixLoss, "_mix", spy)
+    monkeypatch.setattr(LUMixLoss, "lam", unseen)
     train.main(argv(data, tmp_path, "--epochs", "1", "--log-interval", "1", "--noise", "normal", "0", "1"))
     (row,), lam = rows(tmp_path / "run"), torch.cat(seen).double()
     assert row["lumix_lam"] == pytest.approx(lam.mean().item(), rel=1e-5)
