@@ -1,7 +1,8 @@
 """Finds the `create_loader` arguments that make this loader fastest on this machine, on your own images.
 
 One knob after the other: its values take turns for some rounds, and one replaces the default only if it is more
-than 2 % faster in the median of the rounds, and faster in three rounds of four. The decoder's knobs concern GPUs alone.
+than 2 % faster in the median of the rounds, and faster in three rounds of four. The decoder's knobs concern GPUs
+alone.
 
     python -m benchmarks.tune --data imagenet/train --batch-size 256
 """

@@ -423,7 +423,8 @@ def test_the_fastest_value_of_each_knob_is_chosen_if_it_is_no_noise(monkeypatch)
     assert saved == [3] * 10 + [5] * 11
 
 
-@pytest.mark.parametrize(("median", "lower", "chosen"), [(1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
+@pytest.mark.parametrize(("median", "lower", "chosen"), [
+    (1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
 def test_a_value_has_to_beat_the_default_in_most_rounds(median, lower, chosen):
     from benchmarks import tune
 
