@@ -12,7 +12,6 @@ The trace opens in Perfetto (ui.perfetto.dev); on a GPU every stage is an NVTX r
 """
 
 import argparse
-import os
 import shlex
 import sys
 import tempfile
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="resnet50", help="any name timm.create_model knows")
     parser.add_argument("--batch-size", type=harness.positive, default=256)
     parser.add_argument("--input-size", type=harness.positive, default=224)
-    parser.add_argument("--threads", type=harness.positive, default=len(os.sched_getaffinity(0)), help="DALI's")
+    parser.add_argument("--threads", type=harness.positive, default=harness.cpus(), help="DALI's")
     parser.add_argument("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
                         help="of DALI's decoder, as benchmarks.tune finds them")
     parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
@@ -262,8 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             parser.error(str(error))
         result = harness.compare(
-            chosen, kind="cost", unit="ms",
-            command=command, out=args.out, rounds=args.rounds,
+            chosen, kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
             allow_dirty=args.allow_dirty)
         print(*verdict(result["rows"]), sep="\n")

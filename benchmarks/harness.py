@@ -276,7 +276,7 @@ def _machine() -> dict[str, Any]:
     return dict(
         cpu=_cpu_model(),
         cpus=os.cpu_count(),
-        affinity=len(os.sched_getaffinity(0)),
+        affinity=cpus(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=[round(load, 2) for load in os.getloadavg()],
         gpu=torch.cuda.get_device_name() if gpu else None,

@@ -13,7 +13,6 @@ for OpenCV's and libjpeg-turbo's; only FFCV may be missing.
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -97,7 +96,7 @@ def warm_page_cache(paths: Sequence[str]) -> float:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; with what is wrong on its face it ends here."""
-    cpus = len(os.sched_getaffinity(0))
+    cpus = harness.cpus()
     parser = argparse.ArgumentParser("python -m benchmarks.loaders", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     harness.add_arguments(parser)

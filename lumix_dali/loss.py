@@ -107,7 +107,7 @@ class LUMixLoss(nn.Module):
                 weights, terms, pull = self._mixed(logp, target, lam_r, logits.shape[1])
             else:
                 weights = torch.full_like(logp, 1 - self.smoothing)
-                terms, pull = (weights * logp, weights) if softmax else (0 * weights, 0 * weights)
+                terms, pull = self._base(logp, weights)
             loss = terms.sum(1)
             loss = -(loss.add(all_logp.mean(1), alpha=off) if off else loss)
         loss = _WithGradient.apply(logits, loss.mean() if mean else loss, all_logp, columns, pull, off)
@@ -172,13 +172,17 @@ class LUMixLoss(nn.Module):
             lam = lam.add(_lam_s(columns), alpha=self.r_s)
         return torch.where(active, lam.clamp(0, 1), lam0), active
 
+    def _base(self, logp: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns' terms of -cross entropy, and their derivative by `logp`: zeros where `_bce` has them."""
+        return (weights * logp, weights) if self.base == "softmax" else (0 * weights, 0 * weights)
+
     def _mixed(
         self, logp: Tensor, target: MixTarget, lam_r: Tensor | None, num_classes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The columns' weights, their terms of -loss, and the derivative of -loss by `logp`: each [B, 2]."""
         lam, active = self._mix(logp, target, lam_r)
         weights = (1 - self.smoothing) * torch.stack((lam, 1 - lam), 1)
-        terms, pull = (weights * logp, weights) if self.base == "softmax" else (0 * weights, 0 * weights)
+        terms, pull = self._base(logp, weights)
         if self.eta:  # R = Σ_{k∈P} y_k (1 - p_k) (Eq. 7)
             y = weights
             if self.smoothing:  # the same class twice is one element of P, with one `off`
