@@ -238,7 +238,7 @@ def counted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("n", "batch_size", "world_size"), [
-    (97, 8, 4), (9, 2, 2), (2, 1, 3)])
+    (97, 8, 4), (9, 2, 2), (6, 3, 2), (2, 1, 3), (25, 3, 3)])
 def test_each_sample_once_by_brute_force(counted, kind, n, batch_size, world_size):
     assert_fair(counted(kind, n), n, batch_size, world_size)
 
@@ -300,16 +300,16 @@ def test_every_state_leads_to_the_same_stream(folder, is_training):
     options |= MIX if is_training else {}
     loader, batches = make(folder, **options), []
     states = [(0, loader.state_dict())]
-    for _ in range(2):
+    for _ in range(3):
         for batch in loader:
             batches += stream([batch])
             states.append((len(batches), loader.state_dict()))
-    assert len(states) == (7 if is_training else 9)
+    assert len(states) == (10 if is_training else 13)
     for place, state in states[:-1]:
         resumed = make(folder, **options)
         resumed.load_state_dict(state)
         endless = itertools.chain.from_iterable(itertools.repeat(resumed))
-        expected = batches[place : place + 4]  # into the next epoch
+        expected = batches[place : place + 5]  # into the next epoch
         assert_same(stream(itertools.islice(endless, len(expected))), expected)
 
 
@@ -662,8 +662,7 @@ def test_a_member_that_leads_out_is_refused(tmp_path, name):
     report = preflight.scan(tmp_path / "a.tar", workers=1)
     assert "leads out of the archive; refused" in report.bad["a.tar"]
     assert not report.ok
-    if name.startswith("/"):
-        assert main(["check", str(tmp_path / "a.tar"), "--workers", "1"]) == 1
+    assert main(["check", str(tmp_path / "a.tar"), "--workers", "1"]) == 1
 
 
 def test_a_tfrecord_that_was_changed_is_named(copy, kind):
@@ -766,10 +765,11 @@ def test_s3_gives_what_the_disk_gives(bucket, files, folder, kind, tmp_path):
     upload(bucket, folder, f"some/{kind}")
     for source in (f"s3://images/some/{kind}", f"s3://images/some/{kind}/", f"s3://images/some/{kind}/shard-*"):
         assert sources.load(source).digest == sources.load(folder).digest
-    options = MIX if kind == "webdataset" else {"is_training": False}
-    local, remote = make(folder, **options), make(f"s3://images/some/{kind}", **options)
+    local, remote = make(folder, **MIX), make(f"s3://images/some/{kind}", **MIX)
     assert_same(stream(remote), stream(local))
     remote.load_state_dict(local.state_dict())
+    val = [make(source, is_training=False) for source in (f"s3://images/some/{kind}", folder)]
+    assert_same(stream(val[0]), stream(val[1]))
 
 
 def test_folders_and_lists_in_s3(bucket, files, tmp_path):
