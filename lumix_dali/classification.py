@@ -1,33 +1,32 @@
 """The two pipelines of image classification: training with mixing, and evaluation.
 
-Both run wholly on the CPU (``device_id=None``) or decode and go on on the GPU. They read what `source` names:
-a callable of DALI's ``BatchInfo`` that returns (paths, labels) of that batch, or a part of TFRecord or WebDataset
-shards, through DALI's own readers.
+Both run wholly on the CPU (``device_id=None``), or decode and augment on the GPU. They read what `source` gives: a
+callable of DALI's ``BatchInfo`` that returns the paths or the encoded images of that batch, and their labels.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from math import floor
 from typing import Any
 
 import numpy as np
-from nvidia.dali import Pipeline, fn, math, pipeline_def, tfrecord, types
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from . import augment, shards
+from . import augment
 from . import fn as mixfn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 TRAIN_INTERPOLATIONS = (*INTERPOLATIONS, "random")
 DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 
 
 @pipeline_def(enable_checkpointing=True)
 def train_pipeline(
-    source: Callable | shards.Part,
+    source: Callable,
     *,
     size: Sequence[int] = (224, 224),
     scale: Sequence[float] = (0.08, 1.0),
@@ -46,13 +45,16 @@ def train_pipeline(
     re_mode: str = "pixel",
     re_count: int = 1,
     mixing: dict[str, Any] | None = None,
+    paths: bool = True,
     decoder: dict[str, Any] | None = None,
     reader: dict[str, Any] | None = None,
 ):
     """Random resized crop, flip, augment, erase, mix, normalise: timm's training transform, then LUMix Eq. 1.
 
     Args:
-        source: callable of ``BatchInfo``, gives (list of uint8 paths, list of int64 labels); or a part of shards.
+        source: callable of ``BatchInfo``, gives three lists of uint8 [n] paths or encoded images, int64 labels and
+            int32 places in the batch. Every image must be one that `formats` lets DALI decode.
+        paths: whether `source` gives paths; False: encoded images.
         size: (H, W) of the output.
         scale: range of the crop's share of the image's area.
         ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
@@ -67,7 +69,7 @@ def train_pipeline(
         re_prob, re_mode, re_count: of `augment.erase`, before mixing; a probability of 0: off.
         mixing: arguments of `lumix_dali.fn.mix`; None: nothing is mixed.
         decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
-        reader: further arguments of ``fn.io.file.read``, or of the shards' reader, such as `dont_use_mmap`.
+        reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
 
     Returns:
         images [B, C, H, W] or [B, H, W, C], then the five fields of `MixTarget`.
@@ -77,15 +79,12 @@ def train_pipeline(
         The decoder turns nothing by EXIF, as PIL does not.
     """
     with_cutmix = mixing is not None and (mixing.get("cutmix_alpha", 1.0) or mixing.get("cutmix_minmax"))
-    device, encoded, labels, index = _read(source, reader, with_index=bool(with_cutmix))
-    images = fn.decoders.image_random_crop(
-        encoded,
-        device="mixed" if device == "gpu" else "cpu",
-        random_area=list(scale),
-        random_aspect_ratio=list(ratio),
-        adjust_orientation=False,
-        **(decoder or {}),
-    )
+    encoded, labels, index = _read(source, paths, reader, with_index=bool(with_cutmix))
+
+    def crop(shape: DataNode) -> tuple[DataNode, DataNode]:
+        return fn.random_crop_generator(shape, random_area=list(scale), random_aspect_ratio=list(ratio))
+
+    images = decode(encoded, crop, **(decoder or {}))
     images = fn.resize_crop_mirror(
         images,
         size=list(size),
@@ -105,7 +104,7 @@ def train_pipeline(
     if re_prob:
         images = augment.erase(images, prob=re_prob, mode=re_mode, count=re_count, mean=mean, std=std)
     if mixing is None:
-        target = mixfn.unmixed(labels, device)
+        target = mixfn.unmixed(labels, _device())
     else:
         images, target = mixfn.mix(images, labels, index=index, **mixing)
     return _normalise(images, mean, std, dtype, layout), *target
@@ -113,7 +112,7 @@ def train_pipeline(
 
 @pipeline_def(enable_checkpointing=True)
 def val_pipeline(
-    source: Callable | shards.Part,
+    source: Callable,
     *,
     size: Sequence[int] = (224, 224),
     crop_pct: float = 0.875,
@@ -123,6 +122,7 @@ def val_pipeline(
     std: Sequence[float] = IMAGENET_STD,
     dtype: str = "float32",
     layout: str = "CHW",
+    paths: bool = True,
     decoder: dict[str, Any] | None = None,
     reader: dict[str, Any] | None = None,
 ):
@@ -136,90 +136,118 @@ def val_pipeline(
 
     Returns:
         images [B, C, H, W] or [B, H, W, C], labels [B].
+
+    Note:
+        Only the region that the crop needs is decoded and resized, so that the memory of an image of extreme shape
+        stays that of its crop.
     """
-    device, encoded, labels, _ = _read(source, reader)
-    full = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)[:2]
-    images = fn.decoders.image(
-        encoded, device="mixed" if device == "gpu" else "cpu", adjust_orientation=False, **(decoder or {})
+    encoded, labels, _ = _read(source, paths, reader)
+    target = [floor(side / crop_pct) for side in size]
+    crop: dict[str, DataNode] = {}
+
+    def needed(shape: DataNode) -> tuple[DataNode, DataNode]:
+        full = fn.cast(shape[:2], dtype=types.INT32)
+        resized = _resized(full, target, crop_mode)
+        step = full / fn.cast(resized, dtype=types.FLOAT)
+        start = _centre(resized, size) * step
+        stop = start + step * np.array(size, np.float32)
+        # Filters reach `radius` pixels of the coarser grid to either side; one more covers what rounding moves.
+        reach = math.max(step, 1.0) * _FILTER_RADIUS[interpolation] + 1.0
+        low = fn.cast(math.clamp(math.floor(start - reach), 0.0, full), dtype=types.INT32)
+        high = fn.cast(math.clamp(math.ceil(stop + reach), 0.0, full), dtype=types.INT32)
+        crop.update(roi_start=start - low, roi_end=stop - low)
+        return low, high - low
+
+    images = decode(encoded, needed, **(decoder or {}))
+    images = fn.resize(images, size=list(map(float, size)), interp_type=INTERPOLATIONS[interpolation], **crop)
+    return _normalise(images, mean, std, dtype, layout), labels.gpu() if _device() == "gpu" else labels
+
+
+def decode(encoded: DataNode, region: Callable[[DataNode], tuple[DataNode, DataNode]], **options: Any) -> DataNode:
+    """Decodes a region of each image; every decoder of this package is made here.
+
+    The region depends on what ``fn.peek_image_shape`` reads in the header, so that a header which DALI cannot
+    parse fails before a decoder starts: an error within the decoder, while its threads decode the rest of the
+    batch, can end the process (DALI 2.4).
+
+    Args:
+        encoded: uint8 [n] each on the CPU, images for which `formats.look` names `Decoder.DALI`, or bitmaps.
+        region: function of the (height, width, channels) of each image, int64 [3], that gives (y, x) of the
+            region's upper left corner and its (height, width), both integers [2] of one type.
+        options: further arguments of ``fn.decoders.image_slice``.
+
+    Returns:
+        uint8 HWC RGB images on the pipeline's device, not turned by EXIF, as Pillow does not.
+    """
+    start, shape = region(fn.peek_image_shape(encoded, adjust_orientation=False))
+    return fn.decoders.image_slice(
+        encoded,
+        start,
+        shape,
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        device="mixed" if _device() == "gpu" else "cpu",
+        adjust_orientation=False,
+        **options,
     )
-    resized = _resized(full, [floor(side / crop_pct) for side in size], crop_mode)
-    images = fn.resize(images, size=fn.cast(resized, dtype=types.FLOAT), interp_type=INTERPOLATIONS[interpolation])
-    images = fn.slice(images, _centre(resized, size), list(size), axes=[0, 1])
-    return _normalise(images, mean, std, dtype, layout), labels.gpu() if device == "gpu" else labels
 
 
 @pipeline_def
-def decode_pipeline(images: Sequence[str] | Sequence[bytes]):
-    """Decodes these files, or their contents, once a run: an error says that one of them is bad."""
-    paths = isinstance(images[0], str)
-    given = [np.frombuffer(os.fsencode(image), np.uint8) for image in images]
-    encoded = fn.external_source(lambda: given, batch=True, dtype=types.UINT8, ndim=1)
-    if paths:
-        encoded = fn.io.file.read(encoded)
-    return fn.decoders.image(encoded, device="cpu" if Pipeline.current().device_id is None else "mixed")
+def decode_pipeline(images: Sequence[np.ndarray]):
+    """Decodes these encoded images, whole, once a run: an error says that DALI refuses one of them."""
+    encoded = fn.external_source(lambda: list(images), batch=True, dtype=types.UINT8, ndim=1)
+    return decode(encoded, lambda shape: (shape[:2] * 0, shape[:2]))
 
 
-def undecodable(images: Sequence, device_id: int | None = None, num_threads: int = 1) -> dict[Any, str]:
-    """Which of these files DALI cannot decode, with its reasons: halves a batch until the bad ones are alone.
+def refused(
+    images: dict[int, np.ndarray], device_id: int | None = None, num_threads: int = 1
+) -> dict[int, str]:
+    """Which of these images DALI refuses, with its reasons: bisects the batch to isolate them.
 
     Args:
-        images: paths (str) of image files, or their contents (bytes).
+        images: encoded images by number, each one that `formats.look` gives to DALI.
         device_id: GPU to decode on; None: the CPU.
         num_threads: DALI's threads.
 
     Returns:
-        {image: reason} of the bad ones.
+        {number: reason} of those refused.
     """
     if not images:
         return {}
+    pipe = decode_pipeline(
+        list(images.values()), batch_size=len(images), num_threads=num_threads, device_id=device_id
+    )
     try:
-        decode_pipeline(images, batch_size=len(images), num_threads=num_threads, device_id=device_id).run()
+        pipe.run()
     except RuntimeError as error:
         if len(images) == 1:
             reason = str(error).partition("encountered:")[2].partition("\nCurrent pipeline")[0]
-            return {images[0]: " ".join(reason.partition("\nC++ context")[0].split())}
-        half = len(images) // 2
-        return undecodable(images[:half], device_id, num_threads) | undecodable(
-            images[half:], device_id, num_threads
-        )
+            return dict.fromkeys(images, " ".join(reason.partition("\nC++ context")[0].split()))
+        numbers = list(images)
+        halves = (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :])
+        return {
+            number: reason
+            for half in halves
+            for number, reason in refused({i: images[i] for i in half}, device_id, num_threads).items()
+        }
     return {}
 
 
-@pipeline_def
-def shard_pipeline(source: shards.Part, reader: dict[str, Any] | None = None):
-    """Encoded image and label of each sample as the shards hold them, in the order of the other pipelines."""
-    return _read_shards(source, reader)
-
-
-def shard_batch(
-    source: shards.Part, iteration: int, batch_size: int, num_threads: int, reader: dict[str, Any] | None
-) -> list[tuple[str, bytes, bytes]]:
-    """Batch number `iteration`, read again: (DALI's words for its place, image, label) of each sample."""
-    pipe = shard_pipeline(source, reader, batch_size=batch_size, num_threads=num_threads, device_id=None)
-    for _ in range(iteration + 1):
-        images, labels = pipe.run()
-    return [
-        (image.source_info(), np.array(image).tobytes(), np.array(label).tobytes())
-        for image, label in zip(images, labels, strict=True)
-    ]
+def _device() -> str:
+    return "cpu" if Pipeline.current().device_id is None else "gpu"
 
 
 def _read(
-    source: Callable | shards.Part, reader: dict[str, Any] | None, with_index: bool = False
-) -> tuple[str, DataNode, DataNode, DataNode | None]:
-    """Device, encoded images, labels and, from an order of our own, each sample's place in the batch."""
-    device = "cpu" if Pipeline.current().device_id is None else "gpu"
-    if isinstance(source, shards.Part):
-        encoded, label = _read_shards(source, reader)
-        label = _number(label) if source.kind == "webdataset" else fn.reshape(label, shape=[])
-        return device, encoded, label, None
+    source: Callable, paths: bool, reader: dict[str, Any] | None, with_index: bool = False
+) -> tuple[DataNode, DataNode, DataNode | None]:
+    """Encoded images, labels and, on demand, each sample's place in the batch."""
 
     def batch(info):
-        paths, labels = source(info)
-        return (paths, labels, np.arange(len(labels), dtype=np.int32))[:count]
+        return source(info)[:count]
 
     count = 3 if with_index else 2
-    paths, labels, *index = fn.external_source(
+    given, labels, *index = fn.external_source(
         batch,
         num_outputs=count,
         batch=True,
@@ -227,64 +255,27 @@ def _read(
         dtype=[types.UINT8, types.INT64, types.INT32][:count],
         ndim=[1, 0, 0][:count],
     )
-    return device, fn.io.file.read(paths, **(reader or {})), labels, index[0] if index else None
+    encoded = fn.io.file.read(given, **(reader or {})) if paths else given
+    return encoded, labels, index[0] if index else None
 
 
 def _interpolation(name: str) -> Any:
     return fn.random.choice(list(INTERPOLATIONS.values())) if name == "random" else INTERPOLATIONS[name]
 
 
-def _read_shards(source: shards.Part, reader: dict[str, Any] | None) -> tuple[DataNode, DataNode]:
-    common = dict(
-        shard_id=source.shard_id,
-        num_shards=source.num_shards,
-        random_shuffle=bool(source.initial_fill),
-        initial_fill=source.initial_fill or 1,
-        seed=source.seed,
-        pad_last_batch=True,  # never a sample of the next rank's
-        **(reader or {}),
-    )
-    if source.kind == "webdataset":
-        extensions = ";".join(extension[1:] for extension in shards.EXTENSIONS)
-        encoded, label = fn.readers.webdataset(
-            paths=source.paths,
-            index_paths=source.indices,
-            ext=[extensions, "cls"],
-            case_sensitive_extensions=False,
-            missing_component_behavior="skip",
-            **common,
-        )
-        return encoded, label
-    features = {
-        shards.IMAGE: tfrecord.FixedLenFeature((), tfrecord.string, ""),
-        shards.LABEL: tfrecord.VarLenFeature(tfrecord.int64, 0),
-    }
-    found = fn.readers.tfrecord(path=source.paths, index_path=source.indices, features=features, **common)
-    return found[shards.IMAGE], found[shards.LABEL]
-
-
-_POWERS = np.array([*(10**i for i in reversed(range(shards.DIGITS))), *[10**shards.DIGITS // 10] * 32], np.int32)
-
-
-def _number(text: DataNode) -> DataNode:
-    """The int64 that ASCII digits, maybe before a newline, stand for. Another text is an error of `fn.slice`."""
-    digit = (text >= ord("0")) & (text <= ord("9"))
-    found = fn.reductions.sum(digit + 1000 * ((digit == 0) & (text > ord(" "))))
-    # No digit, too many of them, or another sign: the slice would start in front of the powers.
-    start = shards.DIGITS - fn.cast(found, dtype=types.INT32) - 1000 * (found == 0)
-    powers = fn.slice(types.Constant(_POWERS, device="cpu"), start, text.shape(dtype=types.INT32)[0], axes=[0])
-    return fn.reductions.sum(fn.cast(text - ord("0"), dtype=types.INT64) * digit * powers)
-
-
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
     """Size of the whole image after the resize, as torchvision (square) and timm (else) round it."""
     if crop_mode == "squash":
         return full * 0 + np.array(target, np.int32)
-    height, width = full[0], full[1]
     if target[0] == target[1]:
-        return full * target[0] // math.min(height, width)
-    times = math.min(height / float(target[0]), width / float(target[1]))
-    return fn.cast(full / times, dtype=types.INT32)
+        return full * target[0] // math.min(full[0], full[1])
+    exact = fn.cast(full, dtype=types.FLOAT64)
+    times = exact / np.array(target, np.float64)
+    scaled = exact / math.min(times[0], times[1])
+    # timm rounds halves to even, and in doubles; a cast would round them up.
+    whole = math.floor(scaled)
+    low, rest = fn.cast(whole, dtype=types.INT32), scaled - whole
+    return low + ((rest > 0.5) | ((rest == 0.5) & (low % 2 == 1)))
 
 
 def _centre(resized: DataNode, size: Sequence[int]) -> DataNode:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -26,13 +28,14 @@ except ImportError as error:
         "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
     ) from error
 
-from . import augment, classification, shards, sources
+from . import augment, classification, formats, shards, sources
 from . import fn as mixfn
+from .feed import Faults, Feed
 from .target import MixTarget
 
-_FORMAT = "lumix_dali.loader/1"
-# Of the shards' reader, what changes nothing in the stream.
-_SHARD_READER = ("dont_use_mmap", "read_ahead", "prefetch_queue_depth", "tensor_init_bytes")
+_FORMAT = "lumix_dali.loader/2"
+_NAMED = re.compile(r"Failed to decode sample #(\d+)")
+_INHERITED: list[Any] = []  # what a forked child must not free
 
 
 def create_loader(
@@ -77,6 +80,7 @@ def create_loader(
     prefetch_queue_depth: int = 2,
     on_bad_sample: str = "replace",
     max_bad: int = 100,
+    max_pixels: int = formats.MAX_PIXELS,
     decoder: dict[str, Any] | None = None,
     reader: dict[str, Any] | None = None,
 ) -> Loader:
@@ -108,20 +112,20 @@ def create_loader(
         drop_last: training only: leave out the incomplete last batch. False: keep it, and even out the ranks by
             repeating fewer samples than there are ranks. Shards are always without it.
         shuffle: training only: "global", one permutation of all samples an epoch, for folders and lists;
-            "buffer", for shards: these in a new order an epoch, and a sample at random from `initial_fill` of
-            their neighbours, so that they must be written in random order (``lumix-dali convert`` does); "auto":
+            "buffer", for shards: these in a new order in each epoch, and their samples shuffled within a window of
+            `initial_fill`, so that they must be written in random order (``lumix-dali convert`` does); "auto":
             what the source can do.
-        initial_fill: samples in the buffer, on each rank.
+        initial_fill: samples in the window, on each rank.
         seed: of order and draws; ranks draw differently from the same seed.
         rank, world_size: this process's part of each epoch.
         num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
         prefetch_queue_depth: batches that DALI prepares ahead.
-        on_bad_sample: "replace" a file that cannot be decoded by the next good one of the list, and warn with its
-            name, or "raise". In shards none can be replaced: the error names shard and sample.
-        max_bad: how many files are replaced before that is an error after all.
+        on_bad_sample: "replace" a sample that neither DALI nor Pillow can decode by the next good one, and warn
+            with its name, or "raise".
+        max_bad: how many samples are replaced before that is an error after all.
+        max_pixels: an image whose header claims more is bad, before memory is taken for it.
         decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
-        reader: further arguments of ``fn.io.file.read``, or of the shards' reader (`dont_use_mmap` on network
-            storage).
+        reader: files only: further arguments of ``fn.io.file.read`` (`dont_use_mmap` on network storage).
 
     Returns:
         A `Loader`.
@@ -176,23 +180,23 @@ def create_loader(
             crop_mode=_one_of("crop_mode", crop_mode, ("center", "squash")),
         )
     samples = sources.load(source)
-    is_sharded = isinstance(samples, shards.Shards)
     _one_of("shuffle", shuffle, ("auto", "global", "buffer"))
-    if is_training and shuffle == ("global" if is_sharded else "buffer"):
+    if is_training and shuffle == ("global" if isinstance(samples, shards.Shards) else "buffer"):
         raise ValueError(
             f"shuffle={shuffle!r}: "
             + (
                 "shards are read in sequence; give 'buffer', and write them in random order (lumix-dali convert)"
-                if is_sharded
+                if isinstance(samples, shards.Shards)
                 else "a folder or a list is shuffled as a whole; give 'global'"
             )
         )
     buffer: dict[str, Any] = {}
-    if is_sharded:
-        buffer = dict(initial_fill=_check_int("initial_fill", initial_fill, 1))
-        if unknown := (reader or {}).keys() - _SHARD_READER:
-            raise ValueError(f"reader={reader!r}: {min(unknown)} is the loader's; give {', '.join(_SHARD_READER)}")
-    order = (sources.Blocks if is_sharded else sources.Order)(
+    if isinstance(samples, shards.Shards):
+        fill = _check_int("initial_fill", initial_fill, 1)
+        buffer = dict(initial_fill=fill, counts=tuple(samples.counts.tolist()))
+        if reader:
+            raise ValueError(f"reader={reader!r}: shards are read by the loader itself; leave it out")
+    order = (sources.Blocks if buffer else sources.Order)(
         len(samples),
         batch_size,
         shuffle=is_training,
@@ -214,9 +218,13 @@ def create_loader(
         graph,
         mixing if with_mixing else None,
         run | dict(decoder=decoder, reader=reader),
-        _check_int("max_bad", max_bad, 0)
-        if _one_of("on_bad_sample", on_bad_sample, ("replace", "raise")) == "replace"
-        else 0,
+        Faults(
+            samples,
+            _check_int("max_bad", max_bad, 0)
+            if _one_of("on_bad_sample", on_bad_sample, ("replace", "raise")) == "replace"
+            else 0,
+            _check_int("max_pixels", max_pixels, 1),
+        ),
     )
 
 
@@ -234,19 +242,18 @@ class Loader:
         device: torch.device of the batches.
         sampler: the loader itself, where timm's train.py and Lightning look for `set_epoch`.
         mixup_enabled: timm's switch; takes effect with the next ``iter()`` and leaves the order as it is.
-        bad: {index: substitute's index} of samples that could not be decoded and were replaced.
+        bad: {index: substitute's index} of samples that could not be used and were replaced.
     """
 
     batch_sampler = None  # as in a DataLoader that gets its batches made: timm then asks `sampler`
 
-    def __init__(self, samples, order, device, graph, mixing, run, max_bad):
+    def __init__(self, samples, order, device, graph, mixing, run, faults):
         self.samples = self.dataset = samples
         self.classes = samples.classes
         self.num_classes = None if samples.classes is None else len(samples.classes)
         self.batch_size, self.device = order.batch_size, device
         self.mixup_enabled = True
-        self.bad: dict[int, int] = {}
-        self._order, self._graph, self._mixing, self._run, self._max_bad = order, graph, mixing, run, max_bad
+        self._order, self._graph, self._mixing, self._run, self._faults = order, graph, mixing, run, faults
         self._next = _Place(0, 0)
         self._place: _Place | None = None  # behind the last batch handed out
         # Weak: who leaves a loop early drops its iterator, and with it the pipeline.
@@ -257,6 +264,10 @@ class Loader:
     @property
     def sampler(self) -> Loader:  # an attribute would make a cycle, and only gc would free the loader
         return self
+
+    @property
+    def bad(self) -> dict[int, int]:
+        return self._faults.bad
 
     def __len__(self) -> int:
         """Number of batches an epoch on this rank."""
@@ -293,6 +304,7 @@ class Loader:
             place=tuple(place),
             mixup_enabled=self.mixup_enabled,
             bad=dict(self.bad),
+            refused=sorted(self._faults.refused),
             fingerprint=self._fingerprint(),
         )
         return state | dict(checksum=_checksum(state))
@@ -317,11 +329,8 @@ class Loader:
             raise ValueError(f"state: it is another loader's: {listed}. Make the loader as it was, or start anew")
         self._stop()
         self._place = None
-        self._next, self.mixup_enabled, self.bad = (
-            _Place(*state["place"]),
-            state["mixup_enabled"],
-            dict(state["bad"]),
-        )
+        self._next, self.mixup_enabled = _Place(*state["place"]), state["mixup_enabled"]
+        self._faults.restore(state["bad"], state["refused"])
 
     def close(self) -> None:
         """Frees the pipeline; the loader cannot be iterated afterwards."""
@@ -334,8 +343,11 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _is_inherited(self) -> bool:
+        return os.getpid() != self._pid
+
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:  # DALI's threads stay behind in the parent: waiting for them would never end
+        if self._is_inherited():  # DALI's threads stay in the parent: waiting for them would never end
             raise RuntimeError("loader: it was inherited by fork; make a loader of its own in each process")
 
     def _stop(self) -> None:
@@ -346,53 +358,26 @@ class Loader:
         fields = dataclasses.asdict(self._order) | self._graph | (self._mixing or {})
         return fields | dict(
             decoder=repr(self._run["decoder"]),
+            max_pixels=self._faults.max_pixels,
             data=self.samples.digest,
             device=self.device.type,
             dali=dali.__version__,
         )
 
-    def _replace(self, indices: np.ndarray, error: RuntimeError) -> None:
-        """Finds which of `indices` cannot be decoded and names substitutes, or raises."""
-        read = {i: self.bad.get(i, i) for i in indices.tolist()}
-        reasons = self._undecodable(list(read.values()))
-        found = {i: reasons[j] for i, j in read.items() if j in reasons}
-        if not found:
-            raise error
-        for index, reason in found.items():
-            name = self.samples.path(index)
-            if len(self.bad) >= self._max_bad:
-                raise ValueError(
-                    f"{name!r} cannot be decoded ({reason}), {len(self.bad)} replaced so far; repair or remove "
-                    f"it, or give on_bad_sample='replace' and max_bad > {self._max_bad}"
-                ) from error
-            n = len(self.samples)
-            others = ((index + step) % n for step in range(1, n))
-            good = (i for i in others if i not in self.bad and i not in found and not self._undecodable([i]))
-            if (substitute := next(good, None)) is None:
-                raise ValueError(f"{name!r} cannot be decoded, nor can any other; repair the files") from error
-            self.bad[index] = substitute
-            instead = self.samples.path(substitute)
-            warnings.warn(f"{name!r} cannot be decoded ({reason}); {instead!r} takes its place", stacklevel=4)
-
-    def _explained(self, part: shards.Part, iteration: int, rows: int, error: RuntimeError) -> Exception:
-        """An error that names the sample of a shard, where one explains `error`."""
-        threads = self._run["num_threads"]
-        batch = classification.shard_batch(part, iteration, self.batch_size, threads, self._run["reader"])[:rows]
-        bad = classification.undecodable([image for _, image, _ in batch], _device_id(self.device), threads)
-        for source, image, label in batch:
-            reason = bad.get(image) or (part.kind == "webdataset" and shards.label_fault(label))
-            if reason:
-                return ValueError(
-                    f"{self.samples.place(source)}: {reason}; in shards nothing can be replaced: find all such "
-                    "samples with `lumix-dali check`, and write the shards anew"
-                )
-        return error
-
-    def _undecodable(self, indices: list[int]) -> dict[int, str]:
-        paths = {self.samples.path(i): i for i in indices}
-        device_id, threads = _device_id(self.device), self._run["num_threads"]
-        bad = classification.undecodable(list(paths), device_id, threads)
-        return {paths[path]: reason for path, reason in bad.items()}
+    def _give_to_pillow(self, indices: np.ndarray, error: RuntimeError) -> bool:
+        """Finds out which of `indices` DALI refuses, so that it does not see them again; False: none."""
+        faults, read = self._faults, [self.bad.get(i, i) for i in indices.tolist()]
+        if named := _NAMED.search(str(error)):
+            faults.refuse([read[int(named[1])]])
+            return True
+        encoded, lost = faults.dali_reads(read)
+        refused: Collection[int] = classification.refused(
+            encoded, _device_id(self.device), self._run["num_threads"]
+        )
+        if not refused and not lost and "fn.decoders" in str(error):
+            refused = encoded  # whichever it was, it shows in its region of this batch only
+        faults.refuse(list(refused))
+        return bool(refused or lost)
 
 
 class _Place(NamedTuple):
@@ -405,13 +390,15 @@ class _Place(NamedTuple):
 
 
 class _Epoch(Iterator):
-    """An epoch under way: a pipeline, and the place behind the last batch it handed out."""
+    """An epoch under way: a pipeline, and the place after the last batch it handed out."""
+
+    _pipe: Any = None  # None when closed
 
     def __init__(self, loader: Loader, place: _Place):
         self.place = place
         self._loader = loader
         self._indices = loader._order.epoch(place.epoch)
-        self._pipe: Any = self._build(place)  # None when closed
+        self._build()
 
     def __next__(self) -> tuple[torch.Tensor, Any]:
         loader = self._loader
@@ -419,10 +406,13 @@ class _Epoch(Iterator):
         if self._pipe is None or self.place.iteration == len(loader):
             self.close()
             raise StopIteration
-        # Shards' readers pad the last batch of an evaluation.
-        rows = len(self._indices[self.place.iteration * loader.batch_size :][: loader.batch_size])
-        images, *target = (torch.from_dlpack(output.as_tensor())[:rows] for output in self._run(rows))
-        # A checkpoint taken after an error is already behind the batch that failed: take one every time (.2 ms).
+        try:
+            with _current(loader.device):
+                images, *target = (torch.from_dlpack(output.as_tensor()) for output in self._run())
+        finally:
+            for message in loader._faults.news():
+                warnings.warn(message, stacklevel=2)
+        # A checkpoint taken after an error is already past the batch that failed: take one every time (.2 ms).
         self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
         loader._place = self.place
         if loader._graph["layout"] == "HWC":
@@ -430,54 +420,56 @@ class _Epoch(Iterator):
         return images, MixTarget(*target) if loader._order.shuffle else target[0]
 
     def close(self) -> None:
-        """Frees the pipeline."""
-        self._pipe = None
+        """Frees the pipeline and its threads."""
+        if self._pipe is None:
+            return
+        if self._loader._is_inherited():
+            _INHERITED.append((self._pipe, self._feed))  # their threads are the parent's: ending them would hang
+            self._pipe = None
+        else:
+            self._pipe = None
+            self._feed.close()
 
-    def _run(self, rows: int) -> tuple:
-        stream = torch.cuda.current_stream(self._loader.device) if self._loader.device.type == "cuda" else None
+    __del__ = close  # a loop that is left drops its iterator
+
+    def _run(self) -> tuple:
+        loader = self._loader
+        stream = torch.cuda.current_stream(loader.device) if loader.device.type == "cuda" else None
         while True:
             try:
                 return self._pipe.run(stream)
             except RuntimeError as error:
-                if isinstance(self._source, shards.Part):
-                    raise self._loader._explained(self._source, self.place.iteration, rows, error) from error
-                size = self._loader.batch_size
-                self._loader._replace(self._indices[self.place.iteration * size :][:size], error)
-                self._pipe = self._build(self.place)
+                size = loader.batch_size
+                if not loader._give_to_pillow(self._indices[self.place.iteration * size :][:size], error):
+                    raise
+                self._build()
 
-    def _build(self, place: _Place) -> dali.Pipeline:
-        loader, order = self._loader, self._loader._order
+    def _build(self) -> None:
+        """Makes the pipeline of this epoch, restored to `place`."""
+        loader, order, place = self._loader, self._loader._order, self.place
+        self.close()
         training = dict(mixing=loader._mixing if place.mixed else None) if order.shuffle else {}
         define = classification.train_pipeline if order.shuffle else classification.val_pipeline
         # The order has a seed of its own: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
-        seed = int(seed) & 0x7FFFFFFF
-        self._source = (
-            order.part(loader.samples, place.epoch, seed)
-            if isinstance(order, sources.Blocks)
-            else _reader(loader.samples, self._indices, loader.batch_size, loader.bad)
-        )
-        return define(
-            self._source,
+        threads, depth = loader._run["num_threads"], loader._run["prefetch_queue_depth"]
+        self._feed = Feed(loader._faults, self._indices, loader.batch_size, threads, depth)
+        self._pipe = define(
+            self._feed,
             **loader._graph,
             **training,
             **loader._run,
+            paths=loader.samples.are_files,
             batch_size=loader.batch_size,
             device_id=_device_id(loader.device),
-            seed=seed,
+            seed=int(seed) & 0x7FFFFFFF,
             checkpoint=place.checkpoint,
         )
 
 
-def _reader(samples: sources.Samples, indices: np.ndarray, batch_size: int, bad: dict[int, int]) -> Callable:
-    # Not a method: pipeline and epoch would hold each other, and nothing but gc would free them.
-    def read(info) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        batch = [bad.get(i, i) for i in indices[info.iteration * batch_size :][:batch_size].tolist()]
-        if not batch:
-            raise StopIteration
-        return [np.frombuffer(os.fsencode(samples.path(i)), np.uint8) for i in batch], list(samples.labels[batch])
-
-    return read
+def _current(device: torch.device) -> AbstractContextManager:
+    # DALI orders its work after the stream of the calling thread's current device, whatever stream it is given.
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _checksum(state: dict[str, Any]) -> str:

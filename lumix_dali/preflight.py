@@ -1,28 +1,34 @@
-"""``lumix-dali check``: find the files that would stop a run before it starts, and write a manifest of the others.
+"""``lumix-dali check``: finds the files that a run would have to replace, and writes a manifest of the others.
 
-The fast scan reads the first and the last bytes of each file; ``--full`` decodes everything with DALI itself, the
-only judge of what DALI can decode. Shards are read from end to end, and never extracted.
+The fast scan takes the loader's own look at each file's header, and at its end; ``--full`` decodes everything, as
+the loader does. Both work in child processes: a file on which one dies is found and named. Shards are read from
+end to end, and never extracted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
+import signal
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from . import shards, sources
+from . import formats, shards, sources
+from .formats import MAX_PIXELS, BadImage, Decoder
 
-MAX_PIXELS = 100_000_000
 _CHUNK = 256
+_DECODED = 32  # images that are decoded at once, and in memory
 
 
 @dataclass
@@ -90,9 +96,9 @@ def scan(
 
     Args:
         source: as `create_loader` takes it.
-        full: decode every file with DALI, instead of looking at headers and ends alone.
+        full: decode every file, instead of looking only at headers and ends.
         max_pixels: files whose header claims more are bad: they could take the machine's memory.
-        workers: processes of the fast scan, threads of the full one; None: this process's CPUs.
+        workers: processes; None: this process's CPUs.
         progress: wraps the iterable of scanned chunks, given the number of chunks.
 
     Returns:
@@ -103,21 +109,16 @@ def scan(
     """
     workers = workers or len(os.sched_getaffinity(0))
     if paths := shards.find(source):
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            looks = pool.map(_look_at_shard, paths, [full] * len(paths), [max_pixels] * len(paths))
-            return _shard_report(paths, list(progress(looks, len(paths))))
+        return _shard_report(paths, _look_at_shards(paths, full, max_pixels, workers, progress))
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"source={source!r}: no shard in this list; give one at least")
     found, ignored, empty = _found(source)
     paths = [found.path(i) for i in range(len(found))]
-    chunks = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+    chunks = _chunks(paths, _CHUNK)
+    task = partial(_decode_files if full else _look_at_files, max_pixels=max_pixels)
     reasons: dict[str, str] = {}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        quick = pool.map(_look, chunks, [max_pixels] * len(chunks))
-        for chunk, faults in progress(zip(chunks, quick, strict=True), len(chunks)):
-            reasons |= faults
-            if full:
-                reasons |= _undecodable([path for path in chunk if path not in faults], num_threads=workers)
+    for faults in progress(_in_children(task, chunks, workers), len(chunks)):
+        reasons |= faults
     good = [i for i, path in enumerate(paths) if path not in reasons]
     samples = sources.Samples(found.root, [found.names[i] for i in good], found.labels[good], found.classes)
     numbers = np.bincount(samples.labels, minlength=len(found.classes))
@@ -129,6 +130,47 @@ def scan(
         empty=sorted({*empty, *(name for name, number in counts.items() if not number)}, key=sources.natural_key),
         counts=counts,
     )
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _in_children(task: Callable[[list], dict], chunks: Sequence[list], workers: int) -> Iterator[dict]:
+    """What `task` gives for each chunk, in order; an item on which its process dies gets that as its reason."""
+    done = 0
+    while done < len(chunks):
+        with _children(workers) as pool:
+            for future in [pool.submit(task, chunk) for chunk in chunks[done:]]:
+                chunk, done = chunks[done], done + 1
+                try:
+                    yield future.result()
+                except BrokenProcessPool:  # this chunk's process or another's: a new pool goes on after it
+                    yield _bisected(task, chunk)
+                    break
+
+
+def _bisected(task: Callable[[list], dict], chunk: list) -> dict:
+    """What `task` gives for a chunk, from processes of their own for the halves of one that dies."""
+    try:
+        with _children(1) as pool:
+            return pool.submit(task, chunk).result()
+    except BrokenProcessPool:
+        if len(chunk) == 1:
+            return {chunk[0]: "the process that decoded it died"}
+        half = len(chunk) // 2
+        return _bisected(task, chunk[:half]) | _bisected(task, chunk[half:])
+
+
+def _children(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_initialize)
+
+
+def _initialize() -> None:
+    # A parent that is killed cannot tell its children, which would hold its terminal and wait for ever.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # nvImageCodec prints lines without a file's name to stderr; what is wrong comes back as a result.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[str]]:
@@ -147,48 +189,75 @@ def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[
     return sources.Samples(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
 
 
-def _undecodable(images: list, num_threads: int) -> dict[Any, str]:
-    from .classification import undecodable  # the processes of the fast scan need no DALI
-
-    return undecodable(images, num_threads=num_threads)
-
-
-def _look(paths: list[str], max_pixels: int) -> dict[str, str]:
+def _look_at_files(paths: list[str], max_pixels: int) -> dict[str, str]:
+    """{path: reason} of those whose header or end says that they cannot be used."""
     found = {}
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                reason = _fault(file, max_pixels)
-        except OSError as error:
-            reason = error.strerror or "cannot be read"
-        if reason:
-            found[path] = reason
+            with formats.open_regular(path) as file:
+                _look(file, max_pixels)
+        except BadImage as error:
+            found[path] = str(error)
     return found
 
 
-def _fault(file: BinaryIO, max_pixels: int) -> str | None:
-    """Why this file cannot be used, judged by its header and its end."""
-    from PIL import Image
+def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str]:
+    """{path: reason} of those that cannot be decoded."""
+    found: dict[str, str] = {}
+    for some in _chunks(paths, _DECODED):
+        images: dict[str, bytes] = {}
+        for path in some:
+            try:
+                with formats.open_regular(path) as file:
+                    images[path] = file.read()
+            except BadImage as error:
+                found[path] = str(error)
+        found |= _decode(images, max_pixels)
+    return found
 
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata
-            with Image.open(file) as image:
-                if image.width * image.height > max_pixels:
-                    return f"{image.width}x{image.height} pixels, more than {max_pixels}"
-                kind = image.format
-            if kind not in ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM"):
-                return f"{kind} is not decoded by DALI"
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            tail = file.read()
-    except OSError as error:
-        return error.strerror or "not an image"
-    except (ValueError, SyntaxError, MemoryError) as error:  # Pillow's, for hostile headers
-        return f"not an image: {error}"
-    # Some writers leave text behind the end marker: it may stand anywhere in the tail.
-    end = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"")
-    return None if end in tail else "cut short: its end marker is missing"
+
+def _decode(images: dict[str, bytes], max_pixels: int) -> dict[str, str]:
+    """{name: reason} of encoded images that neither DALI nor Pillow can decode."""
+    from .classification import refused  # the processes of the fast scan need no DALI
+
+    found, names = {}, list(images)
+    decoders = {}
+    for name, image in images.items():
+        try:
+            decoders[name] = formats.look(io.BytesIO(image), max_pixels).decoder
+        except BadImage as error:
+            found[name] = str(error)
+    encoded = {
+        number: np.frombuffer(images[name], np.uint8)
+        for number, name in enumerate(names)
+        if decoders.get(name) == Decoder.DALI
+    }
+    for number in refused(encoded):
+        decoders[names[number]] = Decoder.PILLOW
+    for name, decoder in decoders.items():
+        if decoder == Decoder.PILLOW:
+            try:
+                formats.pillow_pixels(io.BytesIO(images[name]), max_pixels)
+            except BadImage as error:
+                found[name] = str(error)
+    return found
+
+
+def _look(file: BinaryIO, max_pixels: int) -> None:
+    """Raises `BadImage` where the header, or the end of a JPEG, says that this file cannot be used."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
+        found = formats.look(file, max_pixels)
+        # Pillow judges odd files of the formats that DALI decodes. A JPEG may lack its end marker because a film
+        # follows it, as in motion photos, or because it is cut short.
+        is_odd = found.decoder == Decoder.PILLOW or not _has_end(file, found)
+        if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
+            formats.pillow_pixels(file, max_pixels)
+
+
+def _has_end(file: BinaryIO, found: formats.Look) -> bool:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    return found.format != "JPEG" or b"\xff\xd9" in file.read()
 
 
 class _Look(NamedTuple):
@@ -200,21 +269,37 @@ class _Look(NamedTuple):
     ignored: list[str]
 
 
-def _look_at_shard(path: str, full: bool, max_pixels: int) -> _Look:
+def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress) -> list[_Look]:
+    chunks: list[list] = [[path] for path in paths]
+    found: dict[str, _Look] = {}
+    contents = _in_children(partial(_look_at_shard, max_pixels=max_pixels), chunks, workers)
+    for content in progress(contents, len(chunks)):
+        found |= content
+    looks = [_looked(found[path]) for path in paths]
+    if full:
+        chunks = [[(path, name) for name in look.names] for path, look in zip(paths, looks, strict=True)]
+        chunks = [chunk for chunk in chunks if chunk]
+        reasons = _in_children(partial(_decode_samples, max_pixels=max_pixels), chunks, workers)
+        for faults in progress(reasons, len(chunks)):
+            for (path, name), reason in faults.items():
+                looks[list(paths).index(path)].bad[name] = reason
+    return looks
+
+
+def _looked(look: _Look | str) -> _Look:
+    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [])
+
+
+def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
+    """{path: what it holds} of the one shard in `chunk`."""
+    (path,) = chunk
     look, seen = _Look([], [], {}, []), set()
-    batch: dict[str, bytes] = {}
-
-    def decode() -> None:
-        reasons = _undecodable(list(batch.values()), num_threads=1)
-        look.bad.update({name: reasons[image] for name, image in batch.items() if image in reasons})
-        batch.clear()
-
     if shards.is_remote(path):
         raise ValueError(f"source={path!r}: shards in S3 are not scanned; scan them before the upload")
     try:
         for sample in shards.samples(path, look.ignored):
             key = os.path.splitext(sample.name)[0]
-            fault = sample.fault or _fault(io.BytesIO(sample.image), max_pixels)
+            fault = sample.fault or _sample_fault(sample.image, max_pixels)
             if key in seen:
                 fault = "its key occurs twice"
             seen.add(key)
@@ -223,19 +308,36 @@ def _look_at_shard(path: str, full: bool, max_pixels: int) -> _Look:
                 continue
             look.names.append(sample.name)
             look.labels.append(sample.label)
-            if full:
-                batch[sample.name] = sample.image
-                if len(batch) == _CHUNK:
-                    decode()
-        if batch:
-            decode()
         if not seen:
             look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
         look.bad[""] = str(error)
     if fault := _index_fault(path):
         look.bad["index"] = fault
-    return look
+    return {path: look}
+
+
+def _sample_fault(image: bytes, max_pixels: int) -> str | None:
+    try:
+        _look(io.BytesIO(image), max_pixels)
+    except BadImage as error:
+        return str(error)
+    return None
+
+
+def _decode_samples(chunk: list[tuple[str, str]], max_pixels: int) -> dict[tuple[str, str], str]:
+    """{(shard, sample): reason} of those samples of one shard that cannot be decoded."""
+    path, wanted = chunk[0][0], {name for _, name in chunk}
+    found: dict[str, str] = {}
+    images: dict[str, bytes] = {}
+    for sample in shards.samples(path):
+        if sample.name in wanted and not sample.fault:
+            images[sample.name] = sample.image
+        if len(images) == _DECODED:
+            found |= _decode(images, max_pixels)
+            images = {}
+    found |= _decode(images, max_pixels)
+    return {(path, name): reason for name, reason in found.items()}
 
 
 def _index_fault(path: str) -> str | None:

@@ -1,7 +1,7 @@
 """TFRecord and WebDataset shards: what their index files say, and the bytes that they are made of.
 
-DALI's own readers read them, in the order in which they were written, so what is known of a sample before it is
-read is what an index file says: where it stands. Nothing is ever extracted to disk.
+An index file says where each sample stands, so that any sample can be read by itself. Nothing is ever extracted to
+disk.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import io
 import json
 import os
 import re
 import struct
 import tarfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-# What DALI's decoders read; the same names as timm's, and some more.
+from .formats import BadImage
+
+# Names that count as images: timm's, and some more.
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
@@ -43,6 +47,10 @@ DIGITS = 9  # of the longest label
 SUFFIX = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
 
 
+class Missing(ValueError):
+    """An object that does not exist."""
+
+
 @dataclass(frozen=True)
 class Shards:
     """TFRecord or WebDataset files with their index files.
@@ -50,6 +58,8 @@ class Shards:
     Args:
         paths, indices: of each shard and of its index.
         counts: int64 [number of shards], samples of each.
+        places: int64 [n, 4], of the samples of all shards in turn: byte offset and size of the image, then of its
+            .cls. A TFRecord has one record (with its frame), and zeros.
         classes: K class names, or None where nothing beside the shards tells them.
         digest: of the shards' names and sizes, the indices' content, and the classes.
     """
@@ -57,16 +67,28 @@ class Shards:
     paths: Sequence[str]
     indices: Sequence[str]
     counts: np.ndarray
+    places: np.ndarray = field(repr=False)
     classes: Sequence[str] | None
     digest: str = field(repr=False)
 
+    are_files = False  # no sample is a file of its own
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return (np.cumsum(self.counts) - self.counts).tolist()
+
     def __len__(self) -> int:
-        return int(self.counts.sum())
+        return len(self.places)
 
     @property
     def kind(self) -> str:
         """Which of the two they are: "webdataset" or "tfrecord"."""
         return kind_of(self.paths[0])
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shards are in S3."""
+        return is_remote(self.paths[0])
 
     @property
     def root(self) -> str:
@@ -78,31 +100,55 @@ class Shards:
         """Label of each class name; empty where none is known."""
         return {name: label for label, name in enumerate(self.classes or ())}
 
-    def place(self, source_info: str) -> str:
-        """Shard and sample in words, from DALI's words for a sample's place."""
-        path, _, offset = source_info.rpartition(" at index ")
-        if not path:
-            path, offset, name = source_info.rsplit(":", 2)
-            return f"{path!r}, sample {name!r} (byte {offset})"
-        rows = parse_index(path, read_bytes(self.indices[list(self.paths).index(path)]))
-        return f"{path!r}, record {[row.offset for row in rows].index(int(offset))} (byte {offset})"
+    def _shard(self, index: int) -> tuple[str, int]:
+        """Path of the shard of sample `index`, and its number there."""
+        shard = bisect_right(self._starts, index) - 1
+        return self.paths[shard], index - self._starts[shard]
 
-    def part(self, block: int, blocks: int, order: Sequence[int], initial_fill: int, seed: int) -> Part:
-        """Block number `block` of `blocks` of all samples, the shards taken in `order`."""
-        paths, indices = [self.paths[i] for i in order], [self.indices[i] for i in order]
-        return Part(self.kind, paths, indices, block, blocks, initial_fill, seed)
+    def name(self, index: int) -> str:
+        """Shard and sample `index` in words."""
+        path, number = self._shard(index)
+        offset = int(self.places[index, 0])
+        if self.kind == "tfrecord":
+            return f"{path!r}, record {number} (byte {offset})"
+        block = read_range(path, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+        try:
+            member = repr(tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").name)
+        except tarfile.TarError:
+            member = str(number)
+        return f"{path!r}, sample {member} (byte {offset})"
 
+    def open(self, index: int) -> tuple[BinaryIO, int]:
+        """Encoded image and label of sample `index`.
 
-class Part(NamedTuple):
-    """What one of DALI's readers reads in an epoch; `initial_fill` of 0: unshuffled."""
+        Raises:
+            formats.BadImage: the sample has no usable label, or its record is damaged.
+            ValueError: the shard is gone, or shorter than it was.
+        """
+        path, _ = self._shard(index)
+        image_at, image_size, label_at, label_size = self.places[index].tolist()
+        if self.kind == "tfrecord":
+            image, label = _parse_record(read_range(path, image_at, image_size))
+        else:
+            # Image and label are neighbours: one read for both.
+            start, stop = min(image_at, label_at), max(image_at + image_size, label_at + label_size)
+            content = read_range(path, start, stop - start)
+            image = content[image_at - start :][:image_size]
+            text = content[label_at - start :][:label_size]
+            if fault := label_fault(text):
+                raise BadImage(fault)
+            label = int(text)
+        if self.classes is not None and label >= len(self.classes):
+            raise BadImage(f"its label is {label}, of {len(self.classes)} classes")
+        return io.BytesIO(image), label
 
-    kind: str
-    paths: list[str]
-    indices: list[str]
-    shard_id: int
-    num_shards: int
-    initial_fill: int
-    seed: int
+    def label(self, index: int) -> int:
+        """Class of sample `index`; raises as `open`."""
+        return self.open(index)[1]
+
+    def path(self, index: int) -> str:
+        """Path of the shard that holds sample `index`."""
+        return self._shard(index)[0]
 
 
 def kind_of(path: str) -> str:
@@ -147,7 +193,7 @@ def load(paths: Sequence[str]) -> Shards:
         raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each of them once")
     folders = {folder: listing(folder) for folder in {os.path.dirname(path) for path in paths}}
     known = {folder: description(folder) for folder, names in folders.items() if DESCRIPTION in names}
-    sha, indices, counts = hashlib.sha256(), [], []
+    sha, indices, places = hashlib.sha256(), [], []
     for path in paths:
         folder, name = os.path.split(path)
         if name not in folders[folder]:
@@ -158,11 +204,12 @@ def load(paths: Sequence[str]) -> Shards:
             raise ValueError(f"source={path!r}: no {index_names(name)[0]} beside it; write it with DALI's {tool}")
         indices.append(os.path.join(folder, index))
         content = read_bytes(indices[-1])
-        counts.append(_count(path, content, folders[folder][name]))
-        expected = known.get(folder, {}).get("shards", {}).get(name, counts[-1])
-        if expected != counts[-1]:
+        places.append(_places(path, content, folders[folder][name]))
+        count = len(places[-1])
+        expected = known.get(folder, {}).get("shards", {}).get(name, count)
+        if expected != count:
             raise ValueError(
-                f"source={path!r}: {counts[-1]} samples in its index, {expected} in {DESCRIPTION}; convert anew"
+                f"source={path!r}: {count} samples in its index, {expected} in {DESCRIPTION}; convert again"
             )
         sha.update(f"{name}\0{folders[folder][name]}\0".encode("utf-8", "surrogateescape"))
         sha.update(hashlib.sha256(content).digest())
@@ -171,7 +218,8 @@ def load(paths: Sequence[str]) -> Shards:
         raise ValueError(f"source={list(paths)[:4]!r}: their {DESCRIPTION} differ in classes; give one set")
     classes = lists[0] if lists and len(lists) == len(folders) else None
     sha.update(repr(classes).encode("utf-8", "surrogateescape"))
-    return Shards(list(paths), indices, np.array(counts, np.int64), classes, sha.hexdigest())
+    counts = np.array([len(each) for each in places], np.int64)
+    return Shards(list(paths), indices, counts, np.concatenate(places), classes, sha.hexdigest())
 
 
 def index_names(name: str) -> list[str]:
@@ -200,31 +248,34 @@ def description(folder: str) -> dict[str, Any]:
     raise ValueError(f"source={path!r}: not all shards are written; run the same `lumix-dali convert` again")
 
 
-def _count(path: str, content: bytes, size: int) -> int:
-    """Samples that DALI finds with this index in a shard of `size` bytes."""
+def _places(path: str, content: bytes, size: int) -> np.ndarray:
+    """`Shards.places` of a shard of `size` bytes, from its index."""
     try:
         rows = parse_index(path, content)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"source={path!r}: its index is damaged ({error}); write it anew") from error
+        raise ValueError(f"source={path!r}: its index is damaged ({error}); write it again") from error
     last = max((row.offset + row.size for row in rows), default=0)
-    # A TFRecord index covers its file; behind a tar's last member stands padding.
+    # A TFRecord index covers its file; after a tar's last member stands padding.
     if not rows or last > size or (kind_of(path) == "tfrecord" and last != size):
-        raise ValueError(f"source={path!r}: its index ends at byte {last} of {size}; write it anew for this file")
+        raise ValueError(f"source={path!r}: its index ends at byte {last} of {size}; write it again for this file")
     if kind_of(path) == "tfrecord":
-        return len(rows)
+        return np.array([(row.offset, row.size, 0, 0) for row in rows], np.int64)
     by_key: dict[int, list[Row]] = {}
     for row in rows:
         by_key.setdefault(row.sample, []).append(row)
-    count = 0
+    places = []
     for members in by_key.values():
-        images, labels = sum(is_image(row.kind) for row in members), sum(row.kind == "cls" for row in members)
-        if (images, labels) not in ((1, 1), (0, 0)):
+        images = [row for row in members if is_image(row.kind)]
+        labels = [row for row in members if row.kind == "cls"]
+        if not images and not labels:
+            continue
+        if (len(images), len(labels)) != (1, 1):
             raise ValueError(
-                f"source={path!r}: sample {members[0].name or members[0].sample!r} has {images} image(s) and "
-                f"{labels} .cls; see `lumix-dali check`"
+                f"source={path!r}: sample {members[0].name or members[0].sample!r} has {len(images)} image(s) and "
+                f"{len(labels)} .cls; see `lumix-dali check`"
             )
-        count += images
-    return count
+        places.append((images[0].offset, images[0].size, labels[0].offset, labels[0].size))
+    return np.array(places, np.int64).reshape(-1, 4)
 
 
 class Row(NamedTuple):
@@ -285,9 +336,32 @@ def listing(root: str, deep: bool = False) -> dict[str, int]:
 def read_bytes(path: str) -> bytes:
     """Content of a file or an S3 object."""
     if is_remote(path):
-        return _s3(path, lambda client, bucket, key: client.get_object(Bucket=bucket, Key=key)["Body"].read())
+        return _s3(path, lambda client, bucket, key: _body(client, Bucket=bucket, Key=key))
     with open(path, "rb") as file:
         return file.read()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file or an S3 object from `offset` on.
+
+    Raises:
+        ValueError: it is gone, or ends before.
+    """
+    if is_remote(path):
+        place = f"bytes={offset}-{offset + size - 1}"
+        content = _s3(path, lambda client, bucket, key: _body(client, Bucket=bucket, Key=key, Range=place))
+    else:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ValueError(f"source={path!r}: {error.strerror}; it was there when the run began") from error
+        try:
+            content = os.pread(handle, size, offset)
+        finally:
+            os.close(handle)
+    if len(content) != size:
+        raise ValueError(f"source={path!r}: it ends before byte {offset + size}; it was longer when the run began")
+    return content
 
 
 def _has_folders(root: str) -> bool:
@@ -308,19 +382,31 @@ def _objects(client, bucket: str, key: str, delimiter: str) -> dict[str, int]:
     return found
 
 
+def _body(client, **wanted: str) -> bytes:
+    return client.get_object(**wanted)["Body"].read()
+
+
 def _s3(path: str, ask: Callable) -> Any:
     try:
-        import boto3
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
         raise ValueError(f"source={path!r}: listing S3 takes boto3; pip install boto3") from error
     bucket, _, key = path.removeprefix("s3://").partition("/")
     try:
-        return ask(boto3.client("s3"), bucket, key)
+        return ask(_client(os.getpid(), os.environ.get("AWS_ENDPOINT_URL")), bucket, key)
     except (BotoCoreError, ClientError) as error:
-        raise ValueError(
+        code = getattr(error, "response", {}).get("Error", {}).get("Code")
+        raise (Missing if code == "NoSuchKey" else ValueError)(
             f"source={path!r}: {error}; check bucket, AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and credentials"
         ) from error
+
+
+@cache
+def _client(process: int, endpoint: str | None) -> Any:
+    """A client, which takes long to make and may serve many threads, of one process and server."""
+    import boto3
+
+    return boto3.client("s3")
 
 
 # The formats
@@ -446,23 +532,36 @@ def records(file: BinaryIO) -> Iterator[tuple[int, bytes, bytes]]:
 
 def _records(path: str, file: BinaryIO, ignored: list[str] | None) -> Iterator[Sample]:
     for number, (offset, frame, content) in enumerate(records(file)):
-        whole = frame == frame[:8] + masked_crc(frame[:8]) + masked_crc(content)
+        name = f"record {number}"
+        if frame != frame[:8] + masked_crc(frame[:8]) + masked_crc(content):
+            yield Sample(name, b"", -1, f"its checksum at byte {offset} does not match")
+            continue
         try:
             features = parse_example(content)
-        except (IndexError, ValueError, UnicodeDecodeError):
-            features, whole = {}, False
-        image, labels = features.get(IMAGE, []), features.get(LABEL, [])
-        name = f"record {number}"
-        if features.get(NAME):
-            name += f" ({features[NAME][0].decode('utf-8', 'replace')})"
-        if not whole:
-            yield Sample(name, b"", -1, f"its checksum at byte {offset} does not match")
-        elif len(image) != 1 or not isinstance(image[0], bytes):
-            yield Sample(name, b"", -1, f"{len(image)} {IMAGE}")
-        elif len(labels) != 1 or not isinstance(labels[0], int) or labels[0] < 0:
-            yield Sample(name, b"", -1, f"its {LABEL} is {labels!r}, not one whole number >= 0")
-        else:
-            yield Sample(name, image[0], labels[0], None)
+            if features.get(NAME):
+                name += f" ({features[NAME][0].decode('utf-8', 'replace')})"
+            yield Sample(name, *_image_and_label(features), None)
+        except (IndexError, ValueError, UnicodeDecodeError) as error:
+            yield Sample(name, b"", -1, str(error))
+
+
+def _parse_record(content: bytes) -> tuple[bytes, int]:
+    """Image and label of a record with its frame."""
+    try:
+        if struct.unpack("<Q", content[:8])[0] != len(content) - 16:
+            raise ValueError("its length does not match the index")
+        return _image_and_label(parse_example(content[12:-4]))
+    except (IndexError, ValueError, UnicodeDecodeError, struct.error) as error:
+        raise BadImage(f"damaged record: {error}") from error
+
+
+def _image_and_label(features: dict[str, list]) -> tuple[bytes, int]:
+    image, labels = features.get(IMAGE, []), features.get(LABEL, [])
+    if len(image) != 1 or not isinstance(image[0], bytes):
+        raise ValueError(f"{len(image)} {IMAGE}")
+    if len(labels) != 1 or not isinstance(labels[0], int) or labels[0] < 0:
+        raise ValueError(f"its {LABEL} is {labels!r}, not one whole number >= 0")
+    return image[0], labels[0]
 
 
 def record(content: bytes) -> bytes:

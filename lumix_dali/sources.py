@@ -7,15 +7,17 @@ iteration), so shards, resume and the replacement of a bad file are arithmetic o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
-from . import shards
+from . import formats, shards
 from .shards import EXTENSIONS, Shards
 
 # A list's labels are bounded, since there is a class name for every number up to the largest.
@@ -61,10 +63,39 @@ class Samples:
         """Label of each class name, as timm and torchvision call it."""
         return {name: label for label, name in enumerate(self.classes)}
 
+    are_files = True  # DALI may read each sample by itself
+
+    @property
+    def remote(self) -> bool:
+        """Whether the files are in S3."""
+        return shards.is_remote(self.root)
+
     def path(self, index: int) -> str:
         """Path of sample `index`."""
         name = self.names[index]
         return name if shards.is_remote(name) else os.path.join(self.root, name)
+
+    def name(self, index: int) -> str:
+        """Path of sample `index`, for messages."""
+        return repr(self.path(index))
+
+    def label(self, index: int) -> int:
+        """Class of sample `index`."""
+        return int(self.labels[index])
+
+    def open(self, index: int) -> tuple[BinaryIO, int]:
+        """Encoded image and class of sample `index`.
+
+        Raises:
+            formats.BadImage: the file cannot be opened, or is no regular file.
+        """
+        path = self.path(index)
+        if not shards.is_remote(path):
+            return formats.open_regular(path), self.label(index)
+        try:
+            return io.BytesIO(shards.read_bytes(path)), self.label(index)
+        except shards.Missing as error:
+            raise formats.BadImage(str(error)) from error
 
 
 def load(source: str | os.PathLike | Sequence[str | os.PathLike] | Samples | Shards) -> Samples | Shards:
@@ -265,20 +296,21 @@ class Order:
 
 @dataclass(frozen=True)
 class Blocks(Order):
-    """The order of shards: a rank reads a block of neighbours, which in training a buffer mixes.
+    """The order of shards: a rank reads a block of neighbours, which training shuffles within a window.
 
-    In training the shards are read in an order drawn from (seed, epoch), alike on all ranks, which take the blocks
-    in turn; the tail that does not fill a batch on every rank is left out. In evaluation the blocks differ by one
-    sample at most.
+    In training the shards come in an order drawn from (seed, epoch), alike on all ranks, which take the blocks in
+    turn; a sample moves by less than `initial_fill` places, and the tail that does not fill a batch on every rank
+    is left out. In evaluation the blocks differ by one sample at most.
 
     Args:
-        initial_fill: samples in the buffer.
+        counts: samples of each shard.
+        initial_fill: places in the window.
 
     Raises:
-        ValueError: training is to keep the incomplete last batch, which DALI's readers pad before it is mixed, or
-            to repeat samples.
+        ValueError: training is to keep the incomplete last batch, or to repeat samples.
     """
 
+    counts: Sequence[int] = ()
     initial_fill: int = 1024
 
     def __post_init__(self):
@@ -292,29 +324,21 @@ class Blocks(Order):
     def _share(self) -> int:
         return len(self._block(self.rank))
 
-    @property
-    def _blocks(self) -> int:
-        return min(self.world_size, self.n)  # DALI wants a sample in each; ranks behind the last get none
-
     def _block(self, number: int) -> range:
-        start, stop = (self.n * min(edge, self._blocks) // self._blocks for edge in (number, number + 1))
-        return range(start, stop)
-
-    def _number(self, epoch: int) -> int:
-        return (self.rank + epoch) % self.world_size if self.shuffle else self.rank
+        return range(self.n * number // self.world_size, self.n * (number + 1) // self.world_size)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Places of this rank's samples, int64, in the order of the shards; in training before the buffer."""
-        return np.array(self._block(self._number(epoch))[: len(self) * self.batch_size], np.int64)
-
-    def part(self, source: Shards, epoch: int, seed: int) -> shards.Part:
-        """What DALI's reader reads in `epoch`; `seed` is of the buffer."""
-        count, fill = len(source.paths), 0
-        order = np.arange(count)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(count)
-            fill = min(self.initial_fill, self.n // self.world_size)
-        return source.part(self._number(epoch), self._blocks, order.tolist(), fill, seed)
+        """Indices of this rank's samples in `epoch`, int64, in the order they are read."""
+        if not self.shuffle:
+            return np.array(self._block(self.rank), np.int64)
+        counts = np.array(self.counts)
+        shards_ = np.random.default_rng([self.seed, epoch]).permutation(len(counts))
+        starts = np.cumsum(counts) - counts
+        order = np.concatenate([np.arange(starts[k], starts[k] + counts[k]) for k in shards_])
+        number = (self.rank + epoch) % self.world_size
+        order = order[self._block(number)]
+        moved = np.random.default_rng([self.seed, epoch, number + 1]).uniform(0, self.initial_fill, len(order))
+        return order[np.argsort(np.arange(len(order)) + moved, kind="stable")][: len(self) * self.batch_size]
 
 
 def natural_key(text: str) -> list:

@@ -445,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             summary = summarise(run, args, replaced)
         if args.rank == 0:
             for path in replaced:
-                print(f"replaced, it cannot be decoded: {path}")
+                print(f"replaced, it cannot be used: {path}")
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -58,14 +58,14 @@ def encoded(pixels, kind, **options):
 
 
 def damaged():
-    """{name: content} of files that DALI cannot decode; None: no such file."""
+    """{name: content} of files that cannot be decoded; None: no such file."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 40, 3))
-    jpeg, png = encoded(noise, "JPEG", quality=90), encoded(noise, "PNG")
+    jpeg, png, gif = encoded(noise, "JPEG", quality=90), encoded(noise, "PNG"), encoded(noise, "GIF")
     return {
         "truncated.jpg": jpeg[: len(jpeg) // 4],
         "zero bytes.jpg": b"",
         "text.jpg": b"<html>404 not found</html>\n" * 20,
-        "gif.jpg": encoded(noise, "GIF"),
+        "cut gif.jpg": gif[: len(gif) // 2],
         "50 bytes.jpg": jpeg[:50],
         "truncated.png": png[: len(png) // 2],
         "missing.jpg": None,

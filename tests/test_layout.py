@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "reference": 0, "target": 0, "shards": 0,
-    "loss": 1, "fn": 1, "sources": 1, "augment": 1,
-    "classification": 2, "convert": 2,
-    "loader": 3, "preflight": 3,
+    "reference": 0, "target": 0, "formats": 0,
+    "loss": 1, "fn": 1, "shards": 1, "augment": 1, "feed": 1,
+    "sources": 2, "classification": 2,
+    "loader": 3, "preflight": 3, "convert": 3,
     "__main__": 4,
     "pipelines": 5, "benchmarks": 5,
 }

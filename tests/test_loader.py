@@ -9,6 +9,7 @@ import ast
 import contextlib
 import gc
 import itertools
+import re
 import shutil
 import warnings
 import weakref
@@ -20,7 +21,8 @@ import torch
 from images import colour_folder, damaged, ramp_samples
 from timm.data import resolve_data_config
 
-from lumix_dali import MixTarget, classification, create_loader, reference, sources
+from lumix_dali import MixTarget, classification, create_loader, feed, reference, sources
+from lumix_dali import loader as loader_module
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 COUNT, SIZE = 24, (12, 18)
@@ -578,13 +580,13 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
     loader.load_state_dict(state)
 
 
-@pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/0"}, b"state"])
+@pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/1"}, b"state"])
 def test_another_format_is_named(make, ramp_files, other):
-    with pytest.raises(ValueError, match=r"state: its format is .*, this version reads 'lumix_dali.loader/1'"):
+    with pytest.raises(ValueError, match=r"state: its format is .*, this version reads 'lumix_dali.loader/2'"):
         make(ramp_files).load_state_dict(other)
 
 
-# Files that cannot be decoded
+# Files that cannot be used
 
 
 REPLACED = "takes its place"
@@ -612,7 +614,7 @@ def assert_named(caught, samples, *indices):
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == len(indices)
     for index in indices:
-        assert sum(m.startswith(f"{samples.path(index)!r} cannot be decoded (") for m in messages) == 1, messages
+        assert sum(m.startswith(f"{samples.path(index)!r} cannot be used (") for m in messages) == 1, messages
 
 
 @pytest.mark.parametrize("batch", [0, 2, 4], ids=["first", "middle", "last"])
@@ -721,7 +723,7 @@ def test_raise_on_a_bad_file(make, spoilt):
     samples, spoil = spoilt
     spoil(5)
     loader = make(samples, on_bad_sample="raise", max_bad=7)
-    with pytest.raises(ValueError, match=rf"'{samples.path(5)}' cannot be decoded \(.*\), 0 replaced so far"):
+    with pytest.raises(ValueError, match=rf"'{samples.path(5)}' cannot be used \(.*\), 0 replaced so far"):
         list(loader)
     assert loader.bad == {}
 
@@ -730,7 +732,7 @@ def test_more_bad_files_than_allowed(make, spoilt):
     samples, spoil = spoilt
     spoil(2, 11, 12)
     loader = make(samples, max_bad=2)
-    message = rf"'{samples.root}/\d+.png' cannot be decoded \(.*\), 2 replaced so far; .*max_bad > 2"
+    message = rf"'{samples.root}/\d+.png' cannot be used \(.*\), 2 replaced so far; .*max_bad > 2"
     with pytest.warns(UserWarning, match=REPLACED), pytest.raises(ValueError, match=message):
         list(loader)
     assert len(loader.bad) == 2
@@ -739,18 +741,31 @@ def test_more_bad_files_than_allowed(make, spoilt):
 def test_nothing_but_bad_files(make, spoilt):
     samples, spoil = spoilt
     spoil(*range(20))
-    with pytest.raises(ValueError, match=r"'.*' cannot be decoded, nor can any other"):
+    with pytest.raises(ValueError, match=r"'.*' cannot be used \(.*\), nor can any of the 19 samples after it"):
         list(make(samples))
 
 
 def test_an_error_that_no_file_explains_is_not_hidden(make, spoilt, monkeypatch):
     samples, spoil = spoilt
-    spoil(3)
-    monkeypatch.setattr(classification, "undecodable", lambda *_: {})
     loader = make(samples)
+    list(loader)
+    spoil(3)  # known to be good, so that only DALI finds out
+    monkeypatch.setattr(feed.Faults, "dali_reads", lambda *_: ({}, []))
     with pytest.raises(RuntimeError, match="encountered:"):
         list(loader)
     assert loader.bad == {}
+
+
+def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch):
+    samples, spoil = spoilt
+    spoil(3, content=damaged()["truncated.png"] + b"\0\0\0\0IEND\xaeB`\x82")
+    monkeypatch.setattr(classification, "refused", lambda *_: {})
+    monkeypatch.setattr(loader_module, "_NAMED", re.compile("never"))
+    loader = make(samples, is_training=False)
+    with pytest.warns(UserWarning, match=REPLACED) as caught:
+        batches = stream(loader)
+    assert_named(caught, samples, 3)
+    assert_same(batches, stream(make(substituted(samples, {3: 4}), is_training=False)))
 
 
 # Arguments

@@ -174,14 +174,14 @@ def test_damaged_files_are_counted(limit, tmp_path, capsys):
     more = ["--epochs", "1", "-b", "4", "--max-bad", limit]
     if limit == "1":
         (data / "train" / "red" / "4.png").write_bytes(b"no image")
-        with pytest.warns(UserWarning, match="cannot be decoded"), pytest.raises(ValueError, match="max_bad > 1"):
+        with pytest.warns(UserWarning, match="cannot be used"), pytest.raises(ValueError, match="max_bad > 1"):
             train.main(argv(data, tmp_path, *more))
         return
-    with pytest.warns(UserWarning, match="cannot be decoded"):
+    with pytest.warns(UserWarning, match="cannot be used"):
         summary = train.main(argv(data, tmp_path, *more))
     out = capsys.readouterr().out
     assert summary["replaced"] == 2
-    assert all(f"replaced, it cannot be decoded: {file}\n" in out for file in broken)
+    assert all(f"replaced, it cannot be used: {file}\n" in out for file in broken)
 
 
 def recomputed(folder, data, name="test_resnet", split="validation", **size):

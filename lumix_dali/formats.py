@@ -1,0 +1,226 @@
+"""Which decoder an image gets, decided from its header before DALI sees a byte of it.
+
+DALI 2.4 can end the process on a file that its parsers do not know, and gives wrong pixels without a word for some
+that they do know. So DALI gets what it decodes safely and exactly: JPEG, PNG and WebP whose structure is whole.
+Pillow decodes everything else, with the pixels that timm's loader would give, and its result reaches the pipeline
+as an uncompressed BMP. What neither can read is a `BadImage`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from functools import cache
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+MAX_PIXELS = 100_000_000
+# The decoder of Encapsulated PostScript starts Ghostscript, a program that files must not reach.
+_REFUSED = {"EPS"}
+_HEAD = 4096
+# More segments in front of a JPEG's frame header than any camera writes: Pillow may judge such a file.
+_MAX_SEGMENTS = 1000
+
+Read = Callable[[int, int], bytes]  # (offset, size) -> at most `size` bytes
+
+
+class Decoder(IntEnum):
+    """Who decodes a sample."""
+
+    UNKNOWN = 0
+    DALI = 1
+    PILLOW = 2
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason, without its name."""
+
+
+class Look(NamedTuple):
+    """What a header says: who decodes the image, its format, and its size in pixels."""
+
+    decoder: Decoder
+    format: str
+    height: int
+    width: int
+
+
+def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
+    """Reads an image's header and names its decoder.
+
+    Args:
+        file: the encoded image, open for reading in binary mode.
+        max_pixels: limit of height times width.
+
+    Raises:
+        BadImage: neither DALI nor Pillow knows the file, or its header claims more pixels than the limit.
+    """
+    found = _dali(file)
+    if found is None:
+        with opened(file) as image:
+            found = Look(Decoder.PILLOW, image.format or "", image.height, image.width)
+    check_pixels(found.height, found.width, max_pixels)
+    return found
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Raises `BadImage` where an image has more than `max_pixels`, or none."""
+    if not 0 < height * width <= max_pixels:
+        raise BadImage(f"{width}x{height} pixels, the limit is {max_pixels}")
+
+
+def opened(file: BinaryIO) -> Image.Image:
+    """The image that Pillow sees; only its header is read.
+
+    Raises:
+        BadImage: Pillow does not know the format, or the header is damaged.
+    """
+    file.seek(0)
+    try:
+        return Image.open(file, formats=_pillow_formats())
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not an image that DALI or Pillow can read") from error
+    except Exception as error:  # Pillow's parsers raise whatever a hostile header makes of them
+        raise BadImage(f"not an image: {_words(error)}") from error
+
+
+def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image as timm's loader does: Pillow's ``convert("RGB")``, without a turn by EXIF.
+
+    Raises:
+        BadImage: Pillow cannot decode it, or it has more pixels than the limit.
+    """
+    with opened(file) as image:
+        check_pixels(image.height, image.width, max_pixels)
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # as above: struct.error, IndexError, zlib.error, …
+            raise BadImage(_words(error)) from error
+
+
+def bitmap(image: Image.Image) -> bytes:
+    """An RGB image as an uncompressed BMP, which DALI decodes bit for bit."""
+    file = io.BytesIO()
+    image.save(file, "BMP")
+    return file.getvalue()
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Opens a regular file; a FIFO or device, which could block for ever, is refused.
+
+    Raises:
+        BadImage: it cannot be opened, or is something else.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise BadImage(_words(error)) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise BadImage("not a regular file")
+    return open(handle, "rb", buffering=0)
+
+
+@cache
+def _pillow_formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in _REFUSED]
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _dali(file: BinaryIO) -> Look | None:
+    """What the header of a file for DALI says; None: Pillow is to judge it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(_HEAD)
+
+    def read(offset: int, count: int) -> bytes:
+        if offset + count <= len(head):
+            return head[offset : offset + count]
+        file.seek(offset)
+        return file.read(count)
+
+    for name, magic, parse in (
+        ("JPEG", b"\xff\xd8\xff", _jpeg),
+        ("PNG", b"\x89PNG\r\n\x1a\n", _png),
+        ("WEBP", b"RIFF", _webp),
+    ):
+        if head.startswith(magic):
+            try:
+                found = parse(read, size)
+            except (struct.error, IndexError):  # the header ends with the file
+                return None
+            return Look(Decoder.DALI, name, *found) if found and min(found) > 0 else None
+    return None
+
+
+def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
+    """(height, width) of a Huffman-coded JPEG of 8 bits with one component or three."""
+    place = 2
+    for _ in range(_MAX_SEGMENTS):
+        prefix, marker, length = struct.unpack(">BBH", read(place, 4))
+        if prefix != 0xFF:
+            return None
+        if marker == 0xFF:  # fill bytes may stand before a marker
+            place += 1
+        elif marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
+            bits, height, width, components = struct.unpack(">BHHB", read(place + 4, 6))
+            return (height, width) if bits == 8 and components in (1, 3) else None
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return None  # lossless, hierarchical or arithmetic-coded
+        elif marker in (0xD9, 0xDA) or length < 2:  # the image ends or begins without a frame header
+            return None
+        else:
+            place += 2 + length
+    return None
+
+
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+
+
+def _png(read: Read, size: int) -> tuple[int, int] | None:
+    """(height, width) of a PNG whose chunks lie within the file and end with IEND, without an animation."""
+    length, kind, width, height, depth, colour, compression, filtering, interlace = struct.unpack(
+        ">I4sIIBBBBB", read(8, 21)
+    )
+    if (length, kind) != (13, b"IHDR") or depth not in _PNG_DEPTHS.get(colour, ()):
+        return None
+    if (compression, filtering) != (0, 0) or interlace > 1:
+        return None
+    place = 33
+    while place + 12 <= size:
+        length, kind = struct.unpack(">I4s", read(place, 8))
+        if kind == b"IEND":
+            return height, width
+        if kind == b"acTL":
+            return None
+        place += 12 + length
+    return None
+
+
+_WEBP_EXIF = 0x08
+
+
+def _webp(read: Read, size: int) -> tuple[int, int] | None:
+    """(height, width) of a WebP without EXIF, whose chunk DALI's parser may not find."""
+    length, form, kind = struct.unpack("<I4s4s", read(4, 12))
+    if form != b"WEBP" or length + 8 > size:
+        return None
+    if kind == b"VP8 ":
+        start, width, height = struct.unpack("<3sHH", read(23, 7))
+        return (height & 0x3FFF, width & 0x3FFF) if start == b"\x9d\x01\x2a" else None
+    if kind == b"VP8L":
+        signature, packed = struct.unpack("<BI", read(20, 5))
+        return ((packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1) if signature == 0x2F else None
+    if kind == b"VP8X" and not read(20, 1)[0] & _WEBP_EXIF:
+        width, height = (int.from_bytes(read(place, 3), "little") + 1 for place in (24, 27))
+        return height, width
+    return None

@@ -1,0 +1,255 @@
+"""Who decodes what, and what DALI never sees: oracles are Pillow's pixels and the graph itself."""
+
+import ast
+import io
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from images import encoded, write
+from PIL import Image
+
+import lumix_dali
+from lumix_dali import classification, create_loader, formats, sources
+from lumix_dali.formats import BadImage, Decoder
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
+
+
+def chunk(kind, content=b""):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*extra, width=18, height=12, depth=8, colour=2, end=True):
+    """A PNG of `PIXELS` with chunks of one's own between its header and its pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    rows = b"".join(b"\0" + row.tobytes() for row in PIXELS)
+    chunks = [header, *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND") * end]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def jpeg(*segments, marker=0xC0, bits=8, components=3):
+    """The header of a JPEG of 18x12 pixels, with segments in front of its frame."""
+    frame = struct.pack(">BHHB", bits, 12, 18, components) + bytes(3 * components)
+    return b"\xff\xd8" + b"".join(segments) + struct.pack(">BBH", 0xFF, marker, len(frame) + 2) + frame
+
+
+def webp(kind, content):
+    body = b"WEBP" + kind + struct.pack("<I", len(content)) + content
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+# The look
+
+
+@pytest.mark.parametrize("content", [
+    encoded(PIXELS, "JPEG"), encoded(PIXELS, "JPEG", progressive=True), encoded(PIXELS[..., 0], "JPEG"),
+    jpeg(marker=0xC1),
+    jpeg(b"\xff\xe1\xff\xff" + bytes(65533), b"\xff\xff\xff\xe0\x00\x04ab"), png(), png(depth=16),
+    png(chunk(b"tEXt", bytes(9000))), encoded(PIXELS, "WEBP"), encoded(PIXELS, "WEBP", lossless=True),
+    webp(b"VP8X", bytes([0x10, 0, 0, 0, 17, 0, 0, 11, 0, 0])),
+], ids=lambda content: f"{content[:4]}{len(content)}")
+def test_what_dali_decodes(content):
+    assert formats.look(io.BytesIO(content))[::2] == (Decoder.DALI, 12)
+    assert formats.look(io.BytesIO(content)).width == 18
+
+
+@pytest.mark.parametrize("content", [
+    *(encoded(PIXELS, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "DDS", "PCX")),
+    encoded(PIXELS, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+    png(chunk(b"acTL", struct.pack(">II", 2, 0))), png(end=False),
+    encoded(np.dstack([PIXELS, PIXELS[..., 0]]), "TIFF"),
+], ids=lambda content: f"{content[:4]}{len(content)}")
+def test_what_pillow_decodes(content):
+    assert formats.look(io.BytesIO(content))[0] == Decoder.PILLOW
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.array(image.convert("RGB"))
+    np.testing.assert_array_equal(np.array(formats.pillow_pixels(io.BytesIO(content))), expected)
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"", "not an image that DALI or Pillow can read"),
+    (b"<html></html>", "not an image that DALI or Pillow can read"),
+    (b"\xff\xd8\xff", "not an image"), (b"RIFF", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image"),
+    (encoded(PIXELS, "EPS"), "not an image that DALI or Pillow can read"),
+    (png(width=60_000, height=60_000), "60000x60000 pixels, the limit is 100000000"),
+    (encoded(np.zeros((10_001, 10_000)), "TIFF", compression="tiff_lzw"), "10000x10001 pixels, the limit is"),
+], ids=["empty", "html", "jpeg", "riff", "png", "eps", "claim", "tiff claim"])
+def test_what_is_bad(content, reason):
+    with pytest.raises(BadImage, match=reason):
+        formats.look(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("content", [
+    jpeg(components=4), jpeg(bits=12), jpeg(marker=0xC3), jpeg(marker=0xC9), b"\xff\xd8\xff\xd9",
+    b"\xff\xd8\xff\xda\0\4ab", b"\xff\xd8\xff\xe0\0\1" + jpeg()[2:], b"\xff\xd8" + b"\xff" * 5000, png(depth=3),
+    png(width=0), webp(b"VP8 ", bytes(20)),
+    encoded(PIXELS, "WEBP")[:-20],
+], ids=lambda content: f"{content[:4]}{len(content)}")
+def test_dali_gets_no_odd_header(content):
+    assert formats._dali(io.BytesIO(content)) is None
+
+
+# The graph
+
+
+def behind(name, makers):
+    """The operators that make an edge of the graph, and all that they depend on."""
+    found, names = [], [name]
+    while names:
+        if (maker := makers[names.pop()]) not in found:
+            found.append(maker)
+            names += [edge.name for edge in maker.inputs]
+    return found
+
+
+@pytest.mark.parametrize("device_id", [None, 0], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("define", [classification.train_pipeline, classification.val_pipeline],
+                         ids=["train", "val"])
+def test_every_decoder_waits_for_a_peek_at_the_same_image(define, device_id):
+    pipe = define(lambda info: None, batch_size=4, num_threads=1, device_id=device_id)
+    pipe._build_graph()
+    makers = {edge.name: operator for operator in pipe._ops for edge in operator.outputs}
+    (decoder,) = (operator for operator in pipe._ops if ".decoders" in type(operator._op).__module__)
+    encoded_image, *regions = (edge.name for edge in decoder.inputs)
+    assert len(regions) == 2
+    for region in regions:
+        peeks = [operator for operator in behind(region, makers)
+                 if type(operator._op).__name__ == "PeekImageShape"]
+        assert [edge.name for peek in peeks for edge in peek.inputs] == [encoded_image]
+
+
+def test_one_function_makes_every_decoder():
+    found = []
+    for path in Path(lumix_dali.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                names = [node.value.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
+                         and isinstance(node.value, ast.Attribute)]
+                found += [(path.name, function.name)] * names.count("decoders")
+    assert found == [("classification.py", "decode")]
+
+
+# What is delivered
+
+
+def write_files(root, contents):
+    root.mkdir()
+    for name, content in contents.items():
+        (root / name).write_bytes(content)
+    count = len(contents)
+    return sources.Samples(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
+
+
+def make(source, **options):
+    fixed = {"batch_size": 4, "input_size": (12, 18), "num_threads": 2, "device": "cpu", "dtype": "uint8"}
+    return create_loader(source, **fixed | options)
+
+
+def delivered(loader):
+    return torch.cat([images for images, _ in loader]).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_pillows_pixels_arrive_bit_for_bit(tmp_path, batch_size):
+    """A data set wholly of formats that DALI must not see, more of them than the queue holds."""
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (12, 18, 3), dtype=np.uint8) for _ in range(70)]
+    kinds = ["BMP", "TIFF", "PPM", "TGA", "ICO"]
+    contents = {f"{i:02}.img": encoded(image, kinds[i % 4]) for i, image in enumerate(images)}
+    samples = write_files(tmp_path / "a", contents)
+    before = len(os.listdir("/proc/self/fd"))
+    with make(samples, batch_size=batch_size, is_training=False, crop_pct=1.0, prefetch_queue_depth=3) as loader:
+        np.testing.assert_array_equal(delivered(loader), images)
+        np.testing.assert_array_equal(delivered(loader), images)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_dali_refuses_and_pillow_reads_is_delivered(tmp_path):
+    """A PNG with an unknown critical chunk: DALI's decoder refuses it, Pillow reads its pixels."""
+    contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
+    samples = write_files(tmp_path / "a", contents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = make(samples, is_training=False, crop_pct=1.0)
+        np.testing.assert_array_equal(delivered(loader), [PIXELS] * 12)
+    assert loader.bad == {}
+    state = make(samples, is_training=False, crop_pct=1.0).state_dict()
+    assert (state["refused"], loader.state_dict()["refused"]) == ([], [5])
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
+    contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
+    samples = write_files(tmp_path / "a", contents)
+    loader = make(samples, is_training=is_training, batch_size=3)
+    for _ in loader:
+        pass
+    state, after = loader.state_dict(), delivered(loader)
+    resumed = make(samples, is_training=is_training, batch_size=3)
+    resumed.load_state_dict(state)
+    assert resumed._faults.decoder[5] == Decoder.PILLOW
+    np.testing.assert_array_equal(delivered(resumed), after)
+
+
+def test_files_that_are_no_files(tmp_path):
+    """Neither a FIFO nor a device is waited for."""
+    for name in ("0", "5"):
+        write(PIXELS, tmp_path / "a" / f"{name}.png")
+    os.mkfifo(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
+    (tmp_path / "a" / "3.png").mkdir()
+    (tmp_path / "a" / "4.png").symlink_to(tmp_path / "a" / "nowhere")
+    samples = sources.Samples(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
+    loader = make(samples, is_training=False)
+    with pytest.warns(UserWarning, match="takes its place") as caught:
+        assert len(delivered(loader)) == 6
+    assert loader.bad == {1: 5, 2: 5, 3: 5, 4: 5}
+    reasons = [str(warning.message).partition("(")[2].partition(")")[0] for warning in caught]
+    assert reasons == ["not a regular file"] * 3 + ["No such file or directory"]
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_claim_of_too_many_pixels_is_bad_at_run_time(tmp_path, is_training):
+    contents = {f"{i}.png": png() for i in range(8)} | {"3.png": png(width=60_000, height=60_000)}
+    loader = make(write_files(tmp_path / "a", contents), is_training=is_training)
+    with pytest.warns(UserWarning, match=r"3\.png' cannot be used \(60000x60000 pixels, the limit is 100000000\)"):
+        list(loader)
+    assert loader.bad == {3: 4}
+    small = make(write_files(tmp_path / "b", {f"{i}.png": png() for i in range(4)}), max_pixels=12 * 18 - 1)
+    with pytest.raises(ValueError, match=r"18x12 pixels, the limit is 215\), nor can any of the 3 samples"):
+        list(small)
+
+
+SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000, 10_000), "1x60000": (1, 60_000)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
+    """White stays white to the corners, in less than half a GB more than an ordinary image takes."""
+    (tmp_path / "a").mkdir()
+    Image.new("L", shape[::-1], 255).save(tmp_path / "a" / "0.png")
+    Image.new("L", (256, 256), 255).save(tmp_path / "a" / "1.png")
+    code = f"""
+        import resource, sys
+        from lumix_dali import create_loader
+        peaks = []
+        for name in ("1.png", "0.png"):
+            (sys.path[0] or ".")
+            open({str(tmp_path / "list.txt")!r}, "w").write(f"a/{{name}} 0")
+            options = dict(batch_size=1, is_training=False, device="cpu", num_threads=1, dtype="uint8")
+            ((images, _),) = create_loader({str(tmp_path / "list.txt")!r}, **options)
+            assert images.min() == 255, images
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        print((peaks[1] - peaks[0]) / 2**20)
+    """
+    done = subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.split("\n"))],
+                          capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5

@@ -1,0 +1,136 @@
+"""Whatever Pillow reads is delivered with timm's pixels, or as far from them as `formats.STATEMENTS` says.
+
+One loader for each size of image, set so that nothing is resized, and timm's own data set over the same folder.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import formats
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumix_dali import create_loader
+
+timm_data = pytest.importorskip("timm.data")
+Image.init()
+if "AVIF" not in Image.SAVE:
+    pytest.skip("this Pillow writes no AVIF", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:IM image format is deprecated"),
+    pytest.mark.filterwarnings("ignore:Palette images with Transparency"),
+]
+# What Pillow passes on to another program, or to a handler that is not there.
+NOT_READ_AGAIN = {"BUFR", "EPS", "GRIB", "HDF5", "WMF"}
+BEGIN, END = "<!-- formats -->\n", "\n<!-- /formats -->"
+RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
+
+
+class Delivered(NamedTuple):
+    row: formats.Row
+    ours: np.ndarray
+    timms: np.ndarray
+    by_pillow: bool
+
+
+def content_of(file):
+    """Bytes of what `Image.open` is given."""
+    if not hasattr(file, "read"):
+        return Path(file).read_bytes()
+    file.seek(0)
+    content = file.read()
+    file.seek(0)
+    return content
+
+
+def ours(root, size):
+    """uint8 [N, H, W, C] of the loader, and the contents of the files that Pillow opened meanwhile."""
+    opened, pillows = set(), Image.open
+
+    def spy(file, *args, **kwargs):
+        opened.add(content_of(file))
+        return pillows(file, *args, **kwargs)
+
+    untouched = {"input_size": size, "crop_pct": 1.0, "crop_mode": "squash", "dtype": "uint8"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", spy)
+        with create_loader(root, **untouched, batch_size=64, is_training=False, device="cpu") as loader:
+            images = np.concatenate([images.numpy() for images, _ in loader])
+            assert not loader.bad
+    return images.transpose(0, 2, 3, 1), opened
+
+
+@pytest.fixture(scope="module")
+def delivered(tmp_path_factory):
+    """{statement's name: all that was delivered of it}"""
+    root, by_size = tmp_path_factory.mktemp("formats"), defaultdict(list)
+    for row in formats.rows():
+        file = root / "all" / "class" / "row.jpg"  # one suffix for all: it decides nothing
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(row.content)
+        image, _ = timm_data.create_dataset("", root=file.parents[1])[0]
+        by_size[image.size[::-1]].append((row, np.asarray(image)))
+    found = defaultdict(list)
+    for size, rows in by_size.items():
+        folder = root / f"{size}" / "class"
+        folder.mkdir(parents=True)
+        for number, (row, _) in enumerate(rows):
+            (folder / f"{number:04}.jpg").write_bytes(row.content)
+        images, opened = ours(folder.parent, size)
+        for (row, timms), image in zip(rows, images, strict=True):
+            found[row.format, row.contents].append(Delivered(row, image, timms, row.content in opened))
+    return found
+
+
+@pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
+def test_pixels_are_timms(delivered, name):
+    """As far from timm's as stated, and no nearer either: the table is to be true."""
+    stated = formats.STATEMENTS[name]
+    for each in delivered[name]:
+        difference = np.abs(each.ours.astype(int) - each.timms)
+        found = round(difference.mean(), 1), difference.max()
+        assert found == (stated.mean, stated.largest), each.row[:3]
+    assert delivered[name]
+
+
+@pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
+def test_who_decodes(delivered, name):
+    wanted = formats.STATEMENTS[name].decoder == "Pillow"
+    assert [each.row.what for each in delivered[name] if each.by_pillow != wanted] == []
+
+
+def test_nothing_is_resized(delivered):
+    """Pixels are those that were written, not only those that timm reads."""
+    for each in delivered["PNG", "RGB of 8 bits"]:
+        np.testing.assert_array_equal(each.ours, formats.picture())
+
+
+def test_16_bits_are_scaled_and_rounded(delivered):
+    for name, colour in {"grey": 0, "grey with alpha,": 4, "RGB, with alpha or without,": 2}.items():
+        values = formats.samples(colour, 16, formats.SIZE)[..., : 3 if colour == 2 else 1]
+        for each in delivered["PNG", f"{name} of 16 bits"]:
+            assert np.abs(each.ours - values / 257).max() <= 0.5, each.row[:3]
+
+
+def test_every_format_that_pillow_writes_and_reads_is_here(tmp_path):
+    (tmp_path / "file").touch()
+    found = set()
+    for row in formats.rows():
+        (tmp_path / "file").write_bytes(row.content)
+        with Image.open(tmp_path / "file") as image:
+            found.add(image.format)
+    assert found == {*Image.SAVE} & {*Image.OPEN} - NOT_READ_AGAIN | {"MPO"}
+
+
+def test_every_file_has_a_statement():
+    assert {row[:2] for row in formats.rows()} == {*formats.STATEMENTS}
+
+
+def test_the_table_in_the_docs_is_this_one():
+    _, begin, rest = RELIABILITY.read_text(encoding="utf-8").partition(BEGIN)
+    table, end, _ = rest.partition(END)
+    assert begin and end, f"{RELIABILITY.name} lacks its markers"
+    assert table.strip() == formats.table(), "print it with `python -m tests.formats`"
