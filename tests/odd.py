@@ -1,8 +1,8 @@
 """Unparsable, damaged and odd files, made from scratch, each with the verdict it must get.
 
-Every file that is delivered is 96 wide and 64 high (three exceptions), so that a loader whose output has that size
-returns the decoded pixels themselves. Nothing here uses the package: Pillow writes the formats, or they are written
-by hand where Pillow has no writer or the file must be wrong.
+Every file that is delivered is 96 wide and 64 high (three exceptions), so that a loader whose output has that
+size returns the decoded pixels themselves. Nothing here uses the package: Pillow writes the formats, or they are
+written by hand where Pillow has no writer or the file must be wrong.
 """
 
 from __future__ import annotations
@@ -73,22 +73,44 @@ def grey(levels) -> np.ndarray:
     return np.repeat(np.uint8(np.rint(levels))[..., None], 3, -1)
 
 
-def odd_paths(folder: Path) -> list[Path]:
-    """Makes things in `folder` that are no readable regular file, and gives their paths: all of them are bad."""
-    made = {
-        name: folder / f"{name}.jpg" for name in ("folder", "missing", "broken link", "fifo", "socket", "device")
-    }
-    made["folder"].mkdir()
-    made["broken link"].symlink_to(folder / "nowhere")
-    os.mkfifo(made["fifo"])
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(made["socket"]))
-    made["device"].symlink_to("/dev/zero")  # regular reads of it never end
-    if os.geteuid():  # root may read everything
-        made["unreadable"] = folder / "unreadable.jpg"
-        made["unreadable"].write_bytes(encoded("JPEG"))
-        made["unreadable"].chmod(0)
-    return list(made.values())
+PATHS = ("folder", "missing", "broken link", "loop", "fifo", "socket", "device", "unreadable")
+
+
+def odd_path(name: str, path: Path) -> None:
+    """Makes something at `path` that is no readable regular file: all of them are bad."""
+    if name == "folder":
+        path.mkdir()
+    elif name == "broken link":
+        path.symlink_to(path.parent / "nowhere")
+    elif name == "loop":
+        path.symlink_to(path)
+    elif name == "fifo":
+        os.mkfifo(path)
+    elif name == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif name == "device":
+        path.symlink_to("/dev/zero")  # reading it never ends
+    elif name == "unreadable":
+        path.write_bytes(encoded("JPEG"))
+        path.chmod(0)
+
+
+# Some of each cause by which a file ends the process or takes its memory, and the files with pixels of their own.
+CAUSES = (
+    *("html", "svg", "text", "nothing", "one byte", "zeros", "gif", "avif", "ico", "pnm, PAM", "start of PNG"),
+    *("jpeg, cut after 50 bytes", "jpeg, cut at half of its scan", "jpeg, without its end marker"),
+    "jpeg, leading junk",
+    *("jpeg, claims 30000x30000", "jpeg, CMYK without Adobe's marker", "jpeg, 12 bits", "jpeg, height 0"),
+    *("png, cut before IEND", "png, cut at half of IDAT", "png, false checksum of IHDR", "png, width 0"),
+    *("png, EXIF of 2 GB", "png, data of 2 GB", "png, white, 1x60000", "png, APNG with a default image"),
+    *("webp, lossless of odd length, orientation 6", "webp, cut at half", "webp, extended, claims 16383x16383"),
+    *("bmp, 16 bits", "bmp, RLE4", "bmp, RLE8 that runs past its rows", "bmp, 32 bits with masks"),
+    *("tiff, float16", "tiff, grey of 17 bits", "tiff, RGB of 32 bits", "tiff, grey of 64 bits", "tiff, Lab"),
+    *("tiff, orientation 6", "tiff, grey and alpha", "tiff, next directory is itself", "tiff, claims 60000x60000"),
+    *("jpeg2000, cut before its first tile", "jpeg2000, tiles of height 0", "jpeg2000, 12 bits"),
+    *("pnm, maxval 100", "eps"),
+)
 
 
 # Helpers
@@ -372,7 +394,7 @@ def _png_good() -> dict[str, Odd]:
     sixteen = base().astype(">u2") * 257
     colour = Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)), Image.new("RGB", (WIDTH, HEIGHT), (0, 255, 0))
     red = np.array(colour[0])
-    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 * 2**20)))
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 * 2**20)))
     exact = {
         "png": encoded("PNG"),
         "png, interlaced": png(header(WIDTH, HEIGHT, 8, 2, 0, 0, 1), _interlaced(base())),
@@ -409,7 +431,7 @@ def _png_good() -> dict[str, Odd]:
         "png, false checksum of a text": Odd(
             png(header(), rows, chunk(b"tEXt", b"Comment\0a", crc=1)), "dali", base()
         ),
-        "png, text that inflates to 200 MB": Odd(png(header(), rows, bomb), "dali", base()),
+        "png, text that inflates to 64 MB": Odd(png(header(), rows, bomb), "dali", base()),
     }
 
 
@@ -873,5 +895,5 @@ def _ico(image: bytes) -> bytes:
 
 
 def _icns() -> bytes:
-    image = encoded("PNG", "RGBA")
+    image = encoded("PNG", "RGBA", Image.fromarray(base()).resize((128, 128)))
     return struct.pack(">4sI4sI", b"icns", 16 + len(image), b"ic07", 8 + len(image)) + image
