@@ -162,7 +162,9 @@ def problems(answer, orders, kinds=None, labels=None):
     wrong += [f"{kinds[label]} is not bad" for label in kinds if verdicts[label] == "bad" and label not in found]
     if answer["ghostscript"]:
         wrong.append("a program was run on what the file says")
-    if (memory := answer["memory"] - source["memory"]) > max(odd()[kind].memory for kind in kinds.values()):
+    # Two threads may hold one large image each, as it was decoded and as a bitmap.
+    limit = max(odd()[kind].memory for kind in kinds.values()) * (1 if len(kinds) == 1 else 2.5)
+    if (memory := answer["memory"] - source["memory"]) > limit:
         wrong.append(f"{memory / 1e9:.1f} GB")
     return wrong + (of_check if case["mode"].startswith("check") else of_loader)(answer, kinds, labels, found)
 
@@ -175,7 +177,8 @@ def of_check(answer, kinds, labels, found):
 def of_loader(answer, kinds, labels, found):
     replaced = {labels[int(i)]: labels[j] for i, j in answer["bad"].items()}
     wrong = [f"{label} is replaced by the bad {to}" for label, to in replaced.items() if to in found]
-    named = [label_named(text, labels) for text in answer["warnings"]]
+    ours = [text for text in answer["warnings"] if " takes its place" in text or " is bad" in text]  # not Pillow's
+    named = [label_named(text, labels) for text in ours]
     if sorted(named, key=str) != sorted(found, key=str):
         wrong.append(f"bad are {sorted(found)}, named are {named}: {answer['warnings'][:2]}")
     if sorted(answer["labels"]) != sorted(replaced.get(label, label) for label in labels):
