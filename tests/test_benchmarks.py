@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: a known delay is found, whoever's turn it is, whatever was ready."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import itertools
@@ -236,6 +237,23 @@ def test_metadata_says_where_a_result_comes_from():
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
         harness.resolve_device(device)
+
+
+def calls(name):
+    """(file, node) of every call of `name`, with its dots, in the sources."""
+    for folder in ("lumix_dali", "pipelines", "benchmarks", "tests"):
+        for path in (harness.ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                    yield path.name, node
+
+
+def test_no_other_thread_can_fail_a_capture():
+    """DALI's threads allocate and synchronise while a loader lives, which the default mode does not allow."""
+    modes = [(file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
+             for file, call in calls("torch.cuda.graph")]
+    assert modes
+    assert {mode for _, mode in modes} == {"'thread_local'"}, modes
 
 
 # --- data
