@@ -24,10 +24,18 @@ from benchmarks.harness import Candidate, compare, throughput  # noqa: E402
 class Clock:
     """Time as the tests make it pass: no busy machine changes what is measured."""
 
-    now = 0.0
+    now = busy = 0.0
 
     def sleep(self, seconds):
         self.now += seconds
+
+    def work(self, seconds, threads=1):
+        self.now += seconds
+        self.busy += threads * seconds
+
+    def process_time(self):
+        self.busy += 1e-9
+        return self.busy
 
     def perf_counter(self):
         self.now += 1e-9  # nothing takes no time at all
@@ -98,6 +106,14 @@ def test_an_epoch_that_leaves_nothing_behind_is_refused():
     assert length == 2 + 1 + 4 + 2
     with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
         throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
+
+
+def test_cpu_time_is_all_threads_and_no_waiting():
+    def step():
+        clock.sleep(0.5)
+        clock.work(0.01, threads=3)
+
+    assert harness.cpu_milliseconds(step, 4, "cpu") == pytest.approx(30, rel=1e-3)
 
 
 def test_an_epoch_is_drained():

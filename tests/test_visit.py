@@ -139,8 +139,23 @@ def test_every_blend_is_mixup(blend):
 
 def test_kernels_are_summed_by_name():
     events = [{"cat": "kernel", "name": "a", "dur": 3.0}, {"cat": "kernel", "name": "a", "dur": 5.0},
-              {"cat": "gpu_memcpy", "name": "b", "dur": 2.0}, {"cat": "cpu_op", "name": "c", "dur": 100.0}]
-    assert mix.summed(events, 2) == {"kernel_us": 5.0, "launches": 1.5, "longest": {"a": 4.0, "b": 1.0}}
+              {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "dur": 2.0},
+              {"cat": "cpu_op", "name": "c", "dur": 100.0}]
+    assert mix.summed(events, 2) == {
+        "kernel_us": 5.0, "launches": 1.5, "copies": {"HtoD": 0.5},
+        "longest": {"a": 4.0, "Memcpy HtoD (Pinned -> Device)": 1.0}}
+
+
+def test_the_paste_by_itself_is_a_box_of_the_partners():
+    """A quarter of the image, so what it costs is comparable with CutMix's paste."""
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).repeat(1, 8, 8, 3)
+    found, _ = (np.array(output.as_array()) for output in mix.build(mix.stages(8)["paste"], images, 1).run())
+    inside = np.zeros((8, 8), bool)
+    inside[2:6, 2:6] = True
+    for own, image in enumerate(found[..., 0]):
+        assert (image[~inside] == own).all()
+        assert len(set(image[inside])) == 1
+        assert image[inside][0] != own
 
 
 def test_the_sources_digest_follows_the_sources(monkeypatch, tmp_path):
