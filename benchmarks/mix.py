@@ -182,7 +182,7 @@ def kernels(step: Callable[[], Any], count: int) -> dict[str, Any]:
 
 
 def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Of a Chrome trace's GPU events: microseconds, launches and copies a call, and by name those that take longest."""
+    """Of a Chrome trace's GPU events: microseconds, launches and copies a call, and by name the longest."""
     times: Counter[str] = Counter()
     copies: Counter[str] = Counter()
     launches = 0

@@ -434,6 +434,82 @@ def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
         capsys.readouterr().err)
 
 
+@pytest.fixture
+def cost_on(folder, tmp_path):
+    """`cost_on(device)`: benchmarks.cost's setting there."""
+    pytest.importorskip("benchmarks.cost")
+    from benchmarks.contenders import Setting
+    from lumix_dali.sources import load_files
+
+    return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
+
+
+def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
+    """Defined, not built: a label is copied once however often it is used, and a shape is read back."""
+    from nvidia.dali import fn, pipeline_def
+
+    from benchmarks import cost
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=0)
+    def define():
+        images, labels = (fn.external_source(name=name).gpu() for name in ("images", "labels"))
+        height = images.shape()[0]
+        return fn.flip(images, vertical=height > 3), labels + 1, labels, fn.random.coin_flip().gpu()
+
+    found = cost.operators(define())
+    assert found == dict(cpu=6, mixed=0, gpu=2, copies_to_gpu=3, read_from_gpu=["_Shape"])
+    monkeypatch.setattr(cost, "build", lambda *args, **options: define())
+    assert cost.executor_statistics(cost_on("cuda:0"), 1) == {
+        "skipped": "the older executor allows no CPU operator to read from the GPU: _Shape"}
+
+
+@pytest.mark.parametrize("stages", range(1, 6))
+def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
+    """What is mixed and its target come from the GPU; `_Shape` reads metadata alone."""
+    from benchmarks import cost
+
+    pipe = cost.build(cost_on("cuda:0"), 1, stages)
+    found = cost.operators(pipe)
+    assert set(found["read_from_gpu"]) <= {"_Shape"}
+    assert found["mixed"] == (stages > 1)
+    on_gpu = [node.device == "gpu" for node in pipe._graph_outputs]
+    assert on_gpu == [True] * 6 if stages > 3 else [stages > 1, False, False]
+
+
+def test_memory_of_each_operator_is_told(cost_on):
+    from benchmarks import cost
+
+    found = cost.executor_statistics(cost_on("cpu"), 1)
+    assert any("MultiPaste" in name and stats["real_memory_size"] for name, stats in found.items())
+
+
+def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
+    from benchmarks import cost
+
+    for output in cost.build(cost_on("cpu"), 1, 5).run():
+        tensor = output.as_tensor()
+        shared, copied = (take(tensor) for take in cost.HANDOVERS.values())
+        assert torch.equal(shared, copied)
+        assert shared.data_ptr() != copied.data_ptr()
+
+
+def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
+    cost = pytest.importorskip("benchmarks.cost")
+    out = tmp_path / "x.json"
+    cost.main(["--data", str(folder), "--quick", "--batch-size", "4", "--input-size", "32", "--model", "test_vit",
+               "--device", "cpu", "--out", str(out), "--parts", "epoch,handover",
+               "--only", "build,checkpoint,dlpack,copied"])
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["build", "checkpoint", "dlpack", "copied"]
+    assert not any(row["error"] for row in rows.values())
+    assert all(rows[name]["cpu_ms"] > 0 for name in ("dlpack", "copied"))
+    assert list(rows["dlpack"]["ratios"]) == ["copied"]
+    counts = result["settings"]["operators"]
+    assert counts["read"]["cpu"] < counts["decode"]["cpu"] < counts["mix"]["cpu"]
+    assert "DLPack / copied: " in capsys.readouterr().out
+
+
 # --- tune
 
 
