@@ -3,9 +3,9 @@
 Stages overlap, so a stage's cost is an ablation: the time a batch takes with it, less the time without it. The
 loader's stages are DALI pipelines that end after each stage; the model's are the parts of a step on one cached
 batch. The whole step is then fed by the loader, and by the replay of a cached batch: their difference is what the
-loader costs a training run. "epoch" is what a new epoch and a checkpoint cost. "handover" compares steps on batches
-in DALI's own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into PyTorch's
-memory; the rows give the CPU time of the process (`cpu_ms`) and the GPU memory in use (`memory_mib`) as well.
+loader costs a training run. "epoch" is what a new epoch and a checkpoint cost. "handover" compares steps on
+batches in DALI's own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into
+PyTorch's memory; its rows also give the process's CPU time (`cpu_ms`) and the GPU memory in use (`memory_mib`).
 
     python -m benchmarks.cost --model resnet50 --data imagenet/train --batch-size 256 --out FILE.json
     python -m benchmarks.cost --model resnet50 --data imagenet/train --trace trace.json --out FILE.json
@@ -309,7 +309,7 @@ def executor_statistics(s: Setting, threads: int) -> dict[str, Any]:
     That executor rejects graphs in which a CPU operator reads from the GPU; the result then says so instead.
     """
     if readers := operators(build(s, threads, len(LOADER_STAGES)))["read_from_gpu"]:
-        return dict(skipped=f"the older executor allows no CPU operator to read from the GPU: {', '.join(readers)}")
+        return dict(skipped=f"this executor allows no CPU operator to read from the GPU: {', '.join(readers)}")
     pipe = build(s, threads, len(LOADER_STAGES), exec_dynamic=False, enable_memory_stats=True)
     try:
         for _ in repeat(None, PREFETCH + 1):

@@ -460,7 +460,7 @@ def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
     assert found == dict(cpu=6, mixed=0, gpu=2, copies_to_gpu=3, read_from_gpu=["_Shape"])
     monkeypatch.setattr(cost, "build", lambda *args, **options: define())
     assert cost.executor_statistics(cost_on("cuda:0"), 1) == {
-        "skipped": "the older executor allows no CPU operator to read from the GPU: _Shape"}
+        "skipped": "this executor allows no CPU operator to read from the GPU: _Shape"}
 
 
 @pytest.mark.parametrize("stages", range(1, 6))

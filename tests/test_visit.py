@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import cost, gpu, harness, loaders, loss, mix, probe, tune
 from benchmarks import data as generated
@@ -156,6 +158,82 @@ def test_the_paste_by_itself_is_a_box_of_the_partners():
         assert (image[~inside] == own).all()
         assert len(set(image[inside])) == 1
         assert image[inside][0] != own
+
+
+def test_the_probe_decodes_what_the_pipelines_decode():
+    """Evaluation's centre to the pixel; in training equal crops in every run, since two devices are compared."""
+    images = probe.photographs(3)
+    files = probe.jpegs(images, subsampling=2)
+    wanted = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+    (centres,) = probe.decoder(files, None, 3, "evaluation").run()
+    for found, image in zip(centres, wanted, strict=True):
+        side = min(image.shape[:2]) * 7 // 8
+        top, left = ((length - side) // 2 for length in image.shape[:2])
+        np.testing.assert_array_equal(found, image[top : top + side, left : left + side])
+    (crops,), (again,) = (probe.decoder(files, None, 3).run() for _ in range(2))
+    for found, same, image in zip(crops, again, wanted, strict=True):
+        np.testing.assert_array_equal(found, same)
+        area, ratio = np.prod(found.shape()[:2]) / np.prod(image.shape[:2]), found.shape()[1] / found.shape()[0]
+        assert 0.07 < area < 1
+        assert 0.72 < ratio < 1.36
+
+
+PIXELS = {"training 4:2:0": dict(most=0), "training 4:2:0 fancy": dict(most=9), "evaluation 4:4:4": dict(most=3)}
+
+
+@pytest.mark.parametrize(("device", "ran"), [
+    ("cpu", {"training 4:2:0": "cpu", "evaluation 4:4:4": "cpu"}),
+    ("cuda:0", {"training 4:2:0": "cpu", "evaluation 4:4:4": "gpu"}),
+])
+def test_the_decoder_that_ran_is_told_by_its_pixels(monkeypatch, device, ran):
+    monkeypatch.setattr(probe, "loaded", lambda library: [f"/usr/lib/{library}"])
+
+    def version(name):
+        if name != "nvidia-nvimgcodec-cu13":
+            raise probe.importlib.metadata.PackageNotFoundError(name)
+        return "0.9.0.20"
+
+    monkeypatch.setattr(probe.importlib.metadata, "version", version)
+    found = probe.decoder_found(PIXELS, device)
+    assert found == dict(nvimgcodec=["nvidia-nvimgcodec-cu13 0.9.0.20"],
+                         libnvjpeg=["/usr/lib/libnvjpeg.so"], ran=ran)
+
+
+def speeds(cpu, *gpu):
+    return {"cpu": dict(images_per_second=cpu)} | {
+        f"hw_decoder_load={number}": dict(images_per_second=speed) for number, speed in enumerate(gpu)}
+
+
+@pytest.mark.parametrize(("ran", "libraries", "rates", "said"), [
+    ({"a": "gpu", "b": "gpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 1000.0, 9000.0), []),
+    ({"a": "gpu", "b": "cpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 9000.0), ["THE CPU DECODED, NOT THE GPU: b"]),
+    ({"a": "gpu"}, [], speeds(1000.0, 9000.0), ["libnvjpeg is not loaded: install nvidia-nvjpeg-cu12"]),
+    ({"a": "gpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 800.0, 1100.0),
+     ["the mixed decoder reaches 1100 images/s, the CPU's 1000"]),
+], ids=["all is well", "on the CPU", "no library", "no faster"])
+def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
+    found = probe.warnings(dict(decoder=dict(ran=ran, libnvjpeg=libraries), decoding=rates))
+    assert len(found) == len(said)
+    assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
+
+
+def test_loaded_libraries_are_those_of_this_process():
+    found = probe.loaded("libc.so") + probe.loaded("ld-")
+    assert found
+    assert all(Path(path).is_file() for path in found)
+    assert probe.loaded("no such library") == []
+
+
+def test_a_decoders_rate_is_that_of_its_steady_state(monkeypatch):
+    clock = [0.0]
+    calls = []
+
+    def run():
+        calls.append(None)
+        clock[0] += 5.0 if len(calls) <= 3 else 0.125
+
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    assert probe.rate(run, 10) == pytest.approx(80)
 
 
 def test_the_sources_digest_follows_the_sources(monkeypatch, tmp_path):
