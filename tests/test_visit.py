@@ -1,10 +1,12 @@
 """The visit to a GPU host goes on whatever a step does, and writes as it goes; what it compares is right."""
 
 import argparse
+import ast
 import contextlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
         yield Step("environment", ["timeit", "-n1", "-r1", "print('{\"gpu\": null}')"])
         yield Step("mix", ["timeit", "-n1", "-r1", "raise ValueError('broken')"])
         seen.extend(lines_of(out))
+        (out / ".mix.json.partial").touch()  # a benchmark was stopped while it wrote
         yield Step("loss", ["timeit", "-n1", "-r1", "-s", stubborn, sleep])
         yield Step("tune", ["timeit"], needs=(("no_such_module", "a remedy"),))
         yield Step("training lumix 0", ["timeit"], skip="no --cifar")
@@ -59,6 +62,7 @@ def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
     assert found["tune"]["reason"] == "no module no_such_module: a remedy"
     assert [line["step"] for line in seen] == ["environment", "mix"]
     assert "broken" in (out / "log.txt").read_text()
+    assert sorted(os.listdir(out)) == ["log.txt", "results.jsonl"]
     assert len(pids.read_text().split()) == 2
     assert not any(map(alive, pids.read_text().split()))
     assert "stopped at its limit" in capsys.readouterr().out
@@ -101,8 +105,84 @@ def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypat
     assert len(files) + len(["results.jsonl", "log.txt"]) <= 8
     (given,) = (each for each in found if getattr(each, "only", None))
     assert (given.threads, given.decoder) == ([3], {"hw_decoder_load": 0.12})
-    (pytest_argv,) = (step.argv for step in steps if step.argv[0] == "pytest")
-    assert all((harness.ROOT / arg).is_file() for arg in pytest_argv if arg.startswith("tests/"))
+    files = [arg for step in steps for arg in step.argv if arg.startswith("tests/")]
+    assert len(files) == len(set(files)) == sum(map(len, gpu.TESTS.values()))
+    assert all((harness.ROOT / file).is_file() for file in files)
+
+
+def runs_on_a_gpu(path):
+    """Whether a file has tests that ``-m gpu`` selects: marked, or with a fixture that is both backends."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            given = {arg.arg for arg in node.args.args} - set(re.findall(r"\w+", decorators))
+            fixtures = given & {"device", "graph"} if re.match("test_|make|where", node.name) else ()
+            if fixtures or "mark.gpu" in decorators:
+                return True
+    return False
+
+
+def test_every_test_that_needs_a_gpu_is_part_of_the_visit():
+    """Operators come first, and in a process of their own: what they hand to DALI is the basis of all else."""
+    found = {path.stem.removeprefix("test_") for path in (harness.ROOT / "tests").glob("test_*.py")
+             if runs_on_a_gpu(path)}
+    assert found == {name for names in gpu.TESTS.values() for name in names}
+    assert list(gpu.TESTS) == ["operators", "decoding"]
+    assert gpu.TESTS["operators"][:2] == ("fn", "augment")
+    argv = gpu.tests("operators", "").argv
+    assert argv[argv.index("-m") + 1] == "gpu and not slow"
+
+
+def test_a_third_of_eight_minutes_is_the_tests(tmp_path, monkeypatch):
+    """Eight of a command's ten; the order is environment, tests, loaders and mixing, cost, loss, training."""
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    args = gpu.parse_args(["--out", str(tmp_path / "out")])
+    assert args.minutes == 8
+    assert sum(gpu.SHARES.values()) == 100
+    assert gpu.SHARES["tests"] >= 33
+    steps = [step.name for step in gpu.steps(args, tmp_path)]
+    kinds = list(dict.fromkeys(name.partition(" ")[0] for name in steps))
+    assert kinds == list(gpu.SHARES) == ["environment", "tests", "images", "tune", "loaders", "mix", "cost-deit",
+                                         "cost-resnet50", "loss", "training"]
+    assert sum(gpu.share(name, args.only, args.seeds) for name in steps) == pytest.approx(100)
+    assert gpu.share("mix", ["loss"], 1) == 0
+
+
+def test_a_crash_and_a_decoder_on_the_cpu_are_in_the_visits_table(tmp_path):
+    crash = Step("mix", ["timeit", "-n1", "-r1", "import os; os.kill(os.getpid(), 11)"])
+    line = gpu.run(crash, 60, tmp_path / "log.txt")
+    assert (line["status"], line["reason"].partition(":")[0]) == ("failed", "killed by SIGSEGV")
+    said = json.dumps({"warnings": ["the CPU decoded"]})
+    line = gpu.run(Step("environment", ["timeit", "-n1", "-r1", f"print({said!r})"]), 60, tmp_path / "log.txt")
+    assert (line["status"], line["reason"]) == ("ok", "WARNING: the CPU decoded")
+
+
+def test_results_are_read_whatever_is_in_them(tmp_path):
+    """Rows with and without an error, and output that is not what it seems."""
+    result = tmp_path / "tune.json"
+    result.write_text(json.dumps(dict(complete=True, rows=[dict(name="a"), dict(name="b", error="E: c")])))
+    assert gpu.found(Step("tune", [""], result), "") == dict(
+        file="tune.json", complete=True, errors={"b": "E: c"})
+    argv = ["timeit", "-n1", "-r1", "print('{broken')"]
+    line = gpu.run(Step("environment", argv), 60, tmp_path / "log.txt")
+    assert (line["status"], line["reason"].partition(": ")[0]) == ("failed", "its result cannot be read")
+
+
+def test_training_without_cifar_compares_nothing(tmp_path, monkeypatch):
+    """Generated images are trained on all the same, but validated on too."""
+    monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(gpu.SHARES, 1.0))
+    monkeypatch.setattr(gpu, "run", lambda step, *_: dict(step=step.name, status="ok", result=dict(top1=50.0)))
+    (tmp_path / "cifar/train").mkdir(parents=True)
+    for options, compared in (([], False), (["--cifar", str(tmp_path / "cifar")], True)):
+        out = tmp_path / f"out {compared}"
+        gpu.main(["--out", str(out), "--device", "cpu", *options])
+        assert ("training, paired" in [line["step"] for line in lines_of(out)]) == compared
+    args = gpu.parse_args(["--out", str(tmp_path / "new"), "--device", "cpu"])
+    (tmp_path / "images").mkdir()
+    argv = gpu.training(args, "lumix", 0, tmp_path / "images", tmp_path).argv
+    for flag, value in (("--data-dir", str(tmp_path)), ("--train-split", "images"), ("--val-split", "images")):
+        assert argv[argv.index(flag) + 1] == value
+    assert gpu.training(args, "lumix", 0, tmp_path / "none", tmp_path).reason() == "there are no images"
 
 
 def test_trainings_are_compared_over_the_seeds_that_both_finished():
@@ -117,12 +197,14 @@ def test_trainings_are_compared_over_the_seeds_that_both_finished():
 
 
 def test_outcomes_of_the_tests_are_read_from_the_output():
-    output = ("tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
+    output = ("collecting ... collected 30 items / 24 deselected / 6 selected\n\n"
+              "tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
               "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
               "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
               "ERROR tests/test_a.py::test_g - of a fixture\n")
+    assert gpu.found(Step("tests", ["pytest"]), "collecting ... collected 2 items\n")["selected"] == 2
     assert gpu.found(Step("tests", ["pytest"]), output) == {
-        "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": ["tests/test_f.py"],
+        "selected": 6, "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": ["tests/test_f.py"],
         "skipped": ["tests/test_a.py::test_d"]}
 
 
