@@ -36,8 +36,8 @@ import torch
 from . import harness, probe
 
 # Per cent of a visit's time; the order is that of worth.
-SHARES = {"environment": 7, "tests": 34, "images": 6, "tune": 5, "loaders": 12, "mix": 5, "cost-deit": 6,
-          "cost-resnet50": 9, "loss": 6, "training": 10}
+SHARES = {"environment": 9, "tests": 34, "images": 6, "tune": 5, "loaders": 12, "mix": 5, "cost-deit": 6,
+          "cost-resnet50": 9, "loss": 6, "training": 8}
 WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
 # Two processes: should a GPU's decoder crash, the operators have been tested all the same.
 TESTS = {"operators": ("fn", "augment", "mixing", "timm_parity", "loss"),

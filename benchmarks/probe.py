@@ -35,7 +35,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "progressive": dict(subsampling=2, progressive=True)}
 REGIONS = ("training", "evaluation")
 LOADS = (0.0, 0.65, 0.99)
-SECONDS = 2.0
+SECONDS = 1.0
 CODECS = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")
 FASTER = 1.5  # times the CPU's rate, which any GPU that really decodes exceeds
 
@@ -174,7 +174,7 @@ def loaded(library: str) -> list[str]:
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a GPU's decoder, judged by what `main` found."""
+    """What is wrong with a GPU's decoder, judged by what was found so far."""
     said, decoder = [], found["decoder"]
     if on_cpu := [name for name, ran in decoder["ran"].items() if ran == "cpu"]:
         said.append(f"THE CPU DECODED, NOT THE GPU: {', '.join(on_cpu)} (pixels equal to the CPU decoder's)")
@@ -203,27 +203,26 @@ def engine() -> Iterator[list[int]]:
             print("nvidia-smi tells nothing of the JPEG engine:", text.strip()[:200])
 
 
-def decoding(device: int | None, batch_size: int = 256) -> dict[str, dict[str, Any]]:
-    """Images/s of training's regions: the CPU's, and the GPU's for each `hw_decoder_load`.
+def decoding(device: int | None, batch_size: int = 256) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Images/s of training's regions: the CPU's, then the GPU's for each `hw_decoder_load`.
 
     The GPU's rows also hold the JPEG engine's utilisation and the kernels.
     """
     from .mix import kernels
 
-    files = jpegs(photographs(64), subsampling=2)
+    files = jpegs(photographs(32), subsampling=2)
     few = batch_size // 8  # a CPU is slow, and needs no large batches
-    found: dict[str, dict[str, Any]] = {"cpu": dict(images_per_second=rate(decoder(files, None, few).run, few))}
+    yield "cpu", dict(images_per_second=rate(decoder(files, None, few).run, few))
     if device is None:
-        return found
+        return
     for load in LOADS:
         run = partial(decoder(files, device, batch_size, hw_decoder_load=load).run,
                       torch.cuda.current_stream(device))
         with engine() as readings:
             speed = rate(run, batch_size, f"cuda:{device}")
-        found[f"hw_decoder_load={load}"] = dict(
+        yield f"hw_decoder_load={load}", dict(
             images_per_second=speed, jpeg_engine=dict(most=max(readings, default=None), readings=len(readings)),
             **kernels(run, 3))
-    return found
 
 
 def rate(run: Callable[[], Any], batch_size: int, device: str = "cpu") -> float:
@@ -244,19 +243,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    device = harness.resolve_device(parser.parse_args(argv).device)
-    found = environment()
-    print(json.dumps(found), flush=True)  # whatever happens to what follows
-    if "nvidia.dali" not in found["missing"]:
-        index = torch.device(device).index
-        found["differences"] = differences(index)
-        found["decoder"] = decoder_found(found["differences"], device)
-        print(json.dumps(found), flush=True)
-        found["decoding"] = decoding(index)
-        found["warnings"] = warnings(found) if device != "cpu" else []
-    print(json.dumps(found))
+    for found in findings(harness.resolve_device(parser.parse_args(argv).device)):
+        print(json.dumps(found), flush=True)  # whatever happens to what follows
     for warning in found.get("warnings", []):
         print("WARNING:", warning, file=sys.stderr)
+
+
+def findings(device: str) -> Iterator[dict[str, Any]]:
+    """All that is known so far, again and again as it grows."""
+    found = environment()
+    yield found
+    if "nvidia.dali" in found["missing"]:
+        return
+    index = torch.device(device).index
+    found["differences"] = differences(index)
+    found["decoder"] = decoder_found(found["differences"], device)
+    found["warnings"] = [] if device == "cpu" else warnings(found)
+    yield found
+    found["decoding"] = {}
+    for name, row in decoding(index):
+        found["decoding"][name] = row
+        found["warnings"] = [] if device == "cpu" else warnings(found)
+        yield found
 
 
 if __name__ == "__main__":

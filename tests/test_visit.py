@@ -299,6 +299,25 @@ def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
+def test_the_decoder_is_told_before_its_rates(monkeypatch, capsys):
+    """They take longest, and a crash there must not hide that the CPU decodes."""
+    def decoding(index):
+        assert index == 0
+        yield "cpu", dict(images_per_second=1000.0)
+        yield "hw_decoder_load=0", dict(images_per_second=900.0)
+        raise RuntimeError("of the decoder")
+
+    monkeypatch.setattr(harness, "resolve_device", lambda device: "cuda:0")
+    for name, value in (("environment", lambda: dict(missing=[])), ("differences", lambda index: PIXELS),
+                        ("loaded", lambda library: ["libnvjpeg.so.12"]), ("decoding", decoding)):
+        monkeypatch.setattr(probe, name, value)
+    with pytest.raises(RuntimeError, match="of the decoder"):
+        probe.main([])
+    said = [json.loads(line).get("warnings", []) for line in capsys.readouterr().out.splitlines()]
+    assert [len(warnings) for warnings in said] == [0, 1, 1, 2]
+    assert said[1] == ["THE CPU DECODED, NOT THE GPU: training 4:2:0 (pixels equal to the CPU decoder's)"]
+
+
 def test_loaded_libraries_are_those_of_this_process():
     found = probe.loaded("libc.so") + probe.loaded("ld-")
     assert found
