@@ -47,6 +47,11 @@ class Setting:
         return self.device != "cpu"
 
     @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """On which batches are taken from DALI."""
+        return torch.cuda.current_stream(self.device) if self.cuda else None
+
+    @property
     def num_classes(self) -> int:
         return len(self.samples.classes)
 

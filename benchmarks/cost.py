@@ -3,7 +3,9 @@
 Stages overlap, so a stage's cost is an ablation: the time a batch takes with it, less the time without it. The
 loader's stages are DALI pipelines that end after each stage; the model's are the parts of a step on one cached
 batch. The whole step is then fed by the loader, and by the replay of a cached batch: their difference is what the
-loader costs a training run.
+loader costs a training run. "epoch" is what a new epoch and a checkpoint cost. "handover" compares steps on
+batches in DALI's own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into
+PyTorch's memory; its rows also give the process's CPU time (`cpu_ms`) and the GPU memory in use (`memory_mib`).
 
     python -m benchmarks.cost --model resnet50 --data imagenet/train --batch-size 256 --out FILE.json
     python -m benchmarks.cost --model resnet50 --data imagenet/train --trace trace.json --out FILE.json
@@ -15,27 +17,31 @@ import argparse
 import shlex
 import sys
 import tempfile
+import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 import lumix_dali.fn as mixfn
-from lumix_dali import LUMixLoss, create_loader
+from lumix_dali import LUMixLoss, MixTarget, create_loader
 from lumix_dali.sources import load_files
 
 from . import data, harness
 from .contenders import PREFETCH, Epoch, Setting, cropped, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
-PARTS = ("loader", "model", "epoch", "step")
+PARTS = ("loader", "model", "epoch", "step", "handover")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
 CUTMIX = dict(cutmix_alpha=1.0)
 # What is mixed, and the loss that goes with it.
@@ -77,9 +83,9 @@ def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
 
 def stage_epoch(s: Setting, threads: int, stages: int, copied: bool, batches: int) -> Iterator:
     """Batches of a truncated pipeline; `copied` hands them over to torch."""
-    pipe, stream = build(s, threads, stages), torch.cuda.current_stream(s.device) if s.cuda else None
+    pipe = build(s, threads, stages)
     for _ in range(batches):
-        outputs = pipe.run(stream)
+        outputs = pipe.run(s.stream)
         yield tuple(torch.from_dlpack(output.as_tensor()) for output in outputs) if copied else outputs
 
 
@@ -166,6 +172,82 @@ def first_batch(step: Step, threads: int, batches: int) -> float:
     return harness.milliseconds(start, 1, step.s.device)
 
 
+def built(s: Setting, threads: int) -> float:
+    """Milliseconds to define and build a pipeline of all stages, without its first batch."""
+    start = time.perf_counter()
+    pipe = build(s, threads, len(LOADER_STAGES))
+    pipe.build()
+    return 1000 * (time.perf_counter() - start)
+
+
+def checkpointed(s: Setting, threads: int, batches: int) -> float:
+    """Milliseconds per call of DALI's ``checkpoint()``, which the loader calls after every batch."""
+    seconds, stream = 0.0, s.stream
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # DALI cannot restore our source: nothing is restored here
+        pipe = build(s, threads, len(LOADER_STAGES), enable_checkpointing=True)
+        pipe.run(stream)
+    for _ in range(batches):
+        pipe.run(stream)
+        start = time.perf_counter()
+        pipe.checkpoint()
+        seconds += time.perf_counter() - start
+    return 1000 * seconds / batches
+
+
+def copied(output: Any) -> torch.Tensor:
+    """A copy of a DALI tensor in PyTorch's memory."""
+    on_gpu = isinstance(output, backend.TensorGPU)
+    where = torch.device("cuda", output.device_id()) if on_gpu else torch.device("cpu")
+    tensor = torch.empty(output.shape(), dtype=to_torch_type[output.dtype], device=where)
+    return feed_ndarray(output, tensor, torch.cuda.current_stream(where) if on_gpu else None)
+
+
+HANDOVERS: dict[str, Callable[[Any], torch.Tensor]] = {"dlpack": torch.from_dlpack, "copied": copied}
+
+
+class Handover:
+    """Training steps whose batches leave DALI in one of the ways of `HANDOVERS`."""
+
+    def __init__(self, step: Step, threads: int, take: Callable[[Any], torch.Tensor], count: int):
+        self.step, self.threads, self.take, self.count = step, threads, take, count
+
+    def epoch(self, batches: int) -> Iterator:
+        """Trains on `batches` batches."""
+        s = self.step.s
+        pipe = build(s, self.threads, len(LOADER_STAGES))
+        for _ in range(batches):
+            images, *target = (self.take(output.as_tensor()) for output in pipe.run(s.stream))
+            self.step.run((images, MixTarget(*target)))
+            yield images
+
+    def prepare(self) -> dict[str, Any]:
+        """CPU time per step and, on a GPU, the peak of its memory in use, less what was in use before."""
+        s = self.step.s
+        free = free_memory(s, release=True)
+        steps = self.epoch(harness.epoch_length(2 * self.count, PREFETCH))
+        for _ in range(PREFETCH + 1):
+            next(steps)
+        cpu = harness.cpu_milliseconds(partial(next, steps), self.count, s.device)
+        least = min(free_memory(s) for _ in islice(steps, self.count))
+        return dict(cpu_ms=cpu, memory_mib=(free - least) / 2**20 if s.cuda else None)
+
+    def measure(self) -> float:
+        """Milliseconds a step."""
+        return loader_turn(self.step.s, lambda batches: Epoch(partial(self.epoch, batches)), self.count)
+
+
+def free_memory(s: Setting, release: bool = False) -> int:
+    """Bytes free on the GPU; 0 without one. `release`: first return the caches of DALI and PyTorch to it."""
+    if not s.cuda:
+        return 0
+    if release:
+        torch.cuda.synchronize(s.device)
+        torch.cuda.empty_cache()
+        backend.ReleaseUnusedMemory()
+    return torch.cuda.mem_get_info(s.device)[0]
+
+
 def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
     """Stages of the loader, stages of the model, and whole steps: those of `args.parts`."""
     if "loader" in args.parts:
@@ -186,6 +268,12 @@ def model_candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.C
     for recipe, step in steps.items():
         turn = partial(first_batch, step, args.threads, args.batches)
         yield harness.Candidate(f"{recipe} first batch", turn, where=dict(part="epoch"))
+    yield harness.Candidate("build", partial(built, s, args.threads), where=dict(part="epoch"))
+    yield harness.Candidate("checkpoint", partial(checkpointed, s, args.threads, args.batches),
+                            where=dict(part="epoch"))
+    for name, take in HANDOVERS.items():
+        handover = Handover(steps["lumix"], args.threads, take, args.batches)
+        yield harness.Candidate(name, handover.measure, handover.prepare, where=dict(part="handover"))
     for recipe, step in steps.items():
         turn = partial(model_turn, step, cached[recipe], len(MODEL_STAGES), args.steps)
         yield harness.Candidate(f"{recipe} replayed", turn, where=dict(part="step"))
@@ -216,12 +304,34 @@ def write_trace(s: Setting, args: argparse.Namespace) -> None:
 
 
 def executor_statistics(s: Setting, threads: int) -> dict[str, Any]:
-    """DALI's own statistics, the memory of each operator's outputs; only the older executor keeps them."""
+    """DALI's own statistics, the memory of each operator's outputs; only the older executor keeps them.
+
+    That executor rejects graphs in which a CPU operator reads from the GPU; the result then says so instead.
+    """
+    if readers := operators(build(s, threads, len(LOADER_STAGES)))["read_from_gpu"]:
+        return dict(skipped=f"this executor allows no CPU operator to read from the GPU: {', '.join(readers)}")
     pipe = build(s, threads, len(LOADER_STAGES), exec_dynamic=False, enable_memory_stats=True)
-    for _ in repeat(None, PREFETCH + 1):
-        pipe.run()
+    try:
+        for _ in repeat(None, PREFETCH + 1):
+            pipe.run()
+    except RuntimeError as error:  # the measurements that follow do not depend on it
+        return dict(skipped=harness.last_line(error))
     return {name: {key: value for key, value in stats.items() if value and any(value)}
             for name, stats in pipe.executor_statistics().items()}
+
+
+def operators(pipe: Pipeline) -> dict[str, Any]:
+    """A pipeline's operators by device, its copies to the GPU, and its CPU operators that read from the GPU."""
+    pipe._build_graph()
+    made_on = {node.name: operator._op.device for operator in pipe._ops for node in operator.outputs}
+    taken = [(operator, node) for operator in pipe._ops for node in operator.inputs]
+    nodes = {(node.name, node.device) for node in (*(node for _, node in taken), *pipe._graph_outputs)}
+    counts = Counter(operator._op.device for operator in pipe._ops)
+    return dict(
+        **{device: counts[device] for device in ("cpu", "mixed", "gpu")},
+        copies_to_gpu=sum(device == "gpu" and made_on[name] == "cpu" for name, device in nodes),
+        read_from_gpu=[type(operator._op).__name__ for operator, node in taken
+                       if operator._op.device == "cpu" and node.device == "gpu"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -255,6 +365,8 @@ def main(argv: list[str] | None = None) -> None:
         s = Setting(load_files(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
         settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
                         threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
+                        operators={name: operators(build(s, args.threads, number))
+                                   for number, name in enumerate(LOADER_STAGES[:-1], 1)},
                         executor_statistics=executor_statistics(s, args.threads))
         try:
             chosen = harness.named(candidates(s, args), args.only)
@@ -262,7 +374,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(str(error))
         result = harness.compare(
             chosen, kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
-            references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded"), settings=settings,
+            references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded", "copied"),
+            settings=settings,
             allow_dirty=args.allow_dirty)
         print(*verdict(result["rows"]), sep="\n")
         if args.trace:
@@ -278,7 +391,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
     said = {"LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
             "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
-            "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed"))}
+            "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed")),
+            "DLPack / copied": ratio("dlpack", "copied")}
     lines = [f"{what}: {value:.3f}" for what, value in said.items() if value is not None]
     if slower is not None:
         lines.append(f"so the {'model' if slower < 1.05 else 'loader'} is the bottleneck")

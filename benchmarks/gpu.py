@@ -1,18 +1,19 @@
 """One visit to a machine with a GPU: its report, the GPU tests, the benchmarks and a small training, in minutes.
 
-Steps run in the order of their worth, each a process of its own that is stopped at its limit; what a step leaves
-unused goes to those behind it. All is written as it comes, so that a visit cut short brings home what it has:
+Steps run in the order of their worth, each in a process of its own that is stopped at its limit; what a step
+leaves unused goes to those after it. All is written as it comes, so that a visit cut short brings home what it
+has, in eight files at most:
 
-    OUT/results.jsonl    a line a step: status, seconds, reason, result
-    OUT/log.txt          what the steps print
-    OUT/NAME.json        mix, loss, tune, loaders, cost-deit, cost-resnet50: for benchmarks/results
+    OUT/results.jsonl    one line per step: status, seconds, reason, result
+    OUT/log.txt          what the steps print; there is no need to pipe the output into another file
+    OUT/NAME.json        tune, loaders, mix, cost-deit, cost-resnet50, loss: for benchmarks/results
 
-    python -m benchmarks.gpu --minutes 9 --out runs/gpu                       # images are generated
-    python -m benchmarks.gpu --minutes 9 --out runs/gpu --images imagenet/train --cifar cifar10
-    python -m benchmarks.gpu --minutes 9 --out runs/again --only tests,training --cifar cifar10
+    python -m benchmarks.gpu --out runs/gpu                       # images are generated
+    python -m benchmarks.gpu --out runs/gpu --images imagenet/train --cifar cifar10
+    python -m benchmarks.gpu --out runs/again --only tests,training --cifar cifar10 --seeds 3 --epochs 15
 
-A host without a registry needs torch, torchvision and timm of its own, and DALI and pytest on PYTHONPATH; what is
-missing is named, and its step skipped. Without a GPU, what can run on the CPU does, in a short form.
+A host without a registry needs torch, torchvision and timm of its own, and DALI and pytest on PYTHONPATH; steps
+whose packages are missing are reported and skipped. Without a GPU, what can run on the CPU does, in a short form.
 """
 
 import argparse
@@ -34,16 +35,21 @@ import torch
 
 from . import harness, probe
 
-# Of a visit's time; the order is that of worth.
-SHARES = {"environment": 8, "tests": 18, "mix": 6, "loss": 14, "images": 8, "tune": 7, "loaders": 15,
-          "cost-deit": 8, "cost-resnet50": 8, "training": 14}
-WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50")
-TESTS = ("gpu", "fn", "loss", "classification", "loader", "timm_parity", "ranks")
+# Per cent of a visit's time; the order is that of worth.
+SHARES = {"environment": 9, "tests": 34, "images": 6, "tune": 5, "loaders": 12, "mix": 5, "cost-deit": 6,
+          "cost-resnet50": 9, "loss": 6, "training": 8}
+WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
+# Two processes: should a GPU's decoder crash, the operators have been tested all the same.
+TESTS = {"operators": ("fn", "augment", "mixing", "timm_parity", "loss"),
+         "decoding": ("gpu", "classification", "loader", "ranks")}
 TRAINING = ["--model", "resnet18", "--img-size", "64", "--crop-pct", "1", "--scale", ".4", "1",
             "--mixup-mode", "elem", "--opt", "adamw", "--lr", "2e-3", "--weight-decay", ".05",
-            "--warmup-epochs", "1", "-b", "512"]
+            "--warmup-epochs", "1"]
 FAST = ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
 RECIPES = {"cutmix": ["--no-lumix"], "lumix": []}
+# Name, model, batch size, and what of `benchmarks.cost` is measured with it.
+COSTS = (("deit", "deit_small_patch16_224", 128, "model,step"),
+         ("resnet50", "resnet50", 256, "loader,epoch,handover,step"))
 GRACE = 5  # seconds, between asking a step to end and ending it
 DALI = ("nvidia.dali", "the wheel nvidia-dali-cuda130 or its files on PYTHONPATH")
 PYTEST = ("pytest", "pure wheels, which can be carried: pytest pluggy iniconfig packaging pygments")
@@ -81,12 +87,8 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     images = args.images or scratch / "images"
 
     yield Step("environment", ["benchmarks.probe", *device])
-    # The tests' own options turn -q on: -vv makes that -v, a line a test.
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    options = ["-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10",
-               "--continue-on-collection-errors"]
-    no_gpu = "" if gpu else "no CUDA device"
-    yield Step("tests", ["pytest", *options, *files], needs=(PYTEST, DALI), skip=no_gpu)
+    for name in TESTS:
+        yield tests(name, skip="" if gpu else "no CUDA device")
 
     def measured(name: str, program: str, *argv: str, skip: str = "", dali: bool = True) -> Step:
         path = out / f"{name}.json"
@@ -94,10 +96,6 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
         return Step(name, command, path, (DALI,) if dali else (), skip)
 
     small = [] if gpu else ["--batch-size", "8"]
-    yield measured("mix", "mix", "--rounds", "3", *quick, *small)
-    problems = ["--batch-sizes", "256", "--classes", "1000,21841", *([] if gpu else ["--dtypes", "float32"])]
-    yield measured("loss", "loss", "--rounds", "3", *problems, *quick, dali=False)
-
     count, classes = (1000, 100) if gpu else (16, 4)
     generated = ["--root", str(images), "--images", str(count), "--classes", str(classes)]
     yield Step("images", ["benchmarks.data", *generated], skip=f"--images {images}" if args.images else "")
@@ -109,13 +107,25 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     only = "dali/,dali+torchvision,lumix,timm FastCollateMixup elem"
     most = ["--images", "10240"] if gpu else []
     yield measured("loaders", "loaders", "--rounds", "3", *most, "--only", only, *data_args, skip=no_images)
-    for name, model, batch_size in (("deit", "deit_small_patch16_224", 128), ("resnet50", "resnet50", 256)):
+    yield measured("mix", "mix", "--rounds", "3", *quick, *small)
+    for name, model, batch_size, parts in COSTS:
         options = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size), *(["--amp"] if gpu else [])]
-        yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, *options, *data_args,
-                       *([] if gpu else ["--batch-size", "2"]), skip=no_images)
+        yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, "--parts", parts, *options,
+                       *data_args, *([] if gpu else ["--batch-size", "2"]), skip=no_images)
+    problems = ["--batch-sizes", "256", "--classes", "1000,21841", *([] if gpu else ["--dtypes", "float32"])]
+    yield measured("loss", "loss", "--rounds", "3", *problems, *quick, dali=False)
     for seed in range(args.seeds):
         for recipe in RECIPES:
-            yield training(args, recipe, seed, scratch)
+            yield training(args, recipe, seed, images, scratch)
+
+
+def tests(name: str, skip: str) -> Step:
+    """Some of the GPU tests, without those that take minutes."""
+    # The project's own options turn -q on: -vv makes that -v, one line per test.
+    options = ["-m", "gpu and not slow", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10",
+               "--continue-on-collection-errors"]
+    files = [f"tests/test_{file}.py" for file in TESTS[name]]
+    return Step(f"tests {name}", ["pytest", *options, *files], needs=(PYTEST, DALI), skip=skip)
 
 
 def arguments(tuned: Path) -> list[str]:
@@ -127,23 +137,30 @@ def arguments(tuned: Path) -> list[str]:
     return ["--threads", str(chosen["num_threads"]), *(["--decoder", decoder] if decoder else [])]
 
 
-def training(args: argparse.Namespace, recipe: str, seed: int, scratch: Path) -> Step:
-    """A small training of one recipe; recipes of a seed share everything else."""
+def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scratch: Path) -> Step:
+    """A small training of one recipe; recipes of a seed share everything else.
+
+    Without CIFAR it trains and validates on `images`, which shows that it runs, not how accurate it is.
+    """
     name, experiment, gpu = f"training {recipe} {seed}", f"{recipe}-{seed}", args.device != "cpu"
     if args.cifar is None:
-        return Step(name, [], skip="no --cifar")
-    val = next((split for split in ("val", "validation", "test") if (args.cifar / split).is_dir()), "val")
-    where = ["--data-dir", str(args.cifar), "--val-split", val]
-    where += ["--output", str(scratch), "--experiment", experiment]
+        splits = ["--data-dir", str(images.parent), "--train-split", images.name, "--val-split", images.name]
+        splits += ["-b", "64" if gpu else "8"]
+    else:
+        val = next((split for split in ("val", "validation", "test") if (args.cifar / split).is_dir()), "val")
+        splits = ["--data-dir", str(args.cifar), "--val-split", val, "-b", "512"]
+    where = ["--output", str(scratch), "--experiment", experiment]
     numbers = ["--device", args.device, "--seed", str(seed), "--epochs", str(args.epochs if gpu else 1)]
-    return Step(name, ["pipelines.train", *where, *numbers, *TRAINING, *RECIPES[recipe], *(FAST if gpu else [])],
-                scratch / experiment / "summary.json", needs=(DALI,))
+    missing = "" if args.cifar or images.is_dir() else "there are no images"
+    return Step(name, ["pipelines.train", *splits, *where, *numbers, *TRAINING, *RECIPES[recipe],
+                       *(FAST if gpu else [])], scratch / experiment / "summary.json", needs=(DALI,), skip=missing)
 
 
 def share(name: str, only: Iterable[str], seeds: int) -> float:
-    """A step's part of the visit."""
+    """A step's part of the visit; steps of one kind share its time equally."""
     kind = name.partition(" ")[0]
-    return SHARES[kind] / (seeds * len(RECIPES) if kind == "training" else 1) if kind in only else 0
+    number = {"tests": len(TESTS), "training": seeds * len(RECIPES)}.get(kind, 1)
+    return SHARES[kind] / number if kind in only else 0
 
 
 def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
@@ -165,9 +182,21 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
     output = log.read_bytes()[start:].decode(errors="replace")
     status = {0: "ok", None: "stopped at its limit"}.get(code, "failed")
     line |= dict(status=status, seconds=round(time.monotonic() - began, 1))
+    result = None
+    try:
+        result = found(step, output)
+    except (KeyError, TypeError, ValueError) as error:  # of what a step wrote: the visit goes on
+        line |= dict(status="failed", reason=f"its result cannot be read: {harness.last_line(error)}")
     if status == "failed":
-        line["reason"] = f"exit status {code}: {(output.strip().splitlines() or [''])[-1]}"
-    return line | dict(argv=list(step.argv), result=found(step, output))
+        line["reason"] = f"{ending(code)}: {(output.strip().splitlines() or [''])[-1]}"
+    elif isinstance(result, dict) and result.get("warnings"):
+        line["reason"] = "WARNING: " + "; ".join(result["warnings"])
+    return line | dict(argv=list(step.argv), result=result)
+
+
+def ending(code: int | None) -> str:
+    """How a process failed, in words."""
+    return f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
 
 
 def end(process: subprocess.Popen) -> None:
@@ -189,15 +218,17 @@ def found(step: Step, output: str) -> Any:
         result = json.loads(step.result.read_text())
         if "rows" not in result:
             return result
-        errors = {row["name"]: row["error"] for row in result["rows"] if row["error"]}  # the rest is in the file
-        return dict(file=step.result.name, complete=result["complete"], errors=errors)
-    if step.name == "tests":
+        errors = {row["name"]: row["error"] for row in result["rows"] if row.get("error")}  # tune's rows have none
+        return dict(file=step.result.name, complete=result["complete"], errors=errors)  # the rest is in the file
+    if step.argv[0] == "pytest":
         outcomes = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, flags=re.MULTILINE)
         names = {word.lower(): [name for name, outcome in outcomes if outcome == word]
                  for word in ("FAILED", "ERROR", "SKIPPED")}
         # Files that cannot be imported have no line of their own.
         names["error"] += re.findall(r"^ERROR (tests/[^:\s]+\.py)(?!:)", output, flags=re.MULTILINE)
-        return dict(passed=sum(outcome == "PASSED" for _, outcome in outcomes), **names)
+        selected = re.search(r"^collecting .*? (\d+) (?:items?$|selected)", output, flags=re.MULTILINE)
+        return dict(selected=int(selected[1]) if selected else None,  # more than all others: it was cut short
+                    passed=sum(outcome == "PASSED" for _, outcome in outcomes), **names)
     for text in reversed(output.splitlines()):
         if text.startswith("{"):
             return json.loads(text)
@@ -243,9 +274,8 @@ def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict
         say(run(step, remaining * part / left, args.out / "log.txt") if remaining > GRACE
             else dict(step=step.name, status="skipped", reason="no time left"))
         left -= part
-        for partial in args.out.glob(".*.partial"):  # of a benchmark that was ended while it wrote
-            partial.unlink()
-    if comparison := paired(lines):
+    # Without CIFAR, models are validated on what they were trained on: their scores say nothing.
+    if args.cifar and (comparison := paired(lines)):
         say(dict(step="training, paired", status="ok", result=comparison))
     return lines
 
@@ -256,12 +286,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where results go; a new or empty folder")
-    add("--minutes", type=float, default=9.0, help="how long the visit is")
+    add("--minutes", type=float, default=8.0, help="how long the visit is")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--images", type=Path, metavar="DIR", help="class folder of JPEGs; default: they are generated")
-    add("--cifar", type=Path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/ or test/CLASS/")
-    add("--seeds", type=harness.positive, default=3, help="of the training")
-    add("--epochs", type=harness.positive, default=15, help="of the training")
+    add("--cifar", type=Path, metavar="DIR",
+        help="folder with train/CLASS/ and val/CLASS/ or test/CLASS/; default: the training uses the images")
+    add("--seeds", type=harness.positive, default=1, help="of the training")
+    add("--epochs", type=harness.positive, default=4, help="of the training")
     add("--only", type=lambda text: text.split(","), default=list(SHARES), metavar="NAMES", help=", ".join(SHARES))
     args = parser.parse_args(argv)
     if args.minutes <= 0:
@@ -286,8 +317,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
-    with tempfile.TemporaryDirectory() as scratch, (args.out / "results.jsonl").open("w") as results:
-        lines = visit(args, results, Path(scratch))
+    try:
+        with tempfile.TemporaryDirectory() as scratch, (args.out / "results.jsonl").open("w") as results:
+            lines = visit(args, results, Path(scratch))
+    finally:
+        for partial in args.out.glob(".*.partial"):  # of a benchmark that was stopped while it wrote
+            partial.unlink()
     return int(any(line["status"] == "failed" for line in lines))
 
 

@@ -218,6 +218,16 @@ def milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
     return first.elapsed_time(last) / count
 
 
+def cpu_milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
+    """Milliseconds of CPU time that a call of `step` takes, of all threads of this process together."""
+    synchronise(device)
+    start = time.process_time()
+    for _ in range(count):
+        step()
+    synchronise(device)
+    return 1000 * (time.process_time() - start) / count
+
+
 def last_line(error: BaseException) -> str:
     """Type and last line of an error, as a traceback ends."""
     lines = str(error).strip().splitlines() or [""]

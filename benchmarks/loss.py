@@ -129,7 +129,7 @@ class Floor(Turn):
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, as PyTorch's notes on graphs do it."""
+    """A step as a CUDA graph, as PyTorch's notes on graphs do it; a loader may be at work meanwhile."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -137,7 +137,8 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # In the default mode any thread's allocation or synchronisation fails the capture, and DALI's threads do both.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

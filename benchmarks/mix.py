@@ -2,7 +2,9 @@
 
 A turn is batches of a pipeline that does nothing but the stage; "nothing" is what such a pipeline costs by itself.
 On a GPU a row also says how long its kernels and copies run (`kernel_us` a batch, from the profiler), whatever the
-CPU's draws take meanwhile, and which they are. Four ways to blend Mixup end normalised, as a batch does.
+CPU's draws take meanwhile, and which they are; `copies` counts the copies a batch by direction. `cpu_ms` is the
+CPU time a batch of all threads: "paste" less "nothing" is what setting up DALI's paste costs the host. Four ways
+to blend Mixup end normalised, as a batch does.
 
     python -m benchmarks.mix --batch-size 256 --out FILE.json
 """
@@ -88,12 +90,28 @@ def draws(options: dict[str, Any], images, labels):
     return tuple(node for node in drawn if node is not None)
 
 
-def stages() -> dict[str, Callable]:
-    """Functions of (images, labels) in a graph."""
+def unmixed(images, labels):
+    """The metadata of a batch that is not mixed: small operators and copies, and no pixels."""
+    return images, *mixfn.unmixed(labels, images.device)
+
+
+def pasted(side: int, images, labels):
+    """DALI's paste of one fixed box by itself, from partners as `lumix_dali.fn` gives them."""
+    start, extent = (types.Constant(np.array([[canvas] * 2, [side // 4 * box] * 2], np.int32), device="cpu")
+                     for canvas, box in ((0, 1), (side, 2)))
+    index = fn.cast(labels, dtype=types.INT32)  # labels count the batch
+    partners = fn.stack(index, fn.batch_permutation(no_fixed_points=True))
+    return fn.multi_paste(images, in_ids=partners, in_anchors=start, out_anchors=start, shapes=extent), labels
+
+
+def stages(side: int = 224) -> dict[str, Callable]:
+    """Functions of (images, labels) in a graph; `side` is that of the images, in pixels."""
     return {
         NOTHING: lambda images, labels: (images, labels),
         "normalise": lambda images, labels: (normalised_in_dali(images), labels),
         **{name: partial(mixed, options) for name, options in MIXES.items()},
+        "unmixed": unmixed,
+        "paste": partial(pasted, side),
         "draw: cutmix": partial(draws, MIXES["cutmix elem"]),
         "draw: cutmix+mixup": partial(draws, MIXES["cutmix+mixup elem"]),
         **{f"blend: {blend.__name__}": partial(blended, blend) for blend in BLENDS},
@@ -129,10 +147,12 @@ class Turn:
         return self.profiled()
 
     def profiled(self) -> dict[str, Any]:
-        """What the stage does on a GPU."""
+        """What the stage takes of the CPU, and what it does on a GPU."""
         for _ in range(5):
             self.run()
-        return kernels(self.run, self.count) if self.images.device.type == "cuda" else {}
+        device = self.images.device
+        cpu = dict(cpu_ms=harness.cpu_milliseconds(self.run, self.count, str(device)))
+        return cpu | (kernels(self.run, self.count) if device.type == "cuda" else {})
 
     def measure(self) -> float:
         """Milliseconds a batch."""
@@ -162,14 +182,18 @@ def kernels(step: Callable[[], Any], count: int) -> dict[str, Any]:
 
 
 def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Microseconds and launches a call of a Chrome trace's GPU events, and by name those that take longest."""
+    """Of a Chrome trace's GPU events: microseconds, launches and copies a call, and by name the longest."""
     times: Counter[str] = Counter()
+    copies: Counter[str] = Counter()
     launches = 0
     for event in events:
         if event.get("cat") in GPU_EVENTS:
             times[event["name"]] += event["dur"]
             launches += 1
+        if event.get("cat") == "gpu_memcpy":  # "Memcpy HtoD (Pinned -> Device)"
+            copies[event["name"].removeprefix("Memcpy ").partition(" ")[0]] += 1
     return dict(kernel_us=sum(times.values()) / count, launches=launches / count,
+                copies={direction: number / count for direction, number in copies.items()},
                 longest={name[:100]: time / count for name, time in times.most_common(8)})
 
 
@@ -177,7 +201,7 @@ def candidates(images: torch.Tensor, threads: int, count: int) -> Iterator[harne
     """The floor, then the stages."""
     turn: Turn = Copy(lambda *nodes: nodes, images, threads, count)
     yield harness.Candidate(FLOOR, turn.measure, turn.prepare)
-    for name, stage in stages().items():
+    for name, stage in stages(images.shape[1]).items():
         turn = Turn(stage, images, threads, count)
         yield harness.Candidate(name, turn.measure, turn.prepare)
 
@@ -206,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=dict(batch_size=args.batch_size, input_size=args.input_size, device=device, threads=args.threads))
     for row in result["rows"]:
         kernel = f"  {row['kernel_us']:8.0f} µs of kernels" if "kernel_us" in row else ""
+        kernel = f"  {row['cpu_ms']:8.3f} ms of CPU{kernel}" if "cpu_ms" in row else ""
         print(f"{row['name']:24}", f"{row['median']:8.3f} ms{kernel}" if row["values"] else row["error"])
 
 

@@ -1,21 +1,26 @@
-"""What a GPU host is, and what decodes JPEGs there; the last line of the output is JSON.
+"""What a GPU host is, and what decodes JPEGs there; the last line of standard output is JSON.
 
-Versions, devices and what is missing; whether the GPU's JPEG engine is used, by asking the driver while DALI
-decodes with several `hw_decoder_load`; which kernels run; and how far the GPU's pixels are from the CPU's.
+Versions, devices and what is missing; how far the GPU's pixels are from the CPU's; and images/s of the CPU's
+decoder and of the GPU's, the latter for several `hw_decoder_load`, with its kernels and the JPEG engine's load.
+Without libnvjpeg, DALI's "mixed" decoder silently falls back to the CPU: `decoder` says what really ran, and
+`warnings` what is wrong with it.
 
     python -m benchmarks.probe
 """
 
 import argparse
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +33,11 @@ MODULES = ("nvidia.dali", "timm", "torchvision", "PIL", "tqdm", "yaml", "pytest"
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "4:4:4": dict(subsampling=0), "4:2:0": dict(subsampling=2),
     "progressive": dict(subsampling=2, progressive=True)}
+REGIONS = ("training", "evaluation")
 LOADS = (0.0, 0.65, 0.99)
-SECONDS = 2.0
+SECONDS = 1.0
+CODECS = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")
+FASTER = 1.5  # times the CPU's rate, which any GPU that really decodes exceeds
 
 
 def available(module: str) -> bool:
@@ -89,32 +97,94 @@ def jpegs(images: Sequence[np.ndarray], **options: Any) -> list[np.ndarray]:
     return files
 
 
-def decoder(files: list[np.ndarray], device: int | None, batch_size: int, **options: Any):
-    """A pipeline that decodes the same files over and over."""
+def decoded(encoded, region: str, device: str, **options: Any):
+    """The region of each file that a pipeline of the package decodes, with the same operators."""
+    from nvidia.dali import fn, math, types
+
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
+    if region == "training":
+        anchor, window = fn.random_crop_generator(
+            shape, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+    else:
+        size = shape[:2]
+        side = math.min(size[0], size[1]) * 7 // 8  # timm's crop_pct of .875
+        window = fn.stack(side, side)
+        anchor = (size - window) // 2
+    return fn.decoders.image_slice(encoded, anchor, window, axes=[0, 1], device=device, adjust_orientation=False,
+                                   **options)
+
+
+def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training",
+            **options: Any):
+    """A pipeline that decodes the same files over and over, the same regions of them on every device."""
     from nvidia.dali import fn, pipeline_def
 
-    @pipeline_def(batch_size=batch_size, num_threads=harness.cpus(), device_id=device)
+    @pipeline_def(batch_size=batch_size, num_threads=harness.cpus(), device_id=device, seed=0)
     def define():
         encoded = fn.external_source(lambda: (files * batch_size)[:batch_size], batch=True)
-        return fn.decoders.image(encoded, device="cpu" if device is None else "mixed", **options)
+        return decoded(encoded, region, "cpu" if device is None else "mixed", **options)
 
     return define()
 
 
 def differences(device: int | None) -> dict[str, dict[str, float]]:
-    """|GPU - CPU| of decoded pixels in grey levels, by chroma subsampling; fancy: with `jpeg_fancy_upsampling`."""
+    """|GPU - CPU| of decoded pixels in grey levels, by region and chroma subsampling.
+
+    "fancy" is the GPU with `jpeg_fancy_upsampling` against the CPU without it.
+    """
     images, found = photographs(8), {}
-    for name, save in SAMPLINGS.items():
-        files = jpegs(images, **save)
-        (reference,) = decoder(files, None, len(files)).run()
-        for fancy in (False, True):
-            (decoded,) = decoder(files, device, len(files), jpeg_fancy_upsampling=fancy).run()
-            decoded = decoded if device is None else decoded.as_cpu()
-            off = np.concatenate(
-                [np.abs(decoded.at(i).astype(int) - reference.at(i)).ravel() for i in range(len(files))])
-            found[f"{name} fancy" if fancy else name] = dict(
-                mean=float(off.mean()), p99=float(np.percentile(off, 99)), most=int(off.max()))
+    for region in REGIONS:
+        for sampling, save in SAMPLINGS.items():
+            files = jpegs(images, **save)
+            (reference,) = decoder(files, None, len(files), region).run()
+            for fancy in (False, True):
+                name = f"{region} {sampling}" + " fancy" * fancy
+                print("decoding", name, flush=True)  # should the decoder crash, the log shows on what
+                (pixels,) = decoder(files, device, len(files), region, jpeg_fancy_upsampling=fancy).run()
+                pixels = pixels if device is None else pixels.as_cpu()
+                off = np.concatenate(
+                    [np.abs(pixels.at(i).astype(int) - reference.at(i)).ravel() for i in range(len(files))])
+                found[name] = dict(mean=float(off.mean()), p99=float(np.percentile(off, 99)), most=int(off.max()))
     return found
+
+
+def decoder_found(differences: dict[str, dict[str, float]], device: str) -> dict[str, Any]:
+    """nvImageCodec's version, the libnvjpeg that it loaded, and which device decoded each kind of file.
+
+    JPEG decoders differ in their rounding, so pixels that all equal the CPU decoder's were decoded on the CPU.
+    """
+    def ran(difference: dict[str, float]) -> str:
+        return "gpu" if device != "cpu" and difference["most"] else "cpu"
+
+    return dict(nvimgcodec=list(installed(CODECS)), libnvjpeg=loaded("libnvjpeg.so"),
+                ran={name: ran(found) for name, found in differences.items() if not name.endswith("fancy")})
+
+
+def installed(names: Sequence[str]) -> Iterator[str]:
+    """Name and version of each of these distributions that is installed."""
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{name} {importlib.metadata.version(name)}"
+
+
+def loaded(library: str) -> list[str]:
+    """Paths of a library that this process has loaded."""
+    paths = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return sorted({path for path in paths if Path(path).name.startswith(library)})
+
+
+def warnings(found: dict[str, Any]) -> list[str]:
+    """What is wrong with a GPU's decoder, judged by what was found so far."""
+    said, decoder = [], found["decoder"]
+    if on_cpu := [name for name, ran in decoder["ran"].items() if ran == "cpu"]:
+        said.append(f"THE CPU DECODED, NOT THE GPU: {', '.join(on_cpu)} (pixels equal to the CPU decoder's)")
+    if not decoder["libnvjpeg"]:
+        said.append("libnvjpeg is not loaded: install nvidia-nvjpeg-cu12 (CUDA 12) or nvidia-nvjpeg (CUDA 13)")
+    rates = {name: row["images_per_second"] for name, row in found.get("decoding", {}).items()}
+    cpu = rates.pop("cpu", 0.0)
+    if rates and max(rates.values()) < FASTER * cpu:
+        said.append(f"the mixed decoder reaches {max(rates.values()):.0f} images/s, the CPU's {cpu:.0f}")
+    return said
 
 
 @contextmanager
@@ -133,28 +203,39 @@ def engine() -> Iterator[list[int]]:
             print("nvidia-smi tells nothing of the JPEG engine:", text.strip()[:200])
 
 
-def decoding(device: int, batch_size: int = 256) -> dict[str, dict[str, Any]]:
-    """For each `hw_decoder_load`: images/s, the JPEG engine's utilisation, and kernels."""
+def decoding(device: int | None, batch_size: int = 256) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Images/s of training's regions: the CPU's, then the GPU's for each `hw_decoder_load`.
+
+    The GPU's rows also hold the JPEG engine's utilisation and the kernels.
+    """
     from .mix import kernels
 
-    files, found = jpegs(photographs(64), subsampling=2), {}
+    files = jpegs(photographs(32), subsampling=2)
+    few = batch_size // 8  # a CPU is slow, and needs no large batches
+    yield "cpu", dict(images_per_second=rate(decoder(files, None, few).run, few))
+    if device is None:
+        return
     for load in LOADS:
-        pipe = decoder(files, device, batch_size, hw_decoder_load=load)
-        run = partial(pipe.run, torch.cuda.current_stream(device))
-        for _ in range(3):
-            run()
+        run = partial(decoder(files, device, batch_size, hw_decoder_load=load).run,
+                      torch.cuda.current_stream(device))
         with engine() as readings:
-            batches, start = 0, time.perf_counter()
-            while time.perf_counter() - start < SECONDS:
-                run()
-                batches += 1
-            torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - start
-        found[f"hw_decoder_load={load}"] = dict(
-            images_per_second=batches * batch_size / seconds, jpeg_engine=dict(most=max(readings, default=None),
-                                                                            readings=len(readings)),
+            speed = rate(run, batch_size, f"cuda:{device}")
+        yield f"hw_decoder_load={load}", dict(
+            images_per_second=speed, jpeg_engine=dict(most=max(readings, default=None), readings=len(readings)),
             **kernels(run, 3))
-    return found
+
+
+def rate(run: Callable[[], Any], batch_size: int, device: str = "cpu") -> float:
+    """Images/s of a pipeline over `SECONDS`, after three untimed batches."""
+    for _ in range(3):
+        run()
+    harness.synchronise(device)
+    batches, start = 0, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        run()
+        batches += 1
+    harness.synchronise(device)
+    return batches * batch_size / (time.perf_counter() - start)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -162,15 +243,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    device = harness.resolve_device(parser.parse_args(argv).device)
+    for found in findings(harness.resolve_device(parser.parse_args(argv).device)):
+        print(json.dumps(found), flush=True)  # whatever happens to what follows
+    for warning in found.get("warnings", []):
+        print("WARNING:", warning, file=sys.stderr)
+
+
+def findings(device: str) -> Iterator[dict[str, Any]]:
+    """All that is known so far, again and again as it grows."""
     found = environment()
-    print(json.dumps(found), flush=True)  # whatever happens to what follows
-    if "nvidia.dali" not in found["missing"]:
-        found["differences"] = differences(torch.device(device).index)
-        print(json.dumps(found), flush=True)
-        if device != "cpu":
-            found["decoding"] = decoding(int(device.partition(":")[2]))
-    print(json.dumps(found))
+    yield found
+    if "nvidia.dali" in found["missing"]:
+        return
+    index = torch.device(device).index
+    found["differences"] = differences(index)
+    found["decoder"] = decoder_found(found["differences"], device)
+    found["warnings"] = [] if device == "cpu" else warnings(found)
+    yield found
+    found["decoding"] = {}
+    for name, row in decoding(index):
+        found["decoding"][name] = row
+        found["warnings"] = [] if device == "cpu" else warnings(found)
+        yield found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: a known delay is found, whoever's turn it is, whatever was ready."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import itertools
@@ -23,10 +24,18 @@ from benchmarks.harness import Candidate, compare, throughput  # noqa: E402
 class Clock:
     """Time as the tests make it pass: no busy machine changes what is measured."""
 
-    now = 0.0
+    now = busy = 0.0
 
     def sleep(self, seconds):
         self.now += seconds
+
+    def work(self, seconds, threads=1):
+        self.now += seconds
+        self.busy += threads * seconds
+
+    def process_time(self):
+        self.busy += 1e-9
+        return self.busy
 
     def perf_counter(self):
         self.now += 1e-9  # nothing takes no time at all
@@ -97,6 +106,14 @@ def test_an_epoch_that_leaves_nothing_behind_is_refused():
     assert length == 2 + 1 + 4 + 2
     with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
         throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
+
+
+def test_cpu_time_is_all_threads_and_no_waiting():
+    def step():
+        clock.sleep(0.5)
+        clock.work(0.01, threads=3)
+
+    assert harness.cpu_milliseconds(step, 4, "cpu") == pytest.approx(30, rel=1e-3)
 
 
 def test_an_epoch_is_drained():
@@ -236,6 +253,23 @@ def test_metadata_says_where_a_result_comes_from():
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
         harness.resolve_device(device)
+
+
+def calls(name):
+    """(file, node) of every call of `name`, with its dots, in the sources."""
+    for folder in ("lumix_dali", "pipelines", "benchmarks", "tests"):
+        for path in (harness.ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                    yield path.name, node
+
+
+def test_no_other_thread_can_fail_a_capture():
+    """DALI's threads allocate and synchronise while a loader lives, which the default mode does not allow."""
+    modes = [(file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
+             for file, call in calls("torch.cuda.graph")]
+    assert modes
+    assert {mode for _, mode in modes} == {"'thread_local'"}, modes
 
 
 # --- data
@@ -398,6 +432,82 @@ def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
         cost.main([*arguments, "--parts", "loader", "--only", "lumix replayed"])
     assert "--only lumix replayed: no such candidate; give the beginning of one of read, decode" in (
         capsys.readouterr().err)
+
+
+@pytest.fixture
+def cost_on(folder, tmp_path):
+    """`cost_on(device)`: benchmarks.cost's setting there."""
+    pytest.importorskip("benchmarks.cost")
+    from benchmarks.contenders import Setting
+    from lumix_dali.sources import load_files
+
+    return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
+
+
+def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
+    """Defined, not built: a label is copied once however often it is used, and a shape is read back."""
+    from nvidia.dali import fn, pipeline_def
+
+    from benchmarks import cost
+
+    @pipeline_def(batch_size=2, num_threads=1, device_id=0)
+    def define():
+        images, labels = (fn.external_source(name=name).gpu() for name in ("images", "labels"))
+        height = images.shape()[0]
+        return fn.flip(images, vertical=height > 3), labels + 1, labels, fn.random.coin_flip().gpu()
+
+    found = cost.operators(define())
+    assert found == dict(cpu=6, mixed=0, gpu=2, copies_to_gpu=3, read_from_gpu=["_Shape"])
+    monkeypatch.setattr(cost, "build", lambda *args, **options: define())
+    assert cost.executor_statistics(cost_on("cuda:0"), 1) == {
+        "skipped": "this executor allows no CPU operator to read from the GPU: _Shape"}
+
+
+@pytest.mark.parametrize("stages", range(1, 6))
+def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
+    """What is mixed and its target come from the GPU; `_Shape` reads metadata alone."""
+    from benchmarks import cost
+
+    pipe = cost.build(cost_on("cuda:0"), 1, stages)
+    found = cost.operators(pipe)
+    assert set(found["read_from_gpu"]) <= {"_Shape"}
+    assert found["mixed"] == (stages > 1)
+    on_gpu = [node.device == "gpu" for node in pipe._graph_outputs]
+    assert all(on_gpu) if stages > 3 else on_gpu == [stages > 1, False, False]
+
+
+def test_memory_of_each_operator_is_told(cost_on):
+    from benchmarks import cost
+
+    found = cost.executor_statistics(cost_on("cpu"), 1)
+    assert any("MultiPaste" in name and stats["real_memory_size"] for name, stats in found.items())
+
+
+def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
+    from benchmarks import cost
+
+    for output in cost.build(cost_on("cpu"), 1, 5).run():
+        tensor = output.as_tensor()
+        shared, copied = (take(tensor) for take in cost.HANDOVERS.values())
+        assert torch.equal(shared, copied)
+        assert shared.data_ptr() != copied.data_ptr()
+
+
+def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
+    cost = pytest.importorskip("benchmarks.cost")
+    out = tmp_path / "x.json"
+    cost.main(["--data", str(folder), "--quick", "--batch-size", "4", "--input-size", "32", "--model", "test_vit",
+               "--device", "cpu", "--out", str(out), "--parts", "epoch,handover",
+               "--only", "build,checkpoint,dlpack,copied"])
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["build", "checkpoint", "dlpack", "copied"]
+    assert not any(row["error"] for row in rows.values())
+    assert all(rows[name]["cpu_ms"] > 0 for name in ("dlpack", "copied"))
+    assert list(rows["dlpack"]["ratios"]) == ["copied"]
+    counts = result["settings"]["operators"]
+    assert counts["read"]["cpu"] < counts["decode"]["cpu"] < counts["mix"]["cpu"]
+    assert "DLPack / copied: " in capsys.readouterr().out
 
 
 # --- tune

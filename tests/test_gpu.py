@@ -143,17 +143,26 @@ def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, wh
         np.testing.assert_allclose(logits.grad.cpu(), gradient, atol=1e-5)
 
 
+# How the kernels of a training step are called: PyTorch's own, and cuBLAS's up to Ampere and from Hopper on.
+TRAINING_KERNELS = ("at::native", "gemm", "nvjet")
+
+
 def copies(events):
-    """Copies of a Chrome trace on the streams on which matrices were multiplied, and these streams."""
+    """Copies of a Chrome trace on the streams on which PyTorch's kernels ran, and these streams."""
     def on_gpu(category):
         return [(event["name"], event["args"]["stream"]) for event in events if event.get("cat") == category]
 
-    streams = {stream for name, stream in on_gpu("kernel") if "gemm" in name.lower()}
+    streams = {stream for name, stream in on_gpu("kernel") if any(word in name for word in TRAINING_KERNELS)}
     return [name for name, stream in on_gpu("gpu_memcpy") if stream in streams], streams
 
 
-def test_copies_are_found_in_a_trace():
-    events = [{"cat": "kernel", "name": "sgemm", "args": {"stream": 7}}, {"cat": "cpu_op", "name": "mm"},
+@pytest.mark.parametrize("kernel", [
+    "ampere_sgemm_32x32_sliced1x4_nn", "nvjet_tst_128x64_64x6_2x1_v_bz_TNT",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)"])
+def test_copies_are_found_in_a_trace(kernel):
+    """On the training stream, whichever of its kernels are seen there, and not on DALI's."""
+    events = [{"cat": "kernel", "name": kernel, "args": {"stream": 7}}, {"cat": "cpu_op", "name": "mm"},
+              {"cat": "kernel", "name": "void dali::SliceKernel<float>()", "args": {"stream": 20}},
               {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "args": {"stream": 20}}]
     assert copies(events) == ([], {7})
     events.append({"cat": "gpu_memcpy", "name": "Memcpy DtoD", "args": {"stream": 7}})
@@ -176,7 +185,7 @@ def test_nothing_is_copied_on_the_training_stream(files, tmp_path):
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     found, streams = copies(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
     if not streams:
-        pytest.skip("the profiler saw no matrix product: CUPTI may not be allowed here")
+        pytest.skip("the profiler saw no kernel of PyTorch's: CUPTI may not be allowed here")
     assert found == []
 
 
@@ -186,6 +195,30 @@ def test_another_stream_gets_the_same_batches(files, where):
     with torch.cuda.stream(torch.cuda.Stream()) if where.type == "cuda" else contextlib.nullcontext():
         found = [flat(batch) for batch in make(files, where, **MIX)]
     assert_same(found, expected)
+
+
+# Against the CPU
+
+
+AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "const"}
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, {"cutmix_alpha": 1.0}, {**MIX, "prob": 0.5},
+    {**MIX, **AUGMENTED}, {"color_jitter": 0.4, "grayscale_prob": 0.2}, {"is_training": False},
+], ids=["plain", "mixup", "cutmix", "mix", "augmented", "jitter", "evaluation"])
+def test_a_batch_is_the_cpus(files, where, options):
+    """Draws are made on the CPU on either backend: targets are equal, and pixels but for interpolation."""
+    ours, theirs = (next(iter(make(files, device, batch_size=CLASSES, dtype="uint8", **options)))
+                    for device in (where, "cpu"))
+    (images, *target), (expected, *expected_target) = (
+        [batch[0], *(batch[1] if isinstance(batch[1], MixTarget) else [batch[1]])] for batch in (ours, theirs))
+    assert {field.device for field in (images, *target)} == {where}
+    for field, wanted in zip(target, expected_target, strict=True):
+        torch.testing.assert_close(field.cpu(), wanted, rtol=1e-6, atol=0)
+    off = (images.cpu().float() - expected.float()).abs().mean((1, 2, 3))
+    # Equalizing and its like stretch a difference of one grey level to several.
+    assert off.max() < (4 if "auto_augment" in options else 1), off
 
 
 # Decoding
@@ -276,6 +309,23 @@ def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
         np.testing.assert_allclose(logits.grad.float().cpu(), gradient, atol=1e-3 if low else 1e-5)
         draws.append(held["drawn"].cpu().clone())
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_a_step_is_captured_while_a_loader_works(files, where):
+    """DALI's threads allocate and synchronise during the capture: neither may fail the other."""
+    def step():
+        logits.grad = None
+        LUMixLoss()(logits, target, lam_r).backward()
+
+    expected = [flat(batch) for batch in make(files, where, **MIX)]
+    logits, target, lam_r = case(where, torch.float32)
+    found = []
+    for batch in make(files, where, **MIX):
+        replay = captured(step, where)
+        found.append(flat(batch))
+        replay()
+    assert_same(found, expected)
+    np.testing.assert_allclose(logits.grad.cpu(), oracle(logits, target, lam_r)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
