@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from lumix_dali import create_loader
+from lumix_dali import classification, create_loader
 from lumix_dali.sources import Samples
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
@@ -133,13 +133,25 @@ class Entry:
 # --- DALI's own
 
 
-def cropped(images, size: int, stages: int, decoder: dict[str, Any]):
+def plain_crop(images, **decoder: Any):
+    """Decode and crop as a pipeline of plain DALI does."""
+    device = "cpu" if Pipeline.current().device_id is None else "mixed"
+    return fn.decoders.image_random_crop(images, device=device, random_area=SCALE, random_aspect_ratio=RATIO,
+                                         adjust_orientation=False, **decoder)
+
+
+def guarded_crop(images, **decoder: Any):
+    """Decode and crop as this project's loader does, behind a peek."""
+    def region(shape):
+        return fn.random_crop_generator(shape, random_area=SCALE, random_aspect_ratio=RATIO)
+
+    return classification.decode(images, region, **decoder)
+
+
+def cropped(images, size: int, stages: int, decoder: dict[str, Any], crop: Callable = plain_crop):
     """Files decoded and cropped (from 2 stages on), resized and flipped (from 3 on)."""
-    gpu = Pipeline.current().device_id is not None
     if stages > 1:
-        images = fn.decoders.image_random_crop(
-            images, device="mixed" if gpu else "cpu", random_area=SCALE, random_aspect_ratio=RATIO,
-            adjust_orientation=False, **decoder)
+        images = crop(images, **decoder)
     if stages > 2:
         images = fn.resize_crop_mirror(
             images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,

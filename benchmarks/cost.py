@@ -38,7 +38,7 @@ from lumix_dali import LUMixLoss, MixTarget, create_loader
 from lumix_dali.sources import load_files
 
 from . import data, harness
-from .contenders import PREFETCH, Epoch, Setting, cropped, normalised_in_dali
+from .contenders import PREFETCH, Epoch, Setting, cropped, guarded_crop, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
 PARTS = ("loader", "model", "epoch", "step", "handover")
@@ -58,7 +58,7 @@ def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any], deco
     paths, labels, index = fn.external_source(source, num_outputs=3, batch=True,
                                               dtype=[types.UINT8, types.INT64, types.INT32], ndim=[1, 0, 0])
     images, target = fn.io.file.read(paths), (labels, index)  # type: tuple[Any, tuple]
-    images = cropped(images, size, stages, decoder)
+    images = cropped(images, size, stages, decoder, guarded_crop)
     if stages > 3:
         images, target = mixfn.mix(images, labels, index=index, **mixing)
     if stages > 4:

@@ -97,21 +97,22 @@ def jpegs(images: Sequence[np.ndarray], **options: Any) -> list[np.ndarray]:
     return files
 
 
-def decoded(encoded, region: str, device: str, **options: Any):
-    """The region of each file that a pipeline of the package decodes, with the same operators."""
+def decoded(encoded, region: str, **options: Any):
+    """The region of each file that a pipeline of the package decodes, by its own function."""
     from nvidia.dali import fn, math, types
 
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT32)
-    if region == "training":
-        anchor, window = fn.random_crop_generator(
-            shape, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
-    else:
-        size = shape[:2]
+    from lumix_dali import classification
+
+    def training(shape):
+        return fn.random_crop_generator(shape, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+
+    def evaluation(shape):
+        size = fn.cast(shape[:2], dtype=types.INT32)
         side = math.min(size[0], size[1]) * 7 // 8  # timm's crop_pct of .875
         window = fn.stack(side, side)
-        anchor = (size - window) // 2
-    return fn.decoders.image_slice(encoded, anchor, window, axes=[0, 1], device=device, adjust_orientation=False,
-                                   **options)
+        return (size - window) // 2, window
+
+    return classification.decode(encoded, {"training": training, "evaluation": evaluation}[region], **options)
 
 
 def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training",
@@ -122,7 +123,7 @@ def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region
     @pipeline_def(batch_size=batch_size, num_threads=harness.cpus(), device_id=device, seed=0)
     def define():
         encoded = fn.external_source(lambda: (files * batch_size)[:batch_size], batch=True)
-        return decoded(encoded, region, "cpu" if device is None else "mixed", **options)
+        return decoded(encoded, region, **options)
 
     return define()
 
