@@ -221,9 +221,10 @@ class LUMixLoss(nn.Module):
         active = torch.logical_and(active, lam0.frac())  # not at a λ0 of 0 or 1
         lam = lam0 * self._lam0_share
         if self._r_r is not None:
-            lam = lam + (self.draw(columns) if lam_r is None else lam_r.to(lam.dtype)) * self._r_r
+            lam_r = self.draw(columns) if lam_r is None else lam_r.to(lam.dtype)
+            lam = torch.addcmul(lam, lam_r, self._r_r)
         if self._r_s is not None:
-            lam = lam + _lam_s(columns) * self._r_s
+            lam = torch.addcmul(lam, _lam_s(columns), self._r_s)
         return torch.where(active, lam.clamp(0, 1), lam0), active
 
     def _weights(
@@ -303,20 +304,20 @@ def _plain_cross_entropy(
     logits: Tensor, columns: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
 ) -> Tensor:
     all_logp = logits.log_softmax(1, dtype=weights.dtype)
-    return _reduced(all_logp, columns, weights, hinge, smoothing, mean)
+    return _reduced(all_logp, all_logp.gather(1, columns), weights, hinge, smoothing, mean)
 
 
 def _reduced(
-    all_logp: Tensor, columns: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
+    all_logp: Tensor, logp: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
 ) -> Tensor:
-    """`_plain_cross_entropy` of log p."""
-    logp = all_logp.gather(1, columns)
+    """`_cross_entropy` of log p: all of it, and its columns."""
     gain = weights * _without_masked(logp, weights)
     if hinge is not None:
         gain = torch.addcmul(gain, hinge, torch.expm1(logp))
     total = gain.sum() if mean else gain.sum(1)
     if smoothing:
-        total = total.add(all_logp.sum() if mean else all_logp.sum(1), alpha=smoothing / all_logp.shape[1])
+        rows = all_logp.sum(1)  # per row also for the mean: torch.compile fuses it with log softmax
+        total = total.add(rows.sum() if mean else rows, alpha=smoothing / all_logp.shape[1])
     return total / -len(all_logp) if mean else -total
 
 
@@ -328,8 +329,9 @@ def _without_masked(values: Tensor, weights: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """`_plain_cross_entropy` with one dense tensor besides the logits, which becomes their gradient.
 
-    d log p_k / dz_j = [j = k] - p_j, and the loss has the derivative -(w_k + h_k·p_k) by log p_k. So its gradient
-    is p times the sum of w_k + h_k·p_k over the columns, less w_k + h_k·p_k in the columns.
+    d log p_k / dz_j = [j = k] - p_j, and -loss has the derivative `pull`, w_k + h_k·p_k, by log p_k. So the
+    gradient is p times the row's sum of `pull`, less `pull` in the columns; smoothing is a pull of ε/K on every
+    class.
     """
 
     @staticmethod
@@ -343,20 +345,22 @@ class _CrossEntropy(torch.autograd.Function):
         mean: bool,
     ) -> Tensor:
         all_logp = logits.log_softmax(1, dtype=weights.dtype)
-        ctx.save_for_backward(logits, columns, weights, hinge)
+        logp = all_logp.gather(1, columns)
+        pull = weights if hinge is None else torch.addcmul(weights, hinge, logp.exp())
+        ctx.save_for_backward(logits, columns, weights, hinge, pull)
         ctx.smoothing, ctx.mean = smoothing, mean
         # An attribute, not a saved tensor, so that the first backward pass may overwrite and free it; a second one
         # (retain_graph) computes it again. A compiled backward pass always does: saving it would write and read
         # one more [B, K].
         ctx.all_logp = None if torch.compiler.is_compiling() else all_logp
-        return _reduced(all_logp, columns, weights, hinge, smoothing, mean)
+        return _reduced(all_logp, logp, weights, hinge, smoothing, mean)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # A compiled backward pass has one gradient per output and refuses second derivatives itself.
         if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(grad)):
             return _plain_gradients(ctx, grad)
-        logits, columns, weights, hinge = ctx.saved_tensors
+        logits, columns, weights, hinge, pull = ctx.saved_tensors
         all_logp, ctx.all_logp = ctx.all_logp, None
         if all_logp is None:
             all_logp = logits.log_softmax(1, dtype=weights.dtype)
@@ -367,7 +371,7 @@ class _CrossEntropy(torch.autograd.Function):
             by_weights = -grad * _without_masked(logp, weights)
             by_hinge = None if hinge is None else -grad * torch.expm1(logp)
         p = all_logp.exp_()
-        pull = grad * (weights if hinge is None else torch.addcmul(weights, hinge, p.gather(1, columns)))
+        pull = grad * pull
         row = pull.sum(1, keepdim=True)
         if ctx.smoothing:
             by_logits = p.mul_(row.add(grad, alpha=ctx.smoothing)).sub_(grad * (ctx.smoothing / p.shape[1]))
@@ -386,7 +390,8 @@ def _plain_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of `_CrossEntropy` in plain operations, which can be differentiated again, or batched."""
     with torch.enable_grad():
         # Views, so that each is a variable of its own: weights and hinge may depend on the logits.
-        inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+        saved = ctx.saved_tensors[:4]
+        inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in saved]
         logits, columns, weights, hinge = inputs
         loss = _plain_cross_entropy(logits, columns, weights, hinge, ctx.smoothing, ctx.mean)
     needed = ctx.needs_input_grad[: len(inputs)]
