@@ -1,9 +1,9 @@
 """The LUMix loss (arXiv 2211.15846) on what the mixing emitted, without a dense [B, K] target.
 
-A soft target of two classes needs of log softmax only two columns and, for smoothing, the mean; the gradient of
-whatever is made of them is the softmax times a number a row, plus a number in each of the two columns. So loss and
-gradient are computed in closed form, and `_WithGradient` ties them to the logits. The plain reading, with a dense
-target, is `reference.lumix_loss`.
+A soft target of two classes needs only two columns of log softmax and, for smoothing, its mean. The gradient of
+the loss is then the softmax times one number per row, plus one number in each of the two columns. `_CrossEntropy`
+computes both in closed form; `_plain_cross_entropy` is the same loss in plain operations, for second derivatives
+and torch.func. `reference.lumix_loss` is the reading with a dense target.
 
     criterion = LUMixLoss()
     loss = criterion(model(images), target)        # target: MixTarget, or labels [B] without mixing
@@ -11,12 +11,12 @@ target, is `reference.lumix_loss`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .target import MixTarget
 
@@ -32,18 +32,28 @@ class LUMixLoss(nn.Module):
         r_r: in [0, 1], share of the noise λ_r in λ.
         r_s: in [0, 1], share of the model's own λ_s in λ; r_r + r_s is at most 1.
         eta: η ≥ 0, weight of the regulariser R, the second sum.
-        noise: law of λ_r: ("beta", α), ("normal", mean, std) or ("uniform",).
+        noise: distribution of λ_r: ("beta", α), ("normal", mean, std) or ("uniform",).
         smoothing: ε in [0, 1); off = ε/K, on = 1 - ε + off.
         base: "softmax", or "bce" for sigmoid cross entropy on y; λ_s and R keep the softmax.
-        bce_reduction: "mean" (timm's) or "sum" over the classes; used with base="bce" alone.
+        bce_reduction: "mean" (timm's) or "sum" over the classes; only used with base="bce".
         detach_lam_s: False lets the gradient flow through λ_s.
         apply_to: samples that get λ and R: "cutmix" (kind 2) or "all" mixed ones (kind above 0).
         reduction: "mean" over the batch, or "none".
 
     Raises:
-        ValueError: an argument out of its range; the message says which, and what to do.
+        ValueError: an argument out of its range; the message names it and the remedy.
 
     Note:
+        `r_r`, `r_s`, `eta` and `noise` may be assigned at any time, with the same checks; a compiled loss follows
+        without compiling again, unless a number becomes 0 or stops being 0.
+
+        Every label counts: there is no `ignore_index`, and -100 is an error that `check_target` names. A class
+        masked with a logit of -inf costs nothing where the target has no weight on it; with smoothing every class
+        has some, and the loss is infinite, as PyTorch's cross entropy is.
+
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are supported in eager mode;
+        they need more memory than a backward pass does.
+
         The paper leaves open, and this project chose: η = 1, λ_s detached (`detach_lam_s=False` switches),
         OR for Eq. 8's AND, Mixup samples with plain cross entropy at λ0 (`apply_to="all"` switches). An
         unmixed sample, an empty or whole-image box and any λ0 of 0 or 1 always get plain cross entropy.
@@ -64,23 +74,65 @@ class LUMixLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_ratio("r_r", r_r)
-        _check_ratio("r_s", r_s)
-        if r_r + r_s > 1 + 1e-9:  # .9 + .1 may round upwards
-            raise ValueError(f"r_r={r_r!r} and r_s={r_s!r} add up to {r_r + r_s:g}: lower one, to 1 at most")
-        if not 0 <= eta < float("inf"):
-            raise ValueError(f"eta={eta!r} must be a finite number from 0 on: 0 switches the regulariser off")
+        self._r_s: Tensor | None = None  # r_r's setter reads it
+        self.r_r, self.r_s, self.eta, self.noise = r_r, r_s, eta, noise
+        self._check_shares()
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing={smoothing!r} must lie in [0, 1): 0 switches it off")
         _check_choice("base", base, ("softmax", "bce"))
         _check_choice("bce_reduction", bce_reduction, ("mean", "sum"))
         _check_choice("apply_to", apply_to, ("cutmix", "all"))
         _check_choice("reduction", reduction, ("mean", "none"))
-        self.r_r, self.r_s, self.eta, self.smoothing = float(r_r), float(r_s), float(eta), float(smoothing)
-        self.noise = _checked_noise(noise)
+        self.smoothing = float(smoothing)
         self.base, self.bce_reduction = base, bce_reduction
         self.detach_lam_s = bool(detach_lam_s)
         self.apply_to, self.reduction = apply_to, reduction
+
+    # A schedule may set these at every step. They are kept as 0-dim tensors because torch.compile compiles again
+    # for each value of a float attribute, and as None where 0 switches their term off.
+
+    @property
+    def r_r(self) -> float:
+        """Share of the noise λ_r in λ; may be set at any time."""
+        return _value(self._r_r)
+
+    @r_r.setter
+    def r_r(self, value: float) -> None:
+        self._r_r = _number_or_none(_checked_ratio("r_r", value))
+        self._set_lam0_share()
+
+    @property
+    def r_s(self) -> float:
+        """Share of the model's λ_s in λ; may be set at any time."""
+        return _value(self._r_s)
+
+    @r_s.setter
+    def r_s(self, value: float) -> None:
+        self._r_s = _number_or_none(_checked_ratio("r_s", value))
+        self._set_lam0_share()
+
+    @property
+    def eta(self) -> float:
+        """Weight of the regulariser R; may be set at any time."""
+        return _value(self._eta)
+
+    @eta.setter
+    def eta(self, value: float) -> None:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"eta={value!r} must be a finite number from 0 on: 0 switches the regulariser off")
+        self._eta = _number_or_none(value)
+
+    @property
+    def noise(self) -> tuple:
+        """Distribution of λ_r; may be set at any time."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: tuple) -> None:
+        self._noise = law, *numbers = _checked_noise(value)
+        # Beta(1, 1) is uniform, and Beta(2, 2) the median of three uniforms.
+        self._law = {("beta", 1.0): "uniform", ("beta", 2.0): "median"}.get(self._noise, law)
+        self._noise_numbers = [_number(number) for number in numbers]
 
     def forward(self, logits: Tensor, target: MixTarget | Tensor, lam_r: Tensor | None = None) -> Tensor:
         """The loss of a batch (Eq. 6).
@@ -88,45 +140,46 @@ class LUMixLoss(nn.Module):
         Args:
             logits: [B, K], any floating dtype.
             target: MixTarget on the logits' device, or int64 labels [B] for (smoothed) cross entropy.
-            lam_r: floating [B], used instead of a draw; with labels alone it has no part.
+            lam_r: floating [B], used instead of a draw; ignored for labels [B].
 
         Returns:
             Scalar, or [B] with reduction="none"; float32, or float64 for float64 logits.
 
         Raises:
-            ValueError: a wrong shape, dtype or device. Values are not looked at, for that would wait for the
-                GPU: `check_target` does.
+            ValueError: a wrong shape, dtype or device, or r_r and r_s set to more than 1 in total. Values are not
+                checked: that would force a GPU synchronisation. `check_target` checks them.
         """
+        self._check_shares()
         _check_shapes(logits, target, lam_r)
-        softmax, mean, columns = self.base == "softmax", self.reduction == "mean", _columns(target)
-        off = self.smoothing if softmax else 0.0
-        with torch.no_grad():
-            all_logp = logits.log_softmax(1, dtype=_compute_dtype(logits))
-            logp = all_logp.gather(1, columns)
-            if isinstance(target, MixTarget):
-                weights, terms, pull = self._mixed(logp, target, lam_r, logits.shape[1])
-            else:
-                weights = torch.full_like(logp, 1 - self.smoothing)
-                terms, pull = self._base(logp, weights)
-            loss = terms.sum(1)
-            loss = -(loss.add(all_logp.mean(1), alpha=off) if off else loss)
-        loss = _WithGradient.apply(logits, loss.mean() if mean else loss, all_logp, columns, pull, off)
-        if softmax:
+        columns, dtype, mean = _columns(target), _compute_dtype(logits), self.reduction == "mean"
+        if isinstance(target, MixTarget):
+            z = logits.gather(1, columns).to(dtype)
+            z = z.detach() if self.detach_lam_s else z
+            weights, hinge = self._weights(z, target, lam_r, logits.shape[1])
+        else:
+            weights, hinge = torch.full_like(columns, 1 - self.smoothing, dtype=dtype), None
+        if self.base == "softmax":
+            return _cross_entropy(logits, columns, weights, hinge, self.smoothing, mean)
+        loss = self._bce(logits.to(dtype), columns, weights)
+        if hinge is None:
             return loss
-        bce = self._bce(logits.to(loss.dtype), columns, weights)
-        return loss + (bce.mean() if mean else bce)
+        return loss + _cross_entropy(logits, columns, torch.zeros_like(weights), hinge, 0.0, mean)
 
     @torch.no_grad()
     def lam(self, logits: Tensor, target: MixTarget | Tensor, lam_r: Tensor | None = None) -> Tensor:
         """The partner's final weight λ of each sample (Eq. 3), for logs and tests.
 
         Args:
-            logits, target, lam_r: as in `forward`. Without `lam_r` the noise is drawn anew: to see the λ of a
-                loss, give both the same `lam_r`, for instance from `draw`.
+            logits, target, lam_r: as in `forward`. Without `lam_r` the noise is drawn again: to see the λ of
+                a loss, pass the same `lam_r` to both, for instance from `draw`.
 
         Returns:
             [B] in [0, 1], float32 or float64, without gradient; λ0 itself where LUMix does not apply.
+
+        Raises:
+            ValueError: as in `forward`.
         """
+        self._check_shares()
         _check_shapes(logits, target, lam_r)
         dtype = _compute_dtype(logits)
         if not isinstance(target, MixTarget):
@@ -136,18 +189,19 @@ class LUMixLoss(nn.Module):
     def draw(self, logits: Tensor) -> Tensor:
         """One λ_r for each row of `logits` from torch's default generator: [B], on the logits' device."""
         size, dtype, device = logits.shape[0], _compute_dtype(logits), logits.device
-        law, *numbers = self.noise
-        if law == "normal":
-            return torch.randn(size, dtype=dtype, device=device) * numbers[1] + numbers[0]
-        if law == "uniform" or numbers[0] == 1:
-            return torch.rand(size, dtype=dtype, device=device)
-        if numbers[0] == 2:  # Beta(2, 2) is the median of three uniforms
-            a, b, c = torch.rand(3, size, dtype=dtype, device=device)
-            return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+        rand = partial(torch.rand, dtype=dtype, device=device)
+        if self._law == "normal":
+            mean, std = self._noise_numbers
+            return torch.randn(size, dtype=dtype, device=device) * std + mean
+        if self._law == "uniform":
+            return rand(size)
+        if self._law == "median":
+            a, b, c = rand(3, size)
+            return c.clamp(torch.minimum(a, b), torch.maximum(a, b))
         # Beta = G1 / (G1 + G2), with log Gamma(α) = log Gamma(α + 1) + log(U) / α: a small α would underflow.
-        gamma = torch._standard_gamma(torch.full((2, size), numbers[0] + 1, dtype=dtype, device=device))
-        power = torch.log1p(-torch.rand(2, size, dtype=dtype, device=device)) / numbers[0]
-        first, second = gamma.log() + power
+        (alpha,) = self._noise_numbers
+        gamma = torch._standard_gamma(torch.ones(2, size, dtype=dtype, device=device) + alpha)
+        first, second = gamma.log() + torch.log1p(-rand(2, size)) / alpha
         return torch.sigmoid(first - second)
 
     def extra_repr(self) -> str:
@@ -164,65 +218,61 @@ class LUMixLoss(nn.Module):
         # With correct_lam=False a box without pixels has λ0 above 0 all the same; other kinds have no box.
         active = (y0 < y1) & (x0 < x1)
         active = active & cutmix if self.apply_to == "cutmix" else (active | ~cutmix) & (target.kind > 0)
-        active = active & (lam0 > 0) & (lam0 < 1)
-        lam = (1 - self.r_r - self.r_s) * lam0
-        if self.r_r:
-            lam = lam.add(self.draw(columns) if lam_r is None else lam_r.to(lam.dtype), alpha=self.r_r)
-        if self.r_s:
-            lam = lam.add(_lam_s(columns), alpha=self.r_s)
+        active = torch.logical_and(active, lam0.frac())  # not at a λ0 of 0 or 1
+        lam = lam0 * self._lam0_share
+        if self._r_r is not None:
+            lam_r = self.draw(columns) if lam_r is None else lam_r.to(lam.dtype)
+            lam = torch.addcmul(lam, lam_r, self._r_r)
+        if self._r_s is not None:
+            lam = torch.addcmul(lam, _lam_s(columns), self._r_s)
         return torch.where(active, lam.clamp(0, 1), lam0), active
 
-    def _base(self, logp: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The columns' terms of -cross entropy, and their derivative by `logp`: zeros where `_bce` has them."""
-        return (weights * logp, weights) if self.base == "softmax" else (0 * weights, 0 * weights)
-
-    def _mixed(
-        self, logp: Tensor, target: MixTarget, lam_r: Tensor | None, num_classes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The columns' weights, their terms of -loss, and the derivative of -loss by `logp`: each [B, 2]."""
-        lam, active = self._mix(logp, target, lam_r)
+    def _weights(
+        self, columns: Tensor, target: MixTarget, lam_r: Tensor | None, num_classes: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The columns' weights in y less `off`, and in η·R, whose terms are weight·(1 - p): [B, 2] each."""
+        lam, active = self._mix(columns, target, lam_r)
         weights = (1 - self.smoothing) * torch.stack((lam, 1 - lam), 1)
-        terms, pull = self._base(logp, weights)
-        if self.eta:  # R = Σ_{k∈P} y_k (1 - p_k) (Eq. 7)
-            y = weights
-            if self.smoothing:  # the same class twice is one element of P, with one `off`
-                a, b = target.partner_labels, target.labels
-                y = y.add(torch.stack((a != b, b == b), 1), alpha=self.smoothing / num_classes)
-            less, on = y * torch.expm1(logp), active.to(y.dtype)[:, None]
-            terms = torch.addcmul(terms, on, less, value=self.eta)
-            pull = torch.addcmul(pull, on, y + less, value=self.eta)
-        if self.r_s and not self.detach_lam_s:
-            pull = pull + self._through_lam_s(logp, lam, active, num_classes)
-        return weights, terms, pull
-
-    def _through_lam_s(self, logp: Tensor, lam: Tensor, active: Tensor, num_classes: int) -> Tensor:
-        """What the derivative of -loss by `logp` gets by way of λ_s: [B, 2]."""
-        p, per_class = logp.exp(), self.base == "bce" and self.bce_reduction == "mean"
-        a, b = (logp / (num_classes if per_class else 1) + self.eta * p).unbind(1)
-        lam_s = _lam_s(logp)
-        free = active & (lam > 0) & (lam < 1)  # else λ is clamped, or λ0 itself
-        slope = (1 - self.smoothing) * (a - b) * free * self.r_s * lam_s * (1 - lam_s)
-        return torch.stack((slope, -slope), 1)
+        if self._eta is None:
+            return weights, None
+        y = weights
+        if self.smoothing:  # the same class twice is one element of P, with one `off`
+            a, b = target.partner_labels, target.labels
+            y = y.add(torch.stack((a != b, b == b), 1), alpha=self.smoothing / num_classes)
+        return weights, y * active[:, None] * self._eta
 
     def _bce(self, z: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
         """Sigmoid cross entropy on y: Σ_k softplus(z_k) - y_k z_k, or its mean."""
         # Above its threshold softplus drops the exponential; the default of 20 costs float64 half its digits.
-        loss = F.softplus(z, threshold=50).sum(1) - (weights * z.gather(1, columns)).sum(1)
+        linear = weights * _without_masked(z.gather(1, columns), weights)
+        loss = F.softplus(z, threshold=50).sum(1) - linear.sum(1)
         if self.smoothing:
             loss = loss.sub(z.mean(1), alpha=self.smoothing)
-        return loss / z.shape[1] if self.bce_reduction == "mean" else loss
+        if self.bce_reduction == "mean":
+            loss = loss / z.shape[1]
+        return loss.mean() if self.reduction == "mean" else loss
+
+    def _set_lam0_share(self) -> None:
+        rest = 1 - self.r_r - self.r_s
+        # None is an error that waits for the next loss: on the way from (.1, .9) to (.9, .1) the sum passes 1.
+        self._lam0_share = _number(rest) if rest > -1e-9 else None  # .9 + .1 may round upwards
+
+    def _check_shares(self) -> None:
+        if self._lam0_share is None:
+            total = self.r_r + self.r_s
+            raise ValueError(f"r_r={self.r_r!r} and r_s={self.r_s!r} add up to {total:g}: lower one, to 1 at most")
 
 
 def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
-    """Checks a target's values, once, before training on it: `LUMixLoss` looks at shapes and dtypes alone.
+    """Checks a target's values, once, before training on it: `LUMixLoss` only checks shapes and dtypes.
 
     Args:
-        target: MixTarget or int64 labels [B], on any device (this waits for a GPU).
+        target: MixTarget or int64 labels [B], on any device (checking synchronises with a GPU).
         num_classes: K, the columns of the model's logits.
 
     Raises:
-        ValueError: a wrong shape or dtype, a label outside [0, K), lam0 outside [0, 1], an impossible box or
-            an unknown kind.
+        ValueError: a wrong shape or dtype, a label outside [0, K) (so -100 too: there is no `ignore_index`), lam0
+            outside [0, 1], an impossible box or an unknown kind.
     """
     _check_fields(target)
     if not isinstance(target, MixTarget):
@@ -238,44 +288,121 @@ def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
     _check_rows("box", target.box, placed, "must be zeros where kind is not 2 (CutMix)")
 
 
-class _WithGradient(torch.autograd.Function):
-    """Hands `loss` on, [B] or its mean; its derivative by log p in the columns is -`pull`, by log p's mean -`off`.
+def _cross_entropy(
+    logits: Tensor, columns: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
+) -> Tensor:
+    """-Σ_k w_k·log p_k - Σ_k h_k·(p_k - 1) over the columns, less `smoothing` times the mean of all log p.
 
-    d log p_k / dz_j = [j = k] - p_j, so dloss/dz is p times a number a row, less one constant for the mean, less
-    `pull` in the columns.
+    [B], or its mean. The transforms of torch.func get plain operations, which they know how to transform.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    evaluate = _plain_cross_entropy if transformed else _CrossEntropy.apply
+    return evaluate(logits, columns, weights, hinge, smoothing, mean)
+
+
+def _plain_cross_entropy(
+    logits: Tensor, columns: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
+) -> Tensor:
+    all_logp = logits.log_softmax(1, dtype=weights.dtype)
+    return _reduced(all_logp, all_logp.gather(1, columns), weights, hinge, smoothing, mean)
+
+
+def _reduced(
+    all_logp: Tensor, logp: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
+) -> Tensor:
+    """`_cross_entropy` of log p: all of it, and its columns."""
+    gain = weights * _without_masked(logp, weights)
+    if hinge is not None:
+        gain = torch.addcmul(gain, hinge, torch.expm1(logp))
+    total = gain.sum() if mean else gain.sum(1)
+    if smoothing:
+        rows = all_logp.sum(1)  # per row also for the mean: torch.compile fuses it with log softmax
+        total = total.add(rows.sum() if mean else rows, alpha=smoothing / all_logp.shape[1])
+    return total / -len(all_logp) if mean else -total
+
+
+def _without_masked(values: Tensor, weights: Tensor) -> Tensor:
+    """0 where the weight is 0: a class masked with a logit of -inf would give 0·-inf."""
+    return values.masked_fill(weights == 0, 0)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`_plain_cross_entropy` with one dense tensor besides the logits, which becomes their gradient.
+
+    d log p_k / dz_j = [j = k] - p_j, and -loss has the derivative `pull`, w_k + h_k·p_k, by log p_k. So the
+    gradient is p times the row's sum of `pull`, less `pull` in the columns; smoothing is a pull of ε/K on every
+    class.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, loss: Tensor, all_logp: Tensor, columns: Tensor, pull: Tensor, off: float
+        ctx: Any,
+        logits: Tensor,
+        columns: Tensor,
+        weights: Tensor,
+        hinge: Tensor | None,
+        smoothing: float,
+        mean: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, columns, pull)
-        # An attribute, not a saved tensor, so that the first backward pass may overwrite it and let it go; a
-        # second one (retain_graph) makes it anew. A compiled backward does so anyway: a saved one is one more
-        # [B, K] to write and read.
-        ctx.all_logp, ctx.off = None if torch.compiler.is_compiling() else all_logp, off
-        return loss.clone()
+        all_logp = logits.log_softmax(1, dtype=weights.dtype)
+        logp = all_logp.gather(1, columns)
+        pull = weights if hinge is None else torch.addcmul(weights, hinge, logp.exp())
+        ctx.save_for_backward(logits, columns, weights, hinge, pull)
+        ctx.smoothing, ctx.mean = smoothing, mean
+        # An attribute, not a saved tensor, so that the first backward pass may overwrite and free it; a second one
+        # (retain_graph) computes it again. A compiled backward pass always does: saving it would write and read
+        # one more [B, K].
+        ctx.all_logp = None if torch.compiler.is_compiling() else all_logp
+        return _reduced(all_logp, logp, weights, hinge, smoothing, mean)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, columns, pull = ctx.saved_tensors
-        batch_size, num_classes = logits.shape
+        # A compiled backward pass has one gradient per output and refuses second derivatives itself.
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _is_batched(grad)):
+            return _plain_gradients(ctx, grad)
+        logits, columns, weights, hinge, pull = ctx.saved_tensors
         all_logp, ctx.all_logp = ctx.all_logp, None
-        p = (logits.log_softmax(1, dtype=pull.dtype) if all_logp is None else all_logp).exp_()
-        if grad.ndim == 0:  # of the mean
-            grad = grad / batch_size
-        grad = grad[..., None]
-        result = p.mul_((pull.sum(1, keepdim=True) + ctx.off) * grad)
-        if ctx.off:
-            result.sub_(grad * (ctx.off / num_classes))
-        result.scatter_add_(1, columns, pull * -grad)
-        return result.to(logits.dtype), None, None, None, None, None
+        if all_logp is None:
+            all_logp = logits.log_softmax(1, dtype=weights.dtype)
+        grad = (grad / len(logits) if ctx.mean else grad)[..., None]
+        by_weights, by_hinge = None, None
+        if any(ctx.needs_input_grad[2:4]):  # λ_s is attached
+            logp = all_logp.gather(1, columns)
+            by_weights = -grad * _without_masked(logp, weights)
+            by_hinge = None if hinge is None else -grad * torch.expm1(logp)
+        p = all_logp.exp_()
+        pull = grad * pull
+        row = pull.sum(1, keepdim=True)
+        if ctx.smoothing:
+            by_logits = p.mul_(row.add(grad, alpha=ctx.smoothing)).sub_(grad * (ctx.smoothing / p.shape[1]))
+        else:
+            by_logits = p.mul_(row)
+        by_logits.scatter_add_(1, columns, -pull)
+        return by_logits.to(logits.dtype), None, by_weights, by_hinge, None, None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether it is many gradients at once: `torch.func.vmap`, or autograd's `is_grads_batched`, `vectorize`."""
+    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _plain_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `_CrossEntropy` in plain operations, which can be differentiated again, or batched."""
+    with torch.enable_grad():
+        # Views, so that each is a variable of its own: weights and hinge may depend on the logits.
+        saved = ctx.saved_tensors[:4]
+        inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in saved]
+        logits, columns, weights, hinge = inputs
+        loss = _plain_cross_entropy(logits, columns, weights, hinge, ctx.smoothing, ctx.mean)
+    needed = ctx.needs_input_grad[: len(inputs)]
+    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=torch.is_grad_enabled()))
+    return *(next(found) if needs else None for needs in needed), None, None
 
 
 def _lam_s(columns: Tensor) -> Tensor:
     """λ_s = p_a / (p_a + p_b) [B] (Eq. 5) of z_a and z_b [B, 2], each up to the same constant."""
-    a, b = columns.unbind(1)
+    a, b = columns.clamp(min=torch.finfo(columns.dtype).min).unbind(1)  # -inf - -inf would be NaN
     return torch.sigmoid(a - b)
 
 
@@ -328,7 +455,7 @@ def _check_field(name: str, field: Tensor, shape: tuple, dtype: torch.dtype | No
 
 
 def _check_range(name: str, labels: Tensor, num_classes: int) -> None:
-    remedy = f"must lie in [0, {num_classes}): the model has {num_classes} classes"
+    remedy = f"must lie in [0, {num_classes}): the model has {num_classes} classes, and there is no ignore_index"
     _check_rows(name, labels, (labels >= 0) & (labels < num_classes), remedy)
 
 
@@ -338,9 +465,24 @@ def _check_rows(name: str, field: Tensor, good: Tensor, remedy: str) -> None:
         raise ValueError(f"{name}[{row}]={field[row].tolist()!r} {remedy}")
 
 
-def _check_ratio(name: str, value: float) -> None:
+def _number(value: float) -> Tensor:
+    """On the CPU: a 0-dim tensor there takes part in the arithmetic of any device without a synchronisation."""
+    with torch.inference_mode(False):  # set during evaluation, it is still used in training
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def _number_or_none(value: float) -> Tensor | None:
+    return _number(value) if value else None
+
+
+def _value(number: Tensor | None) -> float:
+    return 0.0 if number is None else number.item()
+
+
+def _checked_ratio(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must lie in [0, 1]: it is a share of λ, 0 switches it off")
+    return value
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""LUMixLoss against lumix.md's numbers, the float64 oracle, timm and finite differences."""
+"""LUMixLoss against numbers worked out by hand, the float64 oracle, timm, PyTorch and finite differences."""
 
 import copy
 import itertools
@@ -7,8 +7,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumix_dali import reference
@@ -54,7 +56,7 @@ def loss_and_grad(criterion, logits, target, lam_r=None):
     return loss.detach(), grad
 
 
-# lumix.md's worked examples. Case: logits, (b, a), λ0, λ_r, options, λ, L0, R, L, gradient.
+# Worked by hand from the paper's equations. Case: logits, (b, a), λ0, λ_r, options, λ, L0, R, L, gradient.
 LOGP = torch.tensor([[0.5, 0.3, 0.1, 0.1]], dtype=torch.float64).log()
 ZERO = torch.zeros(1, 4, dtype=torch.float64)
 NOISE_ONLY = {"r_r": 0.5, "r_s": 0.0}
@@ -292,6 +294,186 @@ def test_a_masked_class_costs_nothing_without_smoothing():
     assert (masked_grad[:, 7] == 0).all()
 
 
+# Row 0 masks class a, row 1 a class that is not in the target, row 2 class b; only row 3's label is masked.
+MASKED = torch.tensor([[1, 2, 9, 0.5], [9, 0, 1, 3], [0.3, 0.1, 0.2, 9], [9, 1, 2, 3]])
+MASKED[MASKED == 9] = -torch.inf
+MASKED_LABELS = torch.tensor([0, 1, 1, 0])
+MASKED_TARGET = make_target([0, 1, 3, 0], [2, 2, 1, 1], [0.0, 0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("target", [MASKED_LABELS, MASKED_TARGET], ids=["labels", "mixed"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_masked_class_in_the_target_without_weight_is_pytorchs(target, smoothing, detach, plain):
+    """-inf logits: no 0·∞, and with smoothing PyTorch's infinity; `plain` is the path of torch.func."""
+    criterion = LUMixLoss(smoothing=smoothing, detach_lam_s=detach, reduction="none")
+    expected, expected_grad = loss_and_grad(
+        lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing), MASKED, MASKED_LABELS
+    )
+    if plain:
+        loss = torch.vmap(lambda z: criterion(z, target, torch.rand(4)), randomness="same")(MASKED[None])[0]
+        grad = torch.func.grad(lambda z: criterion(z, target, torch.rand(4)).sum())(MASKED)
+    else:
+        loss, grad = loss_and_grad(criterion, MASKED, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+    assert not expected.isnan().any() and not expected_grad.isnan().any()
+    assert expected.isinf().tolist() == ([True] * 4 if smoothing else [False] * 3 + [True])
+
+
+@pytest.mark.parametrize("target", [MASKED_LABELS, MASKED_TARGET], ids=["labels", "mixed"])
+def test_a_masked_class_without_weight_adds_nothing_to_bce(target):
+    """PyTorch's own is NaN here, so the oracle is its sum over the other classes."""
+    criterion = LUMixLoss(smoothing=0.0, base="bce", bce_reduction="sum", reduction="none")
+    loss, grad = loss_and_grad(criterion, MASKED, target)
+    one_hot, kept = F.one_hot(MASKED_LABELS, 4).float(), MASKED.isfinite()
+    terms = F.binary_cross_entropy_with_logits(MASKED.where(kept, 0), one_hot, reduction="none")
+    torch.testing.assert_close(loss[:3], (terms * kept).sum(1)[:3])
+    assert loss[3] == torch.inf
+    torch.testing.assert_close(grad, MASKED.sigmoid() - one_hot)
+
+
+def test_two_masked_classes_are_infinite_and_not_nan():
+    """λ_s = p_a / (p_a + p_b) is then 0/0."""
+    logits, target = torch.tensor([[-torch.inf, -torch.inf, 1.0]]), make_target([0], [1], 0.3)
+    assert LUMixLoss(smoothing=0.0)(logits, target) == torch.inf
+    assert LUMixLoss(r_r=0.0, r_s=1.0).lam(logits, target) == 0.5
+
+
+def test_nan_logits_stay_nan():
+    logits, target, lam_r = random_case(batch=4)
+    logits[1, 2] = torch.nan
+    loss, grad = loss_and_grad(LUMixLoss(reduction="none"), logits, target, lam_r)
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert grad.isnan().any(1).tolist() == [False, True, False, False]
+
+
+# Second derivatives and torch.func. Finite differences see λ_s: they need it attached, or away.
+TWICE = [
+    {"r_s": 0.0},
+    {"r_s": 0.0, "smoothing": 0.0},
+    {"r_s": 0.0, "base": "bce"},
+    {"r_s": 0.0, "eta": 0.0},
+    {"detach_lam_s": False},
+    {"detach_lam_s": False, "base": "bce"},
+]
+
+
+def smooth_case():
+    """CutMix, the same class twice and unmixed, all away from the clamp, where there is no second derivative."""
+    logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lam0, kind = [0.3, 0.5, 0.7, 0.4, 0.6, 0.0], torch.tensor([2, 2, 2, 2, 2, 0])
+    target = make_target([0, 1, 2, 3, 4, 0], [1, 2, 2, 0, 0, 3], lam0, kind)
+    return logits, target, torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+
+
+def dense_loss(logits, target, lam, smoothing=0.1, eta=1.0):
+    """Eqs. 6 and 7 on a dense target with λ held fixed, in PyTorch's own operations; summed over the batch."""
+    classes = logits.shape[1]
+    a, b = F.one_hot(target.partner_labels, classes), F.one_hot(target.labels, classes)
+    y = (1 - smoothing) * (lam[:, None] * a + (1 - lam[:, None]) * b) + smoothing / classes
+    active = (target.kind == 2) & (target.lam0 > 0) & (target.lam0 < 1) & (target.box[:, 2] > 0)
+    hinge = ((a | b) * y * (1 - logits.softmax(1))).sum(1)
+    return F.cross_entropy(logits, y, reduction="sum") + eta * (active * hinge).sum()
+
+
+@pytest.mark.parametrize("options", TWICE, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_those_of_finite_differences(options, reduction):
+    logits, target, lam_r = smooth_case()
+    criterion = LUMixLoss(**options, reduction=reduction)
+    _, expected = loss_and_grad(criterion, logits, target, lam_r)
+    loss = criterion(logits.requires_grad_(), target, lam_r).sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    torch.testing.assert_close(grad, expected)  # gradgradcheck is content with a wrong one
+    assert torch.autograd.gradgradcheck(lambda z: criterion(z, target, lam_r), logits)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_gradient_penalty_is_pytorchs(smoothing):
+    """The squared norm of the input's gradient, differentiated by the weights; with labels and plain CutMix."""
+    generator = torch.Generator().manual_seed(0)
+    images, hidden, out = (
+        torch.randn(size, dtype=torch.float64, generator=generator) for size in ((8, 6), (6, 12), (12, 10))
+    )
+    labels = torch.arange(8)
+    target = make_target(labels, labels.flip(0), 0.3)._replace(lam0=torch.full((8,), 0.3, dtype=torch.float64))
+
+    def penalty(loss):
+        x, w = images.clone().requires_grad_(), hidden.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(torch.tanh(x @ w) @ out), x, create_graph=True)
+        return torch.autograd.grad(grad.pow(2).sum(), w)[0]
+
+    criterion = LUMixLoss(r_r=0.0, r_s=0.0, eta=0.0, smoothing=smoothing)
+    for ours, theirs in (
+        (labels, lambda z: F.cross_entropy(z, labels, label_smoothing=smoothing)),
+        (target, lambda z: F.cross_entropy(z, target.dense(10, smoothing))),
+    ):
+        torch.testing.assert_close(penalty(lambda z, y=ours: criterion(z, y)), penalty(theirs))
+
+
+def test_the_detached_second_derivative_holds_lam_fixed():
+    logits, target, lam_r = smooth_case()
+    criterion = LUMixLoss(reduction="none")
+    lam = criterion.lam(logits, target, lam_r)
+    expected = torch.func.hessian(lambda z: dense_loss(z, target, lam))(logits)
+    got = torch.autograd.functional.hessian(lambda z: criterion(z, target, lam_r).sum(), logits)
+    torch.testing.assert_close(got, expected)
+    got = torch.func.hessian(lambda z: criterion(z, target, lam_r).sum())(logits)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_compiled_loss_refuses_second_derivatives():
+    torch._dynamo.reset()
+    logits, target, lam_r = smooth_case()
+    compiled = torch.compile(LUMixLoss(smoothing=0.0), fullgraph=True, backend="aot_eager")
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(compiled(logits * scale, target, lam_r), scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        grad.backward()
+
+
+@pytest.mark.parametrize("options", [{}, *TWICE], ids=str)
+def test_torch_func_gives_the_oracles_loss_and_gradient(options):
+    logits, target, lam_r = random_case(batch=12)
+    criterion = LUMixLoss(**options, reduction="none")
+    expected, expected_grad = oracle(logits, target, lam_r, **{"smoothing": 0.1, **options})
+    grad, loss = torch.func.grad_and_value(lambda z: criterion(z, target, lam_r).sum())(logits)
+    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-9)
+    np.testing.assert_allclose(grad, expected_grad, atol=1e-9)
+    rows = torch.arange(12)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        by_row = jacobian(lambda z: criterion(z, target, lam_r))(logits)
+        np.testing.assert_allclose(by_row[rows, rows], expected_grad, atol=1e-9)
+
+
+def test_vmap_over_models_and_over_backward_passes():
+    _, target, lam_r = random_case(batch=12)
+    criterion = LUMixLoss(reduction="none")
+    models = torch.stack([random_case(batch=12, seed=seed)[0] for seed in range(3)])
+    expected = [oracle(logits, target, lam_r, smoothing=0.1) for logits in models]
+    losses = torch.vmap(lambda z: criterion(z, target, lam_r))(models)
+    grads = torch.vmap(torch.func.grad(lambda z: criterion(z, target, lam_r).sum()))(models)
+    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-9)
+    np.testing.assert_allclose(grads, [grad for _, grad in expected], atol=1e-9)
+
+    logits, rows = models[0].requires_grad_(), torch.arange(12)
+    loss, one_hot = criterion(logits, target, lam_r), torch.eye(12, dtype=torch.float64)
+    batched = torch.vmap(lambda g: torch.autograd.grad(loss, logits, g, retain_graph=True)[0])(one_hot)
+    (old,) = torch.autograd.grad(loss, logits, one_hot, is_grads_batched=True)
+    for by_row in (batched, old):
+        np.testing.assert_allclose(by_row[rows, rows], expected[0][1], atol=1e-9)
+
+
+def test_a_transform_that_cannot_be_right_says_so():
+    logits, target, _ = random_case(batch=4)
+    with pytest.raises(RuntimeError, match=r"vmap.*'same' or 'different' randomness"):
+        torch.vmap(lambda z: LUMixLoss()(z, target))(logits[None])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
+        LUMixLoss()(torch.autograd.forward_ad.make_dual(logits, logits), target)
+
+
 def test_a_retained_graph_gives_the_same_gradient_twice():
     logits, target, lam_r = random_case()
     logits.requires_grad_()
@@ -316,13 +498,35 @@ class LargeTensors(TorchDispatchMode):
         return result
 
 
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"base": "bce"}], ids=str)
+@pytest.mark.parametrize("labels", [True, False])
+def test_nothing_is_copied(options, labels):
+    """A copy on a GPU would be one more kernel, or a synchronisation."""
+    logits, target, _ = random_case(dtype=torch.float32)
+    with Operators() as operators:
+        LUMixLoss(**options)(logits.requires_grad_(), target.labels if labels else target).sum().backward()
+    assert "_log_softmax" in operators.names or labels
+    assert not {"clone", "copy_", "_to_copy"} & set(operators.names)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("detach", [True, False])
-def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing, detach):
+def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing):
     logits, target, lam_r = random_case(batch=64, classes=50, dtype=torch.float32)
     logits.requires_grad_()
     with LargeTensors(64 * 25) as large:
-        loss = LUMixLoss(smoothing=smoothing, detach_lam_s=detach)(logits, target, lam_r)
+        loss = LUMixLoss(smoothing=smoothing)(logits, target, lam_r)
         (grad,) = torch.autograd.grad(loss, logits)
     assert list(large.made) == [grad.untyped_storage().data_ptr()]
 
@@ -405,6 +609,77 @@ def test_compiled_in_one_graph_it_equals_eager(backend, options):
     losses = torch.stack([compiled(logits, target) for _ in range(3)])  # the draw is in the graph
     assert losses.isfinite().all()
     assert losses.unique().numel() == 3
+
+
+@pytest.mark.parametrize("noise", [("beta", 0.8), ("normal", 0.5, 1.0), None], ids=str)
+def test_a_schedule_compiles_once_more_for_leaving_zero(noise):
+    """r_r, r_s, η and the noise's numbers change at every step, from 0 on."""
+    torch._dynamo.reset()
+    logits, target, lam_r = random_case(batch=16)
+    counter, criterion = CompileCounter(), LUMixLoss(noise=noise or ("beta", 2.0))
+    compiled, twin = torch.compile(criterion, fullgraph=True, backend=counter), LUMixLoss()
+    for step in range(12):
+        for scheduled in (criterion, twin):
+            scheduled.r_r, scheduled.r_s, scheduled.eta = 0.05 * step, 0.02 * step, 0.1 * step
+        if noise:  # drawn in the graph
+            criterion.noise = (noise[0], *(number + 0.01 * step for number in noise[1:]))
+            assert compiled(logits, target).isfinite()
+        else:
+            torch.testing.assert_close(
+                loss_and_grad(compiled, logits, target, lam_r), loss_and_grad(twin, logits, target, lam_r)
+            )
+    assert counter.frame_count <= 2
+
+
+def test_scheduled_numbers_read_as_they_were_set():
+    criterion = LUMixLoss(r_r=0.4, r_s=0.0)
+    assert (criterion.r_r, criterion.r_s, criterion.eta, criterion.noise) == (0.4, 0.0, 1.0, ("beta", 2.0))
+    criterion.r_r, criterion.r_s, criterion.eta, criterion.noise = 0.3, torch.tensor(0.5), 2, ("normal", 0, 1)
+    assert (criterion.r_r, criterion.r_s, criterion.eta, criterion.noise) == (0.3, 0.5, 2.0, ("normal", 0.0, 1.0))
+    assert type(criterion.r_r) is type(criterion.eta) is float
+    assert "r_r=0.3, r_s=0.5, eta=2.0, noise=('normal', 0.0, 1.0)" in repr(criterion)
+    assert not criterion.state_dict()
+    case = random_case()
+    expected = LUMixLoss(r_r=0.3, r_s=0.5, eta=2.0)(*case)
+    for twin in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), criterion.half()):
+        assert torch.equal(twin(*case), expected)
+
+
+def test_a_number_set_in_inference_mode_serves_in_training():
+    case, criterion = random_case(), LUMixLoss(detach_lam_s=False)
+    with torch.inference_mode():
+        criterion.r_s, criterion.eta = 0.3, 0.5
+    expected = loss_and_grad(LUMixLoss(r_s=0.3, eta=0.5, detach_lam_s=False), *case)
+    torch.testing.assert_close(loss_and_grad(criterion, *case), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("r_r", -0.1, r"r_r=-0\.1 must lie in \[0, 1\]"),
+        ("r_s", 1.1, r"r_s=1\.1 must lie in \[0, 1\]"),
+        ("eta", float("inf"), "eta=inf must"),
+        ("noise", ("beta", 0.0), r"noise=\('beta', 0\.0\): alpha"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_when_it_is_set(name, value, message):
+    criterion = LUMixLoss()
+    before = getattr(criterion, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(criterion, name, value)
+    assert getattr(criterion, name) == before
+
+
+def test_shares_above_one_are_refused_by_the_next_loss():
+    """Not by the assignment: between these two the sum is 1.8."""
+    logits, target, lam_r = random_case()
+    criterion = LUMixLoss(r_r=0.1, r_s=0.9)
+    criterion.r_r, criterion.r_s = 0.9, 0.1
+    assert torch.equal(criterion(logits, target, lam_r), LUMixLoss(r_r=0.9, r_s=0.1)(logits, target, lam_r))
+    criterion.r_s = 0.2
+    for method in (criterion, criterion.lam):
+        with pytest.raises(ValueError, match=r"r_r=0\.9 and r_s=0\.2 add up to 1\.1: lower one"):
+            method(logits, target, lam_r)
 
 
 def test_copies_and_pickles_like_any_module():
@@ -521,6 +796,8 @@ def rows(**fields):
         (rows(labels=[0, 1, -1]), r"^labels\[2\]=-1"),
         (rows(partner_labels=[9, 0, 1]), r"partner_labels\[0\]=9"),
         (torch.tensor([0, 7]), r"target\[1\]=7 must lie in \[0, 4\)"),
+        (torch.tensor([0, -100]), r"target\[1\]=-100 must lie in \[0, 4\): .* there is no ignore_index"),
+        (rows(labels=[0, -100, 1]), r"^labels\[1\]=-100 must lie in"),
         (rows(lam0=[0.5, 1.5, 0.5]), r"lam0\[1\]=1\.5 must lie in \[0, 1\]"),
         (rows(lam0=[0.5, 0.5, float("nan")]), r"lam0\[2\]=nan"),
         (rows(kind=[2, 2, 4]), r"kind\[2\]=4 must be 0, 1, 2 or 3"),
