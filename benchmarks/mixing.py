@@ -43,6 +43,7 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     free = fn.random.uniform(range=[0.0, 1.0], shape=[2]) * (size - side + 1)
     start = fn.cast(math.floor(free), dtype=types.INT32)
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
+    small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste reads all inputs with one size
     drawn = mixfn.given(size, partner, partner * 0 + mixfn.CUTMIX, fn.cat(start, start + side))
     _, target = mixfn.apply(images, labels, drawn)  # its pixels are never made: DALI prunes what nobody asks for
     mixed = fn.multi_paste(images, small, in_anchors=drawn.start * 0, out_anchors=drawn.start,

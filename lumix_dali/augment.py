@@ -132,6 +132,7 @@ def rand_augment(
     *,
     fill: Sequence[float] = (128, 128, 128),
     interpolation: int = types.INTERP_LINEAR,
+    size: Sequence[int] | None = None,
 ) -> DataNode:
     """RandAugment (arXiv 1909.13719) with timm's 15 operations and levels.
 
@@ -140,6 +141,8 @@ def rand_augment(
         spec: timm's string, see `parse`.
         fill: three grey levels, of what warps leave free; timm's training takes the mean of the normalisation.
         interpolation: DALI's, linear or cubic, of the warps.
+        size: (H, W), where all images have the same size. None reads each image's shape, on a GPU only with DALI's
+            default executor: ``exec_dynamic=False`` refuses it.
 
     Returns:
         As `images`.
@@ -148,7 +151,7 @@ def rand_augment(
         ValueError: a spec that `parse` refuses.
     """
     policy = parse(spec)
-    leaves = _leaves(policy, partial(_warp, fill=fill, interpolation=interpolation))
+    leaves = _leaves(policy, partial(_warp, fill=fill, interpolation=interpolation, size=size))
     outcome, argument = draw(policy)
     for layer in range(policy.layers):
         images = _select(leaves, images, outcome[layer], argument[layer])
@@ -202,7 +205,7 @@ def _leaves(policy: Policy, warp: Callable) -> list[tuple[int, Callable]]:
         "AutoContrast": lambda images, _: auto_contrast(images),
         "Equalize": lambda images, _: equalize(images),
     }
-    leaves: list[tuple[int, Callable]] = [(0, lambda images, *_: images), (2 * _WARPS, warp)]
+    leaves: list[tuple[int, Callable]] = [(0, _keep), (2 * _WARPS, warp)]
     for place, name in enumerate(OPERATIONS):
         if name in single:
             leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
@@ -224,13 +227,13 @@ def _if(predicate: DataNode, then: Callable, otherwise: Callable, *nodes: DataNo
     )
 
 
-def _warp(images, outcome, argument, *, fill, interpolation) -> DataNode:
+def _warp(images, outcome, argument, **options) -> DataNode:
     """Rotate, ShearX, ShearY, TranslateX or TranslateY: all but one of the arguments are zero."""
     given = fn.one_hot((outcome - 1) // 2, num_classes=_WARPS) * argument
-    return warp(images, given[0], given[1:3], given[3:5], fill=fill, interpolation=interpolation)
+    return warp(images, given[0], given[1:3], given[3:5], **options)
 
 
-def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINEAR) -> DataNode:
+def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINEAR, size=None) -> DataNode:
     """timm's rotate, shear and translate, as one affine map.
 
     Args:
@@ -238,13 +241,21 @@ def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINE
         shear: float32 [2], along x and y, from the upper left corner.
         share: float32 [2], of width and height, by which the content moves left and up.
         fill: three grey levels.
+        size: of `rand_augment`.
     """
-    height_width = images.shape(dtype=types.FLOAT)
-    size = fn.stack(height_width[1], height_width[0])
-    matrix = fn.transforms.rotation(angle=degrees, center=size * 0.5)
+    # A constant node has the size of the whole batch, and cannot be used where that is split: plain numbers can.
+    if size is None:
+        shape = images.shape(dtype=types.FLOAT)
+        center = fn.stack(shape[1], shape[0]) * 0.5
+        offset = share * 2 * center
+    else:
+        height, width = map(float, size)
+        center = [width / 2, height / 2]
+        offset = fn.stack(share[0] * width, share[1] * height)
+    matrix = fn.transforms.rotation(angle=degrees, center=center)
     matrix = fn.transforms.shear(matrix, shear=shear)
-    matrix = fn.transforms.translation(matrix, offset=share * size)
-    # Third row (0, 0, 1). A constant has the size of the whole batch, and cannot be used where that is split.
+    matrix = fn.transforms.translation(matrix, offset=offset)
+    # Third row (0, 0, 1)
     matrix = fn.pad(fn.pad(fn.reshape(matrix, shape=[6]), shape=[8]), shape=[9], fill_value=1)
     return fn.experimental.warp_perspective(
         images,
@@ -380,6 +391,7 @@ def erase(
     count: int = 1,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
+    size: Sequence[int] | None = None,
 ) -> DataNode:
     """Random erasing (arXiv 1708.04896) with timm's law: area 2 to 33 %, aspect .3 to 3.3, log-uniform.
 
@@ -390,6 +402,7 @@ def erase(
             "pixel", such a colour for each pixel.
         count: a sample has 1 to `count` regions, uniformly, which share the area.
         mean, std: of the normalisation that follows, in units of [0, 1].
+        size: of `rand_augment`.
 
     Returns:
         As `images`.
@@ -401,9 +414,10 @@ def erase(
         raise ValueError(f"re_mode={mode!r}: give one of {', '.join(map(repr, ERASE_MODES))}")
     fill = partial(_fill, mode=mode, mean=[255 * m for m in mean], std=[255 * s for s in std])
     number = fn.random.choice(count + 1, p=[1 - prob] + [prob / count] * count)
+    known = () if size is None else (fn.constant(idata=[int(side) for side in size], dtype=types.INT32),)
     for region in range(count):
         drawn = fn.random.uniform(range=[0.0, 1.0], shape=[_ATTEMPTS + 1, 3])
-        images = _if(number > region, fill, lambda images, *_: images, images, drawn, number)
+        images = _if(number > region, fill, _keep, images, drawn, number, *known)
     return images
 
 
@@ -430,31 +444,46 @@ def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNo
     return fn.cast(math.floor(place * (size - side + 1)), dtype=types.INT32), side
 
 
-def _fill(images, drawn, number, *, mode, mean, std) -> DataNode:
-    size = images.shape(dtype=types.INT32)
-    start, sides = region_of(fn.cast(size[:2], dtype=types.FLOAT), drawn, number)
-    # At least a pixel of noise, also where nothing is pasted.
-    shape = fn.cat(math.max(sides, 1) if mode == "pixel" else math.min(sides, 0) + 1, size[2:])
-    noise = fn.random.normal(shape=shape, device=images.device if mode == "pixel" else "cpu")
-    noise = fn.crop_mirror_normalize(
+def _fill(images, drawn, number, size=None, *, mode, mean, std) -> DataNode:
+    if size is None:
+        size = images.shape(dtype=types.INT32)[:2]
+    start, sides = region_of(fn.cast(size, dtype=types.FLOAT), drawn, number)
+    if mode == "pixel":
+        paste = partial(_paste_noise, mean=mean, std=std)
+        # On a GPU an empty region of multi_paste spills over the image.
+        return _if(fn.reductions.min(sides) > 0, paste, _keep, images, start, sides, size)
+    colour = _noise(math.min(sides, 0) + 1, "cpu", mean, std)  # of one pixel
+    start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, colour))
+    level = [round(m) for m in mean] if mode == "const" else fn.reshape(colour, shape=[-1])
+    return fn.erase(images, anchor=start, shape=sides, axis_names="HW", fill_value=level)
+
+
+def _paste_noise(images, start, sides, size, *, mean, std) -> DataNode:
+    # On a GPU multi_paste reads every input as if it had the first one's size.
+    noise = fn.pad(_noise(sides, images.device, mean, std), axes=[0, 1], shape=size)
+    return fn.multi_paste(
+        images,
+        noise,
+        in_anchors=fn.stack(start * 0, start * 0),
+        out_anchors=fn.stack(start * 0, start),
+        shapes=fn.stack(size, sides),
+        output_size=size,
+    )
+
+
+def _noise(sides, device, mean, std) -> DataNode:
+    noise = fn.random.normal(shape=fn.pad(sides, shape=[3], fill_value=len(mean)), device=device)
+    return fn.crop_mirror_normalize(
         fn.reshape(noise, layout="HWC"),
         mean=[-m / s for m, s in zip(mean, std, strict=True)],
         std=[1 / s for s in std],
         dtype=types.UINT8,
         output_layout="HWC",
     )
-    if mode != "pixel":
-        start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, noise))
-        level = [round(m) for m in mean] if mode == "const" else fn.reshape(colour, shape=[-1])
-        return fn.erase(images, anchor=start, shape=sides, axis_names="HW", fill_value=level)
-    return fn.multi_paste(
-        images,
-        noise,
-        in_anchors=fn.stack(start * 0, start * 0),
-        out_anchors=fn.stack(start * 0, start),
-        shapes=fn.stack(size[:2], sides),
-        output_size=size[:2],
-    )
+
+
+def _keep(images: DataNode, *_) -> DataNode:
+    return images
 
 
 def _sometimes(prob: float, operation: Callable, *nodes: DataNode) -> DataNode:
@@ -463,7 +492,7 @@ def _sometimes(prob: float, operation: Callable, *nodes: DataNode) -> DataNode:
     if prob == 1:
         return operation(*nodes)
     chosen = fn.cast(fn.random.coin_flip(probability=prob), dtype=types.BOOL)
-    return _if(chosen, operation, lambda images, *_: images, *nodes)
+    return _if(chosen, operation, _keep, *nodes)
 
 
 def _blend(degenerate: DataNode, images: DataNode, factor) -> DataNode:

@@ -95,18 +95,18 @@ def train_pipeline(
     if auto_augment:
         fill = [min(255, round(255 * m)) for m in mean]
         warped = INTERPOLATIONS.get(interpolation, types.INTERP_LINEAR)
-        images = augment.rand_augment(images, auto_augment, fill=fill, interpolation=warped)
+        images = augment.rand_augment(images, auto_augment, fill=fill, interpolation=warped, size=size)
         color_jitter = None
     if color_jitter or grayscale_prob:
         images = augment.color_jitter(
             images, color_jitter or 0.0, prob=color_jitter_prob, grayscale_prob=grayscale_prob
         )
     if re_prob:
-        images = augment.erase(images, prob=re_prob, mode=re_mode, count=re_count, mean=mean, std=std)
+        images = augment.erase(images, prob=re_prob, mode=re_mode, count=re_count, mean=mean, std=std, size=size)
     if mixing is None:
         target = mixfn.unmixed(labels, _device())
     else:
-        images, target = mixfn.mix(images, labels, index=index, **mixing)
+        images, target = mixfn.mix(images, labels, index=index, size=size, **mixing)
     return _normalise(images, mean, std, dtype, layout), *target
 
 

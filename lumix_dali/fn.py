@@ -5,6 +5,8 @@ the draws stay on the CPU, where DALI's random operators and argument inputs liv
 made on the GPU. A small CPU operator costs about 1 µs a sample whatever it computes, so the draw is written
 for few operators: both pasted regions (the whole canvas, and the box) travel as one 2x2 tensor.
 
+`multi_paste` is never given an empty region: on a GPU it would spill over the image.
+
 Words: the *canvas* is the sample at its own place, the *partner* the sample mixed into it, ``lam0`` the
 partner's weight. timm and torchvision weigh the canvas: ``lam_timm = 1 - lam0``.
 """
@@ -42,6 +44,7 @@ class Draw(NamedTuple):
         start, stop: int32 [2, 2], (y, x) corners of the canvas (row 0) and of the box (row 1).
         weight: float32 scalar, Mixup's λ0, zero for other kinds.
         lam0: float32 scalar, to be emitted as it is; None: pasted pixels are counted, and `weight` added.
+        pixels: pixels of an image; None: not known when the graph is defined.
     """
 
     partner: DataNode
@@ -51,6 +54,7 @@ class Draw(NamedTuple):
     stop: Any = None
     weight: DataNode | None = None
     lam0: DataNode | None = None
+    pixels: int | None = None
 
 
 def mix(
@@ -65,6 +69,7 @@ def mix(
     mode: str = "elem",
     correct_lam: bool = True,
     index: DataNode | None = None,
+    size: Sequence[int] | DataNode | None = None,
 ) -> tuple[DataNode, MixTarget]:
     """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
 
@@ -81,6 +86,9 @@ def mix(
         correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
         index: int32 scalar on the CPU, each sample's own place in the batch, where that is known (DALI has no
             operator for it); spares CutMix a copy of the batch.
+        size: (H, W) of the images: two integers, or int32 [2] on the CPU. It is not checked: CutMix with a larger
+            size raises DALI's error, a smaller one leaves pixels undefined. None reads the shape of `images`,
+            at some cost, and on a GPU only with DALI's default executor: ``exec_dynamic=False`` refuses it.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
@@ -88,15 +96,17 @@ def mix(
     Raises:
         ValueError: an argument outside its range.
         RuntimeError: (DALI's, when the batch runs) images of unequal size; with Mixup alone the message is
-            about shapes that do not broadcast. Resize them to one size before.
+            about shapes that do not broadcast. Resize them to one size before. Labels of more than one element.
 
     Note:
         The arguments mean what timm's `Mixup` means, but partners are a random permutation in which nobody
         is his own partner, where timm flips the batch. A batch of one stays unmixed. Mixup is
         rounded to uint8 within one grey level. With `cutmix_minmax`, λ0 is always counted, as in timm.
     """
+    if size is None:
+        size = images.shape(dtype=types.INT32)[:2]
     drawn = draw(
-        images.shape(dtype=types.INT32)[:2],
+        size,
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha,
         cutmix_minmax=cutmix_minmax,
@@ -104,6 +114,7 @@ def mix(
         switch_prob=switch_prob,
         mode=mode,
         correct_lam=correct_lam,
+        index=index,
     )
     return apply(images, labels, drawn, index)
 
@@ -131,7 +142,7 @@ def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
 
 
 def draw(
-    size: DataNode,
+    size: Sequence[int] | DataNode,
     *,
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 1.0,
@@ -140,11 +151,13 @@ def draw(
     switch_prob: float = 0.5,
     mode: str = "elem",
     correct_lam: bool = True,
+    index: DataNode | None = None,
 ) -> Draw:
     """Draws partners, kinds, boxes and weights; the arguments are those of `mix`.
 
     Args:
-        size: int32 [2] on the CPU, (H, W) of each image: ``images.shape(dtype=types.INT32)[:2]``.
+        size: (H, W) of the images: two integers, or int32 [2] on the CPU, such as
+            ``images.shape(dtype=types.INT32)[:2]``.
 
     Returns:
         A `Draw` for `apply`.
@@ -153,10 +166,11 @@ def draw(
         ValueError: an argument outside its range.
     """
     check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode)
+    size, pixels = _size(size)
     with_mixup, with_cutmix = mixup_alpha > 0, cutmix_alpha > 0 or cutmix_minmax is not None
     partner = fn.batch_permutation(no_fixed_points=True)
     share = _share(partner, mode)
-    is_cutmix, is_mixup = _kinds(partner, share, prob, switch_prob, with_mixup, with_cutmix)
+    is_cutmix, is_mixup = _kinds(partner, index, share, prob, switch_prob, with_mixup, with_cutmix)
 
     start = stop = weight = drawn_lam = None
     if with_cutmix:
@@ -170,11 +184,11 @@ def draw(
     lam0 = None
     if drawn_lam is not None and not correct_lam:
         lam0 = drawn_lam if weight is None else drawn_lam + weight
-    return Draw(partner, is_cutmix, is_mixup, start, stop, weight, lam0)
+    return Draw(partner, is_cutmix, is_mixup, start, stop, weight, lam0, pixels)
 
 
 def given(
-    size: DataNode,
+    size: Sequence[int] | DataNode,
     partner: DataNode,
     kind: DataNode,
     box: DataNode | None = None,
@@ -184,7 +198,7 @@ def given(
     """A `Draw` of the caller's own partners, boxes and weights, for `apply`.
 
     Args:
-        size: int32 [2] on the CPU, (H, W) of each image.
+        size: (H, W) of the images: two integers, or int32 [2] on the CPU.
         partner: int32 scalar on the CPU, index of the partner in the batch.
         kind: int32 scalar on the CPU, 0 none, 1 Mixup, 2 CutMix.
         box: int32 [4] on the CPU, (y0, x0, y1, x1), half-open, inside the image; read where kind is 2.
@@ -198,7 +212,8 @@ def given(
         raise ValueError(
             "box=None, weight=None: nothing to mix; give boxes for CutMix, weights for Mixup, or both"
         )
-    drawn = Draw(partner, lam0=lam0)
+    size, pixels = _size(size)
+    drawn = Draw(partner, lam0=lam0, pixels=pixels)
     if box is not None:
         is_cutmix = kind == CUTMIX
         start, stop = _regions(size, box[:2] * is_cutmix, box[2:] * is_cutmix)
@@ -230,15 +245,13 @@ def apply(
     kinds, weights = [], []
     if drawn.is_cutmix is not None:
         is_cutmix, extent = _put(drawn.is_cutmix, device), drawn.stop - drawn.start
-        regions = dict(in_anchors=drawn.start, out_anchors=drawn.start, shapes=extent)
         if index is None:
-            mixed = fn.multi_paste(images, partners, **regions)
-        else:  # Mixup takes its partner's canvas, and is blended with its own below
-            canvas = index if drawn.is_mixup is None else index + (drawn.partner - index) * drawn.is_mixup
-            mixed = partners = fn.multi_paste(images, in_ids=fn.stack(canvas, drawn.partner), **regions)
+            mixed = _paste(images, partners, drawn.start, extent)
+        else:
+            mixed = partners = _paste_indexed(images, index, drawn, extent)
         box = fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1] * is_cutmix
         kinds.append(is_cutmix * CUTMIX)
-        weights.append(_area_ratio(_put(extent, device)))
+        weights.append(_area_ratio(_put(extent, device), drawn.pixels))
     if drawn.is_mixup is not None:
         mixed = _blend(images, partners, mixed, drawn.weight, drawn.is_mixup)
         kinds.append(_put(drawn.is_mixup, device) * MIXUP)
@@ -279,14 +292,14 @@ def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:
     return lambda node: fn.permute_batch(node, indices=first)
 
 
-def _kinds(partner, share, prob, switch_prob, with_mixup: bool, with_cutmix: bool):
+def _kinds(partner, index, share, prob, switch_prob, with_mixup: bool, with_cutmix: bool):
     """Booleans (is_cutmix, is_mixup); None for what is left out."""
-    # Without fixed points a partner's partner is never the partner, but in a batch of one.
-    partners_partner = fn.permute_batch(partner, indices=partner)
+    # Without fixed points, neither a sample nor a partner is its own partner, except in a batch of one.
+    other = fn.permute_batch(partner, indices=partner) if index is None else index
     if not isinstance(prob, DataNode) and prob == 1 and not (with_mixup and with_cutmix):
-        is_mixed = is_cutmix = partner != partners_partner
+        is_mixed = is_cutmix = partner != other
     else:
-        chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == partners_partner)  # alone: 1 or more
+        chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == other)  # alone: 1 or more
         is_mixed = chance < prob
         is_cutmix = chance < prob * switch_prob if with_mixup and with_cutmix else is_mixed
     if with_mixup and with_cutmix:
@@ -316,9 +329,49 @@ def _regions(size: DataNode, start: DataNode, stop: DataNode) -> tuple[DataNode,
     return start * _BOX, size * _CANVAS + stop * _BOX
 
 
-def _area_ratio(extent: DataNode) -> DataNode:
+def _size(size: Sequence[int] | DataNode) -> tuple[DataNode, int | None]:
+    """The size as a DataNode, and its pixels if it is given in numbers."""
+    if isinstance(size, DataNode):
+        return size, None
+    sides = np.asarray(size)
+    if sides.shape != (2,) or sides.dtype.kind not in "iu" or (sides < 1).any():
+        raise ValueError(f"size={size!r}: give (height, width) of the images, two integers > 0, or a DataNode")
+    height, width = sides.tolist()
+    return fn.constant(idata=[height, width], dtype=types.INT32), height * width
+
+
+def _area_ratio(extent: DataNode, pixels: int | None) -> DataNode:
+    if pixels is not None:
+        return extent[1, 0] * extent[1, 1] / float(pixels)
     area = extent[:, 0] * extent[:, 1]
     return area[1] / area[0]
+
+
+def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNode) -> DataNode:
+    """The partner's box over each image. Samples with an empty box bypass the paste.
+
+    On a GPU an empty region of `multi_paste` spills over the image.
+    """
+    has_box = fn.reductions.min(extent) > 0
+    split = fn._conditional.split
+    (own, kept), (partner, _), (start, _), (extent, _) = (
+        split(node, predicate=has_box, _if_stmt=True) for node in (images, partners, start, extent)
+    )
+    pasted = fn.multi_paste(own, partner, in_anchors=start, out_anchors=start, shapes=extent)
+    return fn._conditional.merge(pasted, kept, predicate=has_box)
+
+
+def _paste_indexed(images: DataNode, index: DataNode, drawn: Draw, extent: DataNode) -> DataNode:
+    """Like `_paste`, without a copy of the batch. A Mixup sample becomes its partner, for `_blend`.
+
+    Where the box is empty, the sample pastes pixels of its own canvas over themselves.
+    """
+    has_box = math.min(fn.reductions.min(extent), 1)
+    start = drawn.start * has_box
+    # Two in a row: (own, own) without a box, (own, partner) with one, (partner, partner) for Mixup.
+    first = has_box if drawn.is_mixup is None else has_box + drawn.is_mixup * 2
+    ids = fn.slice(fn.stack(index, index, drawn.partner, drawn.partner), start=first, shape=[2], axes=[0])
+    return fn.multi_paste(images, in_ids=ids, in_anchors=start, out_anchors=start, shapes=math.max(extent, 1))
 
 
 def _blend(
@@ -342,9 +395,9 @@ def _scale(images: DataNode, factor: DataNode) -> DataNode:
 
 
 def _scalar(labels: DataNode, device: str) -> DataNode:
-    # Readers give [1], lists give scalars: a sum over one element takes both. Cast first, for the sum of a
-    # small integer type is not to be had in int64.
-    return fn.reductions.sum(fn.cast(_put(labels, device), dtype=types.INT64))
+    labels = fn.cast(_put(labels, device), dtype=types.INT64)
+    # Readers give [1], lists give scalars. DALI's error about any other shape quotes this line with its comment.
+    return fn.reshape(labels, shape=[])  # labels: give one integer per sample, not fn.one_hot
 
 
 def _put(node: DataNode, device: str) -> DataNode:

@@ -55,6 +55,9 @@ BAD = tests("fn", "wrong_arguments_are_named_with_a_remedy")
 DELIVERED = tests("loader", "delivered_pixels_are_what_the_target_says")
 BOXES = tests("fn_law", "boxes")
 OPERATIONS = tests("augment", "operations_are_timms")
+MIXED, BOXED = tests("contracts", "pastes_of_a_mix"), tests("contracts", "pastes_of_given_boxes")
+ERASED = tests("contracts", "pastes_of_erasing")
+TRAINED = tests("contracts", "no_cpu_operator_of_training_reads_gpu_data")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 MASKED = tests("loss", "a_masked_class_in_the_target_without_weight_is_pytorchs")
@@ -78,7 +81,7 @@ MUTANTS = [
            "if drawn_lam is not None:", PIXELS),
     Mutant("correct_lam ignored", FN, "if drawn_lam is not None and not correct_lam:", "if False:",
            tests("fn", "drawn_weight_without_correction")),
-    Mutant("given λ0 ignored", FN, "drawn = Draw(partner, lam0=lam0)", "drawn = Draw(partner)",
+    Mutant("given λ0 ignored", FN, "Draw(partner, lam0=lam0, pixels=pixels)", "Draw(partner, pixels=pixels)",
            tests("fn", "a_given_lam0_is_emitted_as_it_is")),
     Mutant("blend wraps white around to black", FN, "_BELOW_HALF = -1e-3 / 255", "_BELOW_HALF = 0.0",
            tests("fn", "every_pair_of_levels_blends_within_one")),
@@ -88,9 +91,10 @@ MUTANTS = [
     Mutant("x and y swapped in the emitted box", FN,
            "fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1]",
            "fn.cat(*(c[:, i : i + 1] for c in (drawn.start, drawn.stop) for i in (1, 0)), axis=1)[1]", PIXELS),
-    Mutant("height and width swapped", FN, "images.shape(dtype=types.INT32)[:2],",
-           "fn.cat(*(images.shape(dtype=types.INT32)[i : i + 1] for i in (1, 0))),", PIXELS),
-    Mutant("pasted from another place", FN, "in_anchors=drawn.start,", "in_anchors=drawn.start * 0,", PIXELS),
+    Mutant("height and width swapped", FN, "size = images.shape(dtype=types.INT32)[:2]",
+           "size = fn.cat(*(images.shape(dtype=types.INT32)[i : i + 1] for i in (1, 0)))", PIXELS),
+    Mutant("pasted from another place", FN, "multi_paste(own, partner, in_anchors=start,",
+           "multi_paste(own, partner, in_anchors=start * 0,", PIXELS),
     Mutant("box left in samples of other kinds", FN, "axis=1)[1] * is_cutmix", "axis=1)[1]", PIXELS),
     Mutant("given box used in samples of other kinds", FN, "box[2:] * is_cutmix", "box[2:]", GIVEN),
     Mutant("centre cast without floor: ends at half weight", FN,
@@ -117,9 +121,9 @@ MUTANTS = [
            "fn.cast(fn.cast(_put(labels, device), dtype=types.FLOAT), dtype=types.INT64)",
            tests("fn", "labels_of_readers_and_of_lists")),
     Mutant("own partner", FN, "fn.batch_permutation(no_fixed_points=True)", "fn.batch_permutation()", PIXELS),
-    Mutant("alone, yet mixed", FN, "is_mixed = is_cutmix = partner != partners_partner",
+    Mutant("alone, yet mixed", FN, "is_mixed = is_cutmix = partner != other",
            "is_mixed = is_cutmix = partner == partner", PIXELS),
-    Mutant("alone, yet mixed by chance", FN, " + (partner == partners_partner)", " + 0.0", PIXELS),
+    Mutant("alone, yet mixed by chance", FN, " + (partner == other)", " + 0.0", PIXELS),
     Mutant("prob ignored", FN, "is_mixed = chance < prob", "is_mixed = chance < 1", KINDS),
     Mutant("switch_prob inverted", FN, "chance < prob * switch_prob", "chance < prob * (1 - switch_prob)", KINDS),
     Mutant("switch_prob not a share of prob", FN, "chance < prob * switch_prob", "chance < switch_prob", WEIGHTS),
@@ -143,6 +147,31 @@ MUTANTS = [
            tests("fn", "gpu_graph_keeps_to_the_budget")),
     Mutant("mode='pair' taken for batch", FN, 'mode not in ("elem", "batch")', 'mode[0] not in "ebp"', BAD),
     Mutant("α below 0 switches off", FN, "0 <= float(alpha)", "-1e9 < float(alpha)", BAD),
+    # what the GPU's kernels can take
+    Mutant("samples without a box are pasted", FN, "has_box = fn.reductions.min(extent) > 0",
+           "has_box = fn.reductions.min(extent) >= 0", MIXED),
+    Mutant("a box without a side is a box", FN, "has_box = fn.reductions.min(extent) > 0",
+           "has_box = fn.reductions.max(extent[1]) > 0", BOXED),
+    Mutant("an empty region by index", FN, "shapes=math.max(extent, 1)", "shapes=extent", MIXED),
+    Mutant("an empty box at the far edge grows beyond it", FN, "start = drawn.start * has_box",
+           "start = drawn.start", BOXED),
+    Mutant("the partner's pixel without a box", FN, "fn.stack(index, index, drawn.partner, drawn.partner)",
+           "fn.stack(index, drawn.partner, drawn.partner, drawn.partner)", MIXED),
+    Mutant("λ0 by the square of the height", FN, "extent[1, 0] * extent[1, 1]", "extent[1, 0] * extent[1, 0]",
+           MIXED),
+    Mutant("one-hot labels are summed", FN, "return fn.reshape(labels, shape=[])",
+           "return fn.reductions.sum(labels)", tests("contracts", "labels_that_are_not_one_integer_are_an_error")),
+    Mutant("the loader's mixing asks a GPU image for its size", PIPELINES, "index=index, size=size, **mixing",
+           "index=index, **mixing", TRAINED),
+    Mutant("the loader's warps ask a GPU image for its size", PIPELINES, "interpolation=warped, size=size",
+           "interpolation=warped", TRAINED),
+    Mutant("the loader's erasing asks a GPU image for its size", PIPELINES, "std=std, size=size)", "std=std)",
+           TRAINED),
+    Mutant("noise smaller than the image", AUGMENT,
+           "fn.pad(_noise(sides, images.device, mean, std), axes=[0, 1], shape=size)",
+           "_noise(sides, images.device, mean, std)", ERASED),
+    Mutant("an empty region is erased", AUGMENT, "fn.reductions.min(sides) > 0", "fn.reductions.min(sides) >= 0",
+           ERASED),
 
     # the benchmarks' mixing methods, and what is said of accuracies
     Mutant("ResizeMix crops", MIXING, "fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, "
@@ -362,7 +391,10 @@ MUTANTS = [
     Mutant("an image is rotated the other way", AUGMENT, "rotation(angle=degrees", "rotation(angle=-degrees",
            OPERATIONS),
     Mutant("a translation goes by the height alone", AUGMENT,
-           "fn.stack(height_width[1], height_width[0])", "fn.stack(height_width[0], height_width[0])", OPERATIONS),
+           "fn.stack(shape[1], shape[0])", "fn.stack(shape[0], shape[0])", OPERATIONS),
+    Mutant("a translation goes by the height alone, the size known", AUGMENT,
+           "fn.stack(share[0] * width,", "fn.stack(share[0] * height,",
+           tests("augment", "a_known_size_changes_nothing")),
     Mutant("bits are rounded down where timm rounds up", AUGMENT, "whole = math.ceil if", "whole = math.floor if",
            OPERATIONS),
     Mutant("contrast about mid-grey", AUGMENT, "_blend(fn.reductions.mean(_grey(images), axes=[0, 1], "

@@ -118,6 +118,18 @@ def test_operations_are_timms(monkeypatch, device, photographs, increasing, magn
             assert_close(name, found[outcome(name, sign)], wanted)
 
 
+@pytest.mark.parametrize("operation", [
+    partial(augment.rand_augment, spec="rand-m9-p1-n2-mstd0.5"), partial(augment.erase, prob=0.7, count=2),
+    partial(augment.erase, prob=0.7, mode="rand"),
+], ids=["rand_augment", "pixel", "rand"])
+def test_a_known_size_changes_nothing(device, photographs, operation):
+    images = np.tile(photographs, (16, 1, 1, 1))
+    (read,), (known,) = (run(partial(operation, **size), 64, device, images=images)
+                         for size in ({}, {"size": images.shape[1:3]}))
+    np.testing.assert_allclose(known.astype(int), read, atol=1)
+    assert (known != read).mean() < 1e-3
+
+
 def test_equalize_is_within_two_grey_levels_at_224(monkeypatch, device):
     images = np.stack([image[100:324, 150:374] for image in load_sample_images().images])
     (found,) = ours(monkeypatch, images, [[outcome("Equalize")]], "rand-n1", device)

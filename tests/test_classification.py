@@ -226,7 +226,8 @@ def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
         run(classification.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
     (first, _, _), (second, arguments, keywords) = calls
     assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
-    assert keywords == {"fill": [124, 116, 104], "interpolation": classification.INTERPOLATIONS["bicubic"]}
+    assert keywords == {"fill": [124, 116, 104], "interpolation": classification.INTERPOLATIONS["bicubic"],
+                        "size": (224, 224)}
 
 
 @pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])

@@ -368,16 +368,25 @@ def gpu_graph(operation, **options):
     return devices, names, {name: node.device for name, node in outputs.items()}
 
 
-@pytest.mark.parametrize(("options", "budget"), [
-    ({}, 24), ({"mixup_alpha": 0.8}, 32), ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 24),
+def placed(images, labels, **options):
+    """`mix` with an index."""
+    return mixfn.mix(images, labels, index=fn.external_source(name="index"), **options)
+
+
+@pytest.mark.parametrize(("alphas", "unknown", "known", "indexed"), [
+    ({}, 26, 24, 25), ({"mixup_alpha": 0.8}, 35, 33, 36), ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7, 6),
 ], ids=["cutmix", "mix", "mixup"])
-def test_gpu_graph_keeps_to_the_budget(options, budget):
-    """What is delivered is made on the GPU, and the draw adds few CPU operators."""
+def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known, indexed):
+    """What is delivered is made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
-    devices, _, outputs = gpu_graph(mixfn.mix, **options)
-    assert outputs == dict.fromkeys(ON_GPU, "gpu")
-    assert devices["cpu"] - without["cpu"] <= budget
-    assert devices["gpu"]
+    size = {"size": (16, 16)}
+    graphs = (unknown, mixfn.mix, {}), (known, mixfn.mix, size), (indexed, placed, size)
+    for budget, operation, options in graphs:
+        devices, names, outputs = gpu_graph(operation, **alphas, **options)
+        assert outputs == dict.fromkeys(ON_GPU, "gpu")
+        sources = without["cpu"] + (operation is placed)
+        assert devices["cpu"] - sources - names.count("constant") <= budget
+        assert devices["gpu"]
 
 
 @pytest.mark.parametrize("options", [
@@ -395,7 +404,7 @@ def test_unmixed_delivers_from_the_gpu():
 
 
 def test_what_is_off_is_not_in_the_graph():
-    blend, paste = ("brightnesscontrast", "split", "merge"), ("multipaste", "uniform")
+    blend, paste = ("brightnesscontrast",), ("multipaste", "uniform")
     both = gpu_graph(mixfn.mix, mixup_alpha=0.8)[1]
     assert all(name in both for name in (*blend, *paste))
     assert not any(name in gpu_graph(mixfn.cutmix)[1] for name in blend)

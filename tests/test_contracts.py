@@ -1,0 +1,334 @@
+"""What DALI's GPU kernels are handed is what they can take, checked on a CPU over the graph's own arguments.
+
+Three contracts hold for `lumix_dali.fn`, `lumix_dali.augment` and the two pipelines:
+
+- No region of zero height or width reaches `fn.multi_paste`: on a GPU it spills over the image.
+- All inputs of a paste have the image's size: a GPU reads every input as if it had the first one's.
+- No CPU operator reads GPU data: `exec_dynamic=False` refuses such a graph.
+
+`gpu_paste` is DALI 2.4's GPU kernel in NumPy, with these faults. With the recorded arguments it must give the
+pixels that the CPU gave.
+"""
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def, types
+from test_fn import assert_true, batch_of, given_batch
+
+import lumix_dali.fn as mixfn
+from lumix_dali import augment, classification, shards
+from lumix_dali.target import MixTarget
+
+
+def gpu_paste(images, in_anchors, out_anchors, shapes, size):
+    """One sample: `CreateSampleDescriptors` and `PasteKernel` of DALI's kernels/imgproc/paste/paste_gpu.h.
+
+    The image is cut at each region's edges into patches. A sweep over them opens and closes regions, and the
+    open region of the highest number gives the patch its pixels. -1 is the black background.
+    """
+    stops = out_anchors + shapes
+    ys, xs = (sorted({0, size[d], *out_anchors[:, d].tolist(), *stops[:, d].tolist()}) for d in (0, 1))
+    regions = {i: (ys.index(top), ys.index(bottom), xs.index(left), xs.index(right))
+               for i, ((top, left), (bottom, right)) in enumerate(zip(out_anchors, stops, strict=True))}
+    regions[-1] = 0, len(ys) - 1, 0, len(xs) - 1
+    pitch = images[0].shape[1]
+    mixed = np.zeros((*size, images[0].shape[2]), np.uint8)
+    starting, ending, opened = defaultdict(set), defaultdict(set), set()
+    for y in range(len(ys) - 1):
+        for i, (top, _, left, right) in regions.items():
+            if top == y:
+                starting[left].add(i)
+                ending[right].add(i)
+        for x in range(len(xs) - 1):
+            opened |= starting[x]
+            last = max(opened)
+            if last >= 0:
+                rows, columns = np.mgrid[ys[y] : ys[y + 1], xs[x] : xs[x + 1]]
+                row, column = in_anchors[last] - out_anchors[last]
+                memory = images[last].reshape(-1, mixed.shape[2])
+                mixed[rows, columns] = memory[(rows + row) * pitch + columns + column]
+            opened -= ending[x + 1]
+        for i, (_, bottom, left, right) in regions.items():
+            if bottom == y + 1:
+                starting[left].discard(i)
+                ending[right].discard(i)
+    return mixed
+
+
+class Paste(NamedTuple):
+    """One sample's share of a `multi_paste`: what it was handed, and what it gave."""
+
+    images: list
+    in_anchors: np.ndarray
+    out_anchors: np.ndarray
+    shapes: np.ndarray
+    mixed: np.ndarray
+
+    def on_gpu(self):
+        size = self.mixed.shape[:2]
+        return gpu_paste(self.images, self.in_anchors, self.out_anchors, self.shapes, size)
+
+
+def recording(monkeypatch, operation, batch_size, names, seed=0):
+    """A function of the named inputs: outputs of `operation(**nodes)` on the CPU, and each sample's pastes."""
+    original, calls = fn.multi_paste, []
+
+    def multi_paste(*images, **arguments):
+        calls.append((images, arguments, original(*images, **arguments)))
+        return calls[-1][-1]
+
+    @pipeline_def(batch_size=batch_size, num_threads=2, device_id=None, seed=seed, prefetch_queue_depth=1)
+    def define():
+        nodes = {name: fn.external_source(name=name, layout="HWC" * (name == "images")) for name in names}
+        with monkeypatch.context() as patch:
+            patch.setattr(fn, "multi_paste", multi_paste)
+            outputs = operation(**nodes)
+        count.append(len(outputs))
+        recorded = [(*images, *arguments.values(), mixed) for images, arguments, mixed in calls]
+        return *outputs, *(node for nodes in recorded for node in nodes)
+
+    count = []
+    pipe = define()
+    pipe.build()
+
+    def run(**inputs):
+        found = [[np.array(sample) for sample in output]
+                 for output in pipe.run(**{name: list(values) for name, values in inputs.items()})]
+        outputs, rest, pastes = found[: count[0]], iter(found[count[0] :]), []
+        for images, arguments, _ in calls:
+            batches = [next(rest) for _ in images]
+            given = {name: next(rest) for name in arguments}
+            for i, mixed in enumerate(next(rest)):
+                ids = given["in_ids"][i] if "in_ids" in given else None
+                sources = [batch[i] for batch in batches] if ids is None else [batches[0][j] for j in ids]
+                pastes.append(Paste(sources, *(given[name][i] for name in Paste._fields[1:4]), mixed))
+        return outputs, pastes
+
+    return run
+
+
+def assert_contract(pastes):
+    for paste in pastes:
+        assert (paste.shapes > 0).all()
+        assert {image.shape for image in paste.images} == {paste.mixed.shape}
+        np.testing.assert_array_equal(paste.on_gpu(), paste.mixed)
+
+
+# Mixing
+
+OPTIONS = {
+    "cutmix": {},
+    "prob": {"prob": 0.5},
+    "mix": {"mixup_alpha": 0.8, "prob": 0.8},
+    "minmax": {"cutmix_minmax": (0.0, 1.0), "prob": 0.8},
+    "small boxes": {"cutmix_alpha": 0.05},
+    "uncorrected": {"mixup_alpha": 0.8, "correct_lam": False},
+}
+SIZES = [(9, 20), (4, 3), (1, 1), (1, 7), (7, 1)]
+BATCHES = (8, 3, 8, 1, 2)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_pastes_of_a_mix(monkeypatch, size, name, mode, indexed):
+    """In the one graph the size is known, in the other it is read off the images."""
+    def operation(images, labels, index=None):
+        known = {"size": size} if indexed else {}
+        mixed, target = mixfn.mix(images, labels, index=index, mode=mode, **OPTIONS[name], **known)
+        return mixed, *target
+
+    run = recording(monkeypatch, operation, 8, ("images", "labels", "index") if indexed else ("images", "labels"))
+    for step, count in enumerate(BATCHES):
+        images, labels = batch_of(count, size, seed=step)
+        index = {"index": np.arange(count, dtype=np.int32)} if indexed else {}
+        outputs, pastes = run(images=images, labels=labels, **index)
+        mixed, *target = map(np.stack, outputs)
+        target = MixTarget(*target)
+        assert_true(images, labels, mixed, target, counted=name != "uncorrected")
+        assert_contract(pastes)
+        has_box = (target.box[:, 2:] > target.box[:, :2]).all(1)
+        assert len(pastes) == (count if indexed else has_box.sum())
+
+
+def test_pastes_when_prob_changes_at_run_time(monkeypatch):
+    def operation(images, labels, gate):
+        mixed, target = mixfn.mix(images, labels, prob=gate, mixup_alpha=0.8)
+        return mixed, *target
+
+    run = recording(monkeypatch, operation, 8, ("images", "labels", "gate"))
+    for step, gate in enumerate((0.0, 1.0, 0.5, 0.0)):
+        images, labels = batch_of(8, (6, 5), seed=step)
+        outputs, pastes = run(images=images, labels=labels, gate=np.full(8, gate, np.float32))
+        mixed, *target = map(np.stack, outputs)
+        assert_true(images, labels, mixed, MixTarget(*target))
+        assert_contract(pastes)
+        assert gate or not pastes
+
+
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_pastes_of_given_boxes(monkeypatch, indexed, with_weight):
+    """Among them empty boxes at each edge, and the whole image. What is emitted is what was given."""
+    size, drawn = (9, 20), given_batch()
+    if not with_weight:
+        drawn.pop("weight")
+    drawn["box"][4], drawn["box"][7] = (9, 20, 9, 20), (3, 20, 6, 20)
+
+    def operation(images, labels, index=None, **given):
+        chosen = mixfn.given(size if indexed else images.shape(dtype=types.INT32)[:2], **given)
+        mixed, target = mixfn.apply(images, labels, chosen, index)
+        return mixed, *target
+
+    images, labels = batch_of(8, size)
+    inputs = {"images": images, "labels": labels} | drawn
+    if indexed:
+        inputs["index"] = np.arange(8, dtype=np.int32)
+    outputs, pastes = recording(monkeypatch, operation, 8, tuple(inputs))(**inputs)
+    mixed, target = outputs[0], MixTarget(*map(np.stack, outputs[1:]))
+    assert_contract(pastes)
+    is_cutmix = drawn["kind"] == mixfn.CUTMIX
+    np.testing.assert_array_equal(target.box, drawn["box"] * is_cutmix[:, None])
+    np.testing.assert_array_equal(target.kind, drawn["kind"] if with_weight else drawn["kind"] * is_cutmix)
+    empty = np.flatnonzero(is_cutmix & (target.lam0 == 0))
+    assert list(empty) == [1, 3, 4, 7]
+    for i in empty:
+        np.testing.assert_array_equal(mixed[i], images[i])
+
+
+@pytest.mark.parametrize(("box", "spills"), [
+    ((2, 3, 7, 11), False), ((0, 0, 9, 20), False), ((0, 0, 1, 1), False),
+    ((0, 0, 0, 0), True), ((4, 5, 4, 9), True), ((4, 5, 8, 5), True), ((4, 5, 4, 5), True),
+    ((9, 20, 9, 20), False),
+])
+def test_an_empty_region_spills_on_a_gpu(box, spills):
+    """The emulation has the kernel's fault: it gives the partner's pixels to samples without a box."""
+    (own, partner), _ = batch_of(2, (9, 20))
+    starts, stops = np.int32([[0, 0], box[:2]]), np.int32([[9, 20], box[2:]])
+    found = gpu_paste([own, partner], starts, starts, stops - starts, (9, 20))
+    wanted = own.copy()
+    wanted[box[0] : box[2], box[1] : box[3]] = partner[box[0] : box[2], box[1] : box[3]]
+    assert (found != wanted).any() == spills
+
+
+def test_a_small_input_is_read_past_its_end_on_a_gpu():
+    (own,), _ = batch_of(1, (9, 20))
+    noise = np.full((4, 5, 3), 7, np.uint8)
+    starts, stops = np.int32([[0, 0], [2, 3]]), np.int32([[9, 20], [6, 8]])
+    with pytest.raises(IndexError):
+        gpu_paste([own, noise], starts * 0, starts, stops - starts, (9, 20))
+
+
+# Labels
+
+
+def test_labels_that_are_not_one_integer_are_an_error(graph):
+    """Summed up, each one-hot vector would be the class 1."""
+    def mixed(images, labels):
+        return mixfn.mix(images, fn.one_hot(labels, num_classes=10))
+
+    images, labels = batch_of(4)
+    with pytest.raises(RuntimeError, match=r"labels: give one integer per sample, not fn\.one_hot"):
+        graph(mixed)(images, labels % 10)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, -1), (4, 4, 3), (4.0, 4), 4])
+def test_a_wrong_size_is_named(size):
+    with pytest.raises(ValueError, match=r"size=.*give \(height, width\)"):
+        mixfn.draw(size)
+
+
+# Erasing
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("size", [(24, 30), (2, 3), (1, 1), (1, 7)])
+@pytest.mark.parametrize("mode", augment.ERASE_MODES)
+def test_pastes_of_erasing(monkeypatch, mode, size, known):
+    def operation(images):
+        options = {"size": size} if known else {}
+        return (augment.erase(images, prob=0.7, mode=mode, count=2, **options),)
+
+    run, pasted = recording(monkeypatch, operation, 16, ("images",)), 0
+    for count in (16, 5, 1):
+        images, _ = batch_of(count, size)
+        (erased,), pastes = run(images=images)
+        assert {image.shape for image in erased} == {images[0].shape}
+        assert_contract(pastes)
+        pasted += len(pastes)
+    assert (pasted > 0) == (mode == "pixel" and min(size) > 1)
+
+
+def test_pastes_of_erasing_images_of_many_sizes(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*rng.integers(1, 20, 2), 3), dtype=np.uint8) for _ in range(64)]
+    run = recording(monkeypatch, lambda images: (augment.erase(images, prob=1.0),), 64, ("images",))
+    (erased,), pastes = run(images=images)
+    assert [image.shape for image in erased] == [image.shape for image in images]
+    assert_contract(pastes)
+    assert len(pastes) > 32
+
+
+# Devices
+
+
+def offenders(pipe):
+    """Names of the CPU operators that read GPU data, in a graph that is defined and not built."""
+    pipe._build_graph()
+    return [type(op._op).__name__ for op in pipe._ops
+            if op._op.device == "cpu" and any(node.device == "gpu" for node in op.inputs)]
+
+
+def no_source(info):
+    raise AssertionError("the graph is not run")
+
+
+ORDERS = {
+    "files": no_source,
+    "webdataset": shards.Part("webdataset", ["a.tar"], ["a.idx"], 0, 1, 8, 0),
+    "tfrecord": shards.Part("tfrecord", ["a.tfrecord"], ["a.idx"], 0, 1, 8, 0),
+}
+TRAINING = [
+    {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"mixup_alpha": 0.8, "prob": 0.9}},
+    {"auto_augment": "rand-m9-n3", "interpolation": "random", "re_prob": 0.5, "re_count": 3, "re_mode": "rand",
+     "mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}},
+    {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "const",
+     "mixing": {"correct_lam": False}},
+    {"mixing": {"cutmix_alpha": 0.0, "mixup_alpha": 0.8}},
+    {},
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("options", TRAINING)
+def test_no_cpu_operator_of_training_reads_gpu_data(options, order):
+    pipe = classification.train_pipeline(ORDERS[order], batch_size=8, num_threads=1, device_id=0, **options)
+    assert offenders(pipe) == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, order):
+    options = {"batch_size": 8, "num_threads": 1, "device_id": 0, "crop_mode": crop_mode}
+    pipe = classification.val_pipeline(ORDERS[order], **options)
+    assert offenders(pipe) == []
+
+
+@pytest.mark.parametrize("operation", [
+    mixfn.mix,
+    lambda images, labels: augment.erase(images),
+    lambda images, labels: augment.rand_augment(images),
+], ids=["mix", "erase", "rand_augment"])
+def test_an_unknown_size_is_read_by_the_cpu(operation):
+    """What the tests above look for is there without `size`."""
+    @pipeline_def(batch_size=8, num_threads=1, device_id=0)
+    def define():
+        images = fn.external_source(name="images", layout="HWC").gpu()
+        found = operation(images, fn.external_source(name="labels"))
+        return (found[0], *found[1]) if isinstance(found, tuple) else found
+
+    assert set(offenders(define())) == {"_Shape"}
