@@ -778,6 +778,7 @@ def _jpeg2000() -> dict[str, Odd]:
         "claims 60000x60000": _patched(boxed, size + 4, struct.pack(">II", 60000, 60000)),
         "size 0": _patched(boxed, size + 4, bytes(8)),
         "no component": _patched(boxed, size + 36, bytes(2)),
+        "codestream of subsampling 0": _patched(stream, stream.index(b"\xff\x51") + 41, b"\0"),
         "16384 components": _patched(boxed, size + 36, b"\x40\0"),
     }
     return (
