@@ -29,7 +29,7 @@ setup(
     ],
     python_requires=">=3.11,<3.15",
     packages=["lumix_dali"],  # pipelines/ and benchmarks/ are programs, run from the checkout
-    install_requires=["numpy>=1.26", "torch>=2.4", "timm>=1.0.11"],
+    install_requires=["numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
     extras_require={
         # One of the two, never both: the wheels overwrite each other's files.
         "cuda12": ["nvidia-dali-cuda120>=2.2"],

@@ -19,7 +19,7 @@ from nvidia.dali import fn, pipeline_def, types
 from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
-from lumix_dali import augment, classification, shards
+from lumix_dali import augment, classification
 from lumix_dali.target import MixTarget
 
 
@@ -287,11 +287,6 @@ def no_source(info):
     raise AssertionError("the graph is not run")
 
 
-ORDERS = {
-    "files": no_source,
-    "webdataset": shards.Part("webdataset", ["a.tar"], ["a.idx"], 0, 1, 8, 0),
-    "tfrecord": shards.Part("tfrecord", ["a.tfrecord"], ["a.idx"], 0, 1, 8, 0),
-}
 TRAINING = [
     {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"mixup_alpha": 0.8, "prob": 0.9}},
     {"auto_augment": "rand-m9-n3", "interpolation": "random", "re_prob": 0.5, "re_count": 3, "re_mode": "rand",
@@ -303,18 +298,18 @@ TRAINING = [
 ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("paths", [True, False], ids=["files", "shards"])
 @pytest.mark.parametrize("options", TRAINING)
-def test_no_cpu_operator_of_training_reads_gpu_data(options, order):
-    pipe = classification.train_pipeline(ORDERS[order], batch_size=8, num_threads=1, device_id=0, **options)
+def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
+    pipe = classification.train_pipeline(no_source, paths=paths, batch_size=8, num_threads=1, device_id=0, **options)
     assert offenders(pipe) == []
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("paths", [True, False], ids=["files", "shards"])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, order):
+def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, paths):
     options = {"batch_size": 8, "num_threads": 1, "device_id": 0, "crop_mode": crop_mode}
-    pipe = classification.val_pipeline(ORDERS[order], **options)
+    pipe = classification.val_pipeline(no_source, paths=paths, **options)
     assert offenders(pipe) == []
 
 
