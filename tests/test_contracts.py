@@ -301,7 +301,8 @@ TRAINING = [
 @pytest.mark.parametrize("paths", [True, False], ids=["files", "shards"])
 @pytest.mark.parametrize("options", TRAINING)
 def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
-    pipe = classification.train_pipeline(no_source, paths=paths, batch_size=8, num_threads=1, device_id=0, **options)
+    fixed = {"paths": paths, "batch_size": 8, "num_threads": 1, "device_id": 0}
+    pipe = classification.train_pipeline(no_source, **fixed, **options)
     assert offenders(pipe) == []
 
 
