@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 import lumix_dali.fn as mixfn
 from lumix_dali import LUMixLoss, MixTarget, check_target, create_loader
-from lumix_dali.sources import Order, load
+from lumix_dali.data.order import Order
+from lumix_dali.data.sources import load
 
 from . import harness, mixing
 

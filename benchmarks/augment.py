@@ -21,7 +21,7 @@ from timm.data import auto_augment as timms
 from tqdm import tqdm
 
 from lumix_dali import augment
-from lumix_dali.sources import load_files
+from lumix_dali.data.sources import load_files
 
 from . import data, harness
 from .contenders import MEAN

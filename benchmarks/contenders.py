@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from lumix_dali import classification, create_loader
-from lumix_dali.sources import Samples
+from lumix_dali import create_loader, decoding
+from lumix_dali.data.sources import Files
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -35,7 +35,7 @@ PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's a worker
 class Setting:
     """What is alike for all loaders."""
 
-    samples: Samples
+    samples: Files
     batch_size: int
     size: int
     device: str
@@ -58,11 +58,11 @@ class Setting:
     def paths(self) -> list[str]:
         return [self.samples.path(i) for i in range(len(self.samples))]
 
-    def repeated(self, batches: int) -> Samples:
+    def repeated(self, batches: int) -> Files:
         """The samples over and over, as many as `batches` need."""
         index = (np.arange(batches * self.batch_size) % len(self.samples)).tolist()
         names = [self.samples.names[i] for i in index]
-        return Samples(self.samples.root, names, self.samples.labels[index], self.samples.classes)
+        return Files(self.samples.root, names, self.samples.labels[index], self.samples.classes)
 
     def check(self, batch: Any) -> None:
         """Raises ValueError if a batch is not the one that was asked for."""
@@ -145,7 +145,7 @@ def guarded_crop(images, **decoder: Any):
     def region(shape):
         return fn.random_crop_generator(shape, random_area=SCALE, random_aspect_ratio=RATIO)
 
-    return classification.decode(images, region, **decoder)
+    return decoding.decode(images, region, **decoder)
 
 
 def cropped(images, size: int, stages: int, decoder: dict[str, Any], crop: Callable = plain_crop):
@@ -222,7 +222,7 @@ def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -
 class Files(Reader):
     """timm's folder reader over given files."""
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: Files):
         super().__init__()
         self.samples = samples
 
@@ -253,7 +253,7 @@ def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: in
 class Pictures(Dataset):
     """torchvision's ImageFolder over given files, its `loader` being `decode_image`; PIL without a transform."""
 
-    def __init__(self, samples: Samples, transform: Callable | None = None):
+    def __init__(self, samples: Files, transform: Callable | None = None):
         self.samples, self.transform = samples, transform
 
     def __getitem__(self, index: int):

@@ -35,7 +35,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
 import lumix_dali.fn as mixfn
 from lumix_dali import LUMixLoss, MixTarget, create_loader
-from lumix_dali.sources import load_files
+from lumix_dali.data.sources import load_files
 
 from . import data, harness
 from .contenders import PREFETCH, Epoch, Setting, cropped, guarded_crop, normalised_in_dali

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lumix_dali.sources import Samples, load_files
+from lumix_dali.data.sources import Files, load_files
 
 from . import data, harness
 from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
@@ -80,12 +80,12 @@ def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namesp
     return found
 
 
-def some(samples: Samples, most: int = MOST_FILES) -> Samples:
+def some(samples: Files, most: int = MOST_FILES) -> Files:
     """At most `most` of the samples, drawn from all classes."""
     if len(samples) <= most:
         return samples
     index = np.sort(np.random.default_rng(0).permutation(len(samples))[:most])
-    return Samples(samples.root, [samples.names[i] for i in index], samples.labels[index], samples.classes)
+    return Files(samples.root, [samples.names[i] for i in index], samples.labels[index], samples.classes)
 
 
 def warm_page_cache(paths: Sequence[str]) -> float:

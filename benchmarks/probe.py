@@ -101,7 +101,7 @@ def decoded(encoded, region: str, **options: Any):
     """The region of each file that a pipeline of the package decodes, by its own function."""
     from nvidia.dali import fn, math, types
 
-    from lumix_dali import classification
+    from lumix_dali import decoding
 
     def training(shape):
         return fn.random_crop_generator(shape, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
@@ -112,7 +112,7 @@ def decoded(encoded, region: str, **options: Any):
         window = fn.stack(side, side)
         return (size - window) // 2, window
 
-    return classification.decode(encoded, {"training": training, "evaluation": evaluation}[region], **options)
+    return decoding.decode(encoded, {"training": training, "evaluation": evaluation}[region], **options)
 
 
 def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training",

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from lumix_dali import create_loader
-from lumix_dali.sources import load_files
+from lumix_dali.data.sources import load_files
 
 from . import data, harness
 from .contenders import Setting

@@ -6,22 +6,29 @@ The names below load on first use: the loss works without DALI, and `lumix_dali.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .loader import create_loader
-    from .loss import LUMixLoss, check_target
-    from .target import MixTarget
-
 __version__ = "0.1.0"
-__all__ = ["LUMixLoss", "MixTarget", "check_target", "create_loader"]
+__all__ = ["Kind", "LUMixLoss", "Loader", "MixTarget", "Mixing", "check_target", "create_loader"]
 
-_HOME = {"LUMixLoss": "loss", "MixTarget": "target", "check_target": "loss", "create_loader": "loader"}
+if TYPE_CHECKING:  # without __getattr__, so that a type checker sees a misspelt name
+    from .loading.loader import Loader, create_loader
+    from .loss import LUMixLoss, check_target
+    from .mixing import Mixing
+    from .target import Kind, MixTarget
+else:
+    _HOME = {
+        "Kind": "target",
+        "LUMixLoss": "loss",
+        "Loader": "loading.loader",
+        "MixTarget": "target",
+        "Mixing": "mixing",
+        "check_target": "loss",
+        "create_loader": "loading.loader",
+    }
 
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    def __dir__():
+        return sorted([*globals(), *_HOME])

@@ -311,9 +311,7 @@ def invert(images: DataNode) -> DataNode:
 
 def auto_contrast(images: DataNode) -> DataNode:
     """Stretches each channel to [0, 255]; one without contrast stays."""
-    low, high = (
-        reduce(images, axes=[0, 1], keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max)
-    )
+    low, high = (reduce(images, axes=[0, 1], keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max))
     flat = low == high
     stretched = (images - low * (low < high)) * _level(255, types.UINT16) // (high - low + flat * _level(255))
     return fn.cast(stretched, dtype=types.UINT8)

@@ -1,8 +1,11 @@
 """CutMix and Mixup as DALI graph functions.
 
-``mix`` is ``apply(draw())``. Everything is made of DALI's own operators, on either backend. On a GPU pipeline
-the draws stay on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and box are
-made on the GPU. A small CPU operator costs about 1 µs a sample whatever it computes, so the draw is written
+``mix`` is ``apply(draw())``: the law of `lumix_dali.mixing`, drawn by DALI's own operators, on either backend, for a
+pipeline whose batches the host does not know. A callback that does know its batch draws with `mixing.draw`, which costs
+a tenth, and the graph pastes with ``lay``: that is what the loader does.
+
+On a GPU pipeline the draws stay on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and
+box are made on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes, so the draw is written
 for few operators: both pasted regions (the whole canvas, and the box) travel as one 2x2 tensor.
 
 `multi_paste` is never given an empty region: on a GPU it would spill over the image.
@@ -15,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from numbers import Real
 from operator import add
 from typing import Any, NamedTuple
 
@@ -23,9 +25,8 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from .target import MixTarget
-
-NONE, MIXUP, CUTMIX = 0, 1, 2
+from .mixing import Mixing, Mode, Regions
+from .target import Kind, MixTarget
 
 # A column picks the region: row 0 the canvas, row 1 the box.
 _CANVAS, _BOX = np.array([[1], [0]], np.int32), np.array([[0], [1]], np.int32)
@@ -66,9 +67,8 @@ def mix(
     cutmix_minmax: Sequence[float] | None = None,
     prob: float | DataNode = 1.0,
     switch_prob: float = 0.5,
-    mode: str = "elem",
+    mode: Mode = "elem",
     correct_lam: bool = True,
-    index: DataNode | None = None,
     size: Sequence[int] | DataNode | None = None,
 ) -> tuple[DataNode, MixTarget]:
     """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
@@ -82,10 +82,8 @@ def mix(
             the box lies inside it, and `cutmix_alpha` is not used.
         prob: probability in [0, 1] that a sample is mixed; a float DataNode may change it at run time.
         switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
-        mode: "elem", one draw a sample, or "batch", one a batch. Partners always differ by sample.
+        mode: "elem", one draw per sample, or "batch", one per batch. Partners always differ by sample.
         correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
-        index: int32 scalar on the CPU, each sample's own place in the batch, where that is known (DALI has no
-            operator for it); spares CutMix a copy of the batch.
         size: (H, W) of the images: two integers, or int32 [2] on the CPU. It is not checked: CutMix with a larger
             size raises DALI's error, a smaller one leaves pixels undefined. None reads the shape of `images`,
             at some cost, and on a GPU only with DALI's default executor: ``exec_dynamic=False`` refuses it.
@@ -105,18 +103,17 @@ def mix(
     """
     if size is None:
         size = images.shape(dtype=types.INT32)[:2]
-    drawn = draw(
-        size,
+    at_run_time = prob if isinstance(prob, DataNode) else None
+    mixing = Mixing(
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha,
-        cutmix_minmax=cutmix_minmax,
-        prob=prob,
+        cutmix_minmax=None if cutmix_minmax is None else (cutmix_minmax[0], cutmix_minmax[1]),
+        prob=1.0 if isinstance(prob, DataNode) else prob,
         switch_prob=switch_prob,
         mode=mode,
         correct_lam=correct_lam,
-        index=index,
     )
-    return apply(images, labels, drawn, index)
+    return apply(images, labels, draw(size, mixing, at_run_time))
 
 
 def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options) -> tuple[DataNode, MixTarget]:
@@ -130,59 +127,45 @@ def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options) 
 
 
 def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
-    """The `MixTarget` of samples that nothing is mixed into: λ0 and kind 0, each its own partner.
+    """The `MixTarget` of samples that nothing is mixed into: λ0, kind and partner 0.
 
     Args:
         labels: one integer a sample, of any shape with one element.
         device: "cpu" or "gpu", where the target's DataNodes are to be.
     """
     labels = _scalar(labels, device)
-    kind = fn.cast(labels * 0, dtype=types.INT32)
-    return MixTarget(labels, labels, fn.cast(kind, dtype=types.FLOAT), kind * np.zeros(4, np.int32), kind)
+    partner = labels * 0
+    kind = fn.cast(partner, dtype=types.INT32)
+    return MixTarget(labels, labels, fn.cast(kind, dtype=types.FLOAT), kind * np.zeros(4, np.int32), kind, partner)
 
 
-def draw(
-    size: Sequence[int] | DataNode,
-    *,
-    mixup_alpha: float = 0.0,
-    cutmix_alpha: float = 1.0,
-    cutmix_minmax: Sequence[float] | None = None,
-    prob: float | DataNode = 1.0,
-    switch_prob: float = 0.5,
-    mode: str = "elem",
-    correct_lam: bool = True,
-    index: DataNode | None = None,
-) -> Draw:
-    """Draws partners, kinds, boxes and weights; the arguments are those of `mix`.
+def draw(size: Sequence[int] | DataNode, mixing: Mixing, prob: DataNode | None = None) -> Draw:
+    """Draws partners, kinds, boxes and weights: the law of `mixing.draw`, in the graph.
 
     Args:
         size: (H, W) of the images: two integers, or int32 [2] on the CPU, such as
             ``images.shape(dtype=types.INT32)[:2]``.
+        mixing: the options.
+        prob: float scalar on the CPU, instead of ``mixing.prob``.
 
     Returns:
         A `Draw` for `apply`.
-
-    Raises:
-        ValueError: an argument outside its range.
     """
-    check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode)
     size, pixels = _size(size)
-    with_mixup, with_cutmix = mixup_alpha > 0, cutmix_alpha > 0 or cutmix_minmax is not None
     partner = fn.batch_permutation(no_fixed_points=True)
-    share = _share(partner, mode)
-    is_cutmix, is_mixup = _kinds(partner, index, share, prob, switch_prob, with_mixup, with_cutmix)
-
+    share = _share(partner, mixing.mode)
+    is_cutmix, is_mixup = _kinds(partner, share, mixing, mixing.prob if prob is None else prob)
     start = stop = weight = drawn_lam = None
-    if with_cutmix:
-        if cutmix_minmax is not None:
-            start, stop = _inner_box(size, cutmix_minmax, share, is_cutmix)
+    if is_cutmix is not None:
+        if mixing.cutmix_minmax is not None:
+            start, stop = _inner_box(size, mixing.cutmix_minmax, share, is_cutmix)
         else:
-            drawn_lam = share(fn.random.beta(alpha=cutmix_alpha, beta=cutmix_alpha)) * is_cutmix
+            drawn_lam = share(fn.random.beta(alpha=mixing.cutmix_alpha, beta=mixing.cutmix_alpha)) * is_cutmix
             start, stop = _box(size, drawn_lam, share)
-    if with_mixup:
-        weight = share(fn.random.beta(alpha=mixup_alpha, beta=mixup_alpha)) * is_mixup
+    if is_mixup is not None:
+        weight = share(fn.random.beta(alpha=mixing.mixup_alpha, beta=mixing.mixup_alpha)) * is_mixup
     lam0 = None
-    if drawn_lam is not None and not correct_lam:
+    if drawn_lam is not None and not mixing.counts_lam0:
         lam0 = drawn_lam if weight is None else drawn_lam + weight
     return Draw(partner, is_cutmix, is_mixup, start, stop, weight, lam0, pixels)
 
@@ -209,80 +192,92 @@ def given(
         ValueError: neither `box` nor `weight` is given.
     """
     if box is None and weight is None:
-        raise ValueError(
-            "box=None, weight=None: nothing to mix; give boxes for CutMix, weights for Mixup, or both"
-        )
+        raise ValueError("box=None, weight=None: nothing to mix; give boxes for CutMix, weights for Mixup, or both")
     size, pixels = _size(size)
     drawn = Draw(partner, lam0=lam0, pixels=pixels)
     if box is not None:
-        is_cutmix = kind == CUTMIX
+        is_cutmix = kind == int(Kind.CUTMIX)
         start, stop = _regions(size, box[:2] * is_cutmix, box[2:] * is_cutmix)
         drawn = drawn._replace(is_cutmix=is_cutmix, start=start, stop=stop)
     if weight is not None:
-        is_mixup = kind == MIXUP
+        is_mixup = kind == int(Kind.MIXUP)
         drawn = drawn._replace(is_mixup=is_mixup, weight=weight * is_mixup)
     return drawn
 
 
-def apply(
-    images: DataNode, labels: DataNode, drawn: Draw, index: DataNode | None = None
-) -> tuple[DataNode, MixTarget]:
+def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, MixTarget]:
     """Mixes images as drawn and says what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
 
     Args:
         images: uint8, HWC, one size for the whole batch.
         labels: one integer a sample, of any shape with one element.
         drawn: from `draw` or `given`.
-        index: as in `mix`.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
     """
     device = images.device
     mixed = images
-    if drawn.is_cutmix is None or index is None:
-        partners = fn.permute_batch(images, indices=drawn.partner)
+    partners = fn.permute_batch(images, indices=drawn.partner)
     kinds, weights = [], []
     if drawn.is_cutmix is not None:
         is_cutmix, extent = _put(drawn.is_cutmix, device), drawn.stop - drawn.start
-        if index is None:
-            mixed = _paste(images, partners, drawn.start, extent)
-        else:
-            mixed = partners = _paste_indexed(images, index, drawn, extent)
+        mixed = _paste(images, partners, drawn.start, extent)
         box = fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1] * is_cutmix
-        kinds.append(is_cutmix * CUTMIX)
+        kinds.append(is_cutmix * int(Kind.CUTMIX))
         weights.append(_area_ratio(_put(extent, device), drawn.pixels))
     if drawn.is_mixup is not None:
         mixed = _blend(images, partners, mixed, drawn.weight, drawn.is_mixup)
-        kinds.append(_put(drawn.is_mixup, device) * MIXUP)
+        kinds.append(_put(drawn.is_mixup, device) * int(Kind.MIXUP))
         weights.append(_put(drawn.weight, device))
     kind = reduce(add, kinds)  # a sample is of one kind: every other addend is zero
     lam0 = reduce(add, weights) if drawn.lam0 is None else _put(drawn.lam0, device)
     if drawn.is_cutmix is None:
         box = kind * np.zeros(4, np.int32)
     labels = _scalar(labels, device)
-    return mixed, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind)
+    partner = fn.cast(_put(drawn.partner, device), dtype=types.INT64)
+    return mixed, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind, partner)
 
 
-def check(mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode) -> None:
-    """Raises ValueError where an argument of `mix` is outside its range."""
-    for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-        if not (isinstance(alpha, Real) and 0 <= float(alpha) < float("inf")):
-            raise ValueError(f"{name}={alpha!r}: give a finite number > 0, or 0 to switch it off")
-    if mixup_alpha == 0 and cutmix_alpha == 0 and cutmix_minmax is None:
-        raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
-    for name, value in (("prob", prob), ("switch_prob", switch_prob)):
-        if not (isinstance(value, DataNode) and name == "prob") and not (
-            isinstance(value, Real) and 0 <= float(value) <= 1
-        ):
-            raise ValueError(f"{name}={value!r}: give a probability in [0, 1]")
-    if cutmix_minmax is not None and not (
-        len(cutmix_minmax) == 2 and 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1
-    ):
-        raise ValueError(f"cutmix_minmax={cutmix_minmax!r}: give (low, high) with 0 <= low < high <= 1")
-    if mode not in ("elem", "batch"):
-        remedy = "give 'elem' (one draw a sample) or 'batch' (one a batch)"
-        raise ValueError(f"mode={mode!r}: {'pair is not supported; ' if mode == 'pair' else ''}{remedy}")
+def lay(images: DataNode, patches: Regions) -> DataNode:
+    """Mixes images by the patches of `mixing.regions`: LUMix Eq. 1 for a batch that the host has drawn.
+
+    Args:
+        images: uint8, HWC, all of the size that the patches are made for.
+        patches: DataNodes on the CPU. For CutMix without Mixup `is_mixup` may be None; for Mixup without CutMix
+            `anchors` and `shapes` may, and `ids` is then the second patch's, an int32 scalar.
+
+    Returns:
+        Mixed images, as `images`.
+    """
+    if patches.anchors is None:
+        pasted = fn.permute_batch(images, indices=patches.ids)
+    else:
+        pasted = fn.multi_paste(
+            images,
+            in_ids=patches.ids,
+            in_anchors=patches.anchors,
+            out_anchors=patches.anchors,
+            shapes=patches.shapes,
+        )
+    if patches.is_mixup is None:
+        return pasted
+    if images.device == "gpu":  # which pays by operator, where a CPU pays by pixel; weights of 0 and 1 are exact
+        return _weighted(images, pasted, patches.weight)
+    return _blend(images, pasted, pasted, patches.weight, patches.is_mixup)
+
+
+def count_lam0(patches: Regions, size: Sequence[int]) -> DataNode:
+    """λ0 = r_w·r_h / HW of the box that `lay` pastes, or Mixup's weight (LUMix Eq. 1); float32 scalar on the CPU.
+
+    Args:
+        patches: as `lay` takes them.
+        size: (H, W) of the images.
+    """
+    if patches.shapes is None:
+        return patches.weight
+    # The quotient first: of the whole image it is exactly 1, and Mixup's weight stays what it is.
+    return patches.weight * (patches.shapes[1, 0] * patches.shapes[1, 1] / float(size[0] * size[1]))
 
 
 def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:
@@ -292,19 +287,20 @@ def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:
     return lambda node: fn.permute_batch(node, indices=first)
 
 
-def _kinds(partner, index, share, prob, switch_prob, with_mixup: bool, with_cutmix: bool):
+def _kinds(partner: DataNode, share, mixing: Mixing, prob: float | DataNode):
     """Booleans (is_cutmix, is_mixup); None for what is left out."""
+    both = mixing.with_mixup and mixing.with_cutmix
     # Without fixed points, neither a sample nor a partner is its own partner, except in a batch of one.
-    other = fn.permute_batch(partner, indices=partner) if index is None else index
-    if not isinstance(prob, DataNode) and prob == 1 and not (with_mixup and with_cutmix):
+    other = fn.permute_batch(partner, indices=partner)
+    if not isinstance(prob, DataNode) and prob == 1 and not both:
         is_mixed = is_cutmix = partner != other
     else:
         chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == other)  # alone: 1 or more
         is_mixed = chance < prob
-        is_cutmix = chance < prob * switch_prob if with_mixup and with_cutmix else is_mixed
-    if with_mixup and with_cutmix:
+        is_cutmix = chance < prob * mixing.switch_prob if both else is_mixed
+    if both:
         return is_cutmix, is_mixed ^ is_cutmix
-    return (None, is_mixed) if with_mixup else (is_cutmix, None)
+    return (None, is_mixed) if mixing.with_mixup else (is_cutmix, None)
 
 
 def _box(size: DataNode, lam: DataNode, share) -> tuple[DataNode, DataNode]:
@@ -361,22 +357,7 @@ def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNo
     return fn._conditional.merge(pasted, kept, predicate=has_box)
 
 
-def _paste_indexed(images: DataNode, index: DataNode, drawn: Draw, extent: DataNode) -> DataNode:
-    """Like `_paste`, without a copy of the batch. A Mixup sample becomes its partner, for `_blend`.
-
-    Where the box is empty, the sample pastes pixels of its own canvas over themselves.
-    """
-    has_box = math.min(fn.reductions.min(extent), 1)
-    start = drawn.start * has_box
-    # Two in a row: (own, own) without a box, (own, partner) with one, (partner, partner) for Mixup.
-    first = has_box if drawn.is_mixup is None else has_box + drawn.is_mixup * 2
-    ids = fn.slice(fn.stack(index, index, drawn.partner, drawn.partner), start=first, shape=[2], axes=[0])
-    return fn.multi_paste(images, in_ids=ids, in_anchors=start, out_anchors=start, shapes=math.max(extent, 1))
-
-
-def _blend(
-    images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode
-) -> DataNode:
+def _blend(images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
     """images·(1 - w) + partners·w where `is_mixup`, within one grey level; elsewhere `others`.
 
     Float arithmetic and its cast cost the CPU six times as much as two scalings in uint8 of the samples that
@@ -386,8 +367,11 @@ def _blend(
     (own, _), (partner, _), (_, kept), (weight, _) = (
         split(node, predicate=is_mixup, _if_stmt=True) for node in (images, partners, others, weight)
     )
-    blended = _scale(own, 1.0 - weight) + _scale(partner, weight)
-    return fn._conditional.merge(blended, kept, predicate=is_mixup)
+    return fn._conditional.merge(_weighted(own, partner, weight), kept, predicate=is_mixup)
+
+
+def _weighted(images: DataNode, partners: DataNode, weight: DataNode) -> DataNode:
+    return _scale(images, 1.0 - weight) + _scale(partners, weight)
 
 
 def _scale(images: DataNode, factor: DataNode) -> DataNode:

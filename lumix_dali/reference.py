@@ -179,9 +179,7 @@ def lumix_loss(
     """
     _check(base in ("softmax", "bce"), "base", base, '"softmax" or "bce"')
     _check(bce_reduction in ("mean", "sum"), "bce_reduction", bce_reduction, '"mean" or "sum"')
-    lam = lumix_lam(
-        logits, labels, partner_labels, lam0, kind, lam_r, box=box, r_r=r_r, r_s=r_s, apply_to=apply_to
-    )
+    lam = lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, box=box, r_r=r_r, r_s=r_s, apply_to=apply_to)
     z, b, a = _scores(logits, labels, partner_labels)
     y = dense(b, a, lam, z.shape[1], smoothing)
     applies = _applies(_weight(lam0, len(z)), kind, box, apply_to)

@@ -6,7 +6,17 @@ they are tensors, and the methods below are for tensors.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, NamedTuple
+
+
+class Kind(IntEnum):
+    """What was drawn for a sample."""
+
+    NONE = 0
+    MIXUP = 1
+    CUTMIX = 2
+    OTHER = 3  # mixed by other means: `lam0` without a box
 
 
 class MixTarget(NamedTuple):
@@ -21,10 +31,13 @@ class MixTarget(NamedTuple):
         lam0: float32 [B] in [0, 1], the partner's weight: pasted pixels over all pixels for CutMix, blend
             weight for Mixup, 0 where nothing is mixed.
         box: int32 [B, 4], the pasted pixels as half-open (y0, x0, y1, x1); zeros unless `kind` is 2.
-        kind: int32 [B], what was drawn: 0 none, 1 Mixup, 2 CutMix, 3 other means (`lam0` without a box).
+        kind: int32 [B], what was drawn: a `Kind`.
+        partner: int64 [B], place in the batch of the image mixed in, so that anything else that belongs to the
+            samples can be mixed alike (`mix`). Where `lam0` is 0 it means nothing.
 
     Note:
-        This is a tuple of five fields: `target[2]` is `lam0` and `len(target)` is 5. `select` takes rows.
+        This is a tuple of six fields: `target[2]` is `lam0` and `len(target)` is 6. `select` takes rows, after
+        which `partner` still names places of the whole batch.
     """
 
     labels: Any
@@ -32,6 +45,7 @@ class MixTarget(NamedTuple):
     lam0: Any
     box: Any
     kind: Any
+    partner: Any
 
     @property
     def device(self) -> Any:
@@ -63,10 +77,8 @@ class MixTarget(NamedTuple):
         kwargs.setdefault("non_blocking", next((arg for arg in args if isinstance(arg, bool)), False))
         kwargs.pop("dtype", None)
         kwargs["device"] = lam0.device
-        labels, partner_labels, box, kind = (
-            field.to(**kwargs) for field in (self.labels, self.partner_labels, self.box, self.kind)
-        )
-        return MixTarget(labels, partner_labels, lam0, box, kind)
+        moved = {name: getattr(self, name).to(**kwargs) for name in self._fields if name != "lam0"}
+        return MixTarget(lam0=lam0, **moved)
 
     def cpu(self) -> MixTarget:
         """Every field in host memory."""
@@ -79,6 +91,37 @@ class MixTarget(NamedTuple):
     def pin_memory(self) -> MixTarget:
         """Every field in page-locked host memory."""
         return MixTarget(*(field.pin_memory() for field in self))
+
+    def mix(self, values: Any) -> Any:
+        """Mixes what else belongs to the samples: ``(1 - lam0)·values + lam0·values[partner]`` (LUMix Eq. 2).
+
+        Args:
+            values: floating point [B, ...], such as soft or multi-hot labels, or a teacher's outputs for the
+                unmixed images, on the device of `lam0`.
+
+        Returns:
+            A tensor as `values`.
+
+        Raises:
+            ValueError: `values` are no floating point numbers, or not B of them.
+
+        Example:
+            >>> import torch
+            >>> target = MixTarget(*torch.tensor([[0, 1], [1, 0]]), torch.tensor([.25, 0.]), None, None,
+            ...                    torch.tensor([1, 0]))
+            >>> target.mix(torch.tensor([[1., 0.], [0., 1.]]))
+            tensor([[0.7500, 0.2500],
+                    [0.0000, 1.0000]])
+        """
+        if not values.is_floating_point() or values.shape[:1] != self.lam0.shape:
+            raise ValueError(
+                f"values={values.dtype} {list(values.shape)}: give floating point numbers, one row per sample "
+                f"({self.lam0.shape[0]})"
+            )
+        weight = self.lam0.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+        # Not lerp: 0 · inf is NaN, and a weight of 0 must leave a sample as it is.
+        partners = values[self.partner]
+        return ((1 - weight) * values).where(weight < 1, 0) + (weight * partners).where(weight > 0, 0)
 
     def dense(self, num_classes: int, smoothing: float = 0.0) -> Any:
         """The plain soft target `lam0·v_a + (1 - lam0)·v_b` of CutMix and Mixup, for any other loss.

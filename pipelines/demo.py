@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from lumix_dali.__main__ import show
+from lumix_dali.cli import show
 
 from . import train
 

@@ -38,7 +38,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from lumix_dali import create_loader
-from lumix_dali.sources import Samples, load_files
+from lumix_dali.data.sources import Files, load_files
 
 from . import metrics, report
 from .checkpoint import FORMAT
@@ -99,7 +99,7 @@ class Subject:
         """Of the model and of the images."""
         return self.network.mean.device
 
-    def batches(self, samples: Samples, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, samples: Files, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` concern resize and crop."""
         # A damaged image is an error: a substitute would falsify the result.
         options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
@@ -203,7 +203,7 @@ def wsas(subject: Subject) -> Values:
     except (RuntimeError, OSError) as error:
         raise missing(args, "--data-dir", args.data_dir, EXPECTED["wsas"], error) from error
     attend, scores = class_attention(subject, subject.model), []
-    for images, numbers in subject.batches(numbered(Samples("", voc.images, np.zeros(len(voc), int), [""])),
+    for images, numbers in subject.batches(numbered(Files("", voc.images, np.zeros(len(voc), int), [""])),
                                            crop_mode="squash", crop_pct=1.):
         masks = metrics.enlarge(metrics.top_mass(attend(images), args.mass), subject.size)
         for mask, number in zip(masks, numbers.tolist(), strict=True):
@@ -280,7 +280,7 @@ def permutations(batch: int, cells: int, perm: str, generator: torch.Generator) 
     return torch.rand(batch if perm == "sample" else 1, cells, generator=generator).argsort(1)
 
 
-def confidences(subject: Subject, samples: Samples, outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def confidences(subject: Subject, samples: Files, outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Largest probability among these outputs, and whether it is the label's; [n] each."""
     found = []
     for images, labels in subject.batches(samples):
@@ -341,7 +341,7 @@ def missing(args: argparse.Namespace, flag: str, path: str | None, expected: str
     return ValueError(f"{flag} {path}: {reason}. {args.protocol} needs {expected}")
 
 
-def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = "") -> Samples:
+def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = "") -> Files:
     """Samples of a class folder, or of `val` or `validation` in it."""
     inner = [Path(path or "", name) for name in ("val", "validation")]
     try:
@@ -350,7 +350,7 @@ def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = 
         raise missing(args, flag, path, expected or EXPECTED[args.protocol], error) from error
 
 
-def labelled(subject: Subject, samples: Samples) -> Samples:
+def labelled(subject: Subject, samples: Files) -> Files:
     """`samples` with the number of the model's output as label."""
     names = subject.names
     if names is None and len(samples.classes) == subject.model.num_classes:
@@ -362,12 +362,12 @@ def labelled(subject: Subject, samples: Samples) -> Samples:
     return relabelled(samples, names)
 
 
-def relabelled(samples: Samples, names: Sequence[str]) -> Samples:
+def relabelled(samples: Files, names: Sequence[str]) -> Files:
     """The samples of the classes `names`, with the place among them as label."""
     place = {name: number for number, name in enumerate(names)}
     labels = np.array([place.get(name, -1) for name in samples.classes])[samples.labels]
     kept = np.flatnonzero(labels >= 0)
-    return Samples(samples.root, [samples.names[number] for number in kept.tolist()], labels[kept], names)
+    return Files(samples.root, [samples.names[number] for number in kept.tolist()], labels[kept], names)
 
 
 def subset(subject: Subject) -> tuple[Samples, list[int]]:
@@ -385,12 +385,12 @@ def subset(subject: Subject) -> tuple[Samples, list[int]]:
     return relabelled(samples, [known[number] for number in outputs]), outputs
 
 
-def numbered(samples: Samples) -> Samples:
+def numbered(samples: Files) -> Files:
     """`samples` with their own number as label."""
-    return Samples(samples.root, samples.names, np.arange(len(samples)), samples.names)
+    return Files(samples.root, samples.names, np.arange(len(samples)), samples.names)
 
 
-def find_boxes(args: argparse.Namespace, samples: Samples) -> list[Path]:
+def find_boxes(args: argparse.Namespace, samples: Files) -> list[Path]:
     """The annotation of each sample."""
     found = {path.stem: path for path in Path(args.boxes or "").rglob("*.xml")} if args.boxes else {}
     stems = [Path(name).stem for name in samples.names]

@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lumix_dali import LUMixLoss, MixTarget, __version__, check_target, create_loader
-from lumix_dali.sources import Samples, Shards, load
+from lumix_dali.data.sources import Files, Source, load
 
 from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .flags import parse_args, ratios
@@ -66,7 +66,7 @@ def load_data(args: argparse.Namespace) -> tuple[Samples | Shards, Samples | Sha
     Raises:
         ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
     """
-    def split(*names: str) -> Samples | Shards:
+    def split(*names: str) -> Files | Shards:
         for name in names:
             if Path(args.data_dir, name).is_dir():
                 data = load(Path(args.data_dir, name))

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from lumix_dali import LUMixLoss, MixTarget, create_loader
-from lumix_dali.sources import load_files
+from lumix_dali.data.sources import load_files
 
 from .ranks import gathered
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from lumix_dali import sources
+from lumix_dali.data import sources
 
 
 def colours(count, seed=0):
@@ -37,11 +37,11 @@ def ramps(height, width, blue=0):
 
 
 def ramp_samples(root, count, size=(40, 48)):
-    """`Samples` of `ramps` whose label and blue tell the file; crop, flip and mixing show in the pixels."""
+    """`Files` of `ramps` whose label and blue tell the file; crop, flip and mixing show in the pixels."""
     for number in range(count):
         write(ramps(size[0] + number % 4, size[1] - number % 3) * [4, 5, 0] + [0, 0, 9 * number],
               root / f"{number:02}.png")
-    return sources.Samples(str(root), sorted(f.name for f in root.iterdir()), np.arange(count),
+    return sources.Files(str(root), sorted(f.name for f in root.iterdir()), np.arange(count),
                            [str(k) for k in range(count)])
 
 

@@ -36,8 +36,8 @@ TIME_LIMIT = 60  # seconds for a case, after which it counts as hung
 
 
 def main(folder):
-    import lumix_dali.loader
-    import lumix_dali.preflight  # noqa: F401  (before the fork, which makes a case cheap)
+    import lumix_dali.loading.loader
+    import lumix_dali.data.check  # noqa: F401  (before the fork, which makes a case cheap)
     from tests.odd import odd
 
     odd()
@@ -160,7 +160,7 @@ def make_list(case, root):
 
 def shards(root, out):
     from lumix_dali import create_loader
-    from lumix_dali.convert import convert
+    from lumix_dali.data.convert import convert
 
     samples = create_loader(root, batch_size=1, is_training=False, device="cpu").samples
     convert(samples, out, to={"tar": "webdataset"}.get(out.name, out.name))
@@ -207,7 +207,7 @@ def difference(kind, image):
 
 
 def check(case, source, kinds):
-    from lumix_dali.preflight import scan
+    from lumix_dali.data.check import scan
 
     report = scan(source, full=case["mode"] == "check --full", workers=case["threads"])
     return dict(names=list(report.bad), reasons=list(report.bad.values()), labels=report.samples.labels.tolist(),

@@ -378,7 +378,7 @@ def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
 
 def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_path):
     from benchmarks.contenders import Setting
-    from lumix_dali.sources import load
+    from lumix_dali.data.sources import load
 
     s = Setting(load(folder), 2, 8, "cpu", tmp_path)
     s.check((torch.zeros(2, 3, 8, 8), None))
@@ -439,7 +439,7 @@ def cost_on(folder, tmp_path):
     """`cost_on(device)`: benchmarks.cost's setting there."""
     pytest.importorskip("benchmarks.cost")
     from benchmarks.contenders import Setting
-    from lumix_dali.sources import load_files
+    from lumix_dali.data.sources import load_files
 
     return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
 

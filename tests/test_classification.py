@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from lumix_dali import classification
+from lumix_dali.loading import pipelines
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -64,9 +64,9 @@ def photographs(tmp_path_factory):
     ((72, 105), {"crop_pct": 0.95}),
     ((72, 105), {"crop_mode": "squash"}),
 ], ids=["square", "small", "non-square", "squash"])
-@pytest.mark.parametrize("interpolation", classification.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", pipelines.INTERPOLATIONS)
 def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
-    ours, labels = run(classification.val_pipeline, [*photographs], size=size, interpolation=interpolation,
+    ours, labels = run(pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation,
                        mean=MEAN, std=STD, **options)
     transform = create_transform((3, *size), interpolation=interpolation, mean=MEAN, std=STD, **options)
     theirs = torch.stack([*map(transform, photographs.values())]).numpy()
@@ -79,7 +79,7 @@ def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interp
 @pytest.mark.gpu
 def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
     lossless = [file for file in photographs if file.suffix == ".png"]
-    ours, theirs = (run(classification.val_pipeline, lossless, device, dtype="uint8")[0].astype(int)
+    ours, theirs = (run(pipelines.val_pipeline, lossless, device, dtype="uint8")[0].astype(int)
                     for device in ("gpu", "cpu"))
     assert np.abs(ours - theirs).mean((1, 2, 3)).max() < 0.3
 
@@ -87,11 +87,11 @@ def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
 # What both pipelines deliver
 
 
-PIPELINES = {"train": classification.train_pipeline, "val": classification.val_pipeline}
+PIPELINES = {"train": pipelines.train_pipeline, "val": pipelines.val_pipeline}
 
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
-@pytest.mark.parametrize("dtype", classification.DTYPES)
+@pytest.mark.parametrize("dtype", pipelines.DTYPES)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_output(tmp_path, device, name, dtype, layout):
     """The same grey levels in each dtype and layout; labels and what follows them keep their types."""
@@ -137,7 +137,7 @@ def test_any_colour_mode_comes_as_rgb(tmp_path, mode):
     grey = Image.fromarray(np.uint8(np.linspace(0, 255, 600).reshape(20, 30)))
     file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     grey.convert("RGB").convert(mode).save(file)
-    images, _ = run(classification.val_pipeline, [file], size=(20, 30), crop_pct=1.0, dtype="uint8")
+    images, _ = run(pipelines.val_pipeline, [file], size=(20, 30), crop_pct=1.0, dtype="uint8")
     expected = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)[None]
     np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=2)
 
@@ -149,7 +149,7 @@ def crops(tmp_path, size, count, seed, **options):
     """int [count, 4]: (y, x, height, width) of each crop, to a pixel, and whether it was mirrored."""
     file = tmp_path / "ramps.ppm"
     write(ramps(*size) * 2, file)
-    images, *_ = run(classification.train_pipeline, [file], batch_size=200, steps=count // 200, seed=seed,
+    images, *_ = run(pipelines.train_pipeline, [file], batch_size=200, steps=count // 200, seed=seed,
                      size=(64, 64), interpolation="bilinear", dtype="uint8", **options)
     middle = np.arange(6, 58)  # edges are blurred differently
     rows, columns = images[:, 1].mean(2)[:, middle] / 2, images[:, 0].mean(1)[:, middle] / 2
@@ -207,8 +207,8 @@ def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
 
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
     options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
-    images = {name: run(classification.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
-                        interpolation=name, **options)[0] for name in classification.TRAIN_INTERPOLATIONS}
+    images = {name: run(pipelines.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
+                        interpolation=name, **options)[0] for name in pipelines.TRAIN_INTERPOLATIONS}
     cubic, linear = ((images["random"] == images[name]).all((1, 2, 3)) for name in ("bicubic", "bilinear"))
     assert (cubic ^ linear).all()
     assert stats.binomtest(int(cubic.sum()), 400, 0.5).pvalue > 1e-3
@@ -219,14 +219,14 @@ def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
     write(np.zeros((40, 40, 3)), tmp_path / "black.png")
     calls = []
     for name in ("rand_augment", "color_jitter"):
-        monkeypatch.setattr(classification.augment, name, lambda images, *a, name=name, **k: calls.append(
+        monkeypatch.setattr(pipelines.augment, name, lambda images, *a, name=name, **k: calls.append(
             (name, a, k)) or images)
     options = {"color_jitter": 0.4, "mean": (0.485, 0.456, 0.406)}
     for spec in (None, "rand-m9"):
-        run(classification.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
+        run(pipelines.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
     (first, _, _), (second, arguments, keywords) = calls
     assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
-    assert keywords == {"fill": [124, 116, 104], "interpolation": classification.INTERPOLATIONS["bicubic"],
+    assert keywords == {"fill": [124, 116, 104], "interpolation": pipelines.INTERPOLATIONS["bicubic"],
                         "size": (224, 224)}
 
 

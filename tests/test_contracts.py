@@ -19,7 +19,8 @@ from nvidia.dali import fn, pipeline_def, types
 from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
-from lumix_dali import augment, classification
+from lumix_dali import augment
+from lumix_dali.loading import pipelines
 from lumix_dali.target import MixTarget
 
 
@@ -302,7 +303,7 @@ TRAINING = [
 @pytest.mark.parametrize("options", TRAINING)
 def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
     fixed = {"paths": paths, "batch_size": 8, "num_threads": 1, "device_id": 0}
-    pipe = classification.train_pipeline(no_source, **fixed, **options)
+    pipe = pipelines.train_pipeline(no_source, **fixed, **options)
     assert offenders(pipe) == []
 
 
@@ -310,7 +311,7 @@ def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, paths):
     options = {"batch_size": 8, "num_threads": 1, "device_id": 0, "crop_mode": crop_mode}
-    pipe = classification.val_pipeline(no_source, paths=paths, **options)
+    pipe = pipelines.val_pipeline(no_source, paths=paths, **options)
     assert offenders(pipe) == []
 
 

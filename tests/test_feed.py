@@ -17,8 +17,10 @@ from images import encoded, write
 from PIL import Image
 
 import lumix_dali
-from lumix_dali import classification, create_loader, formats, sources
-from lumix_dali.formats import BadImage, Decoder
+from lumix_dali import create_loader
+from lumix_dali.data import formats, sources
+from lumix_dali.loading import pipelines
+from lumix_dali.data.formats import BadImage, Decoder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
 
@@ -111,7 +113,7 @@ def behind(name, makers):
 
 
 @pytest.mark.parametrize("device_id", [None, 0], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("define", [classification.train_pipeline, classification.val_pipeline],
+@pytest.mark.parametrize("define", [pipelines.train_pipeline, pipelines.val_pipeline],
                          ids=["train", "val"])
 def test_every_decoder_waits_for_a_peek_at_the_same_image(define, device_id):
     pipe = define(lambda info: None, batch_size=4, num_threads=1, device_id=device_id)
@@ -134,7 +136,7 @@ def test_one_function_makes_every_decoder():
                 names = [node.value.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
                          and isinstance(node.value, ast.Attribute)]
                 found += [(path.name, function.name)] * names.count("decoders")
-    assert found == [("classification.py", "decode")]
+    assert found == [("pipelines.py", "decode")]
 
 
 # What is delivered
@@ -145,7 +147,7 @@ def write_files(root, contents):
     for name, content in contents.items():
         (root / name).write_bytes(content)
     count = len(contents)
-    return sources.Samples(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
+    return sources.Files(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
 
 
 def make(source, **options):
@@ -207,7 +209,7 @@ def test_files_that_are_no_files(tmp_path):
     (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
     (tmp_path / "a" / "3.png").mkdir()
     (tmp_path / "a" / "4.png").symlink_to(tmp_path / "a" / "nowhere")
-    samples = sources.Samples(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
+    samples = sources.Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
     loader = make(samples, is_training=False)
     with pytest.warns(UserWarning, match="takes its place") as caught:
         assert len(delivered(loader)) == 6

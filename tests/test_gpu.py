@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import loss as benchmark
 from lumix_dali import LUMixLoss, MixTarget, create_loader, reference
-from lumix_dali.sources import Samples
+from lumix_dali.data.sources import Files
 
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 CLASSES = 20
@@ -45,7 +45,7 @@ def jpegs(tmp_path_factory):
     for number, image in enumerate(pictures(CLASSES)):
         image = image.convert("L") if number % 7 == 6 else image
         image.save(root / f"{number:02}.jpg", quality=90, subsampling=number % 3, progressive=number % 4 == 3)
-    return Samples(str(root), sorted(os.listdir(root)), np.arange(CLASSES), [str(k) for k in range(CLASSES)])
+    return Files(str(root), sorted(os.listdir(root)), np.arange(CLASSES), [str(k) for k in range(CLASSES)])
 
 
 def pictures(count):
@@ -402,7 +402,7 @@ def used_mib(where):
 def test_memory_is_flat_over_2000_batches(jpegs, where):
     """In 20 epochs, each a pipeline of its own."""
     repeated = np.tile(np.arange(CLASSES), 20)  # 100 batches an epoch
-    samples = Samples(jpegs.root, [jpegs.names[i] for i in repeated], jpegs.labels[repeated], jpegs.classes)
+    samples = Files(jpegs.root, [jpegs.names[i] for i in repeated], jpegs.labels[repeated], jpegs.classes)
     loader, readings = make(samples, where, **MIX), []
     for _ in range(20):
         assert sum(1 for _ in loader) == 100

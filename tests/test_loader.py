@@ -21,8 +21,11 @@ import torch
 from images import colour_folder, damaged, ramp_samples
 from timm.data import resolve_data_config
 
-from lumix_dali import MixTarget, classification, create_loader, feed, reference, sources
-from lumix_dali import loader as loader_module
+from lumix_dali import MixTarget, create_loader, decoding, reference
+from lumix_dali.data import sources
+from lumix_dali.data.order import Order
+from lumix_dali.loading import feed, pipelines
+from lumix_dali.loading import loader as loader_module
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 COUNT, SIZE = 24, (12, 18)
@@ -140,12 +143,12 @@ def recount(levels, batch, colours, labels, target):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", classification.DTYPES)
+@pytest.mark.parametrize("dtype", pipelines.DTYPES)
 @pytest.mark.parametrize(("mixing", "kinds"), [({"cutmix_alpha": 1.0}, {2}), (MIX, {1, 2})], ids=["cutmix", "mix"])
 def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, kinds, dtype, channels_last):
     root, colours, labels = colour_files
     loader = make(root, batch_size=8, dtype=dtype, channels_last=channels_last, **mixing)
-    order, seen = sources.Order(COUNT, 8), set()
+    order, seen = Order(COUNT, 8), set()
     for epoch in range(3):
         for batch, (images, target) in zip(order.epoch(epoch).reshape(-1, 8), loader, strict=True):
             assert_types(loader, images, target, dtype, channels_last)
@@ -167,7 +170,7 @@ def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, option
     root, colours, labels = colour_files
     options = {"batch_size": 8, **options}
     loader, seen = make(root, **options), set()
-    order = sources.Order(COUNT, options["batch_size"], drop_last=options.get("drop_last", True))
+    order = Order(COUNT, options["batch_size"], drop_last=options.get("drop_last", True))
     for epoch in range(3):
         batches = [order.epoch(epoch)[i * order.batch_size :][: order.batch_size] for i in range(len(order))]
         for batch, (images, target) in zip(batches, loader, strict=True):
@@ -181,7 +184,7 @@ def test_erasing_comes_before_mixing(make, colour_files):
     loader = make(root, batch_size=8, dtype="uint8", mean=(0.0, 0.0, 0.0), cutmix_alpha=1.0, re_prob=1.0,
                   re_mode="const")
     seen = 0
-    for batch, (images, target) in zip(sources.Order(COUNT, 8).epoch(0).reshape(-1, 8), loader, strict=True):
+    for batch, (images, target) in zip(Order(COUNT, 8).epoch(0).reshape(-1, 8), loader, strict=True):
         levels, inside = grey_levels(images), np.zeros((8, *SIZE), bool)
         for mask, (y0, x0, y1, x1) in zip(inside, target.box.tolist(), strict=True):
             mask[y0:y1, x0:x1] = True
@@ -232,7 +235,7 @@ def test_evaluation_covers_each_file_once(make, colour_files, world_size):
 
 
 def test_evaluation_with_more_ranks_than_samples(make, ramp_files):
-    few = sources.Samples(ramp_files.root, ramp_files.names[:2], np.arange(2), ramp_files.classes)
+    few = sources.Files(ramp_files.root, ramp_files.names[:2], np.arange(2), ramp_files.classes)
     loaders = [make(few, is_training=False, rank=rank, world_size=4) for rank in range(4)]
     assert [len(loader) for loader in loaders] == [1, 1, 0, 0]
     assert [[target.tolist() for _, target in loader] for loader in loaders] == [[[0]], [[1]], [], []]
@@ -526,7 +529,7 @@ def test_a_state_of_other_data_is_refused(make, ramp_files, state, change):
         classes[3] = "three"
     else:
         names, labels = names[:-1], labels[:-1]
-    other = make(sources.Samples(ramp_files.root, names, labels, classes), **STATE_OPTIONS)
+    other = make(sources.Files(ramp_files.root, names, labels, classes), **STATE_OPTIONS)
     with pytest.raises(ValueError, match="data was "):
         other.load_state_dict(state)
 
@@ -540,7 +543,7 @@ def test_a_state_of_another_dali_is_refused(make, ramp_files, state, monkeypatch
 
 def test_what_does_not_change_the_stream_may_change(make, ramp_files, state, tmp_path):
     shutil.copytree(ramp_files.root, tmp_path / "moved")
-    moved = sources.Samples(str(tmp_path / "moved"), ramp_files.names, ramp_files.labels, ramp_files.classes)
+    moved = sources.Files(str(tmp_path / "moved"), ramp_files.names, ramp_files.labels, ramp_files.classes)
     make(moved, num_threads=2, prefetch_queue_depth=4, max_bad=3, **STATE_OPTIONS).load_state_dict(state)
 
 
@@ -601,13 +604,13 @@ def spoilt(ramp_files, tmp_path):
             path.unlink() if content is None else path.write_bytes(content)
 
     shutil.copytree(ramp_files.root, tmp_path / "copy")
-    return sources.Samples(str(tmp_path / "copy"), ramp_files.names, ramp_files.labels, ramp_files.classes), spoil
+    return sources.Files(str(tmp_path / "copy"), ramp_files.names, ramp_files.labels, ramp_files.classes), spoil
 
 
 def substituted(samples, bad):
     """`samples` with the substitutes in their places from the start: another digest, the same order and draws."""
     taken = [bad.get(i, i) for i in range(len(samples))]
-    return sources.Samples(samples.root, [samples.names[i] for i in taken], samples.labels[taken], samples.classes)
+    return sources.Files(samples.root, [samples.names[i] for i in taken], samples.labels[taken], samples.classes)
 
 
 def assert_named(caught, samples, *indices):
@@ -622,7 +625,7 @@ def assert_named(caught, samples, *indices):
 def test_a_damaged_file_is_named_and_replaced(make, spoilt, damage, batch):
     samples, spoil = spoilt
     loader = make(samples, prefetch_queue_depth=1 + batch, **MIX)
-    index = int(sources.Order(20, 4).epoch(0)[4 * batch + 1])
+    index = int(Order(20, 4).epoch(0)[4 * batch + 1])
     spoil(index, content=damaged()[damage])
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         batches = stream(loader)
@@ -637,7 +640,7 @@ def test_a_file_that_spoils_during_the_epoch(make, spoilt):
     loader = make(samples, prefetch_queue_depth=1, **MIX)
     iterator = iter(loader)
     batches = [flat(next(iterator))]
-    index = int(sources.Order(20, 4).epoch(0)[18])
+    index = int(Order(20, 4).epoch(0)[18])
     spoil(index, content=None)
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         batches += stream(iterator)
@@ -684,7 +687,7 @@ def test_a_substitute_that_spoils_is_replaced(make, spoilt):
 
 def test_ranks_stay_in_step(make, spoilt):
     samples, spoil = spoilt
-    spoil(*sources.Order(20, 4, world_size=2).epoch(0)[[0, 5]].tolist())
+    spoil(*Order(20, 4, world_size=2).epoch(0)[[0, 5]].tolist())
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         batches = [stream(make(samples, batch_size=4, rank=rank, world_size=2)) for rank in range(2)]
     assert len(caught) == 2
@@ -704,7 +707,7 @@ def test_evaluation_replaces_too(make, spoilt):
 def test_resume_after_a_replacement(make, spoilt):
     """A state from before the bad file finds it again, one from behind it knows it."""
     samples, spoil = spoilt
-    index = int(sources.Order(20, 4).epoch(0)[9])
+    index = int(Order(20, 4).epoch(0)[9])
     spoil(index)
     loader = make(samples, **MIX)
     with pytest.warns(UserWarning, match=REPLACED):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumix_dali import create_loader, preflight, sources
-from lumix_dali.__main__ import main
+from lumix_dali import create_loader
+from lumix_dali.data import check, sources
+from lumix_dali.cli import main
 
 
 def encoded(kind, seed=0, size=(64, 48)):
@@ -54,7 +55,7 @@ def root(tmp_path):
 
 
 def test_good_files_pass(root):
-    report = preflight.scan(root, full=True)
+    report = check.scan(root, full=True)
     assert report.ok
     assert not report.bad
     assert report.counts == {"a": 5, "b c": 5}
@@ -66,7 +67,7 @@ def test_every_damaged_file_is_found_with_a_reason(root, full):
     for name, content in DAMAGED.items():
         (root / "a" / name).write_bytes(content)
     (root / "b c" / "gone.jpg").symlink_to(root / "nowhere.jpg")
-    report = preflight.scan(root, full=full, workers=2)
+    report = check.scan(root, full=full, workers=2)
     assert sorted(report.bad) == sorted([*(f"a/{name}" for name in DAMAGED), "b c/gone.jpg"])
     assert all(report.bad.values())
     assert report.counts == {"a": 5, "b c": 5}
@@ -77,16 +78,16 @@ def test_the_full_scan_finds_what_only_decoding_shows(root):
     data = bytearray(PNG)
     data[len(data) // 2] ^= 0xFF  # inside the pixels: header and end are whole
     (root / "a" / "crc.png").write_bytes(data)
-    assert preflight.scan(root).ok
-    assert list(preflight.scan(root, full=True).bad) == ["a/crc.png"]
+    assert check.scan(root).ok
+    assert list(check.scan(root, full=True).bad) == ["a/crc.png"]
 
 
 def test_a_header_that_claims_too_much(root):
     (root / "a" / "bomb.png").write_bytes(claiming(60_000))
-    report = preflight.scan(root, full=True)  # decoding it would take 10 GB
+    report = check.scan(root, full=True)  # decoding it would take 10 GB
     assert report.bad == {"a/bomb.png": "60000x60000 pixels, the limit is 100000000"}
-    assert preflight.scan(root, max_pixels=64 * 48).bad.keys() == {"a/bomb.png"}
-    assert "a/2.jpg" in preflight.scan(root, max_pixels=64 * 48 - 1).bad
+    assert check.scan(root, max_pixels=64 * 48).bad.keys() == {"a/bomb.png"}
+    assert "a/2.jpg" in check.scan(root, max_pixels=64 * 48 - 1).bad
 
 
 def test_names_passed_over_and_empty_classes_are_listed(root):
@@ -95,7 +96,7 @@ def test_names_passed_over_and_empty_classes_are_listed(root):
     (root / "a" / "._0.jpg").write_bytes(JPEG)
     (root / "a" / ".cache").mkdir()
     (root / "a" / ".cache" / "1.jpg").write_bytes(JPEG)
-    report = preflight.scan(root)
+    report = check.scan(root)
     assert report.ignored == ["a/._0.jpg", "a/.cache/1.jpg", "c/notes.txt"]
     assert report.empty == ["c"]
     assert not report.ok
@@ -120,7 +121,7 @@ def test_the_manifest_is_what_the_loader_takes(root, tmp_path_factory):
 ], ids=["name", "cut", "label", "no digest"])
 def test_a_changed_manifest_is_refused(root, tmp_path_factory, change):
     manifest = tmp_path_factory.mktemp("out") / "train.json"
-    preflight.write_manifest(sources.folder(root), manifest)
+    sources.write_manifest(sources.folder(root), manifest)
     manifest.write_text(change(manifest.read_text()))
     with pytest.raises(ValueError, match=r"source=.*train\.json.*write it anew"):
         create_loader(manifest, batch_size=2, device="cpu")
@@ -140,6 +141,6 @@ def test_the_report_is_for_scripts(root, tmp_path_factory, capsys):
 
 def test_lists_are_checked_too(root):
     (root / "list.txt").write_text("a/0.jpg 0\nb c/1.jpg 1\na/gone.jpg 1\n")
-    report = preflight.scan(root / "list.txt", full=True)
+    report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
     assert report.samples.names == ["a/0.jpg", "b c/1.jpg"]

@@ -23,9 +23,10 @@ import torch
 from images import damaged, encoded, ramp_samples
 from test_train import argv, rows, write_folder
 
-from lumix_dali import create_loader, preflight, shards, sources
-from lumix_dali.__main__ import main
-from lumix_dali.convert import convert
+from lumix_dali import create_loader
+from lumix_dali.data import check, index, sources
+from lumix_dali.cli import main
+from lumix_dali.data.convert import convert
 from pipelines import train
 
 KINDS = ["webdataset", "tfrecord"]
@@ -118,7 +119,7 @@ JPEG = encoded(np.random.default_rng(0).integers(0, 256, (32, 40, 3)), "JPEG", q
 def test_shards_hold_what_the_files_hold(files, folder):
     """Unshuffled, the stream is that of a list in the order in which the shards were written."""
     order = np.random.default_rng(0).permutation(COUNT)
-    written = sources.Samples(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
+    written = sources.Files(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
     loader = make(folder, is_training=False)
     assert_same(stream(loader), stream(make(written, is_training=False)))
     assert (len(loader), len(loader.dataset), loader.classes) == (6, COUNT, files.classes)
@@ -227,7 +228,7 @@ def counted(tmp_path_factory):
     def build(kind, n):
         if (kind, n) not in made:
             made[kind, n] = tmp_path_factory.mktemp("counted") / "shards"
-            samples = sources.Samples(str(pixel), ["a.png"] * n, np.arange(n), [str(k) for k in range(n)])
+            samples = sources.Files(str(pixel), ["a.png"] * n, np.arange(n), [str(k) for k in range(n)])
             convert(samples, made[kind, n], to=kind, shard_size=7)
         return made[kind, n]
 
@@ -348,7 +349,7 @@ def spoilt(kind, tmp_path):
         for i in range(12):
             (tmp_path / f"{i}.jpg").write_bytes(damaged()[damage] if i == 7 else JPEG)
         names = [f"{i}.jpg" for i in range(12)]
-        samples = sources.Samples(str(tmp_path), names, np.arange(12), names)
+        samples = sources.Files(str(tmp_path), names, np.arange(12), names)
         convert(samples, tmp_path / "out", to=kind, shard_size=5)
         place = np.random.default_rng(0).permutation(12).tolist().index(7)
         name = "sample '000000007.jpg'" if kind == "webdataset" else f"record {place % 5} "
@@ -608,7 +609,7 @@ def test_a_folder_of_something_else_is_left_alone(files, copy, kind, tmp_path):
         with pytest.raises(ValueError, match=f"it holds shards of another {named}; give a new one"):
             convert(files, copy, **{"to": kind, "shard_size": 5} | options)
     with pytest.raises(ValueError, match="it holds shards of another digest"):
-        convert(sources.Samples(files.root, files.names[1:], files.labels[1:], files.classes), copy, to=kind,
+        convert(sources.Files(files.root, files.names[1:], files.labels[1:], files.classes), copy, to=kind,
                 shard_size=5)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     (tmp_path / "full").mkdir()
@@ -642,13 +643,13 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
 def test_good_shards_pass(files, folder, kind, full):
-    report = preflight.scan(folder, full=full, workers=1)
+    report = check.scan(folder, full=full, workers=1)
     assert report.ok
     assert (report.bad, report.ignored, report.warnings) == ({}, [], [])
     assert report.counts == dict.fromkeys(files.classes, 1)
     assert list(report.files.values()) == [5, 5, 5, 5, 3]
-    assert f"{COUNT} usable images in {COUNT} classes\n" in preflight.show(report)
-    assert "5 shards of 3 to 5 samples" in preflight.show(report)
+    assert f"{COUNT} usable images in {COUNT} classes\n" in check.show(report)
+    assert "5 shards of 3 to 5 samples" in check.show(report)
 
 
 def linked(name, kind):
@@ -673,7 +674,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
     others = [linked("soft", tarfile.SYMTYPE), linked("hard", tarfile.LNKTYPE), linked("device", tarfile.CHRTYPE),
               linked("pipe", tarfile.FIFOTYPE), linked("folder", tarfile.DIRTYPE), (".hidden.jpg", JPEG)]
     pack(tmp_path / "a.tar", *good, *others, *itertools.chain(*faults.values()))
-    report = preflight.scan(tmp_path / "a.tar", workers=1)
+    report = check.scan(tmp_path / "a.tar", workers=1)
     assert report.bad.keys() == {"a.tar/index", *(f"a.tar/{name}" for name in faults)}  # the blank is in the index
     for name, reason in [("cut.jpg", "truncated"), ("text.jpg", "not an image"), ("unlabelled", "no .cls"),
                          ("blind", "0 images"), ("word", "its .cls is b'cat'"), ("two", "2 images"),
@@ -688,7 +689,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../up.jpg"])
 def test_a_member_that_leads_out_is_refused(tmp_path, name):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"0"), (name, JPEG))
-    report = preflight.scan(tmp_path / "a.tar", workers=1)
+    report = check.scan(tmp_path / "a.tar", workers=1)
     assert "leads out of the archive; refused" in report.bad["a.tar"]
     assert not report.ok
     assert main(["check", str(tmp_path / "a.tar"), "--workers", "1"]) == 1
@@ -701,7 +702,7 @@ def test_a_tfrecord_that_was_changed_is_named(copy, kind):
     place = content.index(b"IDAT") + 20
     content[place] ^= 1
     path.write_bytes(content)
-    report = preflight.scan(copy, full=True, workers=1)
+    report = check.scan(copy, full=True, workers=1)
     assert len(report.bad) == 1
     ((name, reason),) = report.bad.items()
     assert name.startswith(f"{path.name}/")
@@ -715,7 +716,7 @@ def test_cut_shards_and_their_indices(copy, kind):
     cut.write_bytes(cut.read_bytes()[:1000])
     stale.with_suffix(".idx").write_text((copy / "shard-000003.idx").read_text())
     bare.with_suffix(".idx").unlink()
-    report = preflight.scan(copy, workers=1)
+    report = check.scan(copy, workers=1)
     assert "cut" in report.bad[cut.name] or "no whole tar archive" in report.bad[cut.name]
     assert f"{cut.name}/index" in report.bad
     assert report.bad[f"{stale.name}/index"] == "its index is of another file"
@@ -729,11 +730,11 @@ def test_sorted_shards_and_repeated_keys_are_warned_of(tmp_path):
                 for pair in ((f"{i}.jpg", JPEG), (f"{i}.cls", str(label).encode()))]
 
     pack(tmp_path / "a.tar", *members([0] * 6 + [1] * 6))
-    assert ["sorted by class" in warning for warning in preflight.scan(tmp_path, workers=1).warnings] == [True]
+    assert ["sorted by class" in warning for warning in check.scan(tmp_path, workers=1).warnings] == [True]
     pack(tmp_path / "a.tar", *members([0, 1, 1, 0, 1, 0, 0, 1]))
-    assert preflight.scan(tmp_path, workers=1).warnings == []
+    assert check.scan(tmp_path, workers=1).warnings == []
     pack(tmp_path / "b.tar", *members([0, 1, 0]))
-    report = preflight.scan(tmp_path, workers=1)
+    report = check.scan(tmp_path, workers=1)
     assert report.warnings == ["3 keys occur in more than one shard: the same samples twice?"]
     assert report.ok  # they can be read
 
@@ -828,7 +829,7 @@ def test_what_is_not_in_s3_is_named(bucket, folder, kind):
         with pytest.raises(ValueError, match=f"source='{source}'.*{message}"):
             make(source)
     with pytest.raises(ValueError, match="in S3 are not scanned; scan them before the upload"):
-        preflight.scan("s3://images/train")
+        check.scan("s3://images/train")
 
 
 def test_a_damaged_object_in_s3_is_replaced(bucket, files, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from images import ramp_samples, ramps, write
 from PIL import Image
 
-from lumix_dali import __main__ as program
+from lumix_dali import cli as program
 from lumix_dali import create_loader
 
 OPTIONS = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "seed": 1}
@@ -97,7 +97,7 @@ def test_a_wrong_call_exits_with_2(root, tmp_path, monkeypatch, capsys, argument
 
 def test_the_exit_status_of_the_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lumix-dali", "show", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "lumix_dali.__main__")
+    monkeypatch.delitem(sys.modules, "lumix_dali.cli")
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module("lumix_dali", run_name="__main__")
     assert exit_.value.code == 2

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data import create_dataset
 
-from lumix_dali import sources
+from lumix_dali.data import order, sources
 
 
 def touch(root, *names):
@@ -203,7 +203,7 @@ def test_any_bytes_are_a_list_or_a_message(tmp_path_factory, content):
 
 def test_the_digest_tells_samples_apart(tmp_path):
     def digest(names=("a", "b"), labels=(0, 1), classes=("x", "y"), root="/"):
-        return sources.Samples(root, names, np.int64(labels), classes).digest
+        return sources.Files(root, names, np.int64(labels), classes).digest
 
     assert digest() == digest(root="/elsewhere")
     different = {digest(), digest(names=("b", "a")), digest(names=("a", "c")), digest(labels=(1, 0)),
@@ -214,11 +214,11 @@ def test_the_digest_tells_samples_apart(tmp_path):
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, -1], [0, 2], [0.0, 1.0], [[0], [1]], ["0", "1"], None])
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match=r"(?s)labels=.*: give 2 integers, one a name, in \[0, 2\)"):
-        sources.Samples("/", ["a", "b"], labels, ["x", "y"])
+        sources.Files("/", ["a", "b"], labels, ["x", "y"])
 
 
 def test_labels_of_any_integer_type():
-    digests = {sources.Samples("/", ["a", "b"], labels, ["x", "y"]).digest
+    digests = {sources.Files("/", ["a", "b"], labels, ["x", "y"]).digest
                for labels in ([0, 1], (0, 1), np.uint8([0, 1]), np.int32([0, 1]))}
     assert len(digests) == 1
 
@@ -228,7 +228,7 @@ def test_labels_of_any_integer_type():
 
 def epochs_of(n, batch_size, world_size, drop_last, shuffle=True, epochs=4, seed=0):
     """[epoch][rank]: the samples that each rank reads."""
-    orders = [sources.Order(n, batch_size, shuffle, drop_last, seed, rank, world_size)
+    orders = [order.Order(n, batch_size, shuffle, drop_last, seed, rank, world_size)
               for rank in range(world_size)]
     for epoch in range(epochs):
         dealt = [order.epoch(epoch) for order in orders]
@@ -242,7 +242,7 @@ def assert_fair_training(n, batch_size, world_size, drop_last):
         message = (rf"batch_size={batch_size}: {n} samples do not fill a batch on each of {world_size} rank\(s\); "
                    "give a smaller batch, or drop_last=False")
         with pytest.raises(ValueError, match=message):
-            sources.Order(n, batch_size, True, drop_last, world_size=world_size)
+            order.Order(n, batch_size, True, drop_last, world_size=world_size)
         return
     for dealt in epochs_of(n, batch_size, world_size, drop_last):
         assert len({len(indices) for indices in dealt}) == 1
@@ -307,7 +307,7 @@ def test_what_is_left_out_changes():
 
 
 def test_an_epoch_is_a_pure_function_of_its_number():
-    order = sources.Order(40, 4, seed=3)
+    order = order.Order(40, 4, seed=3)
     third = order.epoch(2)
     for epoch in (5, 0, 2):
         again = order.epoch(epoch)
@@ -318,7 +318,7 @@ def test_an_epoch_is_a_pure_function_of_its_number():
 def test_a_rank_outside_the_world(rank, world_size):
     message = rf"rank={rank}: give a rank in \[0, world_size\), world_size={world_size}"
     with pytest.raises(ValueError, match=message):
-        sources.Order(100, 1, rank=rank, world_size=world_size)
+        order.Order(100, 1, rank=rank, world_size=world_size)
 
 
 def test_a_folder_that_moves_keeps_its_digest(tmp_path):
@@ -341,10 +341,10 @@ def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
         timms = sampler(range(n), world_size, rank, num_repeats=repeats)
         timms.set_epoch(2)
         options = dict(seed=5, rank=rank, world_size=world_size, repeats=repeats)
-        kept = sources.Order(n, 4, drop_last=False, **options)
+        kept = order.Order(n, 4, drop_last=False, **options)
         assert kept.epoch(2).tolist() == list(timms)
         assert len(kept) == -(-len(timms) // 4)
         if len(timms) >= 4:
-            dropped = sources.Order(n, 4, **options)
+            dropped = order.Order(n, 4, **options)
             assert len(dropped) == len(timms) // 4
             assert dropped.epoch(2).tolist() == list(timms)[: len(timms) // 4 * 4]

@@ -7,47 +7,36 @@ decodes with Pillow what DALI must not see, and puts a good sample in the place 
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
-from . import formats
-from .formats import BadImage, Decoder
+from ..data import formats
+from ..data.formats import BadImage, Decoder
+from ..data.sources import Files, Source
+from .plan import Plan
 
 _SEARCH = 1000  # neighbours that are tried in the place of a bad sample
-_REMOTE_THREADS = 16  # waiting for storage takes no CPU
+_READERS = 16  # threads that read what may be far away: waiting for storage takes no CPU
+_AHEAD = 16384  # samples whose remote shards are copied ahead of need
 
 
-class Source(Protocol):
-    """Samples by number: `sources.Samples` and `shards.Shards`."""
+class Replaced(NamedTuple):
+    """A sample that could not be used."""
 
-    @property
-    def are_files(self) -> bool:
-        """Whether each sample is a file that DALI can read by itself; its `label` then needs no look into it."""
-
-    @property
-    def remote(self) -> bool: ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Where the sample is, for messages: a quoted path, with the member or record of a shard."""
-
-    def path(self, index: int) -> str: ...
-
-    def label(self, index: int) -> int: ...
-
-    def open(self, index: int) -> tuple[BinaryIO, int]:
-        """Encoded image and label; raises `BadImage` where one of them cannot be read."""
+    substitute: int
+    name: str
+    reason: str
 
 
 class Faults:
-    """Who decodes each sample, and what stands in for those that nobody can decode.
+    """Who decodes each sample, and what stands in for those that cannot be decoded.
 
     Args:
         source: where the samples are.
@@ -55,7 +44,7 @@ class Faults:
         max_pixels: limit of an image's height times width.
 
     Attributes:
-        bad: {index: substitute's index}.
+        bad: {index: Replaced}.
         decoder: uint8 [n], a `Decoder` each.
         refused: indices that DALI refused and Pillow decodes instead.
     """
@@ -65,9 +54,10 @@ class Faults:
         self._news: list[str] = []
         self.restore({}, ())
 
-    def restore(self, bad: dict[int, int], refused: Sequence[int]) -> None:
+    def restore(self, bad: dict[int, Sequence], refused: Sequence[int]) -> None:
         """Starts again from what an earlier run found out."""
-        self.bad, self.refused = dict(bad), set(refused)
+        self.bad = {index: Replaced(*found) for index, found in bad.items()}
+        self.refused = set(refused)
         self.decoder = np.zeros(len(self.source), np.uint8)
         self.decoder[list(self.refused)] = Decoder.PILLOW
 
@@ -75,6 +65,10 @@ class Faults:
         """Gives samples that DALI cannot decode to Pillow."""
         self.refused.update(indices)
         self.decoder[list(indices)] = Decoder.PILLOW
+
+    def usable(self, indices: Sequence[int]) -> list[int]:
+        """These samples, each replaced where it is known to be bad."""
+        return [self.bad[index].substitute if index in self.bad else index for index in indices]
 
     def bitmap(self, index: int, file: BinaryIO) -> bytes | None:
         """The image where Pillow decodes this sample, None where DALI does.
@@ -93,27 +87,22 @@ class Faults:
 
         A file may have been removed or overwritten since it was looked at.
         """
+        wanted = [index for index in indices if self.decoder[index] == Decoder.DALI]
         encoded: dict[int, np.ndarray] = {}
         lost: list[int] = []
-        for index in indices:
-            if self.decoder[index] != Decoder.DALI:
-                continue
-            try:
-                with self.source.open(index)[0] as file:
-                    if formats.look(file, self.max_pixels).decoder != Decoder.DALI:
-                        raise BadImage("changed")
-                    file.seek(0)
-                    encoded[index] = np.frombuffer(file.read(), np.uint8)
-            except BadImage:
+        for index, image in zip(wanted, self.source.read(wanted)[0], strict=True):
+            if isinstance(image, BadImage) or not self._is_for_dali(image):
                 self.decoder[index] = Decoder.UNKNOWN
                 lost.append(index)
+            else:
+                encoded[index] = np.frombuffer(image, np.uint8)
         return encoded, lost
 
     def replace(self, index: int, reason: str) -> int:
-        """Names the next good sample for one that cannot be used.
+        """The number of the next good sample, for one that cannot be used.
 
         Raises:
-            ValueError: none may be replaced any more, or no neighbour is good.
+            ValueError: no more may be replaced, or no neighbour is good.
         """
         name, n = self.source.name(index), len(self.source)
         if index not in self.bad and len(self.bad) >= self.max_bad:
@@ -128,7 +117,7 @@ class Faults:
                 f"{name} cannot be used ({reason}), nor can any of the {len(others)} samples after it; find "
                 "out why with `lumix-dali check`"
             )
-        self.bad[index] = substitute
+        self.bad[index] = Replaced(substitute, name, reason)
         instead = self.source.name(substitute)
         self._news.append(f"{name} cannot be used ({reason}); {instead} takes its place")
         return substitute
@@ -138,57 +127,81 @@ class Faults:
         news, self._news = self._news, []
         return news
 
-    def _is_good(self, index: int) -> bool:
+    def _is_for_dali(self, image: Any) -> bool:
         try:
-            with self.source.open(index)[0] as file:
-                formats.pillow_pixels(file, self.max_pixels)
+            return formats.look(io.BytesIO(image), self.max_pixels).decoder == Decoder.DALI
+        except BadImage:
+            return False
+
+    def _is_good(self, index: int) -> bool:
+        (image,), _ = self.source.read([index])
+        try:
+            if isinstance(image, BadImage):
+                raise image
+            formats.pillow_pixels(io.BytesIO(cast(Any, image)), self.max_pixels)
         except BadImage:
             return False
         return True
 
 
 class Feed:
-    """The callback of a pipeline: encoded images or paths, labels, and places of each batch of an epoch.
+    """The callback of a pipeline: encoded images or paths, and the plan of each batch of an epoch.
 
     Args:
         faults: of the run; what is found out here is kept there.
         indices: int64, the epoch's samples in their order.
         batch_size: samples per batch; the last one may have fewer.
+        plan: of the epoch.
         threads: for looking, reading and Pillow.
         ahead: batches that DALI may hold before they are read.
+
+    Attributes:
+        gives_paths: whether DALI reads the files itself; else it gets their contents.
     """
 
-    def __init__(self, faults: Faults, indices: np.ndarray, batch_size: int, threads: int, ahead: int):
-        self._faults, self._source = faults, faults.source
+    def __init__(self, faults: Faults, indices: np.ndarray, batch_size: int, plan: Plan, threads: int, ahead: int):
+        self._faults, self._source, self.plan = faults, faults.source, plan
         self._indices, self._batch_size = indices, batch_size
-        workers = max(threads, _REMOTE_THREADS) if self._source.remote else threads
+        self._files = self._source if isinstance(self._source, Files) and not self._source.remote else None
+        workers = max(threads, _READERS) if getattr(self._source, "remote", True) else threads
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lumix_dali")
         self._chunk = -(-batch_size // (2 * workers))
         self._pending: dict[int, list[Future]] = {}
         # Bitmaps that DALI opens by path live until the batches in its queue are surely decoded.
         self._memory: deque[list[_Memory]] = deque(maxlen=ahead + 2)
 
-    def __call__(self, info: Any) -> tuple[list[np.ndarray], list[np.int64], list[np.int32]]:
-        """What `classification.train_pipeline` reads in iteration ``info.iteration``."""
+    @property
+    def gives_paths(self) -> bool:
+        return self._files is not None
+
+    def __call__(self, info: Any) -> tuple[Any, ...]:
+        """What the pipelines read in iteration ``info.iteration``."""
         number = info.iteration
         if number * self._batch_size >= len(self._indices):
             raise StopIteration
         self._prepare(number)
         self._prepare(number + 1)
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        used: list[int] = []
         memory: list[_Memory] = []
-        images, labels = [], []
         for chunk in self._pending[number]:
             for index, image, label in chunk.result():
                 if isinstance(image, BadImage):
-                    image, label = self._sample(self._faults.replace(index, str(image)))
-                if isinstance(image, bytes) and self._source.are_files:
+                    index = self._faults.replace(index, str(image))
+                    ((index, image, label),) = self._read([index])
+                if isinstance(image, BadImage):
+                    raise ValueError(f"{self._source.name(index)} changed under the run: {image}")
+                if isinstance(image, _Bitmap) and self._files:
                     memory.append(_Memory(image))
-                    image = memory[-1].path
-                images.append(np.frombuffer(os.fsencode(image), np.uint8))
-                labels.append(np.int64(label))
+                    image = os.fsencode(memory[-1].path)
+                images.append(np.frombuffer(image, np.uint8))
+                labels.append(label)
+                used.append(index)
         del self._pending[number]
         self._memory.append(memory)
-        return images, labels, list(np.arange(len(labels), dtype=np.int32))
+        plan = self.plan.batch(number, np.array(labels, np.int64), np.array(used, np.int64))
+        return images, *plan
 
     def close(self) -> None:
         """Ends the threads and frees the memory; the pipeline must not run any more."""
@@ -198,36 +211,50 @@ class Feed:
 
     def _prepare(self, number: int) -> None:
         """Starts what a batch needs, once."""
-        batch = self._indices[number * self._batch_size :][: self._batch_size].tolist()
+        start = number * self._batch_size
+        batch = self._indices[start : start + self._batch_size].tolist()
         if number in self._pending or not batch:
             return
+        if (prefetch := getattr(self._source, "prefetch", None)) is not None:
+            prefetch(self._indices[max(0, start - self._batch_size) : start + _AHEAD])
         chunks = [batch[i : i + self._chunk] for i in range(0, len(batch), self._chunk)]
-        self._pending[number] = [self._pool.submit(self._chunk_of, chunk) for chunk in chunks]
+        self._pending[number] = [self._pool.submit(self._read, chunk) for chunk in chunks]
 
-    def _chunk_of(self, indices: list[int]) -> list[tuple[int, str | bytes | BadImage, int]]:
-        """Index, path or encoded image, and label of each; a `BadImage` where there is none."""
-        found: list[tuple[int, str | bytes | BadImage, int]] = []
-        for index in indices:
-            try:
-                found.append((index, *self._sample(self._faults.bad.get(index, index))))
-            except BadImage as error:
-                found.append((index, error, 0))
-        return found
+    def _read(self, indices: list[int]) -> list[tuple[int, Any, int]]:
+        """Index of the sample used, its path or encoded image or why there is none, and its label."""
+        used = self._faults.usable(indices)
+        if self._files:
+            labels = self._files.labels[used].tolist()
+            return [(index, self._path(self._files, index), label) for index, label in zip(used, labels, strict=True)]
+        images, found = self._source.read(used)
+        labels = found.tolist()
+        return [(i, self._content(i, image), label) for i, image, label in zip(used, images, labels, strict=True)]
 
-    def _sample(self, index: int) -> tuple[str | bytes, int]:
-        """Path or encoded image, and label."""
-        source, faults = self._source, self._faults
-        if source.are_files and faults.decoder[index] == Decoder.DALI:
-            return source.path(index), source.label(index)
-        file, label = source.open(index)
-        with file:
-            bitmap = faults.bitmap(index, file)
-            if bitmap is not None:
-                return bitmap, label
-            if source.are_files:
-                return source.path(index), label
-            file.seek(0)
-            return file.read(), label
+    def _path(self, files: Files, index: int) -> Any:
+        """What DALI is to read: a file, or a bitmap in memory."""
+        path = files.path(index)
+        if self._faults.decoder[index] == Decoder.DALI:
+            return os.fsencode(path)
+        try:
+            with formats.open_regular(path) as file:
+                bitmap = self._faults.bitmap(index, file)
+        except BadImage as error:
+            return error
+        return os.fsencode(path) if bitmap is None else _Bitmap(bitmap)
+
+    def _content(self, index: int, image: Any) -> Any:
+        """An image that DALI can decode."""
+        if isinstance(image, BadImage) or self._faults.decoder[index] == Decoder.DALI:
+            return image
+        try:
+            bitmap = self._faults.bitmap(index, io.BytesIO(image))
+        except BadImage as error:
+            return error
+        return image if bitmap is None else bitmap
+
+
+class _Bitmap(bytes):
+    """Pixels in the place of a path."""
 
 
 class _Memory:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import signal
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,8 +25,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from . import formats, shards, sources
+from . import formats, index, sources, storage
 from .formats import MAX_PIXELS, BadImage, Decoder
+from .sources import Files
 
 _CHUNK = 256
 _DECODED = 32  # images that are decoded at once, and in memory
@@ -45,7 +47,7 @@ class Report:
         warnings: of shards: what hinders training, though every sample can be used.
     """
 
-    samples: sources.Samples
+    samples: Files
     bad: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Report:
 
 
 def scan(
-    source: str | os.PathLike | Sequence[str | os.PathLike],
+    source: str | os.PathLike,
     *,
     full: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -105,13 +107,11 @@ def scan(
         A `Report`.
 
     Raises:
-        ValueError: nothing is there, it is in S3, or a list's line is wrong.
+        ValueError: nothing is there, it is remote, or a list's line is wrong.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    if paths := shards.find(source):
+    if paths := sources.find_shards(os.fspath(source)):
         return _shard_report(paths, _look_at_shards(paths, full, max_pixels, workers, progress))
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"source={source!r}: no shard in this list; give one at least")
     found, ignored, empty = _found(source)
     paths = [found.path(i) for i in range(len(found))]
     chunks = _chunks(paths, _CHUNK)
@@ -120,7 +120,7 @@ def scan(
     for faults in progress(_in_children(task, chunks, workers), len(chunks)):
         reasons |= faults
     good = [i for i, path in enumerate(paths) if path not in reasons]
-    samples = sources.Samples(found.root, [found.names[i] for i in good], found.labels[good], found.classes)
+    samples = Files(found.root, [found.names[i] for i in good], found.labels[good], found.classes)
     numbers = np.bincount(samples.labels, minlength=len(found.classes))
     counts = {name: int(number) for name, number in zip(found.classes, numbers, strict=True)}
     return Report(
@@ -173,20 +173,20 @@ def _initialize() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _found(source: str | os.PathLike) -> tuple[sources.Samples, list[str], list[str]]:
+def _found(source: str | os.PathLike) -> tuple[Files, list[str], list[str]]:
     """Samples, ignored names, and classes without any image."""
-    if shards.is_remote(source):
-        raise ValueError(f"source={os.fspath(source)!r}: files in S3 are not scanned; scan them before the upload")
+    if storage.is_remote(source):
+        raise ValueError(f"source={os.fspath(source)!r}: remote files are not scanned; scan them before the upload")
     if not os.path.isdir(source):
         return sources.load_files(source), [], []
     root = os.fspath(source)
     everything = sources.class_files(root)
     classes = list(everything)
-    images = {name: sorted(filter(sources.is_image, files)) for name, files in everything.items()}
+    images = {name: sorted(filter(formats.is_image, files)) for name, files in everything.items()}
     names = [file for name in classes for file in images[name]]
     labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes]).astype(np.int64)
-    ignored = sorted(file for files in everything.values() for file in files if not sources.is_image(file))
-    return sources.Samples(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
+    ignored = sorted(file for files in everything.values() for file in files if not formats.is_image(file))
+    return Files(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
 
 
 def _look_at_files(paths: list[str], max_pixels: int) -> dict[str, str]:
@@ -218,7 +218,7 @@ def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str]:
 
 def _decode(images: dict[str, bytes], max_pixels: int) -> dict[str, str]:
     """{name: reason} of encoded images that neither DALI nor Pillow can decode."""
-    from .classification import refused  # the processes of the fast scan need no DALI
+    from ..decoding import refused  # the processes of the fast scan need no DALI
 
     found, names = {}, list(images)
     decoders = {}
@@ -294,75 +294,74 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
     """{path: what it holds} of the one shard in `chunk`."""
     (path,) = chunk
     look, seen = _Look([], [], {}, []), set()
-    if shards.is_remote(path):
-        raise ValueError(f"source={path!r}: shards in S3 are not scanned; scan them before the upload")
+    if storage.is_remote(path):
+        raise ValueError(f"source={path!r}: remote shards are not scanned; scan them before the upload")
     try:
-        for sample in shards.samples(path, look.ignored):
-            key = os.path.splitext(sample.name)[0]
-            fault = sample.fault or _sample_fault(sample.image, max_pixels)
-            if key in seen:
-                fault = "its key occurs twice"
-            seen.add(key)
-            if fault:
-                look.bad[sample.name] = fault
-                continue
-            look.names.append(sample.name)
-            look.labels.append(sample.label)
+        with open(path, "rb", buffering=0) as file:
+            for row in index.rows(path, file.fileno(), look.ignored):
+                key = row.name if index.kind_of(path) == "tfrecord" else index.split_name(row.name)[0]
+                fault = "its key occurs twice" if key in seen else _row_fault(file.fileno(), row, max_pixels)
+                seen.add(key)
+                if fault:
+                    look.bad[row.name] = fault
+                    continue
+                look.names.append(row.name)
+                look.labels.append(row.label)
+            if index.kind_of(path) == "tfrecord":
+                look.bad.update(_checksum_faults(file.fileno()))
         if not seen:
             look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
         look.bad[""] = str(error)
-    if fault := _index_fault(path):
-        look.bad["index"] = fault
     return {path: look}
 
 
-def _sample_fault(image: bytes, max_pixels: int) -> str | None:
+def _row_fault(handle: int, row: index.Row, max_pixels: int) -> str | None:
+    if row.label < 0:
+        return index.Fault(row.label).reason
     try:
-        _look(io.BytesIO(image), max_pixels)
+        _look(io.BytesIO(os.pread(handle, row.size, row.offset)), max_pixels)
     except BadImage as error:
         return str(error)
     return None
+
+
+def _checksum_faults(handle: int) -> dict[str, str]:
+    """{record: reason} of those whose checksums do not match; nothing without google-crc32c."""
+    try:
+        import google_crc32c
+    except ImportError:
+        return {}
+
+    def masked(content: bytes) -> bytes:
+        crc = google_crc32c.value(content)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    found = {}
+    for number, (place, content) in enumerate(index.records(handle)):
+        if content[8:12] + content[-4:] != masked(content[:8]) + masked(content[12:-4]):
+            name = index.parse_record(content)[0]
+            found[f"record {number}{name and f' ({name})'}"] = f"its checksum at byte {place} does not match"
+    return found
 
 
 def _decode_samples(chunk: list[tuple[str, str]], max_pixels: int) -> dict[tuple[str, str], str]:
     """{(shard, sample): reason} of those samples of one shard that cannot be decoded."""
     path, wanted = chunk[0][0], {name for _, name in chunk}
     found: dict[str, str] = {}
-    images: dict[str, bytes] = {}
-    for sample in shards.samples(path):
-        if sample.name in wanted and not sample.fault:
-            images[sample.name] = sample.image
-        if len(images) == _DECODED:
-            found |= _decode(images, max_pixels)
-            images = {}
-    found |= _decode(images, max_pixels)
+    with open(path, "rb", buffering=0) as file:
+        rows = [row for row in index.rows(path, file.fileno()) if row.name in wanted]
+        for some in _chunks(rows, _DECODED):
+            found |= _decode({row.name: os.pread(file.fileno(), row.size, row.offset) for row in some}, max_pixels)
     return {(path, name): reason for name, reason in found.items()}
-
-
-def _index_fault(path: str) -> str | None:
-    """Why the index of this shard cannot be used: what it says is not where things are."""
-    index = next((i for i in shards.index_names(path) if os.path.exists(i)), None)
-    if index is None:
-        return f"no {os.path.basename(shards.index_names(path)[0])} beside it"
-    try:
-        rows = shards.parse_index(path, shards.read_bytes(index))
-        if shards.kind_of(path) == "tfrecord":
-            with open(path, "rb") as file:
-                there = [(offset, len(content) + 16) for offset, _, content in shards.records(file)]
-        else:
-            there = [(member.offset_data, member.size) for _, member in shards.members(path)]
-    except (ValueError, IndexError) as error:
-        return str(error)
-    return None if [(row.offset, row.size) for row in rows] == there else "its index is of another file"
 
 
 def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
     folder, classes = os.path.dirname(paths[0]), None
-    if os.path.exists(os.path.join(folder, shards.DESCRIPTION)):
-        classes = shards.description(folder)["classes"]
+    if os.path.exists(os.path.join(folder, sources.DESCRIPTION)):
+        classes = sources.description(folder)["classes"]
     names, labels, ignored, bad, files = [], [], [], {}, {}  # type: list, list, list, dict, dict
     for shard, look in zip(shown, looks, strict=True):
         bad |= {f"{shard}/{name}".rstrip("/"): reason for name, reason in look.bad.items()}
@@ -381,16 +380,16 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     numbers = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
     counts = {name: int(number) for name, number in zip(classes, numbers, strict=True)}
     empty = [name for name, number in counts.items() if not number]
-    samples = sources.Samples(root, names, np.array(labels, np.int64), classes)
+    samples = Files(root, names, np.array(labels, np.int64), classes)
     return Report(samples, bad, ignored, empty, counts, files, _warnings(samples, looks))
 
 
-def _warnings(samples: sources.Samples, looks: Sequence[_Look]) -> list[str]:
+def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
     found, labels = [], samples.labels
     shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
     expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
     if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:
-        found.append("sorted by class, and only a buffer shuffles shards; write them with `lumix-dali convert`")
+        found.append("sorted by class: no matter on local storage, but remote shards are shuffled only within a window")
     keys = [key for look in looks for key in {os.path.splitext(name)[0] for name in look.names}]
     if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
         found.append(f"{twice} keys occur in more than one shard: the same samples twice?")
@@ -418,19 +417,3 @@ def show(report: Report, most: int = 20) -> str:
             lines += [f"  {item}" for item in islice(items, most)]
             lines += [f"  … and {len(items) - most} more"] * (len(items) > most)
     return "\n".join(lines)
-
-
-def write_manifest(samples: sources.Samples, path: str | os.PathLike) -> None:
-    """Writes files, labels, classes and hash, for `create_loader`; replaces `path` in one step."""
-    content = dict(
-        format=sources.MANIFEST,
-        root=os.path.abspath(samples.root),
-        classes=list(samples.classes),
-        names=list(samples.names),
-        labels=samples.labels.tolist(),
-        digest=samples.digest,
-    )
-    scratch = f"{os.fspath(path)}.tmp"
-    with open(scratch, "w", encoding="ascii") as file:
-        json.dump(content, file)
-    os.replace(scratch, path)

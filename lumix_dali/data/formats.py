@@ -20,6 +20,22 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 MAX_PIXELS = 100_000_000
+# Names that count as images: timm's, and some more.
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".jp2",
+    ".ppm",
+    ".pgm",
+    ".pnm",
+)
 # The decoder of Encapsulated PostScript starts Ghostscript, a program that files must not reach.
 _REFUSED = {"EPS"}
 _HEAD = 4096
@@ -66,6 +82,11 @@ def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
             found = Look(Decoder.PILLOW, image.format or "", image.height, image.width)
     check_pixels(found.height, found.width, max_pixels)
     return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image, and no part of it is hidden."""
+    return name.lower().endswith(EXTENSIONS) and name[0] != "." and "/." not in name
 
 
 def check_pixels(height: int, width: int, max_pixels: int) -> None:

@@ -1,0 +1,188 @@
+"""The command ``lumix-dali``: ``show`` what the pipeline does to your images, ``check`` them before a run, and
+``convert`` them to shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .data import check, convert, sources
+from .data.formats import MAX_PIXELS
+from .target import Kind
+
+KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
+BOX_COLOUR = (255, 64, 64)
+
+
+def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: Any) -> None:
+    """Writes a picture of mixed samples as the model gets them: pixels, box, classes and λ0 (arXiv 2211.15846).
+
+    Args:
+        root: class folder, list file, manifest or shards.
+        out: name of the picture, by whose ending Pillow chooses the format.
+        count: number of samples.
+        columns: samples a row.
+        options: further arguments of `create_loader`; without an alpha, Mixup .8 and CutMix 1 are drawn.
+
+    Raises:
+        ValueError: as `create_loader`.
+    """
+    from .loading.loader import create_loader
+
+    if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
+        options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
+    source = sources.load(root)
+    fixed: dict[str, Any] = dict(batch_size=count, dtype="uint8", device="cpu")
+    fixed["drop_last"] = False
+    with create_loader(source, **options, **fixed) as loader:
+        images, target = next(iter(loader))
+        rows = zip(images.permute(0, 2, 3, 1).numpy(), *(field.tolist() for field in target[:5]), strict=True)
+        classes = loader.classes or range(1 << 31)  # without names, numbers
+        tiles = [_tile(Image.fromarray(image), classes, *row) for image, *row in rows]
+    width, height = tiles[0].size
+    grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    for place, tile in enumerate(tiles):
+        grid.paste(tile, (place % columns * width, place // columns * height))
+    grid.save(out)
+
+
+def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: float, box, kind: int) -> Image.Image:
+    zoom = max(1, round(224 / image.width))
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    if kind == Kind.CUTMIX:
+        y0, x0, y1, x1 = (zoom * edge for edge in box)
+        if y0 < y1 and x0 < x1:
+            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR, width=2)
+    lines = [f"{KINDS[Kind(kind)]}  lam0 = {lam0:.3f}", f"{1 - lam0:.3f}  {classes[label]}"]
+    if kind:
+        lines.append(f"{lam0:.3f}  {classes[partner_label]}")
+    tile = Image.new("RGB", (image.width + 8, image.height + 58), "white")
+    tile.paste(image, (4, 4))
+    font = ImageFont.load_default(13)
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(tile).text((4, image.height + 6 + 16 * row), line[:34], "black", font=font)
+    return tile
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 1 where `check` found faults, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
+    commands = parser.add_subparsers(required=True)
+    for add in (_add_show, _add_check, _add_convert):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"lumix-dali: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_show(commands) -> None:
+    command = commands.add_parser("show", help="a picture of mixed samples, each with its classes, lam0 and box")
+    add = command.add_argument
+    add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line), manifest, or shards")
+    add("-o", "--out", default="mixed.png", help="name of the picture (%(default)s)")
+    add("--count", type=int, default=16, help="number of samples (%(default)s)")
+    add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
+    add("--mixup", type=float, default=0.8, help="Mixup's alpha, 0: off (%(default)s)")
+    add("--cutmix", type=float, default=1.0, help="CutMix' alpha, 0: off (%(default)s)")
+    add("--mixup-mode", default="elem", help="elem or batch (%(default)s)")
+    add("--hflip", type=float, default=0.5, help="probability of a flip (%(default)s)")
+    add("--aa", help="RandAugment before mixing, such as rand-m9-mstd0.5-inc1")
+    add("--reprob", type=float, default=0.0, help="probability of random erasing before mixing (%(default)s)")
+    add("--seed", type=int, default=0)
+    command.set_defaults(run=_show)
+
+
+def _show(args) -> int:
+    show(
+        args.root,
+        args.out,
+        count=args.count,
+        input_size=args.input_size,
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        mode=args.mixup_mode,
+        hflip=args.hflip,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        seed=args.seed,
+    )
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _add_check(commands) -> None:
+    command = commands.add_parser("check", help="which files cannot be used, and why; writes a manifest")
+    add = command.add_argument
+    add("root", help="class folder, list file, manifest; or shards: a folder of them, one, or a glob")
+    add("--full", action="store_true", help="decode every file, instead of looking at headers and ends alone")
+    add("--manifest", metavar="FILE", help="write the usable files here, for create_loader")
+    add("--report", metavar="FILE", help="write what was found here, as JSON")
+    add("--max-pixels", type=int, default=MAX_PIXELS, help="a larger image is bad (%(default)s)")
+    add("--workers", type=int, help="processes; default: the CPUs this one may use")
+    add("--ranks", type=int, default=1, help="say how many batches each of so many ranks gets (%(default)s)")
+    add("--batch-size", type=int, default=256, help="of these batches (%(default)s)")
+    command.set_defaults(run=_check)
+
+
+def _check(args) -> int:
+    report = check.scan(args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=_progress)
+    print(check.show(report))
+    print(
+        "{ranks} rank(s), batches of {batch_size}: {batches} a rank, {left_out} samples left out".format(
+            **report.shards(args.ranks, args.batch_size)
+        )
+    )
+    if args.manifest and report.files:
+        raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
+    if args.manifest:
+        sources.write_manifest(report.samples, args.manifest)
+    if args.report:
+        content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
+        with open(args.report, "w", encoding="ascii") as file:
+            json.dump(content, file, indent=1)
+    return 0 if report.ok else 1
+
+
+def _add_convert(commands) -> None:
+    command = commands.add_parser("convert", help="images as WebDataset shards in random order")
+    add = command.add_argument
+    add("root", help="class folder or list file, scanned first; or a manifest, taken as it is")
+    add("--out", required=True, metavar="DIR", help="folder of the shards; the same command again goes on")
+    add("--shard-size", type=int, default=10_000, help="samples a shard (%(default)s)")
+    add("--seed", type=int, default=0, help="of the order (%(default)s)")
+    add("--full", action="store_true", help="decode every file in the scan")
+    add("--workers", type=int, help="processes of the scan; default: the CPUs this one may use")
+    command.set_defaults(run=_convert)
+
+
+def _convert(args) -> int:
+    samples = sources.load_files(args.root)
+    inside = os.path.realpath(args.out).startswith(os.path.realpath(args.root) + os.sep)
+    if inside and os.path.isdir(args.root):
+        raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
+    if not sources.is_manifest(args.root):
+        report = check.scan(args.root, full=args.full, workers=args.workers, progress=_progress)
+        samples = report.samples
+        for name, reason in report.bad.items():
+            print(f"left out {name!r}: {reason}", file=sys.stderr)
+    paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=_progress)
+    print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
+    return 0
+
+
+def _progress(chunks, total: int):
+    """A bar on a terminal; without tqdm, and in a log, nothing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return chunks
+    return tqdm(chunks, total=total, unit="chunk", leave=False, disable=None)

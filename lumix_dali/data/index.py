@@ -1,0 +1,456 @@
+"""A tar or TFRecord shard as arrays: where each sample's image lies, and its label.
+
+A shard is walked once, header by header; what is found is kept as one memory-mapped file per set of shards, which the
+ranks share. No ``.idx`` files are needed or read, and nothing is ever extracted to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import storage
+from .formats import is_image
+
+IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's for ImageNet
+DIGITS = 9  # of the longest label
+_FORMAT = 3  # of the kept file
+_BLOCK = 512  # tar's unit
+_ALONE = 8  # shards that are not worth a process of their own
+
+
+class Fault(IntEnum):
+    """Why a sample cannot be used; stands in the place of its label, as a negative number."""
+
+    NO_IMAGE = -1
+    IMAGES = -2
+    NO_LABEL = -3
+    LABEL = -4
+    TWICE = -5
+    RECORD = -6
+
+    @property
+    def reason(self) -> str:
+        return {
+            Fault.NO_IMAGE: "no image",
+            Fault.IMAGES: "more than one image",
+            Fault.NO_LABEL: "no label (.cls)",
+            Fault.LABEL: f"its label is not a whole number of 1 to {DIGITS} digits",
+            Fault.TWICE: "two members of one name",
+            Fault.RECORD: "its record holds no tf.train.Example with one image and one label",
+        }[self]
+
+
+class Row(NamedTuple):
+    """A sample in a shard: its name, the offset and size of its encoded image in bytes, and its label or a `Fault`."""
+
+    name: str
+    offset: int
+    size: int
+    label: int
+
+
+def kind_of(path: str) -> str:
+    """Which kind a name says: "webdataset" for ``*.tar``, else "tfrecord"."""
+    return "webdataset" if path.endswith(".tar") else "tfrecord"
+
+
+def rows(path: str, handle: int, ignored: list[str] | None = None) -> Iterator[Row]:
+    """Walks a shard from its beginning to its end.
+
+    Args:
+        path: its name, for its kind.
+        handle: descriptor of the local file.
+        ignored: receives the names of members that are no regular file, or hidden.
+
+    Raises:
+        ValueError: it is damaged, so that nothing after the damage can be read, or a member's path leads out.
+    """
+    yield from _tar_rows(handle, ignored) if kind_of(path) == "webdataset" else _record_rows(handle)
+
+
+def scan(path: str, handle: int) -> np.ndarray:
+    """int64 [n, 3]: offset, size and label (or `Fault`) of each sample of a shard.
+
+    Raises:
+        ValueError: as `rows`, naming the shard, or it holds no sample.
+    """
+    try:
+        found = np.array([row[1:] for row in rows(path, handle)], np.int64).reshape(-1, 3)
+    except ValueError as error:
+        raise ValueError(f"source={path!r}: {error}; repair or remove it") from error
+    if not len(found):
+        raise ValueError(f"source={path!r}: no sample in it; remove it, or see `lumix-dali check`")
+    return found
+
+
+def name_at(path: str, handle: int, offset: int) -> str:
+    """The name of the sample whose image starts at `offset`: for messages, since it walks the shard."""
+    name = next((row.name for row in rows(path, handle) if row.offset == offset), "")
+    return f"{name if name.startswith('record') else repr(name)} (byte {offset})"
+
+
+# The index of a set of shards
+
+
+def load(
+    paths: Sequence[str],
+    entries: Sequence[storage.Entry],
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all shards in turn, memory-mapped, and how many each of them has.
+
+    The first process to ask scans the shards and keeps the result beside them, or in the cache folder where it may
+    not write there; others wait for it.
+
+    Args:
+        paths: local shards.
+        entries: of each of them, so that a changed shard is scanned again.
+        progress: wraps the iterable of scanned shards, given their number.
+
+    Returns:
+        int64 [n, 3], as `scan` gives, and int64 [number of shards].
+
+    Raises:
+        ValueError: a shard is damaged.
+    """
+    sha = hashlib.sha256(repr([_FORMAT, *zip(map(os.path.abspath, paths), entries, strict=True)]).encode())
+    name = f"{sha.hexdigest()[:32]}.npy"
+    homes = [os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".lumix_dali"), storage.cache_folder()]
+    for place in homes:
+        with suppress(OSError, ValueError):
+            return _opened(os.path.join(place, name), len(paths))
+    home = next(filter(_writable, homes), None)
+    if home is None:
+        raise ValueError(f"source={paths[0]!r}: its index can be kept in none of {homes}; set LUMIX_DALI_CACHE")
+    with storage.locked(os.path.join(home, "lock")):
+        target = os.path.join(home, name)
+        if not os.path.exists(target):
+            _keep(target, list(progress(_scanned(paths), len(paths))))
+    return _opened(target, len(paths))
+
+
+def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
+    content = np.load(path, mmap_mode="r")
+    counts, places = np.array(content[:shards]), content[shards:].reshape(-1, 3)
+    if counts.sum() != len(places):
+        raise ValueError(f"{path}: damaged")
+    return places, counts
+
+
+def _keep(path: str, found: list[np.ndarray]) -> None:
+    """Counts, then rows: in one file, which gets its name once it is whole."""
+    with open(f"{path}.part", "wb") as file:
+        np.save(file, np.concatenate([np.array(list(map(len, found)), np.int64), *(each.ravel() for each in found)]))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def _writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
+    """`scan` of each shard, in order, in several processes where that is worth while."""
+    workers = min(len(os.sched_getaffinity(0)), len(paths) // _ALONE)
+    if workers < 2:
+        yield from map(_scan_path, paths)
+        return
+    # Not multiprocessing: it would import the caller's main module, which may have no guard.
+    children = [_Child(paths[i::workers]) for i in range(workers)]
+    try:
+        for i in range(len(paths)):
+            yield children[i % workers].next()
+    finally:
+        for child in children:
+            child.close()
+
+
+class _Child:
+    """A process that scans some shards in turn."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
+        )
+        assert self._process.stdin is not None
+        with self._process.stdin as pipe:
+            pipe.write("\0".join(paths).encode("utf-8", "surrogateescape"))
+
+    def next(self) -> np.ndarray:
+        assert self._process.stdout is not None
+        head = self._process.stdout.read(9)
+        if len(head) < 9:
+            raise ValueError("source: the process that scans its shards died; try again")
+        failed, size = struct.unpack("<?Q", head)
+        content = self._process.stdout.read(size)
+        if failed:
+            raise ValueError(content.decode("utf-8", "surrogateescape"))
+        return np.frombuffer(content, np.int64).reshape(-1, 3)
+
+    def close(self) -> None:
+        self._process.kill()
+        with self._process:
+            pass
+
+
+def serve() -> None:
+    """Scans the shards that stdin names and writes their rows, or an error, to stdout."""
+    for path in sys.stdin.buffer.read().decode("utf-8", "surrogateescape").split("\0"):
+        try:
+            failed, content = False, _scan_path(path).tobytes()
+        except (ValueError, OSError) as error:
+            failed, content = True, str(error).encode("utf-8", "surrogateescape")
+        sys.stdout.buffer.write(struct.pack("<?Q", failed, len(content)) + content)
+        sys.stdout.buffer.flush()
+
+
+def _scan_path(path: str) -> np.ndarray:
+    with open(path, "rb", buffering=0) as file:
+        return scan(path, file.fileno())
+
+
+def _read(handle: int, offset: int, size: int) -> bytes:
+    content = os.pread(handle, size, offset)
+    if len(content) < size:
+        raise ValueError(f"it is cut short at byte {offset + len(content)}")
+    return content
+
+
+# WebDataset: tar archives (POSIX ustar and pax, GNU)
+
+
+class Member(NamedTuple):
+    """A file in a tar archive."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
+    """The regular, unhidden members of a tar archive.
+
+    Raises:
+        ValueError: it is damaged, or a member's path is absolute or leads out.
+    """
+    place, end = 0, os.fstat(handle).st_size
+    long_name: str | None = None
+    long_size: int | None = None
+    while place < end:
+        block = _read(handle, place, _BLOCK)
+        if not block.strip(b"\0"):
+            return  # the end mark
+        name, size = _name_and_size(block)
+        kind, place = block[156:157], place + _BLOCK
+        if kind == b"x":
+            keys = _pax(_read(handle, place, size))
+            long_name, long_size = keys.get("path"), int(keys["size"]) if "size" in keys else None
+        elif kind == b"L":
+            long_name = _text(_read(handle, place, size))
+        elif kind not in b"Kg":
+            name, size = long_name or name, size if long_size is None else long_size
+            long_name = long_size = None
+            if place + size > end:
+                raise ValueError(f"no whole tar archive: {name!r} is cut short")
+            if name.startswith("/") or ".." in name.split("/"):
+                raise ValueError(f"member {name!r} leads out of the archive; refused")
+            if kind in b"0\0" and not name.rpartition("/")[2].startswith("."):
+                yield Member(name, place, size)
+            elif kind != b"5" and ignored is not None:
+                ignored.append(name)
+        place += -(-size // _BLOCK) * _BLOCK
+
+
+def _name_and_size(block: bytes) -> tuple[str, int]:
+    """What a tar header says.
+
+    Raises:
+        ValueError: its checksum does not match.
+    """
+    try:
+        (claimed,) = _octal(block[148:156])
+        size = int.from_bytes(block[125:136]) if block[124] & 0x80 else _octal(block[124:136])[0]
+    except ValueError:
+        claimed, size = -1, -1
+    if claimed != sum(block) - sum(block[148:156]) + 8 * 32 or size < 0:
+        raise ValueError("no whole tar archive: a header is damaged")
+    name = _text(block[:100])
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name, size
+
+
+def _octal(field: bytes) -> tuple[int]:
+    return (int(field.rstrip(b" \0").strip() or b"0", 8),)
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(content: bytes) -> dict[str, str]:
+    """The records ``LENGTH KEY=VALUE\\n`` of an extended header."""
+    found, place = {}, 0
+    while place < len(content) and (match := re.compile(rb"(\d+) ([^=]+)=").match(content, place)):
+        stop = place + max(int(match[1]), 1)
+        found[match[2].decode("utf-8", "replace")] = content[match.end() : stop - 1].decode("utf-8", "surrogateescape")
+        place = stop
+    return found
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member: the extension starts at the first dot of the last part."""
+    folder, slash, last = name.rpartition("/")
+    key, _, extension = last.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
+    """Samples: neighbours of one key, one of which is an image and one its .cls."""
+    group: list[tuple[str, Member]] = []
+    last: str | None = None
+    for member in members(handle, ignored):
+        key, extension = split_name(member.name)
+        if key != last:
+            yield from _grouped(handle, group)
+            last, group = key, []
+        group.append((extension, member))
+    yield from _grouped(handle, group)
+
+
+def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
+    images = [member for extension, member in group if is_image(f"x.{extension}")]
+    labels = [member for extension, member in group if extension == "cls"]
+    if not images and not labels:
+        return  # not a sample: a note, somebody's index
+    image = (images or labels)[0]
+    if len({extension for extension, _ in group}) < len(group):
+        label: int = Fault.TWICE
+    elif not images:
+        label = Fault.NO_IMAGE
+    elif len(images) > 1:
+        label = Fault.IMAGES
+    elif not labels:
+        label = Fault.NO_LABEL
+    else:
+        label = parse_label(_read(handle, labels[0].offset, min(labels[0].size, DIGITS + 64)))
+    yield Row(image.name, image.offset, image.size, label)
+
+
+def parse_label(text: bytes) -> int:
+    """The number that a .cls holds, with white space after it; else `Fault.LABEL`."""
+    match = re.fullmatch(rb"(\d{1,%d})\s*" % DIGITS, text)
+    return int(match[1]) if match else Fault.LABEL
+
+
+# TFRecord: length, its checksum, a tf.train.Example (protocol buffers), its checksum
+
+
+def records(handle: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of each record, with length and both checksums.
+
+    Raises:
+        ValueError: a record is cut short.
+    """
+    place, end = 0, os.fstat(handle).st_size
+    while place < end:
+        header = os.pread(handle, 12, place)
+        (length,) = struct.unpack("<Q", header[:8]) if len(header) == 12 else (1 << 63,)
+        if length + 16 > end - place:  # before anything is read: the length may claim the machine's memory
+            raise ValueError(f"the record at byte {place} is cut short")
+        yield place, _read(handle, place, length + 16)
+        place += length + 16
+
+
+def _record_rows(handle: int) -> Iterator[Row]:
+    for number, (place, content) in enumerate(records(handle)):
+        name, start, stop, label = parse_record(content)
+        yield Row(f"record {number}{name and f' ({name})'}", place + start, stop - start, label)
+
+
+def parse_record(content: bytes) -> tuple[str, int, int, int]:
+    """A record's name, where its image starts and stops in it, and its label or `Fault.RECORD`."""
+    try:
+        found = _features(content, 12, len(content) - 4)
+        ((start, stop),) = found[IMAGE]
+        (label,) = found[LABEL]
+        name = content[slice(*found[NAME][0])].decode("utf-8", "replace") if found.get(NAME) else ""
+        if isinstance(label, int) and 0 <= label < 10**DIGITS:
+            return name, start, stop, label
+    except (IndexError, KeyError, ValueError, TypeError):
+        pass
+    return "", 12, len(content) - 4, Fault.RECORD
+
+
+def _features(content: bytes, start: int, stop: int) -> dict[str, list]:
+    """Features of a tf.train.Example: integers, and (start, stop) of bytes."""
+    found: dict[str, list] = {}
+    for features in _fields(content, (start, stop), 1):
+        for entry in _fields(content, features, 1):
+            ((a, b),) = _fields(content, entry, 1)
+            values: list = []
+            for value in _fields(content, entry, 2):
+                values += [item for items in _fields(content, value, 1) for item in _fields(content, items, 1)]
+                for items in _fields(content, value, 3):
+                    for packed in _fields(content, items, 1):
+                        values += [packed] if isinstance(packed, int) else _varints(content[slice(*packed)])
+            found[content[a:b].decode()] = values
+    return found
+
+
+def _fields(content: bytes, message: tuple[int, int], wanted: int) -> Iterator[Any]:
+    """Integers, or (start, stop) of bytes, of field `wanted` of the message between two places."""
+    place, stop = message
+    value: Any
+    while place < stop:
+        tag, place = _varint(content, place)
+        kind = tag & 7
+        if kind == 0:
+            value, place = _varint(content, place)
+        elif kind in (1, 2, 5):
+            size, place = _varint(content, place) if kind == 2 else (8 if kind == 1 else 4, place)
+            value, place = (place, place + size), place + size
+        else:
+            raise ValueError(f"wire type {kind}")
+        if place > stop:
+            raise ValueError("a field is cut short")
+        if tag >> 3 == wanted:
+            yield value
+
+
+def _varint(content: bytes, place: int) -> tuple[int, int]:
+    """A number, as int64 in two's complement, and the place after it."""
+    value = shift = 0
+    while (byte := content[place]) > 127:
+        value |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if shift > 63:
+            raise ValueError("a number is too long")
+    value |= byte << shift
+    return (value & (1 << 64) - 1) - (value >> 63 << 64), place + 1
+
+
+def _varints(content: bytes) -> list[int]:
+    values, place = [], 0
+    while place < len(content):
+        value, place = _varint(content, place)
+        values.append(value)
+    return values

@@ -1,0 +1,1 @@
+"""Batches for PyTorch: DALI's pipelines, and the loader that runs them."""

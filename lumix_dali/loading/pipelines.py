@@ -1,0 +1,322 @@
+"""The two pipelines of image classification: training with mixing, and evaluation.
+
+Both run wholly on the CPU (``device_id=None``), or decode and augment on the GPU. They read what a `Feed` gives:
+images, each of which DALI can decode, and the plan of the batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any, Literal, get_args
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+from .. import augment, checks
+from .. import fn as mixfn
+from ..decoding import decode
+from ..mixing import Regions
+from .feed import Feed
+from .plan import INPUTS
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Interpolation = Literal["bilinear", "bicubic"]
+TrainInterpolation = Literal["bilinear", "bicubic", "random"]
+CropMode = Literal["center", "squash"]
+DType = Literal["float32", "float16", "uint8"]
+EraseMode = Literal["const", "rand", "pixel"]
+_INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+_FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
+_DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
+_DALI_TYPES = {np.int64: types.INT64, np.int32: types.INT32, np.float32: types.FLOAT, np.bool_: types.BOOL}
+
+
+@dataclass(frozen=True)
+class Output:
+    """The form of the images that are handed out.
+
+    Args:
+        size: (H, W) in pixels; a side or timm's (3, H, W) do as well.
+        mean, std: of the normalisation, in units of [0, 1]; not used for uint8.
+        dtype: "float32", "float16", or "uint8" for models that normalise themselves.
+        channels_last: NCHW tensors in channels-last memory format.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: DType = "float32"
+    channels_last: bool = False
+
+    def __post_init__(self):
+        self._set(
+            size=checks.image_size("input_size", self.size),
+            mean=checks.channels("mean", self.mean),
+            std=checks.channels("std", self.std, positive=True),
+            dtype=checks.one_of("dtype", self.dtype, get_args(DType)),
+            channels_last=bool(self.channels_last),
+        )
+        if max(map(abs, (*self.mean, *self.std))) > 2:
+            warnings.warn(f"mean={self.mean}, std={self.std}: their unit is [0, 1], not grey levels", stacklevel=5)
+
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class TrainTransform(Output):
+    """Random resized crop, flip, augmentation and erasing before mixing: timm's training transform.
+
+    Args:
+        scale: range of the crop's share of the image's area.
+        ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
+        hflip: probability of a horizontal flip, before mixing.
+        interpolation: "bicubic" or "bilinear", both with antialiasing, or "random", one of them for each sample.
+        auto_augment: timm's RandAugment string, see `augment.parse`; None: off.
+        color_jitter, color_jitter_prob, grayscale_prob: of `augment.color_jitter`; the jitter is left out with
+            `auto_augment`, as timm leaves it out.
+        re_prob, re_mode, re_count: of `augment.erase`, before mixing; a probability of 0: off.
+
+        The others are those of `Output`.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    interpolation: TrainInterpolation = "bicubic"
+    auto_augment: str | None = None
+    color_jitter: float | Sequence[float] | None = None
+    color_jitter_prob: float = 1.0
+    grayscale_prob: float = 0.0
+    re_prob: float = 0.0
+    re_mode: EraseMode = "pixel"
+    re_count: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        jitter = augment.jitter_of(self.color_jitter) if self.color_jitter is not None else None
+        if self.auto_augment:
+            augment.parse(self.auto_augment)
+        self._set(
+            scale=checks.interval("scale", self.scale, 1.0),
+            ratio=checks.interval("ratio", self.ratio),
+            hflip=checks.fraction("hflip", self.hflip),
+            interpolation=checks.one_of("interpolation", self.interpolation, get_args(TrainInterpolation)),
+            auto_augment=self.auto_augment or None,
+            color_jitter=jitter if jitter is not None and any(jitter) else None,
+            color_jitter_prob=checks.fraction("color_jitter_prob", self.color_jitter_prob),
+            grayscale_prob=checks.fraction("grayscale_prob", self.grayscale_prob),
+            re_prob=checks.fraction("re_prob", self.re_prob),
+            re_mode=checks.one_of("re_mode", self.re_mode, get_args(EraseMode)),
+            re_count=checks.whole("re_count", self.re_count, 1),
+        )
+
+
+@dataclass(frozen=True)
+class EvalTransform(Output):
+    """Resize and centre crop: timm's evaluation transform.
+
+    Args:
+        crop_pct: the crop's share of the resized image's shorter side.
+        crop_mode: "center" keeps the aspect ratio, "squash" does not (timm's words).
+        interpolation: "bicubic" or "bilinear", both with antialiasing.
+
+        The others are those of `Output`.
+    """
+
+    crop_pct: float = 0.875
+    crop_mode: CropMode = "center"
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._set(
+            crop_pct=checks.fraction("crop_pct", self.crop_pct, positive=True),
+            crop_mode=checks.one_of("crop_mode", self.crop_mode, get_args(CropMode)),
+            interpolation=checks.one_of("interpolation", self.interpolation, get_args(Interpolation)),
+        )
+
+
+@pipeline_def(enable_checkpointing=True)
+def train_pipeline(
+    feed: Feed,
+    transform: TrainTransform,
+    *,
+    decoder: Mapping[str, Any] | None = None,
+    reader: Mapping[str, Any] | None = None,
+):
+    """Random resized crop, flip, augment, erase, mix, normalise: timm's training transform, then LUMix Eq. 1.
+
+    Args:
+        feed: of the epoch, whose plan says what is mixed.
+        transform: what is done to the images.
+        decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
+        reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
+
+    Returns:
+        images [B, C, H, W] or [B, H, W, C], the target as `plan.unpack` reads it, λ0 float32 [B].
+
+    Note:
+        Arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are given by keyword too.
+        The decoder turns nothing by EXIF, as PIL does not.
+    """
+    encoded, plan = _read(feed, reader)
+    images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
+    images = _augmented(_resized_crop(images, transform), transform)
+    mixing = feed.plan.mixing
+    if mixing is None:
+        lam0 = plan["lam0"]
+    else:
+        patches = Regions(*(plan.get(name) for name in Regions._fields))
+        patches = patches if mixing.with_cutmix else patches._replace(ids=plan["partner"])
+        images = mixfn.lay(images, patches)
+        lam0 = plan["lam0"] if "lam0" in plan else mixfn.count_lam0(patches, transform.size)
+    return _normalised(images, transform), _put(plan["target"]), _put(lam0)
+
+
+def _random_crop(shape: DataNode, transform: TrainTransform) -> tuple[DataNode, DataNode]:
+    return fn.random_crop_generator(shape, random_area=list(transform.scale), random_aspect_ratio=list(transform.ratio))
+
+
+def _resized_crop(images: DataNode, transform: TrainTransform) -> DataNode:
+    return fn.resize_crop_mirror(
+        images,
+        size=list(transform.size),
+        crop=list(transform.size),
+        interp_type=fn.random.choice(list(_INTERPOLATIONS.values()))
+        if transform.interpolation == "random"
+        else _INTERPOLATIONS[transform.interpolation],
+        mirror=fn.random.coin_flip(probability=transform.hflip) if transform.hflip else 0,
+    )
+
+
+def _augmented(images: DataNode, transform: TrainTransform) -> DataNode:
+    jitter = transform.color_jitter
+    if transform.auto_augment:
+        fill = [min(255, round(255 * m)) for m in transform.mean]
+        warped = _INTERPOLATIONS.get(transform.interpolation, types.INTERP_LINEAR)
+        images = augment.rand_augment(
+            images, transform.auto_augment, fill=fill, interpolation=warped, size=transform.size
+        )
+        jitter = None
+    if jitter or transform.grayscale_prob:
+        images = augment.color_jitter(
+            images, jitter or 0.0, prob=transform.color_jitter_prob, grayscale_prob=transform.grayscale_prob
+        )
+    if transform.re_prob:
+        images = augment.erase(
+            images,
+            prob=transform.re_prob,
+            mode=transform.re_mode,
+            count=transform.re_count,
+            mean=transform.mean,
+            std=transform.std,
+            size=transform.size,
+        )
+    return images
+
+
+@pipeline_def(enable_checkpointing=True)
+def val_pipeline(
+    feed: Feed,
+    transform: EvalTransform,
+    *,
+    decoder: Mapping[str, Any] | None = None,
+    reader: Mapping[str, Any] | None = None,
+):
+    """Resize, centre crop, normalise: timm's evaluation transform, within .3 grey level in the mean.
+
+    Args:
+        transform: what is done to the images.
+
+        The others are those of `train_pipeline`.
+
+    Returns:
+        images [B, C, H, W] or [B, H, W, C], and the target as `plan.unpack` reads it.
+
+    Note:
+        Only the region that the crop needs is decoded and resized, so that the memory of an image of extreme shape
+        stays that of its crop.
+    """
+    encoded, plan = _read(feed, reader)
+    size = transform.size
+    target = [floor(side / transform.crop_pct) for side in size]
+    crop: dict[str, DataNode] = {}
+
+    def needed(shape: DataNode) -> tuple[DataNode, DataNode]:
+        full = fn.cast(shape[:2], dtype=types.INT32)
+        resized = _resized(full, target, transform.crop_mode)
+        step = full / fn.cast(resized, dtype=types.FLOAT)
+        start = _centre(resized, size) * step
+        stop = start + step * np.array(size, np.float32)
+        # Filters reach `radius` pixels of the coarser grid to either side; one more covers what rounding moves.
+        reach = math.max(step, 1.0) * _FILTER_RADIUS[transform.interpolation] + 1.0
+        low = fn.cast(math.clamp(math.floor(start - reach), 0.0, full), dtype=types.INT32)
+        high = fn.cast(math.clamp(math.ceil(stop + reach), 0.0, full), dtype=types.INT32)
+        crop.update(roi_start=start - low, roi_end=stop - low)
+        return low, high - low
+
+    images = decode(encoded, needed, **(decoder or {}))
+    interpolation = _INTERPOLATIONS[transform.interpolation]
+    images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
+    return _normalised(images, transform), _put(plan["target"])
+
+
+def _put(node: DataNode) -> DataNode:
+    return node if Pipeline.current().device_id is None else node.gpu()
+
+
+def _read(feed: Feed, reader: Mapping[str, Any] | None) -> tuple[DataNode, dict[str, DataNode]]:
+    """Encoded images, and the plan's arrays by name."""
+    names = feed.plan.inputs
+    given, *plan = fn.external_source(
+        feed.__call__,
+        num_outputs=1 + len(names),
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, *(_DALI_TYPES[INPUTS[name][0]] for name in names)],
+        ndim=[1, *(INPUTS[name][1] for name in names)],
+    )
+    encoded = fn.io.file.read(given, **(reader or {})) if feed.gives_paths else given
+    return encoded, dict(zip(names, plan, strict=True))
+
+
+def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
+    """Size of the whole image after the resize, as torchvision (square) and timm (else) round it."""
+    if crop_mode == "squash":
+        return full * 0 + np.array(target, np.int32)
+    if target[0] == target[1]:
+        return full * target[0] // math.min(full[0], full[1])
+    exact = fn.cast(full, dtype=types.FLOAT64)
+    times = exact / np.array(target, np.float64)
+    scaled = exact / math.min(times[0], times[1])
+    # timm rounds halves to even, and in doubles; a cast would round them up.
+    whole = math.floor(scaled)
+    low, rest = fn.cast(whole, dtype=types.INT32), scaled - whole
+    return low + ((rest > 0.5) | ((rest == 0.5) & (low % 2 == 1)))
+
+
+def _centre(resized: DataNode, size: Sequence[int]) -> DataNode:
+    # torchvision rounds the centre half to even; fn.crop's positions would round half up.
+    margin = resized - np.array(size, np.int32)
+    half = margin // 2
+    return half + (half & margin & 1)
+
+
+def _normalised(images: DataNode, output: Output) -> DataNode:
+    scaled = output.dtype != "uint8"
+    return fn.crop_mirror_normalize(
+        images,
+        dtype=_DTYPES[output.dtype],
+        output_layout="HWC" if output.channels_last else "CHW",
+        mean=[255 * m for m in output.mean] if scaled else 0.0,
+        std=[255 * s for s in output.std] if scaled else 1.0,
+    )

@@ -1,0 +1,199 @@
+"""The law of mixing: which sample of a batch is mixed into which, how, and where. NumPy only.
+
+`Mixing` holds the options, `draw` the law: a pure function of a random generator. `regions` states what was drawn as
+the patches that DALI pastes. `lumix_dali.fn` draws from the same law within a graph, for pipelines whose batches the
+host does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from .target import Kind
+
+Mode = Literal["elem", "batch"]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How batches are mixed; the arguments mean what timm's `Mixup` means.
+
+    Args:
+        mixup_alpha: Mixup's λ0 ~ Beta(α, α) (arXiv 1710.09412); 0: no Mixup.
+        cutmix_alpha: CutMix' drawn λ0 ~ Beta(α, α) (arXiv 1905.04899); 0: no CutMix.
+        cutmix_minmax: (low, high) in [0, 1]; sides are then uniform between these fractions of the image's, the box
+            lies inside it, and `cutmix_alpha` is not used.
+        prob: probability in [0, 1] that a sample is mixed.
+        switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
+        mode: "elem", one draw per sample, or "batch", one per batch. Partners always differ by sample.
+        correct_lam: count λ0 in pixels of the clipped box; False: λ0 as drawn. With `cutmix_minmax` λ0 is always
+            counted, as in timm.
+
+    Raises:
+        ValueError: an argument outside its range, or nothing to mix.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 1.0
+    cutmix_minmax: tuple[float, float] | None = None
+    prob: float = 1.0
+    switch_prob: float = 0.5
+    mode: Mode = "elem"
+    correct_lam: bool = True
+
+    def __post_init__(self):
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            alpha = getattr(self, name)
+            if not (isinstance(alpha, Real) and 0 <= float(alpha) < float("inf")):
+                raise ValueError(f"{name}={alpha!r}: give a finite number > 0, or 0 to switch it off")
+            object.__setattr__(self, name, float(alpha))
+        for name in ("prob", "switch_prob"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+                raise ValueError(f"{name}={value!r}: give a probability in [0, 1]")
+            object.__setattr__(self, name, float(value))
+        if self.cutmix_minmax is not None:
+            if not (len(self.cutmix_minmax) == 2 and 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1):
+                raise ValueError(f"cutmix_minmax={self.cutmix_minmax!r}: give (low, high) with 0 <= low < high <= 1")
+            object.__setattr__(self, "cutmix_minmax", tuple(map(float, self.cutmix_minmax)))
+        if not (self.with_mixup or self.with_cutmix):
+            raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
+        if self.mode not in get_args(Mode):
+            remedy = "give 'elem' (one draw per sample) or 'batch' (one per batch)"
+            raise ValueError(f"mode={self.mode!r}: {'pair is not supported; ' if self.mode == 'pair' else ''}{remedy}")
+        object.__setattr__(self, "correct_lam", bool(self.correct_lam))
+
+    @property
+    def with_mixup(self) -> bool:
+        """Whether samples can be drawn for Mixup."""
+        return self.mixup_alpha > 0
+
+    @property
+    def with_cutmix(self) -> bool:
+        """Whether samples can be drawn for CutMix."""
+        return self.cutmix_alpha > 0 or self.cutmix_minmax is not None
+
+    @property
+    def counts_lam0(self) -> bool:
+        """Whether CutMix' λ0 is counted in pixels."""
+        return self.correct_lam or self.cutmix_minmax is not None
+
+
+class Draw(NamedTuple):
+    """What is mixed into each of n samples.
+
+    Attributes:
+        partner: int64 [n], place in the batch of the sample that is mixed in.
+        kind: int32 [n], a `Kind`: none, Mixup or CutMix.
+        box: int32 [n, 4], half-open (y0, x0, y1, x1) of CutMix' paste; zeros for other kinds.
+        weight: float32 [n], λ0 as drawn: Mixup's blend weight; for CutMix before the box is rounded and clipped.
+    """
+
+    partner: np.ndarray
+    kind: np.ndarray
+    box: np.ndarray
+    weight: np.ndarray
+
+
+def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing | None) -> Draw:
+    """Draws partners, kinds, boxes and weights of LUMix Eq. 1 for a batch.
+
+    Args:
+        rng: where the randomness comes from.
+        n: number of samples; a single one stays unmixed.
+        size: (H, W) of the images in pixels.
+        mixing: the options; None: nothing is mixed.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> drawn = draw(rng, 4, (8, 8), Mixing(cutmix_alpha=1.0))
+        >>> drawn.partner, drawn.kind
+        (array([3, 2, 1, 0]), array([2, 2, 2, 2], dtype=int32))
+    """
+    partner, kind = derangement(rng, n), np.zeros(n, np.int32)
+    box, weight = np.zeros((n, 4), np.int32), np.zeros(n, np.float32)
+    if mixing is None or n < 2:
+        return Draw(partner, kind, box, weight)
+    drawn = n if mixing.mode == "elem" else 1  # one draw is broadcast over the batch
+    chance = rng.random(drawn)
+    share = mixing.switch_prob if mixing.with_mixup and mixing.with_cutmix else float(mixing.with_cutmix)
+    kind[:] = np.select([chance < mixing.prob * share, chance < mixing.prob], [Kind.CUTMIX, Kind.MIXUP], Kind.NONE)
+    if mixing.with_mixup:
+        mixup = rng.beta(mixing.mixup_alpha, mixing.mixup_alpha, drawn)
+        weight[:] = np.where(kind == Kind.MIXUP, mixup, 0)
+    if mixing.with_cutmix:
+        if mixing.cutmix_minmax is not None:
+            cutmix, boxes = np.zeros(drawn), _inner_boxes(rng, drawn, size, mixing.cutmix_minmax)
+        else:
+            cutmix = rng.beta(mixing.cutmix_alpha, mixing.cutmix_alpha, drawn)
+            boxes = _clipped_boxes(rng, cutmix, size)
+        is_cutmix = kind == Kind.CUTMIX
+        weight[:] = np.where(is_cutmix, cutmix, weight)
+        box[:] = boxes * is_cutmix[:, None]
+    return Draw(partner, kind, box, weight)
+
+
+def derangement(rng: np.random.Generator, n: int) -> np.ndarray:
+    """A permutation of n places that leaves none where it was, uniform among those (int64 [n]); a single one stays."""
+    places = np.arange(n)
+    while n > 1:  # e permutations on average
+        partner = rng.permutation(n)
+        if (partner != places).all():
+            return partner
+    return places
+
+
+def _clipped_boxes(rng: np.random.Generator, lam: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """CutMix' boxes: side int(size·√λ0), centre uniform over the pixels, clipped to the image."""
+    sides = np.floor(np.sqrt(lam)[:, None] * size)
+    centres = np.floor(rng.random((len(lam), 2)) * size)
+    low = centres - sides // 2
+    return np.concatenate([np.clip(low, 0, size), np.clip(low + sides, 0, size)], axis=1).astype(np.int32)
+
+
+def _inner_boxes(rng: np.random.Generator, n: int, size: Sequence[int], minmax: tuple[float, float]) -> np.ndarray:
+    """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
+    least, most = (np.floor(np.asarray(size) * limit) for limit in minmax)
+    sides = least + np.floor(rng.random((n, 2)) * (most - least))
+    start = np.floor(rng.random((n, 2)) * (size - sides + 1))
+    return np.concatenate([start, start + sides], axis=1).astype(np.int32)
+
+
+class Regions(NamedTuple):
+    """A draw as the patches that `lumix_dali.fn.lay` pastes over each sample: arrays, or DataNodes of them.
+
+    Two patches per sample, whole canvas first: Mixup is its partner as a whole, to be blended; CutMix is the
+    partner's box over the canvas. No patch is empty, which DALI's GPU kernel does not survive: where nothing is
+    pasted, the sample's own first pixel is pasted over itself.
+
+    Attributes:
+        ids: int32 [n, 2], places in the batch that the patches come from.
+        anchors, shapes: int32 [n, 2, 2], (y, x) and (height, width) of the patches.
+        weight: float32 [n], the second patch's blend weight: 1 for CutMix, 0 where nothing is mixed.
+        is_mixup: bool [n], whether that is Mixup's.
+    """
+
+    ids: Any
+    anchors: Any
+    shapes: Any
+    weight: Any
+    is_mixup: Any
+
+
+def regions(drawn: Draw, size: Sequence[int]) -> Regions:
+    """The patches of a draw over images of (H, W) `size`."""
+    n, own = len(drawn.kind), np.arange(len(drawn.kind))
+    is_mixup, corner, sides = drawn.kind == Kind.MIXUP, drawn.box[:, :2], drawn.box[:, 2:] - drawn.box[:, :2]
+    is_pasted = sides.min(axis=1, initial=1) > 0 if n else np.zeros(0, bool)
+    ids = np.stack([own, np.where(is_mixup | is_pasted, drawn.partner, own)], axis=1).astype(np.int32)
+    anchors, shapes = np.zeros((n, 2, 2), np.int32), np.ones((n, 2, 2), np.int32)
+    shapes[:, 0] = size
+    anchors[:, 1] = corner * is_pasted[:, None]
+    shapes[:, 1] = np.where(is_mixup[:, None], size, np.where(is_pasted[:, None], sides, 1))
+    weight = np.where(is_mixup, drawn.weight, is_pasted).astype(np.float32)
+    return Regions(ids, anchors, shapes, weight, is_mixup)
