@@ -370,7 +370,7 @@ def relabelled(samples: Files, names: Sequence[str]) -> Files:
     return Files(samples.root, [samples.names[number] for number in kept.tolist()], labels[kept], names)
 
 
-def subset(subject: Subject) -> tuple[Samples, list[int]]:
+def subset(subject: Subject) -> tuple[Files, list[int]]:
     """ImageNet-A's or -O's samples, and which of the model's 1000 outputs are their classes."""
     args = subject.args
     samples = read(args, "--data-dir", args.data_dir)

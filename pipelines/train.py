@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lumix_dali import LUMixLoss, MixTarget, __version__, check_target, create_loader
-from lumix_dali.data.sources import Files, Source, load
+from lumix_dali.data.sources import Source, load
 
 from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .flags import parse_args, ratios
@@ -60,13 +60,13 @@ from .ranks import Stop, gathered, joined, summed
 from .smoke import shrink
 
 
-def load_data(args: argparse.Namespace) -> tuple[Samples | Shards, Samples | Shards]:
+def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
     """The training and the validation samples.
 
     Raises:
         ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
     """
-    def split(*names: str) -> Files | Shards:
+    def split(*names: str) -> Source:
         for name in names:
             if Path(args.data_dir, name).is_dir():
                 data = load(Path(args.data_dir, name))
@@ -364,7 +364,7 @@ def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) ->
 
 def replaced_files(run: Run) -> list[str]:
     """The damaged files that the loaders of all ranks replaced; on rank 0."""
-    mine = {loader.samples.path(index) for loader in (run.train, run.val) for index in loader.bad}
+    mine = {name for loader in (run.train, run.val) for name in loader.bad}
     return sorted(set().union(*gathered(mine)))
 
 

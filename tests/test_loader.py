@@ -143,7 +143,7 @@ def recount(levels, batch, colours, labels, target):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", pipelines.DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("mixing", "kinds"), [({"cutmix_alpha": 1.0}, {2}), (MIX, {1, 2})], ids=["cutmix", "mix"])
 def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, kinds, dtype, channels_last):
     root, colours, labels = colour_files
