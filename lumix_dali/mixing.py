@@ -107,7 +107,7 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
         rng: where the randomness comes from.
         n: number of samples; a single one stays unmixed.
         size: (H, W) of the images in pixels.
-        mixing: the options; None: nothing is mixed.
+        mixing: the options; None: nothing is mixed, and each sample is its own partner.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -115,10 +115,10 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
         >>> drawn.partner, drawn.kind
         (array([3, 2, 1, 0]), array([2, 2, 2, 2], dtype=int32))
     """
-    partner, kind = derangement(rng, n), np.zeros(n, np.int32)
-    box, weight = np.zeros((n, 4), np.int32), np.zeros(n, np.float32)
+    kind, box, weight = np.zeros(n, np.int32), np.zeros((n, 4), np.int32), np.zeros(n, np.float32)
     if mixing is None or n < 2:
-        return Draw(partner, kind, box, weight)
+        return Draw(np.arange(n), kind, box, weight)
+    partner = derangement(rng, n)
     drawn = n if mixing.mode == "elem" else 1  # one draw is broadcast over the batch
     chance = rng.random(drawn)
     share = mixing.switch_prob if mixing.with_mixup and mixing.with_cutmix else float(mixing.with_cutmix)
@@ -139,13 +139,12 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
 
 
 def derangement(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A permutation of n places that leaves none where it was, uniform among those (int64 [n]); a single one stays."""
+    """A permutation of n places that leaves none where it was, uniform among those (int64 [n])."""
     places = np.arange(n)
-    while n > 1:  # e permutations on average
+    while True:  # e permutations on average
         partner = rng.permutation(n)
         if (partner != places).all():
             return partner
-    return places
 
 
 def _clipped_boxes(rng: np.random.Generator, lam: np.ndarray, size: Sequence[int]) -> np.ndarray:

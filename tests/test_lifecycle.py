@@ -1,12 +1,15 @@
 """The loader's life: left, closed, signalled, forked and run for long, without a leak, an orphan or a hang."""
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,29 +42,46 @@ def native_threads():
     return len(os.listdir("/proc/self/task"))
 
 
+def settled_threads(expected):
+    """Threads of this process, once they are as many as expected, or after a while.
+
+    A thread that was joined is listed until the kernel has taken it away.
+    """
+    end = time.monotonic() + 5
+    while (found := native_threads()) != expected and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_close_break_and_garbage_collection_free_every_thread(folder):
-    next(iter(make(folder)))  # what DALI keeps for the process's life is there from now on
+    for depth in (1, 2):
+        list(make(folder, prefetch_queue_depth=depth))  # what DALI keeps for the process's life is there from now on
     gc.collect()
     before = native_threads()
     with make(folder) as loader:
         batches = iter(loader)
         next(batches)
         assert native_threads() > before
-    assert native_threads() == before
+    assert settled_threads(before) == before
     gc.disable()  # the reference count alone has to do it
     try:
-        loader = make(folder)
+        loader = make(folder, prefetch_queue_depth=1)
         for _ in loader:
             break
-        assert native_threads() == before
+        assert settled_threads(before) == before
+        for _ in loader:  # to its end: the next epoch is under way
+            pass
+        assert native_threads() > before
+        del loader
+        assert settled_threads(before) == before
         batches = iter(make(folder))
         next(batches)
         del batches
-        assert native_threads() == before
+        assert settled_threads(before) == before
     finally:
         gc.enable()
 
@@ -78,7 +98,7 @@ def test_an_error_in_user_code_leaves_nothing_running(folder):
 
     with pytest.raises(RuntimeError, match="user's"):
         step()
-    assert native_threads() == before
+    assert settled_threads(before) == before
 
 
 def test_closed_loaders_and_iterators_say_so(folder):
@@ -86,20 +106,33 @@ def test_closed_loaders_and_iterators_say_so(folder):
     batches = iter(loader)
     next(batches)
     loader.close()
-    with pytest.raises(StopIteration):
+    with pytest.raises(RuntimeError, match="this iteration was abandoned"):
         next(batches)
     with pytest.raises(ValueError, match=r"closed; make a new one with create_loader"):
         iter(loader)
     loader.close()  # twice does no harm
 
 
-def test_an_abandoned_iterator_ends_when_the_next_epoch_starts(folder):
+def test_an_abandoned_iterator_says_so(folder):
     loader = make(folder)
     first = iter(loader)
     next(first)
     second = iter(loader)
-    assert list(first) == []
+    with pytest.raises(RuntimeError, match="this iteration was abandoned"):
+        next(first)
     assert len(list(second)) == len(loader)
+    with pytest.raises(RuntimeError, match="this iteration was abandoned"):
+        list(zip(loader, loader, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(folder, copied):
+    loader = make(folder)
+    batches = iter(loader)
+    for each in (loader, batches):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            copied(each)
+    assert len(list(batches)) == len(loader)
 
 
 def run(program, folder, **options):

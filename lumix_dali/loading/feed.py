@@ -68,7 +68,12 @@ class Faults:
 
     def usable(self, indices: Sequence[int]) -> list[int]:
         """These samples, each replaced where it is known to be bad."""
-        return [self.bad[index].substitute if index in self.bad else index for index in indices]
+        return [self._usable(index) for index in indices]
+
+    def _usable(self, index: int) -> int:
+        while index in self.bad:  # a substitute may spoil too
+            index = self.bad[index].substitute
+        return index
 
     def bitmap(self, index: int, file: BinaryIO) -> bytes | None:
         """The image where Pillow decodes this sample, None where DALI does.

@@ -303,6 +303,8 @@ class Loader:
         self.batch_size, self.device = order.batch_size, _device(device)
         self.mixup_enabled, self.return_index = True, return_index
         self._order, self._transform, self._mixing = order, transform, mixing
+        self._options = dataclasses.asdict(order) | dataclasses.asdict(transform)
+        self._options |= dataclasses.asdict(mixing) if mixing else {}
         self._execution = execution or Execution()
         self._faults = Faults(samples, max_bad, checks.whole("max_pixels", max_pixels, 1))
         self._next = _Place(0, 0)
@@ -468,18 +470,12 @@ class Loader:
                 self._ahead = ahead
 
     def _fingerprint(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self._order) | dataclasses.asdict(self._transform)
-        del fields["size"]  # part of a place
-        return (
-            fields
-            | (dataclasses.asdict(self._mixing) if self._mixing else {})
-            | dict(
-                decoder=repr(self._execution.decoder),
-                max_pixels=self._faults.max_pixels,
-                data=self.samples.digest,
-                device=self.device.type,
-                dali=dali.__version__,
-            )
+        return self._options | dict(
+            decoder=repr(self._execution.decoder),
+            max_pixels=self._faults.max_pixels,
+            data=self.samples.digest,
+            device=self.device.type,
+            dali=dali.__version__,
         )
 
     def _give_to_pillow(self, indices: np.ndarray, error: RuntimeError) -> bool:
