@@ -191,10 +191,12 @@ def run_train(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "config", "resume")}
     (folder / "args.yaml").write_text(yaml.safe_dump(settings))
-    start = f"resumes after update {run.update}" if run.update else args.backbone or (
-        "timm's weights" if args.pretrained else "random weights")
-    print(f"{args.model}, from {start}: {len(train)} photographs, {args.num_classes} classes, crops of "
-          f"{args.img_size}, {args.iterations} updates on {device}, into {folder}", flush=True)
+    start = args.backbone or ("timm's weights" if args.pretrained else "random weights")
+    print(f"{args.model} from {start}: {len(train)} photographs, {args.num_classes} classes, crops of "
+          f"{args.img_size}, {args.iterations} updates on {device}, into {folder}")
+    if args.resume:
+        print(f"resumes after update {run.update}" if run.update else f"--resume: there is no {last} yet")
+    sys.stdout.flush()
     training.fit(run, args, train, lambda: numbers(evaluated(args, model, val, device, False)[0], ""))
     return finish(args, argv, model, val, device, folder / "result.json")
 

@@ -115,12 +115,13 @@ def build(
     Raises:
         ValueError: `name` is no such model, `size` does not fit it, or `weights` are of another model.
     """
-    encoder = timm.create_model(name, img_size=size, num_classes=0, drop_path_rate=drop_path, **model_kwargs or {})
+    encoder = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **model_kwargs or {})
     if not isinstance(encoder, VisionTransformer):
         raise ValueError(f"--model {name}: Segmenter needs a plain ViT; give one, such as deit_small_patch16_224")
     patch, _ = encoder.patch_embed.patch_size
     if size % patch:
         raise ValueError(f"--img-size {size}: {name} has patches of {patch} pixels; give a multiple of {patch}")
+    encoder.set_input_size(img_size=(size, size))
     if weights is not None:
         load_encoder(encoder, weights)
     return Segmenter(encoder, MaskTransformer(num_classes, encoder.embed_dim, depth, drop))
