@@ -348,7 +348,7 @@ def train_batches(
                           batch_size=source.batch_size, num_threads=threads, device_id=_device_id(device))
     for batch in count(source.first):
         numbers = range(batch * source.batch_size, (batch + 1) * source.batch_size)
-        images, masks = _run(pipe, source.split, map(source.index, numbers))
+        images, masks = _run(pipe, device, source.split, map(source.index, numbers))
         yield images, masks[..., 0].long()
 
 
@@ -375,13 +375,17 @@ def eval_images(
     pipe = eval_pipeline(samples(), scales=len(scales), mean=mean, std=std, batch_size=1, num_threads=threads,
                          device_id=_device_id(device))
     for index in range(len(split)):
-        yield _run(pipe, split, [index])
+        yield _run(pipe, device, split, [index])
 
 
-def _run(pipe: Pipeline, split: Split, indices: Iterable[int]) -> list[torch.Tensor]:
+def _run(pipe: Pipeline, device: torch.device, split: Split, indices: Iterable[int]) -> list[torch.Tensor]:
     """The next batch, of these samples; an error of the decoder names its file."""
     try:
-        return [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]
+        if device.type == "cpu":
+            return [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]
+        with torch.cuda.device(device):  # DALI orders its work after the stream of the thread's current device
+            outputs = pipe.run(torch.cuda.current_stream())
+            return [torch.from_dlpack(output.as_tensor()) for output in outputs]
     except RuntimeError as error:
         for index, reason in refused({index: split.encoded(index)[0] for index in indices}).items():
             raise ValueError(f"{split.photographs[index]}: {reason}; replace it, or take it out of the list "
