@@ -296,6 +296,23 @@ def test_photograph_and_mask_stay_together(ramps, device):
     assert 5 < mirrored < 20 and padded > 2 and compared > 20_000
 
 
+@pytest.mark.parametrize(("define", "options", "kinds"), [
+    (data.train_pipeline, {"size": 64}, ["ImageSlice", "Resize", "Resize", "BrightnessContrast", "Hsv",
+                                         "CropMirrorNormalize", "Crop"]),
+    (data.eval_pipeline, {"scales": 2}, ["ImageSlice", *["Resize", "CropMirrorNormalize"] * 2]),
+], ids=["train", "eval"])
+def test_pixels_stay_on_the_gpu(define, options, kinds):
+    """In the graph for a GPU, which is defined without one; arguments of its operators stay on the CPU."""
+    def source(info=None):
+        return ()
+
+    pipe = define(source, mean=(0, 0, 0), std=(1, 1, 1), batch_size=4, num_threads=1, device_id=0, **options)
+    pipe._build_graph()
+    assert {node.device for node in pipe._graph_outputs} == {"gpu"}
+    devices = [(type(operator._op).__name__, operator._op.device) for operator in pipe._ops]
+    assert sorted(kind for kind, device in devices if device != "cpu" and not kind.startswith("_")) == sorted(kinds)
+
+
 def test_the_run_is_a_function_of_its_seed(context):
     split, transform = data.load(context, "train", 4), data.TrainTransform(64, 72)
     source = data.TrainSource(split, transform, 7, seed=3)
@@ -314,12 +331,12 @@ def test_law_of_the_draw():
     """MMSegmentation's: scale, crop and flip uniform; each colour changed half of the time."""
     rng, transform = np.random.default_rng(0), data.TrainTransform(480, 520)
     mask = np.uint8(np.random.default_rng(1).integers(0, 9, (375, 500)))  # no class dominates
-    drawn = [data.draw(rng, mask, transform) for _ in range(3000)]
+    drawn = [data.draw(rng, mask, transform) for _ in range(2000)]
     extent = np.array([abs(d.window[1] - d.window[0]) for d in drawn])
     size = np.array([d.size for d in drawn])
     scale = (size / extent).mean(1) * 375 / 520
     assert .5 <= scale.min() < .51 and 1.99 < scale.max() <= 2.01
-    assert np.mean(scale < 1.25) == pytest.approx(.5, abs=.03)
+    assert np.mean(scale < 1.25) == pytest.approx(.5, abs=.04)
     assert np.array([d.window for d in drawn]).min() >= 0
     assert (np.array([d.window for d in drawn]).max((0, 1)) <= np.array([375, 500]) + 1e-3).all()
     whole = scale < 480 / 520
@@ -328,12 +345,12 @@ def test_law_of_the_draw():
     place = np.array([d.window.min(0)[0] for d in drawn])[free > 9]
     free = free[free > 9]
     assert (place / free).mean() == pytest.approx(.5, abs=.02)
-    assert np.mean([d.window[0, 1] > d.window[1, 1] for d in drawn]) == pytest.approx(.5, abs=.03)
+    assert np.mean([d.window[0, 1] > d.window[1, 1] for d in drawn]) == pytest.approx(.5, abs=.04)
     contrast, shift, saturation, hue = np.array([d.colors for d in drawn]).T
     for values, unchanged, low, high in ((contrast, 1, .5, 1.5), (saturation, 1, .5, 1.5), (hue, 0, -36, 36),
                                          (shift / contrast, 0, -32 / 255, 32 / 255)):
         changed = values[values != unchanged]
-        assert len(changed) / len(values) == pytest.approx(.5, abs=.03)
+        assert len(changed) / len(values) == pytest.approx(.5, abs=.04)
         assert low - 1e-3 <= changed.min() < low + .02 * (high - low)
         assert changed.mean() == pytest.approx((low + high) / 2, abs=.05 * (high - low))
 
