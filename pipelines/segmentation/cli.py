@@ -31,6 +31,7 @@ from timm.utils import ParseKwargs
 
 from .. import checkpoint, report
 from ..flags import Help, read_config
+from ..ranks import Stop
 from . import data, evaluation, training
 from .model import Segmenter, build
 
@@ -181,24 +182,30 @@ def run_train(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     folder = Path(args.output, args.experiment or time.strftime("%Y%m%d-%H%M%S-segment"))
-    last = folder / "last.pth.tar"
     weights = backbone(args)
     model = build(args.model, args.num_classes, args.img_size, weights=weights, drop_path=args.drop_path,
                   depth=args.decoder_depth, drop=args.decoder_drop, model_kwargs=args.model_kwargs)
     run = training.build_run(args, model, device, folder)
+    with Stop() as stop:
+        start(run, args, len(train))
+        training.fit(run, args, train, lambda: numbers(evaluated(args, model, val, device, False)[0], ""), stop)
+    return finish(args, argv, model, val, device, folder / "result.json")
+
+
+def start(run: training.Run, args: argparse.Namespace, photographs: int) -> None:
+    """Resumes, where there is something to resume, and lays out the run's folder."""
+    last = run.folder / "last.pth.tar"
     if args.resume and last.exists():
         training.resume(run, args, last)
-    folder.mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "config", "resume")}
-    (folder / "args.yaml").write_text(yaml.safe_dump(settings))
-    start = args.backbone or ("timm's weights" if args.pretrained else "random weights")
-    print(f"{args.model} from {start}: {len(train)} photographs, {args.num_classes} classes, crops of "
-          f"{args.img_size}, {args.iterations} updates on {device}, into {folder}")
+    (run.folder / "args.yaml").write_text(yaml.safe_dump(settings))
+    origin = args.backbone or ("timm's weights" if args.pretrained else "random weights")
+    print(f"{args.model} from {origin}: {photographs} photographs, {args.num_classes} classes, crops of "
+          f"{args.img_size}, {args.iterations} updates on {run.device}, into {run.folder}")
     if args.resume:
         print(f"resumes after update {run.update}" if run.update else f"--resume: there is no {last} yet")
     sys.stdout.flush()
-    training.fit(run, args, train, lambda: numbers(evaluated(args, model, val, device, False)[0], ""))
-    return finish(args, argv, model, val, device, folder / "result.json")
 
 
 def run_evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def save(run: Run, args: argparse.Namespace) -> None:
     (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.rows))
 
 
-def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]]) -> None:
+def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]],
+        stop: Stop) -> None:
     """Trains until --iterations updates are done, validating every --eval-interval.
 
     Raises:
@@ -129,8 +130,8 @@ def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[],
     batches = train_batches(source, run.device, args.workers)
     interval, since = (0.1 if sys.stderr.isatty() else 60), (time.perf_counter(), run.update)
     run.model.train()
-    with Stop() as stop, tqdm(total=args.iterations, initial=run.update, desc="training", unit="it", leave=False,
-                              dynamic_ncols=True, mininterval=interval, delay=interval) as bar:
+    with tqdm(total=args.iterations, initial=run.update, desc="training", unit="it", leave=False,
+              dynamic_ncols=True, mininterval=interval, delay=interval) as bar:
         while run.update < args.iterations:
             step(run, *next(batches))
             bar.update()
