@@ -9,7 +9,8 @@ version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").r
 demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
 bench = [*demo, "opencv-contrib-python-headless", "spdl", "webdataset"]  # OpenCV: SaliencyMix
 examples = ["accelerate", "lightning"]
-test = [*demo, *examples, "boto3", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
+segmentation = [*demo, "torchmetrics>=1.0"]
+test = [*segmentation, *examples, "boto3", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
 
 setup(
     name="lumix-dali",
@@ -37,6 +38,7 @@ setup(
         "s3": ["boto3"],
         "demo": demo,
         "examples": examples,
+        "segmentation": segmentation,
         "bench": bench,
         "test": test,
         "dev": [*test, "mypy", "ruff", "types-PyYAML", "types-tqdm"],

@@ -1,0 +1,196 @@
+"""Training of Segmenter, by iterations: a run's state, its checkpoint, and how it is resumed."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import PolyLRScheduler
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..ranks import Stop
+from .data import VOID, Split, TrainSource, TrainTransform, train_batches
+
+FORMAT = "pipelines.segment/1"
+# Flags that may differ between a run and its continuation: they do not touch what is computed.
+FREE = {"config", "resume", "data_dir", "workers", "device", "output", "experiment", "backbone", "pretrained",
+        "checkpoint_interval", "multi_scale", "window_batch_size"}
+
+
+@dataclass
+class Run:
+    """What training changes: all that a checkpoint has to restore."""
+
+    folder: Path
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: PolyLRScheduler
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    update: int = 0  # updates that are done
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # sum since the last row of the log
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, folder: Path) -> Run:
+    """Gives the model its optimiser, its polynomial schedule and its scaler, on the device."""
+    model.to(device)
+    optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, args.momentum)
+    scheduler = PolyLRScheduler(optimizer, args.iterations, args.poly_power, args.min_lr, t_in_epochs=False)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")
+    return Run(folder, device, model, optimizer, scheduler, scaler, autocast(args, device),
+               loss=torch.zeros((), device=device))
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
+    """The context in which the model runs."""
+    return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program; nothing in it is executed.
+
+    Raises:
+        ValueError: it is not there, damaged, or another program's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises is anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}); give the path of a whole checkpoint") from error
+    if not isinstance(state, dict) or state.get("run_format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of pipelines.segment ({FORMAT}); a classifier's weights "
+                         "are given by --backbone")
+    return state
+
+
+def resume(run: Run, args: argparse.Namespace, path: Path) -> None:
+    """Puts everything back to where the checkpoint was taken.
+
+    Raises:
+        ValueError: it cannot be read, or a flag that matters differs.
+    """
+    state = read_checkpoint(path)
+    then, now = (json.loads(json.dumps(flags)) for flags in (state["args"], vars(args)))  # tuples become lists
+    changed = [f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}"
+               for key in now if key in then and key not in FREE and then[key] != now[key]]
+    if changed:
+        raise ValueError(f"--resume: {path}: {'; '.join(changed)}. Give the flags as they were, or another "
+                         "--experiment to start a fresh run")
+    run.model.load_state_dict(state["state_dict"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.update, run.rows = state["update"], state["rows"]
+    run.loss.fill_(state["loss"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and run.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+
+
+def save(run: Run, args: argparse.Namespace) -> None:
+    """Writes FOLDER/last.pth.tar in one step, so that a kill leaves a whole file, and the log."""
+    check_finite(run)
+    cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
+    state = {"run_format": FORMAT, "args": vars(args), "update": run.update, "rows": run.rows,
+             "loss": run.loss.item(), "state_dict": run.model.state_dict(),
+             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+             "rng": torch.get_rng_state(), "cuda_rng": cuda}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    scratch = run.folder / "tmp.pth.tar"
+    with open(scratch, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, run.folder / "last.pth.tar")
+    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.rows))
+
+
+def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]],
+        stop: Stop) -> None:
+    """Trains until --iterations updates are done, validating every --eval-interval.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+        SystemExit: SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    transform = TrainTransform(args.img_size, args.short_side, mean=tuple(args.mean), std=tuple(args.std))
+    source = TrainSource(split, transform, args.batch_size, args.seed, run.update, args.workers)
+    batches = train_batches(source, run.device, args.workers)
+    interval, since = (0.1 if sys.stderr.isatty() else 60), (time.perf_counter(), run.update)
+    run.model.train()
+    with tqdm(total=args.iterations, initial=run.update, desc="training", unit="it", leave=False,
+              dynamic_ncols=True, mininterval=interval, delay=interval) as bar:
+        while run.update < args.iterations:
+            step(run, *next(batches))
+            bar.update()
+            last = run.update == args.iterations
+            due = not last and every(args.eval_interval, run)
+            if last or due or every(args.log_interval, run):
+                log(run, args, *since)
+                since = time.perf_counter(), run.update
+            if due:
+                run.rows[-1] |= validate()
+                run.model.train()
+                since = time.perf_counter(), run.update
+            if stop.signal or last or every(args.checkpoint_interval, run):
+                save(run, args)
+            if stop.signal:
+                leave(run, stop.signal)
+
+
+def every(interval: int, run: Run) -> bool:
+    """Whether the run is at a multiple of an interval; 0 is never."""
+    return bool(interval) and run.update % interval == 0
+
+
+def leave(run: Run, number: int) -> None:
+    """Ends the program as a signal asks, saying how to resume."""
+    print(f"stopped by {signal.Signals(number).name} after update {run.update}: resume with the same flags and "
+          f"--resume --output {run.folder.parent} --experiment {run.folder.name}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+def step(run: Run, images: torch.Tensor, masks: torch.Tensor) -> None:
+    """One update: cross entropy over the pixels that have a class."""
+    with run.autocast:
+        logits = run.model(images)
+    labelled = (masks != VOID).sum().clamp(min=1)  # a batch without any would give 0 / 0
+    loss = cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum") / labelled
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    run.update += 1
+    run.scheduler.step_update(run.update)
+    run.loss += loss.detach()
+
+
+def log(run: Run, args: argparse.Namespace, start: float, first: int) -> None:
+    """Adds a row to the log: update, mean loss since the last row, learning rate, images per second."""
+    check_finite(run)
+    batches = run.update - (run.rows[-1]["update"] if run.rows else 0)
+    speed = (run.update - first) * args.batch_size / (time.perf_counter() - start)
+    run.rows.append({"update": run.update, "loss": run.loss.item() / batches,
+                     "lr": run.optimizer.param_groups[0]["lr"], "images_per_second": speed})
+    run.loss.zero_()
+    text = "update {update}  loss {loss:.4f}  lr {lr:.2e}  {images_per_second:.1f} img/s"
+    tqdm.write(text.format(**run.rows[-1]))
+
+
+def check_finite(run: Run) -> None:
+    """Stops a run that has diverged before its weights replace good ones."""
+    if not math.isfinite(run.loss.item()):
+        raise FloatingPointError(f"the training loss before update {run.update} is {run.loss.item()}: lower --lr, "
+                                 "or with --amp try --amp-dtype bfloat16")
