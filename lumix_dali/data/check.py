@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import io
-import json
 import os
 import signal
 import struct
@@ -279,10 +278,11 @@ def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: 
     if full:
         chunks = [[(path, name) for name in look.names] for path, look in zip(paths, looks, strict=True)]
         chunks = [chunk for chunk in chunks if chunk]
+        found_there = dict(zip(paths, looks, strict=True))
         reasons = _in_children(partial(_decode_samples, max_pixels=max_pixels), chunks, workers)
         for faults in progress(reasons, len(chunks)):
             for (path, name), reason in faults.items():
-                looks[list(paths).index(path)].bad[name] = reason
+                found_there[path].bad.setdefault(name, reason)
     return looks
 
 

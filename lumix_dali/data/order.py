@@ -76,7 +76,9 @@ class Order:
             order = np.repeat(self._shuffled(epoch), self.repeats)
             order = self._even(order)[self.rank :: self.world_size]
         else:
-            order = np.asarray(self._dealt(self._even(self._shuffled(epoch))))
+            order = self._shuffled(epoch)
+            kept = len(self) * self.batch_size * self.world_size
+            order = np.asarray(self._dealt(order[:kept] if self.drop_last else self._even(order)))
         return order[: min(self._share, len(self) * self.batch_size)]
 
     def _even(self, order: np.ndarray) -> np.ndarray:

@@ -8,11 +8,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+_QUESTIONS = 16  # that are asked of a server at once
+_COPY = re.compile(r"/[0-9a-f]{64}(\.part)?$")
+# Best first. One of them: a listing may know fewer than a question for one file.
+_VERSIONS: tuple[str, ...] = ("ETag", "etag", "md5Hash", "blob_id", "checksum", "Content-MD5", "Digest", "LastModified")
+_VERSIONS += ("Last-Modified", "last_modified", "updated", "mtime", "created")
 _Answer = TypeVar("_Answer")
 
 
@@ -21,9 +29,9 @@ class Missing(ValueError):
 
 
 class Entry(NamedTuple):
-    """A file of a listing: its size in bytes, and a text that changes when its content does."""
+    """A file: its size in bytes, None where a server does not tell, and a text that changes when its content does."""
 
-    size: int
+    size: int | None
     version: str
 
 
@@ -41,18 +49,34 @@ def listing(root: str, deep: bool = False) -> dict[str, Entry]:
     """The files in `root`, or with `deep` below it (remote only), by relative name.
 
     Raises:
+        Missing: there is no such folder.
         ValueError: the storage cannot be read.
     """
     if not is_remote(root):
-        with os.scandir(root or ".") as entries:
-            return {entry.name: _local_entry(entry) for entry in entries if entry.is_file()}
-    found = _ask(root, lambda fs, path: fs.find(path, detail=True).values() if deep else fs.ls(path, detail=True))
+        try:
+            with os.scandir(root or ".") as entries:
+                return {entry.name: _local_entry(entry) for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise Missing(f"source={root!r}: {error.strerror}; give a folder that exists") from error
+    found = _fresh(root, lambda fs, path: fs.find(path, detail=True).values() if deep else fs.ls(path, detail=True))
     prefix = _ask(root, lambda fs, path: path.rstrip("/") + "/")
     return {
         item["name"].removeprefix(prefix): Entry(item["size"], _version(item))
         for item in found
         if item["type"] == "file" and item["name"].startswith(prefix)
     }
+
+
+def matching(pattern: str) -> list[str]:
+    """Remote files whose names match a glob."""
+    found = _fresh(pattern, lambda fs, path: [fs.unstrip_protocol(name) for name in fs.glob(path)])
+    protocol = pattern.partition("://")[0]
+    return [f"{protocol}://{name.partition('://')[2]}" for name in found]
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder of this name."""
+    return _fresh(path, lambda fs, name: fs.isdir(name)) if is_remote(path) else os.path.isdir(path)
 
 
 def has_folders(root: str) -> bool:
@@ -83,12 +107,18 @@ def entry(path: str) -> Entry:
         Missing: it does not exist.
     """
     if is_remote(path):
-        info = _ask(path, lambda fs, name: fs.info(name))
+        info = _fresh(path, lambda fs, name: fs.info(name))
         return Entry(info["size"], _version(info))
     try:
         return _local_entry(Path(path))
-    except FileNotFoundError as error:
-        raise Missing(f"source={path!r}: no such file; give one that exists") from error
+    except OSError as error:
+        raise Missing(f"source={path!r}: no such file; give one that exists ({error.strerror})") from error
+
+
+def entries(paths: Sequence[str]) -> list[Entry]:
+    """`entry` of each of these."""
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        return list(pool.map(entry, paths))
 
 
 def cache_folder() -> str:
@@ -98,11 +128,15 @@ def cache_folder() -> str:
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Holds the lock file `path`, for which other processes wait."""
+def locked(path: str, wait: bool = True) -> Iterator[None]:
+    """Holds the lock file `path`, for which other processes wait.
+
+    Raises:
+        BlockingIOError: without `wait`, another process holds it.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(handle)
@@ -123,38 +157,56 @@ class Cache:
     def __init__(self, folder: str, limit: int):
         self.folder, self.limit = folder, limit
 
+    def path(self, url: str, remote: Entry) -> str:
+        """Where the copy of `url` in this version is, or would be."""
+        name = hashlib.sha256(f"{url}\0{remote.size}\0{remote.version}".encode("utf-8", "surrogateescape"))
+        return os.path.join(self.folder, name.hexdigest())
+
     def open(self, url: str, remote: Entry) -> int:
         """A descriptor of the local copy of `url`, copied first where there is none.
 
         Raises:
-            ValueError: the remote file cannot be read, or is not as long as it was.
+            ValueError: the remote file cannot be read, or is not what it was.
         """
         os.makedirs(self.folder, exist_ok=True)
-        name = hashlib.sha256(f"{url}\0{remote.size}\0{remote.version}".encode()).hexdigest()
-        path = os.path.join(self.folder, name)
-        # Few lock files for any number of copies: removing one that somebody waits for would break the lock.
-        with locked(os.path.join(self.folder, f"lock-{name[:2]}")):
+        path = self.path(url, remote)
+        with locked(self._lock_of(path)):
             with suppress(FileNotFoundError):
                 os.utime(path)
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             part = f"{path}.part"
             _ask(url, lambda fs, source: fs.get_file(source, part))
-            if (size := os.path.getsize(part)) != remote.size:
-                raise ValueError(f"source={url!r}: {size} bytes of {remote.size} arrived; it changed under the run")
+            size = os.path.getsize(part)
+            if remote.size not in (None, size) or entry(url) != remote:
+                os.remove(part)
+                raise ValueError(f"source={url!r}: it changed, or more than {size} bytes were to come; try again")
             os.replace(part, path)
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._evict()
         return handle
 
+    def _lock_of(self, path: str) -> str:
+        # Few lock files for any number of copies: removing one that somebody waits for would break the lock.
+        return os.path.join(self.folder, f"lock-{os.path.basename(path)[:2]}")
+
     def _evict(self) -> None:
-        with locked(os.path.join(self.folder, "lock")), os.scandir(self.folder) as entries:
-            copies = [(e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if len(e.name) == 64]
+        """Removes what is beyond the limit, and what interrupted copies have left."""
+        with locked(os.path.join(self.folder, "lock")):
+            files: list[tuple[int, int, str]] = []
+            for path in filter(_COPY.search, map(str, Path(self.folder).iterdir())):
+                with suppress(FileNotFoundError):  # another process has just finished it
+                    status = os.stat(path)
+                    files.append((status.st_mtime_ns, status.st_size, path))
+            copies = sorted(each for each in files if not each[2].endswith(".part"))
             total = sum(size for _, size, _ in copies)
-            for _, size, path in sorted(copies)[:-1]:
+            for _, size, path in copies[:-1]:
                 if total <= self.limit:
                     break
                 os.remove(path)
                 total -= size
+            for *_, path in set(files) - set(copies):
+                with suppress(BlockingIOError, FileNotFoundError), locked(self._lock_of(path), wait=False):
+                    os.remove(path)
 
 
 def _local_entry(file: Any) -> Entry:
@@ -164,8 +216,20 @@ def _local_entry(file: Any) -> Entry:
 
 def _version(info: dict[str, Any]) -> str:
     """What tells a changed remote file from the old one, as far as its storage says."""
-    keys = ("ETag", "etag", "md5Hash", "blob_id", "checksum", "LastModified", "last_modified", "mtime", "created")
-    return " ".join(str(info[key]) for key in keys if info.get(key))
+    for key in _VERSIONS:
+        if found := info.get(key):
+            return str(found.timestamp() if isinstance(found, datetime) else found).strip('"')
+    return ""
+
+
+def _fresh(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
+    """`_ask`, past what fsspec remembers of listings."""
+
+    def ask(fs: Any, path: str) -> _Answer:
+        fs.invalidate_cache()
+        return question(fs, path)
+
+    return _ask(url, ask)
 
 
 def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
