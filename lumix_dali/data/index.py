@@ -28,6 +28,7 @@ DIGITS = 9  # of the longest label
 _FORMAT = 4  # of the kept file
 _BLOCK = 512  # tar's unit
 _REGULAR, _EMPTY, _EXTENDED = b"0\0" b"7", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
+UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises where a kept index is missing or damaged
 _ALONE = 8  # shards that are not worth a process of their own
 
 
@@ -130,14 +131,14 @@ def load(
     name = f"{sha.hexdigest()[:32]}.npy"
     homes = [os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".lumix_dali"), storage.cache_folder()]
     for place in homes:
-        with suppress(OSError, ValueError):
+        with suppress(*UNUSABLE):
             return _opened(os.path.join(place, name), len(paths))
     home = next(filter(_writable, homes), None)
     if home is None:
         raise ValueError(f"source={paths[0]!r}: its index can be kept in none of {homes}; set LUMIX_DALI_CACHE")
     with storage.locked(os.path.join(home, "lock")):
         target = os.path.join(home, name)
-        with suppress(OSError, ValueError):  # another process was faster
+        with suppress(*UNUSABLE):  # another process was faster
             return _opened(target, len(paths))
         found = list(progress(_scanned(paths), len(paths)))
         keep(target, np.concatenate([np.array(list(map(len, found)), np.int64), *(each.ravel() for each in found)]))
@@ -285,6 +286,8 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
                 ignored.append(name)
         place += -(-size // _BLOCK) * _BLOCK
         _check_whole(repr(name), place, end)
+    if keys:
+        raise ValueError("no whole tar archive: its last member is cut short")
 
 
 def _check_whole(name: str, stop: int, end: int) -> None:

@@ -353,7 +353,7 @@ class Shards:
         """Rows of a remote shard, kept beside its copy and for longer; without `handle` it is copied if need be."""
         path, entry = self.paths[number], self._entries[number]
         kept = f"{self._cache.path(path, entry)}.npy"
-        with suppress(OSError, ValueError):
+        with suppress(*index.UNUSABLE):
             return np.load(kept)
         if handle is None:
             shard = _Shard(self._cache.open(path, entry), np.zeros((0, 3), np.int64))
