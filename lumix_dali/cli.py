@@ -12,11 +12,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from . import checks
 from .data import check, convert, sources
 from .data.formats import MAX_PIXELS
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
+_LOWEST = dict(count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1)
 BOX_COLOUR = (255, 64, 64)
 
 
@@ -78,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         add(commands)
     args = parser.parse_args(argv)
     try:
+        for name, low in _LOWEST.items():
+            if (value := getattr(args, name, None)) is not None:
+                checks.whole(f"--{name.replace('_', '-')}", value, low)
         return args.run(args)
     except (ValueError, OSError) as error:
         print(f"lumix-dali: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ A case has
     threads: of the loader, or processes of the check.
 
 An answer has
-    labels: as delivered. bad: {index: substitute's index}. warnings: their texts.
+    labels: as delivered. bad: {name: reason}. warnings: their texts.
     differences: {label: mean absolute difference of an odd file's pixels from the right ones}.
     names, reasons: of the files that a check calls bad.
     error: text of an exception. died: name of the signal. memory: peak, in bytes. printed: the end of the output.
@@ -36,8 +36,8 @@ TIME_LIMIT = 60  # seconds for a case, after which it counts as hung
 
 
 def main(folder):
-    import lumix_dali.loading.loader
-    import lumix_dali.data.check  # noqa: F401  (before the fork, which makes a case cheap)
+    import lumix_dali.data.check
+    import lumix_dali.loading.loader  # noqa: F401  (before the fork, which makes a case cheap)
     from tests.odd import odd
 
     odd()
@@ -161,9 +161,13 @@ def make_list(case, root):
 def shards(root, out):
     from lumix_dali import create_loader
     from lumix_dali.data.convert import convert
+    from tests.archives import as_records
 
     samples = create_loader(root, batch_size=1, is_training=False, device="cpu").samples
-    convert(samples, out, to={"tar": "webdataset"}.get(out.name, out.name))
+    if out.name == "tar":
+        convert(samples, out)
+    else:
+        as_records(samples, out, 10_000)
 
 
 def load(case, source, kinds):
@@ -183,7 +187,7 @@ def load(case, source, kinds):
                     labels = (target.labels if training else target).tolist()
                     answer["labels"] += labels
                     rows |= {label: image.clone().numpy() for label, image in zip(labels, images, strict=True)}
-                answer["bad"] = {str(index): loader.bad[index] for index in loader.bad}
+                answer["bad"] = loader.bad
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]

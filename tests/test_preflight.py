@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lumix_dali import create_loader
-from lumix_dali.data import check, sources
 from lumix_dali.cli import main
+from lumix_dali.data import check, sources
 
 
 def encoded(kind, seed=0, size=(64, 48)):
@@ -123,7 +123,7 @@ def test_a_changed_manifest_is_refused(root, tmp_path_factory, change):
     manifest = tmp_path_factory.mktemp("out") / "train.json"
     sources.write_manifest(sources.folder(root), manifest)
     manifest.write_text(change(manifest.read_text()))
-    with pytest.raises(ValueError, match=r"source=.*train\.json.*write it anew"):
+    with pytest.raises(ValueError, match=r"source=.*train\.json.*write it again"):
         create_loader(manifest, batch_size=2, device="cpu")
 
 
@@ -143,4 +143,4 @@ def test_lists_are_checked_too(root):
     (root / "list.txt").write_text("a/0.jpg 0\nb c/1.jpg 1\na/gone.jpg 1\n")
     report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
-    assert report.samples.names == ["a/0.jpg", "b c/1.jpg"]
+    assert list(report.samples.names) == ["a/0.jpg", "b c/1.jpg"]

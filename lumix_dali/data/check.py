@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import io
-import json
 import os
 import signal
 import struct
@@ -267,6 +266,7 @@ class _Look(NamedTuple):
     labels: list[int]
     bad: dict[str, str]
     ignored: list[str]
+    warnings: list[str]
 
 
 def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress) -> list[_Look]:
@@ -279,21 +279,22 @@ def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: 
     if full:
         chunks = [[(path, name) for name in look.names] for path, look in zip(paths, looks, strict=True)]
         chunks = [chunk for chunk in chunks if chunk]
+        found_there = dict(zip(paths, looks, strict=True))
         reasons = _in_children(partial(_decode_samples, max_pixels=max_pixels), chunks, workers)
         for faults in progress(reasons, len(chunks)):
             for (path, name), reason in faults.items():
-                looks[list(paths).index(path)].bad[name] = reason
+                found_there[path].bad.setdefault(name, reason)
     return looks
 
 
 def _looked(look: _Look | str) -> _Look:
-    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [])
+    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [], [])
 
 
 def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
     """{path: what it holds} of the one shard in `chunk`."""
     (path,) = chunk
-    look, seen = _Look([], [], {}, []), set()
+    look, seen = _Look([], [], {}, [], []), set()
     if storage.is_remote(path):
         raise ValueError(f"source={path!r}: remote shards are not scanned; scan them before the upload")
     try:
@@ -309,6 +310,8 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
                 look.labels.append(row.label)
             if index.kind_of(path) == "tfrecord":
                 look.bad.update(_checksum_faults(file.fileno()))
+            elif os.pread(file.fileno(), 512, max(0, os.fstat(file.fileno()).st_size - 512)).strip(b"\0"):
+                look.warnings.append(f"{os.path.basename(path)}: no end mark; was it cut short between two samples?")
         if not seen:
             look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
@@ -385,7 +388,7 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
 
 
 def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
-    found, labels = [], samples.labels
+    found, labels = [warning for look in looks for warning in look.warnings], samples.labels
     shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
     expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
     if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:

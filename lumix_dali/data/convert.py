@@ -77,8 +77,11 @@ def _begin(out: str | os.PathLike, plan: dict[str, Any]) -> None:
     """Leaves `plan` in `out`, or finds it there."""
     path = os.path.join(out, sources.DESCRIPTION)
     if os.path.exists(path):
-        with open(path, encoding="ascii") as file:
-            before = json.load(file)
+        try:
+            with open(path, encoding="ascii") as file:
+                before = dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"out={os.fspath(out)!r}: {sources.DESCRIPTION} is damaged; give a new folder") from error
         if different := [key for key in plan if key != "complete" and before.get(key) != plan[key]]:
             raise ValueError(f"out={os.fspath(out)!r}: it holds shards of another {different[0]}; give a new one")
     elif others := sorted(os.listdir(out)):

@@ -12,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
@@ -20,12 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import storage
-from .formats import is_image
+from .formats import EXTENSIONS, is_image
 
 IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's for ImageNet
 DIGITS = 9  # of the longest label
-_FORMAT = 3  # of the kept file
+_FORMAT = 4  # of the kept file
 _BLOCK = 512  # tar's unit
+_REGULAR, _EMPTY, _EXTENDED = b"0\0" b"7", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
+UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises where a kept index is missing or damaged
 _ALONE = 8  # shards that are not worth a process of their own
 
 
@@ -128,33 +131,36 @@ def load(
     name = f"{sha.hexdigest()[:32]}.npy"
     homes = [os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".lumix_dali"), storage.cache_folder()]
     for place in homes:
-        with suppress(OSError, ValueError):
+        with suppress(*UNUSABLE):
             return _opened(os.path.join(place, name), len(paths))
     home = next(filter(_writable, homes), None)
     if home is None:
         raise ValueError(f"source={paths[0]!r}: its index can be kept in none of {homes}; set LUMIX_DALI_CACHE")
     with storage.locked(os.path.join(home, "lock")):
         target = os.path.join(home, name)
-        if not os.path.exists(target):
-            _keep(target, list(progress(_scanned(paths), len(paths))))
+        with suppress(*UNUSABLE):  # another process was faster
+            return _opened(target, len(paths))
+        found = list(progress(_scanned(paths), len(paths)))
+        keep(target, np.concatenate([np.array(list(map(len, found)), np.int64), *(each.ravel() for each in found)]))
     return _opened(target, len(paths))
 
 
 def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    content = np.load(path, mmap_mode="r")
+    content = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: np.memmap's own slices are slow
     counts, places = np.array(content[:shards]), content[shards:].reshape(-1, 3)
     if counts.sum() != len(places):
         raise ValueError(f"{path}: damaged")
     return places, counts
 
 
-def _keep(path: str, found: list[np.ndarray]) -> None:
-    """Counts, then rows: in one file, which gets its name once it is whole."""
-    with open(f"{path}.part", "wb") as file:
-        np.save(file, np.concatenate([np.array(list(map(len, found)), np.int64), *(each.ravel() for each in found)]))
+def keep(path: str, content: np.ndarray) -> None:
+    """Writes an array, which gets its name once it is whole."""
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix="part-", delete=False) as file:
+        np.save(file, content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
 
 def _writable(folder: str) -> bool:
@@ -253,31 +259,40 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
         ValueError: it is damaged, or a member's path is absolute or leads out.
     """
     place, end = 0, os.fstat(handle).st_size
-    long_name: str | None = None
-    long_size: int | None = None
+    keys: dict[str, str] = {}  # what extended headers say of the next member
     while place < end:
         block = _read(handle, place, _BLOCK)
         if not block.strip(b"\0"):
             return  # the end mark
         name, size = _name_and_size(block)
         kind, place = block[156:157], place + _BLOCK
-        if kind == b"x":
-            keys = _pax(_read(handle, place, size))
-            long_name, long_size = keys.get("path"), int(keys["size"]) if "size" in keys else None
-        elif kind == b"L":
-            long_name = _text(_read(handle, place, size))
-        elif kind not in b"Kg":
-            name, size = long_name or name, size if long_size is None else long_size
-            long_name = long_size = None
-            if place + size > end:
-                raise ValueError(f"no whole tar archive: {name!r} is cut short")
+        if kind in _EXTENDED:
+            _check_whole(repr(name), place + size, end)
+            content = _read(handle, place, size)
+            keys |= _pax(content) if kind in b"xX" else {"path": _text(content)} if kind == b"L" else {}
+        else:
+            name, size = keys.get("path") or name, int(keys.get("size", size)) if kind not in _EMPTY else 0
+            is_regular = kind in _REGULAR and not any(key.startswith("GNU.sparse.") for key in keys)
+            keys = {}
+            more = kind == b"S" and block[482]
+            while more:  # blocks of a sparse file's map
+                more, place = _read(handle, place, _BLOCK)[504], place + _BLOCK
+            _check_whole(repr(name), place + size, end)
             if name.startswith("/") or ".." in name.split("/"):
                 raise ValueError(f"member {name!r} leads out of the archive; refused")
-            if kind in b"0\0" and not name.rpartition("/")[2].startswith("."):
+            if is_regular and not name.rpartition("/")[2].startswith("."):
                 yield Member(name, place, size)
             elif kind != b"5" and ignored is not None:
                 ignored.append(name)
         place += -(-size // _BLOCK) * _BLOCK
+        _check_whole(repr(name), place, end)
+    if keys:
+        raise ValueError("no whole tar archive: its last member is cut short")
+
+
+def _check_whole(name: str, stop: int, end: int) -> None:
+    if stop > end:  # before anything is read: the size may claim the machine's memory
+        raise ValueError(f"no whole tar archive: {name} is cut short")
 
 
 def _name_and_size(block: bytes) -> tuple[str, int]:
@@ -287,32 +302,42 @@ def _name_and_size(block: bytes) -> tuple[str, int]:
         ValueError: its checksum does not match.
     """
     try:
-        (claimed,) = _octal(block[148:156])
-        size = int.from_bytes(block[125:136]) if block[124] & 0x80 else _octal(block[124:136])[0]
+        claimed = _octal(block[148:156])
+        size = int.from_bytes(block[125:136]) if block[124] & 0x80 else _octal(block[124:136])
     except ValueError:
         claimed, size = -1, -1
-    if claimed != sum(block) - sum(block[148:156]) + 8 * 32 or size < 0:
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    signed = total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # as some old programs add
+    if claimed not in (total, signed) or size < 0:
         raise ValueError("no whole tar archive: a header is damaged")
     name = _text(block[:100])
     prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
     return f"{prefix}/{name}" if prefix else name, size
 
 
-def _octal(field: bytes) -> tuple[int]:
-    return (int(field.rstrip(b" \0").strip() or b"0", 8),)
+def _octal(field: bytes) -> int:
+    return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 
 def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
+_PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
+
+
 def _pax(content: bytes) -> dict[str, str]:
     """The records ``LENGTH KEY=VALUE\\n`` of an extended header."""
     found, place = {}, 0
-    while place < len(content) and (match := re.compile(rb"(\d+) ([^=]+)=").match(content, place)):
-        stop = place + max(int(match[1]), 1)
+    while place < len(content) and content[place]:
+        match = _PAX_RECORD.match(content, place)
+        stop = place + int(match[1]) if match else 0
+        if not match or not match.end() < stop <= len(content):
+            raise ValueError("no whole tar archive: an extended header is damaged")
         found[match[2].decode("utf-8", "replace")] = content[match.end() : stop - 1].decode("utf-8", "surrogateescape")
         place = stop
+    if not found.get("size", "0").isdecimal():
+        raise ValueError("no whole tar archive: an extended header is damaged")
     return found
 
 
@@ -337,7 +362,9 @@ def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
 
 
 def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
-    images = [member for extension, member in group if is_image(f"x.{extension}")]
+    images = [member for extension, member in group if f".{extension}" in EXTENSIONS]
+    # x.jpg may have an x.mask.png beside it; with that only, the name has one dot too many
+    images = images or [member for extension, member in group if is_image(f"x.{extension}")]
     labels = [member for extension, member in group if extension == "cls"]
     if not images and not labels:
         return  # not a sample: a note, somebody's index
@@ -351,7 +378,8 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
     elif not labels:
         label = Fault.NO_LABEL
     else:
-        label = parse_label(_read(handle, labels[0].offset, min(labels[0].size, DIGITS + 64)))
+        size = labels[0].size
+        label = parse_label(_read(handle, labels[0].offset, size)) if size <= DIGITS + 64 else Fault.LABEL
     yield Row(image.name, image.offset, image.size, label)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import hashlib
 import json
@@ -13,6 +12,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -27,6 +27,7 @@ from .formats import EXTENSIONS, BadImage, is_image, open_regular
 MAX_CLASSES = 10**6
 MANIFEST = "lumix_dali.manifest/2"
 DESCRIPTION, FORMAT = "shards.json", "lumix_dali.shards/1"
+_HUB = "_info.json"  # of a Hugging Face WebDataset, such as timm's of ImageNet
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _OPEN = 256  # shards that stay open
 _AHEAD = 4  # remote shards that are copied at once
@@ -69,7 +70,7 @@ class Names(Sequence[str]):
     def __init__(self, names: Iterable[str]):
         encoded = [os.fsencode(name) for name in names]
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._bytes = b"".join(encoded)
+        self.content = b"".join(encoded)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -80,15 +81,15 @@ class Names(Sequence[str]):
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         place %= len(self)
-        return os.fsdecode(self._bytes[self._ends[place] : self._ends[place + 1]])
+        return os.fsdecode(self.content[self._ends[place] : self._ends[place + 1]])
 
     def __repr__(self) -> str:
         return f"<{len(self)} names>"
 
-    @property
-    def content(self) -> bytes:
-        """All of them, for a hash."""
-        return self._bytes + self._ends.tobytes()
+    def update(self, sha: Any) -> None:
+        """Adds all of them to a hash."""
+        sha.update(self.content)
+        sha.update(cast(Any, self._ends))
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Files:
     labels: np.ndarray
     classes: Sequence[str]
     digest: str = field(init=False, repr=False)
+    remote: bool = field(init=False, repr=False)  # whether fsspec reads any of the files
 
     def __post_init__(self):
         n, k, labels = len(self.names), len(self.classes), np.asarray(self.labels)
@@ -122,10 +124,13 @@ class Files:
             root = os.path.abspath(root)  # whatever the working folder will be
             if not os.path.isdir(root) and any(not os.path.isabs(name) for name in names):
                 raise ValueError(f"root={root!r}: no such folder; give the one that the names are relative to")
-        sha = hashlib.sha256(names.content)
+        sha = hashlib.sha256()
+        names.update(sha)
         sha.update("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         sha.update(labels.astype(np.int64).tobytes())
-        for key, value in dict(root=root, names=names, labels=labels.astype(np.int64), digest=sha.hexdigest()).items():
+        remote = storage.is_remote(root) or b"://" in names.content
+        found = dict(root=root, names=names, labels=labels.astype(np.int64), digest=sha.hexdigest(), remote=remote)
+        for key, value in found.items():
             object.__setattr__(self, key, value)
 
     def __len__(self) -> int:
@@ -138,11 +143,6 @@ class Files:
     def class_to_idx(self) -> dict[str, int]:
         """Label of each class name, as timm and torchvision call it."""
         return {name: label for label, name in enumerate(self.classes)}
-
-    @property
-    def remote(self) -> bool:
-        """Whether fsspec reads the files."""
-        return storage.is_remote(self.root)
 
     def path(self, index: int) -> str:
         """Path of sample `index`."""
@@ -214,8 +214,9 @@ class Shards:
         if not self.remote:
             self._rows, found = index.load(paths, entries, progress)
         elif counts is None:
-            shards = progress(range(len(paths)), len(paths))
-            found = np.array([len(self._fetch(number, None).rows) for number in shards], np.int64)
+            with ThreadPoolExecutor(_AHEAD) as pool:
+                rows = progress(pool.map(self._index_of, range(len(paths))), len(paths))
+                found = np.array(list(map(len, rows)), np.int64)
         else:
             found = np.array(counts, np.int64)
         if counts is not None and (wrong := np.flatnonzero(found != np.array(counts))).size:
@@ -223,8 +224,8 @@ class Shards:
         self.counts = found
         self._starts = (np.cumsum(found) - found).tolist()
         sha = hashlib.sha256(repr(classes).encode("utf-8", "surrogateescape"))
-        for path, one, count in zip(paths, entries, found.tolist(), strict=True):
-            sha.update(f"{os.path.basename(path)}\0{one.size}\0{count}\0".encode("utf-8", "surrogateescape"))
+        for path, entry, count in zip(paths, entries, found.tolist(), strict=True):
+            sha.update(f"{os.path.basename(path)}\0{entry.size}\0{count}\0".encode("utf-8", "surrogateescape"))
         if self._rows is not None:
             sha.update(cast(Any, self._rows))
         self.digest = sha.hexdigest()
@@ -317,7 +318,7 @@ class Shards:
                 self._open.popitem(last=False)
         try:
             opened.set_result(self._local(number))
-        except ValueError as error:
+        except Exception as error:  # others wait for it
             opened.set_exception(error)
         return opened
 
@@ -339,14 +340,27 @@ class Shards:
             raise ValueError(f"source={path!r}: its size is not what it was when the run began; make the loader again")
         return shard
 
-    def _fetch(self, number: int, count: int | None) -> _Shard:
+    def _fetch(self, number: int, count: int) -> _Shard:
         """A local copy of a remote shard, with its index."""
-        path = self.paths[number]
-        shard = _Shard(self._cache.open(path, self._entries[number]), np.zeros((0, 3), np.int64))
-        shard.rows = index.scan(path, shard.handle)
-        if count is not None and len(shard.rows) != count:
+        handle = self._cache.open(self.paths[number], self._entries[number])
+        shard = _Shard(handle, np.zeros((0, 3), np.int64))
+        shard.rows = self._index_of(number, handle)
+        if len(shard.rows) != count:
             self._refuse(number, len(shard.rows), count)
         return shard
+
+    def _index_of(self, number: int, handle: int | None = None) -> np.ndarray:
+        """Rows of a remote shard, kept beside its copy and for longer; without `handle` it is copied if need be."""
+        path, entry = self.paths[number], self._entries[number]
+        kept = f"{self._cache.path(path, entry)}.npy"
+        with suppress(*index.UNUSABLE):
+            return np.load(kept)
+        if handle is None:
+            shard = _Shard(self._cache.open(path, entry), np.zeros((0, 3), np.int64))
+            return self._index_of(number, shard.handle)
+        rows = index.scan(path, handle)
+        index.keep(kept, rows)
+        return rows
 
     def _refuse(self, number: int, found: int, expected: int) -> None:
         raise ValueError(
@@ -373,6 +387,8 @@ class Rows:
             rows = rows.cast_column(image, type(features[image])(decode=False))
         self.rows, self._image, self._label = rows, image, label
         self.classes = getattr(features.get(label), "names", None) if classes is None else list(classes)
+        if len(rows):
+            self._pair(0, rows[0])
 
     @cached_property
     def digest(self) -> str:
@@ -384,18 +400,32 @@ class Rows:
 
     def name(self, index: int) -> str:
         """Number of the row, and its path where it has one."""
-        path = _path(self._pair(self.rows[index])[0])
+        path = _path(self._pair(index, self.rows[index])[0])
         return f"row {index}" + (f" ({path!r})" if path else "")
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """Encoded images and labels."""
         many = getattr(self.rows, "__getitems__", None)
         rows = many(list(indices)) if many else [self.rows[index] for index in indices]
-        pairs = [self._pair(row) for row in rows]
-        return [_encoded(image) for image, _ in pairs], np.array([label for _, label in pairs], np.int64)
+        pairs = [self._pair(index, row) for index, row in zip(indices, rows, strict=True)]
+        k = MAX_CLASSES if self.classes is None else len(self.classes)
+        fits = [isinstance(label, int | np.integer) and 0 <= label < k for _, label in pairs]
+        images = [
+            _encoded(image) if fit else BadImage(f"its label is {label!r}, not a whole number in [0, {k})")
+            for (image, label), fit in zip(pairs, fits, strict=True)
+        ]
+        return images, np.array([label if fit else 0 for (_, label), fit in zip(pairs, fits, strict=True)], np.int64)
 
-    def _pair(self, row: Any) -> tuple[Any, int]:
-        return (row[self._image], row[self._label]) if isinstance(row, Mapping) else (row[0], row[1])
+    def _pair(self, index: int, row: Any) -> tuple[Any, Any]:
+        try:
+            image, label = (row[self._image], row[self._label]) if isinstance(row, Mapping) else row
+        except (KeyError, TypeError, ValueError) as error:
+            keys = f"a mapping of {', '.join(map(repr, row))}" if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"source: row {index} is {keys}; give (image, label), a mapping of {self._image!r} and "
+                f"{self._label!r}, or name its keys: data.sources.Rows(rows, image=..., label=...)"
+            ) from error
+        return image, label
 
 
 def _path(image: Any) -> str | None:
@@ -405,10 +435,13 @@ def _path(image: Any) -> str | None:
 
 def _encoded(image: Any) -> Image:
     content = image.get("bytes") if isinstance(image, Mapping) else image
-    if isinstance(content, bytes | bytearray | memoryview | np.ndarray):
+    if isinstance(content, bytes | bytearray | memoryview):
         return bytes(content) if isinstance(content, bytearray) else content
+    if isinstance(content, np.ndarray) and content.dtype == np.uint8 and content.ndim == 1:
+        return np.ascontiguousarray(content)
     path = _path(image)
-    return BadImage(f"neither encoded bytes nor a path, but {type(image).__name__}") if path is None else _content(path)
+    kind = type(image).__name__
+    return BadImage(f"neither encoded bytes nor a path, but of type {kind}") if path is None else _content(path)
 
 
 # What a user may give
@@ -444,8 +477,10 @@ def load(
         if not len(source):
             raise ValueError(f"source={source!r}: nothing in it; give one sample at least")
         if isinstance(source[0], str | os.PathLike):
-            return _load_shards([os.fspath(path) for path in source], cache_dir, cache_bytes, progress)
-        return pairs(source)
+            paths = [each for path in source for each in braces(os.fspath(path))]
+            return _load_shards(paths, cache_dir, cache_bytes, progress)
+        if not isinstance(source[0], Mapping) and isinstance(next(iter(source[0]), None), str | os.PathLike):
+            return pairs(source)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return Rows(source)
     raise ValueError(f"source={source!r}: give a folder, a list file, shards, pairs, or a map-style data set")
@@ -456,14 +491,10 @@ def _load_path(path: str, cache_dir, cache_bytes: int, progress: Progress) -> So
         return _load_shards(found, cache_dir, cache_bytes, progress)
     if os.path.isdir(path):
         return folder(path)
-    if storage.is_remote(path):
-        try:
-            storage.entry(path)
-        except storage.Missing:
-            return folder(path.rstrip("/"))
-        parent, name = os.path.split(path.rstrip("/"))
-        if name not in storage.listing(parent):
-            return folder(path.rstrip("/"))
+    if glob.has_magic(path) or "{" in path:
+        raise ValueError(f"source={path!r}: no shard's name matches; give a pattern of files that exist")
+    if storage.is_remote(path) and storage.is_folder(path):
+        return folder(path.rstrip("/"))
     if storage.is_remote(path) or os.path.isfile(path):
         return manifest(path) if is_manifest(path) else file_list(path)
     raise ValueError(f"source={path!r}: no such folder or list file; give one that exists")
@@ -568,7 +599,14 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
 
 def is_manifest(path: str | os.PathLike) -> bool:
     """Whether this is a file that ``lumix-dali check`` wrote."""
-    return not os.path.isdir(path) and MANIFEST.partition("/")[0].encode() in storage.read_bytes(path)[:64]
+    if storage.is_remote(path):
+        head = storage.read_bytes(path)
+    elif os.path.isdir(path):
+        return False
+    else:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    return MANIFEST.partition("/")[0].encode() in head[:64]
 
 
 def manifest(path: str | os.PathLike) -> Files:
@@ -622,52 +660,71 @@ def class_files(root: str) -> dict[str, list[str]]:
     else:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+        seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
         with ThreadPoolExecutor(16) as pool:  # network storage answers many questions at once
-            files = dict(zip(names, pool.map(lambda name: list(files_below(root, name)), names), strict=True))
+            below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)
+            files = dict(zip(names, below, strict=True))
     if not files:
         raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
     # "1" and "01" have one key: never scandir's order
     return {name: files[name] for name in sorted(sorted(files), key=natural_key)}
 
 
-def files_below(root: str, name: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """All files of class `name`, however deep, relative to `root`. Links to folders above are not followed."""
-    real = os.path.realpath(os.path.join(root, name))
-    above = above or (os.path.realpath(root),)
-    if real in above:
-        return
+def files_below(root: str, name: str, seen: set[str]) -> Iterator[str]:
+    """All files of class `name`, however deep, relative to `root`.
+
+    Links are followed, but each real folder only once: none of those in `seen`, which grows.
+    """
     with os.scandir(os.path.join(root, name)) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         below = f"{name}/{entry.name}"
-        if entry.is_dir():
-            yield from files_below(root, below, (*above, real))
-        else:
+        if not entry.is_dir():
             yield below
+        elif (real := os.path.realpath(entry.path)) not in seen:
+            seen.add(real)
+            yield from files_below(root, below, seen)
 
 
 # Shards
 
 
 def find_shards(source: str) -> list[str]:
-    """Paths of the shards that `source` names: a glob, one file, or a folder of them. Else nothing."""
-    if is_shard(source) and not glob.has_magic(source) and not os.path.isdir(source):
-        return [source] if storage.is_remote(source) or os.path.isfile(source) else []
-    if glob.has_magic(source) and not os.path.exists(source):
-        root, pattern = os.path.split(source)
-        if storage.is_remote(source):
-            found = [f"{root}/{name}" for name in fnmatch.filter(storage.listing(root), pattern)]
-        else:
-            found = glob.glob(source)
-        return sorted(path for path in found if is_shard(path))
-    if not storage.is_remote(source) and not os.path.isdir(source):
-        return []
-    if storage.has_folders(source):
+    """Paths of the shards that `source` names: one file, a glob, braces, or a folder of them. Else nothing."""
+    remote = storage.is_remote(source)
+    if not remote and os.path.isdir(source):
+        return _shards_in(source)
+    if is_shard(source) and (os.path.isfile(source) or not (remote or glob.has_magic(source) or "{" in source)):
+        return [source] if os.path.isfile(source) else []
+    paths = braces(source)
+    if glob.has_magic(source):
+        found = {name for path in paths for name in (storage.matching(path) if remote else glob.glob(path))}
+        return sorted(filter(is_shard, found))
+    if len(paths) > 1 or is_shard(source):
+        return paths
+    return _shards_in(source) if remote else []
+
+
+def _shards_in(folder: str) -> list[str]:
+    if storage.has_folders(folder):
         return []  # beside class folders, archives are not data
-    names = storage.listing(source)
+    names = storage.listing(folder)
     if DESCRIPTION in names:
-        description(source)  # an error where shards are still being written
-    return [os.path.join(source, name) for name in sorted(names) if is_shard(name)]
+        description(folder)  # an error where shards are still being written
+    return [os.path.join(folder, name) for name in sorted(names) if is_shard(name)]
+
+
+def braces(pattern: str) -> list[str]:
+    """What ``{0000..0127}`` and ``{a,b}`` stand for, in a shell and for WebDataset."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if not match or (not storage.is_remote(pattern) and os.path.exists(pattern)):
+        return [pattern]
+    if match[3] is None:
+        width = max(map(len, match.group(1, 2))) if match[1].startswith("0") or match[2].startswith("0") else 1
+        words = [f"{number:0{width}}" for number in range(int(match[1]), int(match[2]) + 1)]
+    else:
+        words = match[3].split(",")
+    return [each for word in words for each in braces(pattern[: match.start()] + word + pattern[match.end() :])]
 
 
 def is_shard(path: str) -> bool:
@@ -684,13 +741,10 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
         raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each of them once")
     folders = sorted({os.path.dirname(path) for path in paths})
     listed = {place: _files_in(place) for place in folders}
-    entries = []
-    for path in paths:
-        place, name = os.path.split(path)
-        if name in listed[place]:
-            entries.append(listed[place][name])
-        else:
-            entries.append(storage.entry(path))
+    entries = [listed[place].get(name) for place, name in map(os.path.split, paths)]
+    unknown = [k for k, entry in enumerate(entries) if entry is None or not entry.version]  # HTTP lists only names
+    for k, entry in zip(unknown, storage.entries([paths[k] for k in unknown]), strict=True):
+        entries[k] = entry
     known = {place: _description(place, listed[place]) for place in folders}
     lists = [each[0] for each in known.values() if each[0] is not None]
     if any(classes != lists[0] for classes in lists):
@@ -699,7 +753,7 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
     found = [known[os.path.dirname(path)][1].get(os.path.basename(path)) for path in paths]
     counts = None if None in found else [int(count) for count in found if count is not None]
     cache = storage.Cache(os.path.join(cache_dir or storage.cache_folder(), "shards"), cache_bytes)
-    return Shards(paths, entries, counts, classes, cache, progress)
+    return Shards(paths, cast(Any, entries), counts, classes, cache, progress)
 
 
 def _files_in(place: str) -> dict[str, storage.Entry]:
@@ -714,11 +768,15 @@ def _files_in(place: str) -> dict[str, storage.Entry]:
 
 def _description(place: str, files: Mapping[str, Any]) -> tuple[list[str] | None, dict[str, int]]:
     """Class names, and number of samples of each shard, as far as files beside them tell."""
+    for name in (DESCRIPTION, _HUB) if not files else ():  # not listed, and maybe there
+        with suppress(storage.Missing):
+            files = {name: storage.entry(os.path.join(place, name))}
+            break
     if DESCRIPTION in files:
         found = description(place)
         return found["classes"], found["shards"]
-    if "_info.json" in files:  # a Hugging Face WebDataset, such as timm's of ImageNet
-        return None, _hub_counts(os.path.join(place, "_info.json"))
+    if _HUB in files:
+        return None, _hub_counts(os.path.join(place, _HUB))
     return None, {}
 
 
@@ -732,8 +790,9 @@ def description(place: str) -> dict[str, Any]:
     try:
         content = json.loads(storage.read_bytes(path))
         if content["format"] == FORMAT and content["complete"]:
-            return {"classes": list(content["classes"]), "shards": dict(content["shards"])}
-    except (ValueError, KeyError, TypeError) as error:
+            shards = {name: int(count) for name, count in content["shards"].items()}
+            return {"classes": list(content["classes"]), "shards": shards}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"source={path!r}: damaged ({error}); convert again, or remove it") from error
     raise ValueError(f"source={path!r}: not all shards are written; run the same `lumix-dali convert` again")
 
@@ -747,5 +806,5 @@ def _hub_counts(path: str) -> dict[str, int]:
             for split in splits
             for name, count in zip(split["filenames"], split["shard_lengths"], strict=True)
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"source={path!r}: damaged ({error!r}); repair or remove it") from error

@@ -1,0 +1,248 @@
+"""Folders and files, here or wherever fsspec reaches (``s3://``, ``gs://``, ``hf://``, ``https://``, ``memory://``).
+
+Remote shards are copied whole into a `Cache` that several processes share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+_QUESTIONS = 16  # that are asked of a server at once
+_COPY = re.compile(r"/[0-9a-f]{64}(\.part)?$")
+# Best first. One of them: a listing may know fewer than a question for one file.
+_VERSIONS: tuple[str, ...] = ("ETag", "etag", "md5Hash", "blob_id", "checksum", "Content-MD5", "Digest", "LastModified")
+_VERSIONS += ("Last-Modified", "last_modified", "updated", "mtime", "created")
+_Answer = TypeVar("_Answer")
+
+
+class Missing(ValueError):
+    """A file or object that does not exist."""
+
+
+class Entry(NamedTuple):
+    """A file: its size in bytes, None where a server does not tell, and a text that changes when its content does."""
+
+    size: int | None
+    version: str
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether fsspec has to read `path`."""
+    return "://" in os.fspath(path)
+
+
+def join(root: str, name: str) -> str:
+    """Path of `name` in `root`; an absolute or remote name stays as it is."""
+    return name if is_remote(name) else os.path.join(root, name)
+
+
+def listing(root: str, deep: bool = False) -> dict[str, Entry]:
+    """The files in `root`, or with `deep` below it (remote only), by relative name.
+
+    Raises:
+        Missing: there is no such folder.
+        ValueError: the storage cannot be read.
+    """
+    if not is_remote(root):
+        try:
+            with os.scandir(root or ".") as entries:
+                return {entry.name: _local_entry(entry) for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise Missing(f"source={root!r}: {error.strerror}; give a folder that exists") from error
+    found = _fresh(root, lambda fs, path: fs.find(path, detail=True).values() if deep else fs.ls(path, detail=True))
+    prefix = _ask(root, lambda fs, path: path.rstrip("/") + "/")
+    return {
+        item["name"].removeprefix(prefix): Entry(item["size"], _version(item))
+        for item in found
+        if item["type"] == "file" and item["name"].startswith(prefix)
+    }
+
+
+def matching(pattern: str) -> list[str]:
+    """Remote files whose names match a glob."""
+    found = _fresh(pattern, lambda fs, path: [fs.unstrip_protocol(name) for name in fs.glob(path)])
+    protocol = pattern.partition("://")[0]
+    return [f"{protocol}://{name.partition('://')[2]}" for name in found]
+
+
+def is_folder(path: str) -> bool:
+    """Whether there is a folder of this name."""
+    return _fresh(path, lambda fs, name: fs.isdir(name)) if is_remote(path) else os.path.isdir(path)
+
+
+def has_folders(root: str) -> bool:
+    """Whether there are folders in `root`, not counting hidden ones."""
+    if is_remote(root):
+        return any(item["type"] == "directory" for item in _ask(root, lambda fs, path: fs.ls(path, detail=True)))
+    with os.scandir(root) as entries:
+        return any(entry.is_dir() and entry.name[0] != "." for entry in entries)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of a file.
+
+    Raises:
+        Missing: it does not exist.
+        ValueError: the storage cannot be read.
+    """
+    if is_remote(path):
+        return _ask(os.fspath(path), lambda fs, name: fs.cat_file(name))
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def entry(path: str) -> Entry:
+    """Size and version of one file.
+
+    Raises:
+        Missing: it does not exist.
+    """
+    if is_remote(path):
+        info = _fresh(path, lambda fs, name: fs.info(name))
+        return Entry(info["size"], _version(info))
+    try:
+        return _local_entry(Path(path))
+    except OSError as error:
+        raise Missing(f"source={path!r}: no such file; give one that exists ({error.strerror})") from error
+
+
+def entries(paths: Sequence[str]) -> list[Entry]:
+    """`entry` of each of these."""
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        return list(pool.map(entry, paths))
+
+
+def cache_folder() -> str:
+    """Where indices and copies of remote shards are kept: ``$LUMIX_DALI_CACHE``, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.environ.get("LUMIX_DALI_CACHE") or os.path.join(home, "lumix_dali")
+
+
+@contextmanager
+def locked(path: str, wait: bool = True) -> Iterator[None]:
+    """Holds the lock file `path`, for which other processes wait.
+
+    Raises:
+        BlockingIOError: without `wait`, another process holds it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+class Cache:
+    """Local copies of remote files, within a limit, for any number of processes.
+
+    fsspec's own `filecache` is not safe across processes, takes an interrupted copy for a whole one, and serves the
+    old file after the remote one has changed. Here a copy gets its name once it is whole, the name depends on the
+    remote file's size and version, and readers hold descriptors, which removing a file does not touch.
+
+    Args:
+        folder: of the copies; made where it does not exist.
+        limit: bytes of all copies, beyond which the least recently opened are removed.
+    """
+
+    def __init__(self, folder: str, limit: int):
+        self.folder, self.limit = folder, limit
+
+    def path(self, url: str, remote: Entry) -> str:
+        """Where the copy of `url` in this version is, or would be."""
+        name = hashlib.sha256(f"{url}\0{remote.size}\0{remote.version}".encode("utf-8", "surrogateescape"))
+        return os.path.join(self.folder, name.hexdigest())
+
+    def open(self, url: str, remote: Entry) -> int:
+        """A descriptor of the local copy of `url`, copied first where there is none.
+
+        Raises:
+            ValueError: the remote file cannot be read, or is not what it was.
+        """
+        os.makedirs(self.folder, exist_ok=True)
+        path = self.path(url, remote)
+        with locked(self._lock_of(path)):
+            with suppress(FileNotFoundError):
+                os.utime(path)
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            part = f"{path}.part"
+            _ask(url, lambda fs, source: fs.get_file(source, part))
+            size = os.path.getsize(part)
+            if remote.size not in (None, size) or entry(url) != remote:
+                os.remove(part)
+                raise ValueError(f"source={url!r}: it changed, or more than {size} bytes were to come; try again")
+            os.replace(part, path)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._evict()
+        return handle
+
+    def _lock_of(self, path: str) -> str:
+        # Few lock files for any number of copies: removing one that somebody waits for would break the lock.
+        return os.path.join(self.folder, f"lock-{os.path.basename(path)[:2]}")
+
+    def _evict(self) -> None:
+        """Removes what is beyond the limit, and what interrupted copies have left."""
+        with locked(os.path.join(self.folder, "lock")):
+            files: list[tuple[int, int, str]] = []
+            for path in filter(_COPY.search, map(str, Path(self.folder).iterdir())):
+                with suppress(FileNotFoundError):  # another process has just finished it
+                    status = os.stat(path)
+                    files.append((status.st_mtime_ns, status.st_size, path))
+            copies = sorted(each for each in files if not each[2].endswith(".part"))
+            total = sum(size for _, size, _ in copies)
+            for _, size, path in copies[:-1]:
+                if total <= self.limit:
+                    break
+                os.remove(path)
+                total -= size
+            for *_, path in set(files) - set(copies):
+                with suppress(BlockingIOError, FileNotFoundError), locked(self._lock_of(path), wait=False):
+                    os.remove(path)
+
+
+def _local_entry(file: Any) -> Entry:
+    status = file.stat()
+    return Entry(status.st_size, str(status.st_mtime_ns))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What tells a changed remote file from the old one, as far as its storage says."""
+    for key in _VERSIONS:
+        if found := info.get(key):
+            return str(found.timestamp() if isinstance(found, datetime) else found).strip('"')
+    return ""
+
+
+def _fresh(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
+    """`_ask`, past what fsspec remembers of listings."""
+
+    def ask(fs: Any, path: str) -> _Answer:
+        fs.invalidate_cache()
+        return question(fs, path)
+
+    return _ask(url, ask)
+
+
+def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
+    """What `question` gives for the file system and the path of `url`, with errors that name it."""
+    import fsspec
+
+    try:
+        return question(*fsspec.core.url_to_fs(url))
+    except FileNotFoundError as error:
+        raise Missing(f"source={url!r}: it does not exist; give one that does") from error
+    except ImportError as error:
+        raise ValueError(f"source={url!r}: {error}") from error
+    except Exception as error:  # every protocol has errors of its own
+        raise ValueError(
+            f"source={url!r}: {type(error).__name__}: {error}; check address, region and credentials"
+        ) from error

@@ -1,0 +1,460 @@
+"""The index of shards, against `tarfile`, hand-made TFRecords, and shards cut or damaged everywhere."""
+
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from archives import (
+    bytes_feature,
+    example,
+    image_record,
+    int_feature,
+    message,
+    pack,
+    record,
+    write_records,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lumix_dali.data import check, index, sources, storage
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUMIX_DALI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def members(path):
+    with open(path, "rb", buffering=0) as file:
+        return list(index.members(file.fileno()))
+
+
+def theirs(path):
+    """(name, offset, size) of the regular, unhidden members, as tarfile sees them."""
+    with tarfile.open(path) as archive:
+        return [(info.name, info.offset_data, info.size) for info in archive
+                if info.isreg() and not info.sparse and not os.path.basename(info.name).startswith(".")]
+
+
+def rows(path):
+    with open(path, "rb", buffering=0) as file:
+        return list(index.rows(str(path), file.fileno()))
+
+
+def scan(path):
+    with open(path, "rb", buffering=0) as file:
+        return index.scan(str(path), file.fileno()).tolist()
+
+
+def info(name, kind=tarfile.REGTYPE, **fields):
+    made = tarfile.TarInfo(name)
+    made.type = kind
+    for key, value in fields.items():
+        setattr(made, key, value)
+    return made
+
+
+# Tar
+
+
+NAMES = st.lists(st.text("ab.é犬 ", min_size=1, max_size=60), min_size=1, max_size=4).map("/".join)
+KINDS = st.sampled_from([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(format=st.sampled_from(FORMATS), sizes=st.lists(st.integers(0, 1600), max_size=6), data=st.data())
+def test_members_are_those_that_tarfile_finds(tmp_path_factory, format, sizes, data):
+    path = tmp_path_factory.getbasetemp() / "any.tar"
+    found = []
+    for size in sizes:
+        name = data.draw(NAMES.filter(lambda name: ".." not in name.split("/")))
+        if data.draw(st.booleans()):
+            found.append(info(name, data.draw(KINDS), linkname="b/" * data.draw(st.integers(0, 90)) + "a"))
+        else:
+            found.append((name, os.urandom(size)))
+    try:
+        pack(path, *found, format=format)
+    except ValueError:  # ustar has no room for such a name
+        return
+    assert members(path) == theirs(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("length", [99, 100, 101, 155, 256, 300, 5000])
+def test_long_names(tmp_path, format, length):
+    name = "/".join(["folder"] * (length // 7))[: length - 4].rstrip("/") + ".jpg"
+    try:
+        pack(tmp_path / "a.tar", (name, b"content"), ("b.cls", b"1"), format=format)
+    except ValueError:
+        assert format == tarfile.USTAR_FORMAT
+        return
+    found = members(tmp_path / "a.tar")
+    assert found == theirs(tmp_path / "a.tar")
+    assert [member.name for member in found] == [name, "b.cls"]
+
+
+def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
+    """A member of 8 GiB and more, in a sparse file, is passed over to the next one's header."""
+    size = 2**33 + 5
+    for number, format in enumerate([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]):
+        path = tmp_path / f"{number}.tar"
+        head = info("big.bin", size=size).tobuf(format=format)
+        small = info("a.jpg", size=3)
+        with open(path, "wb") as file:
+            file.write(head)
+            file.seek(-(-size // 512) * 512, os.SEEK_CUR)
+            file.write(small.tobuf(format=format) + b"abc".ljust(512, b"\0") + bytes(1024))
+        assert [(name, size_) for name, _, size_ in members(path)] == [("big.bin", size), ("a.jpg", 3)]
+        assert members(path) == theirs(path)
+        path.unlink()
+
+
+def test_sparse_members_links_and_devices_are_passed_over(tmp_path):
+    """GNU's old sparse members have blocks of a map between header and content; pax names what is stored."""
+    head = bytearray(info("hole.jpg", tarfile.GNUTYPE_SPARSE, size=512).tobuf(format=tarfile.GNU_FORMAT))
+    head[482] = 1  # the map goes on in two more blocks
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    more = bytearray(512)
+    more[504] = 1
+    good = [info(name, size=len(text)).tobuf() + text.ljust(512, b"\0") for name, text in [
+        ("a.jpg", b"abc"), ("a.cls", b"7")]]
+    sparse = bytes(head) + bytes(more) + bytes(512) + b"x" * 512
+    (tmp_path / "a.tar").write_bytes(good[0] + sparse + good[1] + bytes(1024))
+    assert [member.name for member in members(tmp_path / "a.tar")] == ["a.jpg", "a.cls"]
+    pax = info("GNUSparseFile.0/b.jpg", size=600, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "b.jpg"})
+    links = [info(name, kind, size=5000, linkname="a.jpg") for name, kind in [
+        ("hard", tarfile.LNKTYPE), ("soft", tarfile.SYMTYPE), ("device", tarfile.BLKTYPE), ("pipe", tarfile.FIFOTYPE)]]
+    content = pax.tobuf(format=tarfile.PAX_FORMAT) + bytes(1024) + b"".join(link.tobuf() for link in links)
+    (tmp_path / "b.tar").write_bytes(content + good[0] + info("c", tarfile.CONTTYPE, size=1).tobuf() + b"c".ljust(512))
+    assert [member.name for member in members(tmp_path / "b.tar")] == ["a.jpg", "c"]
+    ignored = []
+    with open(tmp_path / "b.tar", "rb") as file:
+        list(index.members(file.fileno(), ignored))
+    assert ignored == ["GNUSparseFile.0/b.jpg", "hard", "soft", "device", "pipe"]
+
+
+def test_checksums_of_programs_that_add_signed_bytes(tmp_path):
+    head = bytearray(info("é.jpg", size=0).tobuf(format=tarfile.GNU_FORMAT))
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(np.frombuffer(bytes(head), np.int8).astype(int))
+    (tmp_path / "a.tar").write_bytes(bytes(head) + bytes(1024))
+    assert members(tmp_path / "a.tar") == theirs(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("place", [0, 60, 110, 124, 130, 150, 156, 300, 511])
+def test_a_damaged_header_is_an_error(tmp_path, place):
+    pack(tmp_path / "a.tar", ("a.jpg", b"x" * 700), ("a.cls", b"1"))
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[512 + 1024 + place] ^= 0x55  # in the second header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"source='.*a\.tar': no whole tar archive: a header is damaged; repair or"):
+        scan(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"30 path=", b"9 path=ab\n", b"999 path=a\n", b"x", b"12 size=abc\n", b"11 size=-1\n", b"0 path=a\n"])
+def test_a_damaged_extended_header_is_an_error(tmp_path, content):
+    pack(tmp_path / "a.tar", ("a.jpg", b"x"))
+    head = info("pax", tarfile.XHDTYPE, size=len(content)).tobuf()
+    padded = content.ljust(-(-len(content) // 512) * 512, b"\0")
+    (tmp_path / "a.tar").write_bytes(head + padded + (tmp_path / "a.tar").read_bytes())
+    if not content:
+        assert members(tmp_path / "a.tar")[0].name == "a.jpg"
+        return
+    with pytest.raises(ValueError, match="no whole tar archive: an extended header is damaged"):
+        members(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", os.urandom(2000)])
+def test_what_follows_the_end_mark_is_not_read(tmp_path, garbage):
+    path = pack(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.cls", b"1"))
+    path.write_bytes(path.read_bytes()[:2048] + bytes(1024) + garbage)
+    assert members(path) == theirs(path)
+    assert len(rows(path)) == 1
+
+
+SAMPLES = [("0.jpg", os.urandom(700)), ("0.cls", b"0"), ("folder/" * 20 + "1.jpg", b"y" * 512),
+           ("folder/" * 20 + "1.cls", b"1"), ("2.jpg", b"z" * 30), ("2.cls", b"2")]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_archive_cut_anywhere_is_whole_up_to_there_or_an_error(tmp_path, format):
+    """Between two members nothing tells; then there are fewer samples, and `check` misses the end mark."""
+    path = pack(tmp_path / "a.tar", *SAMPLES, format=format)
+    whole, content = rows(path), path.read_bytes()
+    ends = [member.offset + -(-member.size // 512) * 512 for member in members(path)]
+    stops = {*range(0, len(content), 512), *range(1, ends[-1], 97)}
+    for stop in sorted(stops):
+        path.write_bytes(content[:stop])
+        if stop in (0, *ends) or stop >= ends[-1]:
+            found = [row for row in rows(path) if row.label >= 0]
+            assert found == whole[: sum(end <= stop for end in ends) // 2]
+        else:
+            with pytest.raises(ValueError, match="cut short"):
+                rows(path)
+    path.write_bytes(content[: ends[3]])
+    report = check._look_at_shard([str(path)], 100)[str(path)]
+    assert report.warnings == ["a.tar: no end mark; was it cut short between two samples?"]
+
+
+def test_a_size_beyond_the_file_takes_no_memory(tmp_path):
+    for kind in (tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        (tmp_path / "a.tar").write_bytes(info("a.jpg", kind, size=2**40).tobuf(format=tarfile.GNU_FORMAT))
+        with pytest.raises(ValueError, match="is cut short"):
+            members(tmp_path / "a.tar")
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(place=st.integers(0, 6000), bits=st.integers(1, 255), stop=st.integers(0, 12000))
+def test_any_damage_is_an_error_or_rows(tmp_path_factory, place, bits, stop):
+    path = pack(tmp_path_factory.getbasetemp() / "b.tar", *SAMPLES, format=tarfile.PAX_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= bits
+    path.write_bytes(content[:stop])
+    try:
+        for row in rows(path):
+            assert 0 <= row.offset <= row.offset + row.size <= stop
+    except ValueError:
+        pass
+
+
+# TFRecord
+
+
+def test_rows_of_records_are_what_was_written(tmp_path):
+    images = [os.urandom(n) for n in (1, 200, 70_000)]
+    path = write_records(tmp_path / "a.tfrecord", [(images[0], 0), (images[1], 300, "a b.JPEG"), (images[2], 999_999)])
+    found, content = rows(path), path.read_bytes()
+    assert [content[offset : offset + size] for _, offset, size, _ in found] == images
+    assert [(row.name, row.label) for row in found] == [
+        ("record 0", 0), ("record 1 (a b.JPEG)", 300), ("record 2", 999_999)]
+    assert scan(path) == [list(row[1:]) for row in found]
+
+
+IMAGE, LABEL = {index.IMAGE: bytes_feature(b"image")}, {index.LABEL: int_feature(4)}
+
+
+@pytest.mark.parametrize(("content", "label"), [
+    (example(IMAGE | LABEL), 4),
+    (example(LABEL | IMAGE), 4),
+    (example({"image/width": int_feature(1, 2, 3), "x": message(2, message(1, b"1234"))} | IMAGE | LABEL), 4),
+    (example(IMAGE | {index.LABEL: int_feature(4, packed=False)}), 4),
+    (example(IMAGE) + example(LABEL), 4),  # protocol buffers merge them
+    (b"\x20\x07" + example(IMAGE | LABEL) + b"\x29" + bytes(8) + b"\x35" + bytes(4), 4),  # unknown fields
+    (example(IMAGE), index.Fault.RECORD),
+    (example(LABEL), index.Fault.RECORD),
+    (example(IMAGE | {index.LABEL: int_feature(4, 5)}), index.Fault.RECORD),
+    (example(IMAGE | {index.LABEL: bytes_feature(b"4")}), index.Fault.RECORD),
+    (example(IMAGE | {index.LABEL: int_feature(10**9)}), index.Fault.RECORD),
+    (example(LABEL | {index.IMAGE: bytes_feature(b"a", b"b")}), index.Fault.RECORD),
+    (example(LABEL | {index.IMAGE: int_feature(3)}), index.Fault.RECORD),
+    (example(IMAGE | {index.LABEL: message(3, b"\x08" + b"\xff" * 9 + b"\x01")}), index.Fault.RECORD),  # -1
+    (b"", index.Fault.RECORD),
+    (b"\x0b", index.Fault.RECORD),
+    (example(IMAGE | LABEL)[:-1], index.Fault.RECORD),
+])
+def test_examples(tmp_path, content, label):
+    (tmp_path / "a.tfrecord").write_bytes(record(content))
+    (row,) = rows(tmp_path / "a.tfrecord")
+    assert row.label == label
+    if label == 4:
+        assert (tmp_path / "a.tfrecord").read_bytes()[row.offset : row.offset + row.size] == b"image"
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.binary(max_size=60))
+def test_any_record_is_a_fault_or_a_row(content):
+    name, start, stop, _ = index.parse_record(bytes(12) + content + bytes(4))
+    assert 12 <= start <= stop <= 12 + len(content)
+    assert isinstance(name, str)
+
+
+def test_records_cut_anywhere(tmp_path):
+    contents = [image_record(b"a" * 30, 1), image_record(b"b" * 40, 2)]
+    path, ends = tmp_path / "a.tfrecord", [0, len(contents[0]), sum(map(len, contents))]
+    for stop in range(ends[2] + 1):
+        path.write_bytes(b"".join(contents)[:stop])
+        if stop in ends:
+            assert len(rows(path)) == ends.index(stop)
+        else:
+            with pytest.raises(ValueError, match=rf"the record at byte {max(e for e in ends if e <= stop)} is cut"):
+                rows(path)
+    path.write_bytes(struct.pack("<QI", 2**62, 0) + bytes(100))
+    with pytest.raises(ValueError, match="the record at byte 0 is cut short"):
+        rows(path)
+
+
+# The kept index
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Three tars of two samples each, labels 0 to 5."""
+    (tmp_path / "data").mkdir()
+    for k in range(3):
+        write_tar(tmp_path / "data" / f"{k}.tar", [2 * k, 2 * k + 1])
+    return tmp_path / "data"
+
+
+def write_tar(path, labels):
+    return pack(path, *(member for label in labels for member in (
+        (f"{label}.jpg", b"image %d" % label), (f"{label}.cls", b"%d" % label))))
+
+
+def labels(source):
+    found = sources.load(source)
+    return found.read(range(len(found)))[1].tolist()
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """Receives the path of each shard that is scanned."""
+    found, scan = [], index.scan
+    monkeypatch.setattr(index, "scan", lambda path, handle: found.append(os.path.basename(path)) or scan(path, handle))
+    return found
+
+
+def test_an_index_is_kept_beside_its_shards(shards, scans, cache):
+    assert labels(shards) == [0, 1, 2, 3, 4, 5]
+    assert scans == ["0.tar", "1.tar", "2.tar"]
+    assert labels(shards) == [0, 1, 2, 3, 4, 5]
+    assert len(scans) == 3
+    kept = [path for path in (shards / ".lumix_dali").iterdir() if path.suffix == ".npy"]
+    assert len(kept) == 1
+    assert not cache.exists()
+    found = sources.load(shards)
+    np.testing.assert_array_equal(found._rows, np.concatenate([scan(path) for path in sorted(shards.glob("*.tar"))]))
+    image = found.read([4])[0][0]
+    assert bytes(image) == b"image 4"
+
+
+def test_a_changed_shard_is_scanned_again(shards, scans):
+    labels(shards)
+    write_tar(shards / "1.tar", [7, 8])  # of the same size
+    assert labels(shards) == [0, 1, 7, 8, 4, 5]
+    (shards / "0.tar").unlink()
+    assert labels(shards) == [7, 8, 4, 5]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, None])
+def test_a_damaged_index_is_made_again(shards, damage):
+    labels(shards)
+    (kept,) = (shards / ".lumix_dali").glob("*.npy")
+    kept.write_bytes(kept.read_bytes()[:-24] if damage is None else damage)
+    assert labels(shards) == [0, 1, 2, 3, 4, 5]
+
+
+def test_where_nothing_may_be_written_the_cache_keeps_it(shards, cache, scans, monkeypatch):
+    (shards / ".lumix_dali").write_text("a file, so that no folder can be made, by root neither")
+    for _ in range(2):
+        assert labels(shards) == [0, 1, 2, 3, 4, 5]
+    assert len(scans) == 3
+    assert len(list(cache.glob("*.npy"))) == 1
+    cache_again = shards / "another"
+    cache_again.write_text("")
+    monkeypatch.setenv("LUMIX_DALI_CACHE", str(cache_again))
+    with pytest.raises(ValueError, match=r"its index can be kept in none of .*; set LUMIX_DALI_CACHE"):
+        labels(shards)
+
+
+def test_processes_that_start_at_once_scan_once(shards, scans):
+    """Threads are as good: the lock is one of open files."""
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(labels(shards))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[0, 1, 2, 3, 4, 5]] * 4
+    assert sorted(scans) == ["0.tar", "1.tar", "2.tar"]
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """16 shards, which two processes scan."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    (tmp_path / "many").mkdir()
+    for k in range(16):
+        write_tar(tmp_path / "many" / f"{k:02}.tar", range(k, k + 1 + k % 3))
+    return tmp_path / "many"
+
+
+def test_several_processes_scan_many_shards(many, scans):
+    assert labels(many) == [label for k in range(16) for label in range(k, k + 1 + k % 3)]
+    assert scans == []
+
+
+def test_no_main_guard_is_needed(many, tmp_path):
+    """A script without a guard, which `multiprocessing` would run again in each child."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""print("once")
+import os
+os.sched_getaffinity = lambda _: {{0, 1}}
+from lumix_dali.data import index, sources
+index.scan = None  # none in this process
+print(len(sources.load({str(many)!r})))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert (done.stdout, done.stderr) == ("once\n31\n", "")
+
+
+def test_a_damaged_shard_is_named_from_its_process(many):
+    path = many / "09.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=f"source='{path}': .*cut short.*; repair or remove it"):
+        sources.load(many)
+
+
+def test_progress_counts_shards(many):
+    totals, seen = [], []
+
+    def progress(items, total):
+        totals.append(total)
+        for item in items:
+            seen.append(len(item))
+            yield item
+
+    sources.load(many, progress=progress)
+    assert totals == [16]
+    assert seen == [1 + k % 3 for k in range(16)]
+
+
+def test_the_name_of_a_sample(shards):
+    found = sources.load(shards)
+    assert found.name(3) == f"'{shards}/1.tar', '3.jpg' (byte {found._rows[3, 0]})"
+    write_records(shards / "a.tfrecord", [(b"x", 1, "y.jpg")])
+    assert sources.load(shards / "a.tfrecord").name(0).startswith(f"'{shards}/a.tfrecord', record 0 (y.jpg) (byte ")
+
+
+def test_a_lock_of_another_process_is_waited_for(tmp_path):
+    code = ("import sys, time; from lumix_dali.data import storage\n"
+            "with storage.locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(.5)")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE) as other:
+        assert other.stdout.read(4) == b"held"
+        with pytest.raises(BlockingIOError), storage.locked(str(tmp_path / "lock"), wait=False):
+            pass
+        with storage.locked(str(tmp_path / "lock")):
+            pass
+    assert other.returncode == 0
+
+
+def test_descriptors_are_let_go(shards, monkeypatch):
+    monkeypatch.setattr(sources, "_OPEN", 1)
+    before = len(os.listdir("/proc/self/fd"))
+    found = sources.load(shards)
+    for _ in range(3):
+        assert found.read(range(6))[1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # one shard, and the index
+    del found
+    assert len(os.listdir("/proc/self/fd")) == before
