@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from nvidia.dali import fn, math, types
@@ -107,7 +107,7 @@ def mix(
     mixing = Mixing(
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha,
-        cutmix_minmax=None if cutmix_minmax is None else (cutmix_minmax[0], cutmix_minmax[1]),
+        cutmix_minmax=cast(Any, cutmix_minmax),
         prob=1.0 if isinstance(prob, DataNode) else prob,
         switch_prob=switch_prob,
         mode=mode,
@@ -239,13 +239,15 @@ def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, Mi
     return mixed, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind, partner)
 
 
-def lay(images: DataNode, patches: Regions) -> DataNode:
+def lay(images: DataNode, patches: Regions, with_mixup: bool = True) -> DataNode:
     """Mixes images by the patches of `mixing.regions`: LUMix Eq. 1 for a batch that the host has drawn.
 
     Args:
         images: uint8, HWC, all of the size that the patches are made for.
-        patches: DataNodes on the CPU. For CutMix without Mixup `is_mixup` may be None; for Mixup without CutMix
-            `anchors` and `shapes` may, and `ids` is then the second patch's, an int32 scalar.
+        patches: DataNodes on the CPU. For Mixup without CutMix `anchors` and `shapes` may be None, and `ids` is then
+            the second patch's, an int32 scalar. Without `is_mixup` every sample is blended, those of other kinds
+            with a weight of 0 or 1, which is exact: a GPU pays by operator, where a CPU pays by pixel.
+        with_mixup: whether there is any Mixup; False: only pastes.
 
     Returns:
         Mixed images, as `images`.
@@ -260,9 +262,9 @@ def lay(images: DataNode, patches: Regions) -> DataNode:
             out_anchors=patches.anchors,
             shapes=patches.shapes,
         )
-    if patches.is_mixup is None:
+    if not with_mixup:
         return pasted
-    if images.device == "gpu":  # which pays by operator, where a CPU pays by pixel; weights of 0 and 1 are exact
+    if patches.is_mixup is None:
         return _weighted(images, pasted, patches.weight)
     return _blend(images, pasted, pasted, patches.weight, patches.is_mixup)
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from .target import Kind, MixTarget
 
+# torch.compile takes a tensor to differ from any member of an enum (torch 2.14.1).
+_CUTMIX = int(Kind.CUTMIX)
+
 
 class LUMixLoss(nn.Module):
     """Cross entropy on a randomised label weight plus a hinge on the two classes (arXiv 2211.15846, Eq. 3-7).
@@ -213,7 +216,7 @@ class LUMixLoss(nn.Module):
     def _mix(self, columns: Tensor, target: MixTarget, lam_r: Tensor | None) -> tuple[Tensor, Tensor]:
         """λ [B] (Eq. 3), and which samples it applies to; `columns` [B, 2]: z_a and z_b, up to a constant."""
         lam0 = target.lam0.to(columns.dtype)
-        cutmix = target.kind == Kind.CUTMIX
+        cutmix = target.kind == _CUTMIX
         y0, x0, y1, x1 = target.box.unbind(1)
         # With correct_lam=False a box without pixels has λ0 above 0 all the same; other kinds have no box.
         active = (y0 < y1) & (x0 < x1)
@@ -284,7 +287,7 @@ def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
     y0, x0, y1, x1 = target.box.unbind(1)
     ordered = (y0 >= 0) & (x0 >= 0) & (y0 <= y1) & (x0 <= x1)
     _check_rows("box", target.box, ordered, "must be (y0, x0, y1, x1) with 0 <= y0 <= y1 and 0 <= x0 <= x1")
-    placed = (target.kind == Kind.CUTMIX) | (target.box == 0).all(1)
+    placed = (target.kind == _CUTMIX) | (target.box == 0).all(1)
     _check_rows("box", target.box, placed, "must be zeros where kind is not 2 (CutMix)")
 
 

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 
 class Kind(IntEnum):
-    """What was drawn for a sample."""
+    """What was drawn for a sample.
+
+    Note:
+        In code for ``torch.compile`` write ``target.kind == int(Kind.CUTMIX)``: it takes a tensor to differ from any
+        member of an enum (torch 2.14.1).
+    """
 
     NONE = 0
     MIXUP = 1

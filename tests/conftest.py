@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from lumix_dali.loading.plan import Plan
 from lumix_dali.target import MixTarget
 
 # A shell's background job ignores SIGINT, and so would the processes that tests start in order to interrupt them.
@@ -31,6 +32,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class SmallFeed:
+    """A feed for `train_pipeline` and `val_pipeline`: these files or encoded images over and over, labelled by place.
+
+    Args:
+        images: paths, or uint8 arrays; None: the graph is not run.
+        batch_sizes: of the batches, the last one again and again.
+    """
+
+    def __init__(self, images, size, mixing=None, training=True, batch_sizes=(8,), paths=True, on_gpu=False):
+        self.plan, self.gives_paths = Plan(0, 0, 0, size, mixing, training, on_gpu), paths
+        self.images, self.batch_sizes, self.planned = images, batch_sizes, []
+
+    def __call__(self, info):
+        sizes = self.batch_sizes
+        count = sizes[min(info.iteration, len(sizes) - 1)]
+        places = (np.arange(count) + info.iteration * sizes[0]) % len(self.images)
+        images = [self.images[i] for i in places]
+        if self.gives_paths:
+            images = [np.frombuffer(str(path).encode(), np.uint8) for path in images]
+        self.planned.append(dict(zip(self.plan.inputs, self.plan.batch(info.iteration, places, places), strict=True)))
+        return images, *self.planned[-1].values()
 
 
 @pytest.fixture

@@ -6,33 +6,39 @@ whose green is the row, and compared with thousands of draws of timm's `get_para
 """
 
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from conftest import SmallFeed
 from images import encoded, ramps, write
+from nvidia.dali import types
 from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from lumix_dali.loading import pipelines
+from lumix_dali.loading.plan import unpack
+from lumix_dali.mixing import Mixing
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+TRANSFORMS = {pipelines.train_pipeline: pipelines.TrainTransform, pipelines.val_pipeline: pipelines.EvalTransform}
 
 
 def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options):
     """The outputs of `steps` batches in NumPy; the files are read over and over, labelled by their place."""
-    batch_size = batch_size or len(files)
-    paths = [np.frombuffer(str(file).encode(), np.uint8) for file in files]
-
-    def source(info):
-        places = (np.arange(batch_size) + info.iteration * batch_size) % len(files)
-        return [paths[i] for i in places], list(places)
-
-    pipe = define(source, batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None,
-                  seed=seed, prefetch_queue_depth=1, **options)
-    batches = [[np.array(output.as_cpu().as_array()) for output in pipe.run()] for _ in range(steps)]
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    batch_size, transform = batch_size or len(files), TRANSFORMS[define](**options)
+    feed = SmallFeed(files, transform.size, training=define is pipelines.train_pipeline, batch_sizes=(batch_size,))
+    pipe = define(feed, transform, batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None,
+                  seed=seed, prefetch_queue_depth=1)
+    batches = []
+    for _ in range(steps):
+        images, *outputs = (torch.tensor(np.array(output.as_cpu().as_array())) for output in pipe.run())
+        target, index = unpack(outputs, feed.plan.training)
+        assert torch.equal(index, target[0] if feed.plan.training else target)
+        batches.append([images, *(target if feed.plan.training else [target])])
+    return [torch.cat(parts).numpy() for parts in zip(*batches, strict=True)]
 
 
 # Evaluation
@@ -64,7 +70,7 @@ def photographs(tmp_path_factory):
     ((72, 105), {"crop_pct": 0.95}),
     ((72, 105), {"crop_mode": "squash"}),
 ], ids=["square", "small", "non-square", "squash"])
-@pytest.mark.parametrize("interpolation", pipelines.INTERPOLATIONS)
+@pytest.mark.parametrize("interpolation", get_args(pipelines.Interpolation))
 def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
     ours, labels = run(pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation,
                        mean=MEAN, std=STD, **options)
@@ -90,31 +96,30 @@ def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
 PIPELINES = {"train": pipelines.train_pipeline, "val": pipelines.val_pipeline}
 
 
-@pytest.mark.parametrize("layout", ["CHW", "HWC"])
-@pytest.mark.parametrize("dtype", pipelines.DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", get_args(pipelines.DType))
 @pytest.mark.parametrize("name", PIPELINES)
-def test_output(tmp_path, device, name, dtype, layout):
+def test_output(tmp_path, device, name, dtype, channels_last):
     """The same grey levels in each dtype and layout; labels and what follows them keep their types."""
     files = [tmp_path / f"{number}.png" for number in range(3)]
     for number, file in enumerate(files):
         write(ramps(40 + number, 50 - number) * 5, file)
     options = {"size": (24, 30), "mean": MEAN, "std": STD}
     levels = run(PIPELINES[name], files, device, dtype="uint8", **options)[0]
-    images, *target = run(PIPELINES[name], files, device, dtype=dtype, layout=layout, **options)
+    images, *target = run(PIPELINES[name], files, device, dtype=dtype, channels_last=channels_last, **options)
     assert images.dtype == dtype
-    assert images.shape == ((3, 3, 24, 30) if layout == "CHW" else (3, 24, 30, 3))
-    images = images if layout == "CHW" else images.transpose(0, 3, 1, 2)
+    assert images.shape == ((3, 24, 30, 3) if channels_last else (3, 3, 24, 30))
+    images = images.transpose(0, 3, 1, 2) if channels_last else images
     expected = levels
     if dtype != "uint8":
         expected = (levels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     np.testing.assert_allclose(images, expected, atol={"uint8": 0, "float32": 1e-5, "float16": 4e-3}[dtype])
     assert levels.std() > 30
-    types = [np.int64, np.int64, np.float32, np.int32, np.int32] if name == "train" else [np.int64]
-    assert [field.dtype for field in target] == types
+    dtypes = [np.int64, np.int64, np.float32, np.int32, np.int32, np.int64] if name == "train" else [np.int64]
+    assert [field.dtype for field in target] == dtypes
     np.testing.assert_array_equal(target[0], range(3))
     if name == "train":
-        np.testing.assert_array_equal(target[1], target[0])
-        assert not any(field.any() for field in target[2:])
+        assert not any(field.any() for field in target[2:5])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -208,7 +213,7 @@ def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
     options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
     images = {name: run(pipelines.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
-                        interpolation=name, **options)[0] for name in pipelines.TRAIN_INTERPOLATIONS}
+                        interpolation=name, **options)[0] for name in get_args(pipelines.TrainInterpolation)}
     cubic, linear = ((images["random"] == images[name]).all((1, 2, 3)) for name in ("bicubic", "bilinear"))
     assert (cubic ^ linear).all()
     assert stats.binomtest(int(cubic.sum()), 400, 0.5).pvalue > 1e-3
@@ -226,7 +231,7 @@ def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
         run(pipelines.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
     (first, _, _), (second, arguments, keywords) = calls
     assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
-    assert keywords == {"fill": [124, 116, 104], "interpolation": pipelines.INTERPOLATIONS["bicubic"],
+    assert keywords == {"fill": [124, 116, 104], "interpolation": types.INTERP_CUBIC,
                         "size": (224, 224)}
 
 
@@ -254,8 +259,11 @@ def test_the_training_crop_of_a_long_image(tmp_path, size):
 # The graph for a GPU, defined without one
 
 
-def gpu_graph(define, **options):
-    pipe = define(lambda info: ([], []), batch_size=4, num_threads=2, device_id=0, seed=0, **options)
+def gpu_graph(define, mixing=None, **options):
+    transform = TRANSFORMS[define](**options)
+    mixing = mixing and Mixing(**mixing)
+    feed = SmallFeed(None, transform.size, mixing, training=define is pipelines.train_pipeline, on_gpu=True)
+    pipe = define(feed, transform, batch_size=4, num_threads=2, device_id=0, seed=0)
     pipe._build_graph()
     return pipe
 
@@ -264,7 +272,7 @@ def gpu_graph(define, **options):
     ("train", {}),
     ("train", {"mixing": {"cutmix_alpha": 1.0}}),
     ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
-    ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "layout": "HWC"}),
+    ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "channels_last": True}),
     ("train", {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"cutmix_alpha": 1.0}}),
     ("train", {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "rand"}),
     ("train", {"interpolation": "random", "re_prob": 0.25, "re_mode": "const", "re_count": 2}),

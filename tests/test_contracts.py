@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import SmallFeed
 from nvidia.dali import fn, pipeline_def, types
 from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
 from lumix_dali import augment
 from lumix_dali.loading import pipelines
-from lumix_dali.target import MixTarget
+from lumix_dali.mixing import Mixing
+from lumix_dali.target import Kind, MixTarget
 
 
 def gpu_paste(images, in_anchors, out_anchors, shapes, size):
@@ -132,28 +134,26 @@ SIZES = [(9, 20), (4, 3), (1, 1), (1, 7), (7, 1)]
 BATCHES = (8, 3, 8, 1, 2)
 
 
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("mode", ["elem", "batch"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_pastes_of_a_mix(monkeypatch, size, name, mode, indexed):
+def test_pastes_of_a_mix(monkeypatch, size, name, mode, known):
     """In the one graph the size is known, in the other it is read off the images."""
-    def operation(images, labels, index=None):
-        known = {"size": size} if indexed else {}
-        mixed, target = mixfn.mix(images, labels, index=index, mode=mode, **OPTIONS[name], **known)
+    def operation(images, labels):
+        mixed, target = mixfn.mix(images, labels, mode=mode, size=size if known else None, **OPTIONS[name])
         return mixed, *target
 
-    run = recording(monkeypatch, operation, 8, ("images", "labels", "index") if indexed else ("images", "labels"))
+    run = recording(monkeypatch, operation, 8, ("images", "labels"))
     for step, count in enumerate(BATCHES):
         images, labels = batch_of(count, size, seed=step)
-        index = {"index": np.arange(count, dtype=np.int32)} if indexed else {}
-        outputs, pastes = run(images=images, labels=labels, **index)
+        outputs, pastes = run(images=images, labels=labels)
         mixed, *target = map(np.stack, outputs)
         target = MixTarget(*target)
         assert_true(images, labels, mixed, target, counted=name != "uncorrected")
         assert_contract(pastes)
         has_box = (target.box[:, 2:] > target.box[:, :2]).all(1)
-        assert len(pastes) == (count if indexed else has_box.sum())
+        assert len(pastes) == has_box.sum()
 
 
 def test_pastes_when_prob_changes_at_run_time(monkeypatch):
@@ -172,27 +172,25 @@ def test_pastes_when_prob_changes_at_run_time(monkeypatch):
 
 
 @pytest.mark.parametrize("with_weight", [False, True])
-@pytest.mark.parametrize("indexed", [False, True])
-def test_pastes_of_given_boxes(monkeypatch, indexed, with_weight):
+@pytest.mark.parametrize("known", [False, True])
+def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
     """Among them empty boxes at each edge, and the whole image. What is emitted is what was given."""
     size, drawn = (9, 20), given_batch()
     if not with_weight:
         drawn.pop("weight")
     drawn["box"][4], drawn["box"][7] = (9, 20, 9, 20), (3, 20, 6, 20)
 
-    def operation(images, labels, index=None, **given):
-        chosen = mixfn.given(size if indexed else images.shape(dtype=types.INT32)[:2], **given)
-        mixed, target = mixfn.apply(images, labels, chosen, index)
+    def operation(images, labels, **given):
+        chosen = mixfn.given(size if known else images.shape(dtype=types.INT32)[:2], **given)
+        mixed, target = mixfn.apply(images, labels, chosen)
         return mixed, *target
 
     images, labels = batch_of(8, size)
     inputs = {"images": images, "labels": labels} | drawn
-    if indexed:
-        inputs["index"] = np.arange(8, dtype=np.int32)
     outputs, pastes = recording(monkeypatch, operation, 8, tuple(inputs))(**inputs)
     mixed, target = outputs[0], MixTarget(*map(np.stack, outputs[1:]))
     assert_contract(pastes)
-    is_cutmix = drawn["kind"] == mixfn.CUTMIX
+    is_cutmix = drawn["kind"] == Kind.CUTMIX
     np.testing.assert_array_equal(target.box, drawn["box"] * is_cutmix[:, None])
     np.testing.assert_array_equal(target.kind, drawn["kind"] if with_weight else drawn["kind"] * is_cutmix)
     empty = np.flatnonzero(is_cutmix & (target.lam0 == 0))
@@ -240,7 +238,7 @@ def test_labels_that_are_not_one_integer_are_an_error(graph):
 @pytest.mark.parametrize("size", [(0, 4), (4, -1), (4, 4, 3), (4.0, 4), 4])
 def test_a_wrong_size_is_named(size):
     with pytest.raises(ValueError, match=r"size=.*give \(height, width\)"):
-        mixfn.draw(size)
+        mixfn.draw(size, Mixing())
 
 
 # Erasing
@@ -284,10 +282,6 @@ def offenders(pipe):
             if op._op.device == "cpu" and any(node.device == "gpu" for node in op.inputs)]
 
 
-def no_source(info):
-    raise AssertionError("the graph is not run")
-
-
 TRAINING = [
     {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"mixup_alpha": 0.8, "prob": 0.9}},
     {"auto_augment": "rand-m9-n3", "interpolation": "random", "re_prob": 0.5, "re_count": 3, "re_mode": "rand",
@@ -302,17 +296,19 @@ TRAINING = [
 @pytest.mark.parametrize("paths", [True, False], ids=["files", "shards"])
 @pytest.mark.parametrize("options", TRAINING)
 def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
-    fixed = {"paths": paths, "batch_size": 8, "num_threads": 1, "device_id": 0}
-    pipe = pipelines.train_pipeline(no_source, **fixed, **options)
-    assert offenders(pipe) == []
+    options = dict(options)
+    mixing = Mixing(**options.pop("mixing")) if "mixing" in options else None
+    transform = pipelines.TrainTransform(**options)
+    feed = SmallFeed(None, transform.size, mixing, paths=paths, on_gpu=True)
+    assert offenders(pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0)) == []
 
 
 @pytest.mark.parametrize("paths", [True, False], ids=["files", "shards"])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, paths):
-    options = {"batch_size": 8, "num_threads": 1, "device_id": 0, "crop_mode": crop_mode}
-    pipe = pipelines.val_pipeline(no_source, paths=paths, **options)
-    assert offenders(pipe) == []
+    transform = pipelines.EvalTransform(crop_mode=crop_mode)
+    feed = SmallFeed(None, transform.size, training=False, paths=paths)
+    assert offenders(pipelines.val_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0)) == []
 
 
 @pytest.mark.parametrize("operation", [

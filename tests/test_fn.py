@@ -13,7 +13,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 import lumix_dali.fn as mixfn
 from lumix_dali import reference
-from lumix_dali.target import MixTarget
+from lumix_dali.target import Kind, MixTarget
 
 BATCH_SIZES = (1, 2, 7, 8)
 SIZES = {"square": (16, 16), "odd": (15, 15), "non-square": (9, 20)}
@@ -44,14 +44,14 @@ def pairing(labels, partner_labels):
 def assert_types(images, mixed, target):
     count = len(images)
     assert (mixed.shape, mixed.dtype) == (images.shape, np.uint8)
-    assert [field.dtype for field in target] == [np.int64, np.int64, np.float32, np.int32, np.int32]
-    assert [field.shape for field in target] == [(count,), (count,), (count,), (count, 4), (count,)]
+    assert [field.dtype for field in target] == [np.int64, np.int64, np.float32, np.int32, np.int32, np.int64]
+    assert [field.shape for field in target] == [(count,), (count,), (count,), (count, 4), (count,), (count,)]
 
 
 def assert_pixels(images, partner, mixed, target):
     """Bit exact but for Mixup, which may miss the rounded float64 blend by one grey level."""
     expected = reference.mix_images(images, partner, target.box, target.kind, target.lam0)
-    blended = target.kind == mixfn.MIXUP
+    blended = target.kind == Kind.MIXUP
     np.testing.assert_array_equal(mixed[~blended], expected[~blended])
     np.testing.assert_allclose(mixed[blended].astype(int), expected[blended].astype(int), atol=1)
 
@@ -61,16 +61,17 @@ def assert_true(images, labels, mixed, target, counted=True):
     assert_types(images, mixed, target)
     np.testing.assert_array_equal(target.labels, labels)
     partner = pairing(labels, target.partner_labels)
+    np.testing.assert_array_equal(target.partner, partner)
     assert sorted(partner) == list(range(len(labels)))
     assert_pixels(images, partner, mixed, target)
-    assert not target.box[target.kind != mixfn.CUTMIX].any()
-    assert not target.lam0[target.kind == mixfn.NONE].any()
+    assert not target.box[target.kind != Kind.CUTMIX].any()
+    assert not target.lam0[target.kind == Kind.NONE].any()
     if len(labels) == 1:
-        assert target.kind == mixfn.NONE
+        assert target.kind == Kind.NONE
         return
     assert (partner != np.arange(len(labels))).all()
     if counted:
-        colour, pasted = images[:, 0, 0, 0], target.kind != mixfn.MIXUP
+        colour, pasted = images[:, 0, 0, 0], target.kind != Kind.MIXUP
         arrived = (mixed[..., 0] == colour[partner][:, None, None]).mean((1, 2))
         np.testing.assert_allclose(target.lam0[pasted], arrived[pasted], rtol=1e-6)
 
@@ -105,19 +106,6 @@ def test_partial_batches(graph, mode):
     for step, count in enumerate((8, 8, 3, 8, 1, 2, 8, 7)):
         images, labels = batch_of(count, seed=step)
         assert_true(images, labels, *run(images, labels))
-
-
-def mix_indexed(images, labels, index, **options):
-    return mixfn.mix(images, labels, index=index, **options)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("alphas", [{}, {"mixup_alpha": 0.8}])
-def test_an_index_keeps_the_target_true(graph, alphas, mode):
-    run = graph(mix_indexed, 8, mode=mode, **alphas)
-    for step, count in enumerate((8, 8, 3, 8, 1, 2, 8, 7)):
-        images, labels = batch_of(count, seed=step)
-        assert_true(images, labels, *run(images, labels, index=np.arange(count, dtype=np.int32)))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
@@ -196,7 +184,7 @@ def test_drawn_weight_without_correction(graph, mixup_alpha):
         mixed, target = run(images, labels)
         assert_true(images, labels, mixed, target, counted=False)
         for lam0, box, kind in zip(target.lam0, target.box, target.kind, strict=True):
-            if kind == mixfn.CUTMIX:
+            if kind == Kind.CUTMIX:
                 boxes = {reference.cut_box(size, lam0, centre) for centre in np.ndindex(size)}
                 assert tuple(box) in boxes
                 clipped += abs(reference.count_lam0([box], size)[0] - lam0) > 0.1
@@ -239,10 +227,11 @@ def test_given_draws(graph):
     images, labels = batch_of(8, size)
     mixed, target = graph(apply_given)(images, labels, **drawn)
     assert_types(images, mixed, target)
-    is_cutmix = drawn["kind"] == mixfn.CUTMIX
+    is_cutmix = drawn["kind"] == Kind.CUTMIX
     box = drawn["box"] * is_cutmix[:, None]
-    lam0 = reference.count_lam0(box, size) + drawn["weight"] * (drawn["kind"] == mixfn.MIXUP)
-    expected = MixTarget(labels, labels[drawn["partner"]], lam0.astype(np.float32), box, drawn["kind"])
+    lam0 = reference.count_lam0(box, size) + drawn["weight"] * (drawn["kind"] == Kind.MIXUP)
+    expected = MixTarget(
+        labels, labels[drawn["partner"]], lam0.astype(np.float32), box, drawn["kind"], drawn["partner"])
     for field, wanted in zip(target, expected, strict=True):
         np.testing.assert_allclose(field, wanted, rtol=1e-6)
     assert_pixels(images, drawn["partner"], mixed, target)
@@ -259,11 +248,11 @@ def apply_weights(images, labels, partner, kind, weight):
     return mixfn.apply(images, labels, mixfn.given(size, partner, kind, weight=weight))
 
 
-@pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, mixfn.CUTMIX), (apply_weights, mixfn.MIXUP)])
+@pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, Kind.CUTMIX), (apply_weights, Kind.MIXUP)])
 def test_given_boxes_alone_and_weights_alone(graph, operation, kind):
     images, labels = batch_of(8, (9, 20))
     drawn = given_batch() | {"kind": np.int32([kind, 0] * 4)}
-    del drawn["weight" if kind == mixfn.CUTMIX else "box"]
+    del drawn["weight" if kind == Kind.CUTMIX else "box"]
     mixed, target = graph(operation)(images, labels, **drawn)
     assert_types(images, mixed, target)
     np.testing.assert_array_equal(target.kind, drawn["kind"])
@@ -276,7 +265,7 @@ def test_every_pair_of_levels_blends_within_one(graph):
     own, other = np.mgrid[:256, :256].astype(np.uint8)
     weight = np.float32([0, 1, 0.5, 1e-6, *(np.arange(0, 255, 10) + 0.5) / 255, 1 / 3, 0.999, 1 - 2**-24])
     count = len(weight)
-    drawn = {"partner": np.int32([count] * count + [0]), "kind": np.int32([mixfn.MIXUP] * count + [0])}
+    drawn = {"partner": np.int32([count] * count + [0]), "kind": np.int32([Kind.MIXUP] * count + [0])}
     images = np.stack([own] * count + [other])[..., None]
     weight = np.append(weight, np.float32(0))
     mixed, _ = graph(apply_weights, count + 1)(images, np.arange(count + 1), weight=weight, **drawn)
@@ -307,7 +296,7 @@ def test_unmixed(graph, device):
     np.testing.assert_array_equal(mixed, images)
     np.testing.assert_array_equal(target.labels, labels)
     np.testing.assert_array_equal(target.partner_labels, labels)
-    assert not any(field.any() for field in (target.lam0, target.box, target.kind))
+    assert not any(field.any() for field in (target.lam0, target.box, target.kind, target.partner))
 
 
 def checkpointed(device, seed, checkpoint=None, **options):
@@ -368,24 +357,16 @@ def gpu_graph(operation, **options):
     return devices, names, {name: node.device for name, node in outputs.items()}
 
 
-def placed(images, labels, **options):
-    """`mix` with an index."""
-    return mixfn.mix(images, labels, index=fn.external_source(name="index"), **options)
-
-
-@pytest.mark.parametrize(("alphas", "unknown", "known", "indexed"), [
-    ({}, 26, 24, 25), ({"mixup_alpha": 0.8}, 35, 33, 36), ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7, 6),
+@pytest.mark.parametrize(("alphas", "unknown", "known"), [
+    ({}, 26, 24), ({"mixup_alpha": 0.8}, 35, 33), ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7),
 ], ids=["cutmix", "mix", "mixup"])
-def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known, indexed):
+def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known):
     """What is delivered is made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
-    size = {"size": (16, 16)}
-    graphs = (unknown, mixfn.mix, {}), (known, mixfn.mix, size), (indexed, placed, size)
-    for budget, operation, options in graphs:
-        devices, names, outputs = gpu_graph(operation, **alphas, **options)
+    for budget, options in ((unknown, {}), (known, {"size": (16, 16)})):
+        devices, names, outputs = gpu_graph(mixfn.mix, **alphas, **options)
         assert outputs == dict.fromkeys(ON_GPU, "gpu")
-        sources = without["cpu"] + (operation is placed)
-        assert devices["cpu"] - sources - names.count("constant") <= budget
+        assert devices["cpu"] - without["cpu"] - names.count("constant") <= budget
         assert devices["gpu"]
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 
 import lumix_dali.fn as mixfn
 from lumix_dali import reference
-from lumix_dali.target import MixTarget
+from lumix_dali.target import Kind, MixTarget
 
 BATCH, DRAWS = 500, 20_000
 SEEDS = (11, 12, 13)
@@ -112,7 +112,7 @@ def test_kinds_and_drawn_weights(mode, draws, seed):
     target = emitted(ODD_AND_EVEN, seed, draws, mode, mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8,
                      switch_prob=0.3, correct_lam=False)
     assert_frequencies(target.kind.tolist(), {0: 0.2, 1: 0.8 * 0.7, 2: 0.8 * 0.3})
-    for kind, alpha in ((mixfn.MIXUP, 0.4), (mixfn.CUTMIX, 2.0)):
+    for kind, alpha in ((Kind.MIXUP, 0.4), (Kind.CUTMIX, 2.0)):
         lam0 = target.lam0[target.kind == kind]
         assert stats.kstest(lam0, stats.beta(alpha, alpha).cdf).pvalue > P
 

@@ -26,7 +26,7 @@ def make_target(labels, partner_labels, lam0, kind=2):
     kind = torch.as_tensor(kind, dtype=torch.int32).expand(labels.shape).contiguous()
     box = torch.tensor([BOX[bool(k == 2)] for k in kind], dtype=torch.int32).reshape(-1, 4)
     lam0 = torch.as_tensor(lam0, dtype=torch.float32).expand(labels.shape).contiguous()
-    return MixTarget(labels, torch.as_tensor(partner_labels), lam0, box, kind)
+    return MixTarget(labels, torch.as_tensor(partner_labels), lam0, box, kind, torch.arange(len(labels)).flip(0))
 
 
 def random_case(batch=64, classes=7, seed=0, dtype=torch.float64, spread=3.0):
@@ -42,7 +42,7 @@ def random_case(batch=64, classes=7, seed=0, dtype=torch.float64, spread=3.0):
 
 
 def oracle(logits, target, lam_r, **options):
-    labels, partner_labels, lam0, box, kind = (field.numpy() for field in target)
+    labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
     return reference.lumix_loss(
         logits.double().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, **options
     )
@@ -116,7 +116,7 @@ def test_every_option_equals_the_oracle(options):
 def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
     logits, target, lam_r = random_case()
     lam = LUMixLoss(apply_to=apply_to).lam(logits.requires_grad_(), target, lam_r)
-    labels, partner_labels, lam0, box, kind = (field.numpy() for field in target)
+    labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
     expected = reference.lumix_lam(
         logits.detach().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, apply_to=apply_to
     )
@@ -150,7 +150,7 @@ def test_detached_gradient_is_the_closed_form_with_lam_held_fixed(smoothing):
     logits, target, lam_r = random_case()
     criterion = LUMixLoss(smoothing=smoothing)
     _, grad = loss_and_grad(criterion, logits, target, lam_r)
-    z, (labels, partner_labels, *_, kind), classes = logits.numpy(), target, np.arange(7)
+    z, (labels, partner_labels, _, _, kind, _), classes = logits.numpy(), target, np.arange(7)
     lam = criterion.lam(logits, target, lam_r).numpy()[:, None]
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     y = lam * np.eye(7)[partner_labels] + (1 - lam) * np.eye(7)[labels]

@@ -20,6 +20,7 @@ def make_target(batch=6, classes=5, seed=0):
         torch.tensor(rng.random(batch), dtype=torch.float32),
         torch.tensor(rng.integers(32, size=(batch, 4)), dtype=torch.int32),
         torch.full((batch,), 2, dtype=torch.int32),
+        torch.tensor(rng.permutation(batch)),
     )
 
 
@@ -54,8 +55,8 @@ def test_size_shape_and_device_are_the_labels():
     assert target.device == torch.device("cpu")
 
 
-FULL = [torch.int64, torch.int64, torch.float32, torch.int32, torch.int32]
-HALF = [torch.int64, torch.int64, torch.float16, torch.int32, torch.int32]
+FULL = [torch.int64, torch.int64, torch.float32, torch.int32, torch.int32, torch.int64]
+HALF = [torch.int64, torch.int64, torch.float16, torch.int32, torch.int32, torch.int64]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,10 @@ class Recorder:
     ],
 )
 def test_to_hands_non_blocking_to_every_field(args, kwargs, expected):
-    target = MixTarget(*(Recorder() for _ in range(5)))
+    target = MixTarget(*(Recorder() for _ in range(6)))
     target.to(*args, **kwargs)
     others = [field.seen["non_blocking"] for field in target if field is not target.lam0]
-    assert others == [expected] * 4
+    assert others == [expected] * 5
 
 
 def test_to_copies_when_asked():
@@ -119,9 +120,9 @@ def test_pin_memory_and_cpu_reach_every_field():
         def cpu(self):
             return "host"
 
-    target = MixTarget(*(Field() for _ in range(5)))
-    assert target.pin_memory() == ("pinned",) * 5
-    assert target.cpu() == ("host",) * 5
+    target = MixTarget(*(Field() for _ in range(6)))
+    assert target.pin_memory() == ("pinned",) * 6
+    assert target.cpu() == ("host",) * 6
     assert type(target.pin_memory()) is MixTarget
 
 

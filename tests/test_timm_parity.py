@@ -11,7 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 import lumix_dali.fn as mixfn
-from lumix_dali.target import MixTarget
+from lumix_dali.target import Kind, MixTarget
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -57,8 +57,8 @@ def run_timm(monkeypatch, images, labels, mode, seed, options):
     count = len(images)
     lam, is_cutmix = (np.broadcast_to(value, count) for value in params[0])
     lam0, box = 1.0 - lam, np.zeros((count, 4), np.int32)
-    kind = np.where(lam == 1, 0, np.where(is_cutmix, mixfn.CUTMIX, mixfn.MIXUP)).astype(np.int32)
-    cut = np.flatnonzero(kind == mixfn.CUTMIX)
+    kind = np.where(lam == 1, 0, np.where(is_cutmix, Kind.CUTMIX, Kind.MIXUP)).astype(np.int32)
+    cut = np.flatnonzero(kind == Kind.CUTMIX)
     for row, ((yl, yh, xl, xh), cut_lam) in zip(cut, cuts * (len(cut) if mode == "batch" else 1), strict=True):
         box[row], lam0[row] = (yl, xl, yh, xh), 1 - cut_lam
     return mixed.numpy().transpose(0, 2, 3, 1), dense, kind, box, lam0.astype(np.float32)
@@ -92,7 +92,7 @@ def test_images_and_dense_targets(graph, monkeypatch, name, mode, size):
             inputs["lam0"] = lam0
         mixed, target = run(images, labels, **inputs)
 
-        blended = kind == mixfn.MIXUP
+        blended = kind == Kind.MIXUP
         np.testing.assert_array_equal(mixed[~blended], wanted[~blended])
         np.testing.assert_allclose(mixed[blended], wanted[blended], atol=1)
         np.testing.assert_allclose(target.lam0, lam0, atol=1e-6)

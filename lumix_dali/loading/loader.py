@@ -597,7 +597,8 @@ class _Epoch(Iterator):
         self._scheduled = False
         mixing = loader._mixing if place.mixed else None
         transform = dataclasses.replace(loader._transform, size=cast(Any, place.size))
-        plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, training=order.shuffle)
+        on_gpu = loader.device.type == "cuda"
+        plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, order.shuffle, on_gpu)
         # The order has a seed of its own: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
         self._feed = Feed(

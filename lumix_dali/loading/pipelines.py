@@ -177,7 +177,7 @@ def train_pipeline(
     else:
         patches = Regions(*(plan.get(name) for name in Regions._fields))
         patches = patches if mixing.with_cutmix else patches._replace(ids=plan["partner"])
-        images = mixfn.lay(images, patches)
+        images = mixfn.lay(images, patches, mixing.with_mixup)
         lam0 = plan["lam0"] if "lam0" in plan else mixfn.count_lam0(patches, transform.size)
     return _normalised(images, transform), _put(plan["target"]), _put(lam0)
 

@@ -39,6 +39,7 @@ class Plan:
         size: (H, W) of the images.
         mixing: the options; None: nothing is mixed.
         training: False: the target is labels and indices only.
+        on_gpu: where the graph mixes. A GPU blends every sample, a CPU those of Mixup alone.
     """
 
     seed: int
@@ -47,6 +48,7 @@ class Plan:
     size: tuple[int, int]
     mixing: Mixing | None
     training: bool
+    on_gpu: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ class Plan:
         found = ["target", *(["ids", "anchors", "shapes"] if mixing.with_cutmix else ["partner"])]
         if mixing.with_mixup or mixing.counts_lam0:
             found += ["weight"]
-        if mixing.with_mixup:
+        if mixing.with_mixup and not self.on_gpu:
             found += ["is_mixup"]
         if mixing.with_cutmix and not mixing.counts_lam0:
             found += ["lam0"]
