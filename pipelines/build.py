@@ -183,14 +183,20 @@ def build_run(args: argparse.Namespace, model: nn.Module, train: Any, val: Any, 
     except (ValueError, TypeError, AssertionError) as error:
         known = [*map(str, list_optimizers())]
         raise ValueError(f"--opt {args.opt}: {error}{similar(args.opt, known)}") from error
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args))
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args))
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"--sched {args.sched}: {error}") from error
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")
     autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
     ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     network: Any = model
     if args.torchcompile:
-        network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        try:
+            network = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+        except RuntimeError as error:
+            raise ValueError(f"--torchcompile {args.torchcompile}: {error}") from error
     if dist.is_initialized():
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)

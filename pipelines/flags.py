@@ -28,7 +28,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Every flag, with its default."""
-    parser = argparse.ArgumentParser("python -m pipelines.train", description=description, formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        "python -m pipelines.train", usage="%(prog)s DIR [FLAG ...]; --help lists the flags",
+        description=description, formatter_class=Help)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML of defaults for what follows, as args.yaml")
     for add_group in (_add_data, _add_augmentation, _add_loss, _add_model, _add_optimiser, _add_schedule, _add_run,
                       _add_logging):

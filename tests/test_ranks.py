@@ -25,12 +25,12 @@ from pipelines import train
 
 fit = train.fit
 
-def fit_and_tell(run, criterion, args, stop):
+def fit_and_tell(run, criterion, args, stop, track):
     if os.environ.get("FAILS") == str(args.rank):
         def fails(*_):
             raise ZeroDivisionError("this rank fails")
         train.check_target = fails
-    fit(run, criterion, args, stop)
+    fit(run, criterion, args, stop, track)
     sha = {}
     for name, model in {"model": run.model, "evaluated": run.evaluated}.items():
         tensors = [key.encode() + value.numpy().tobytes() for key, value in model.state_dict().items()]
