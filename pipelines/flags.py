@@ -270,8 +270,8 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> None:
         parser.error(f"--config {path}: {error}")
     if not isinstance(config, dict):
         parser.error(f"--config {path}: it holds a {type(config).__name__}; write FLAG: VALUE lines")
-    # timm writes "" for what is not set.
-    config = {ALIASES.get(key, key): value for key, value in config.items() if value != ""}
+    # timm writes "" or null for what is not set.
+    config = {ALIASES.get(key, key): value for key, value in config.items() if value not in ("", None)}
     known = {action.dest for action in parser._actions} - timm_flags.FOREIGN.keys()
     parser.set_defaults(**{key: value for key, value in config.items() if key in known})
     timm_flags.settle(parser, argparse.Namespace(**config), f"--config {path}: ")

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lumix_dali import MixTarget
 
@@ -74,6 +75,7 @@ def headspace(run: Run, step: Callable[..., torch.Tensor], args: argparse.Namesp
         synchronise(run.train.device)
         start = time.perf_counter()
         for images, target in batches:
+            run.step %= len(run.train)  # more steps than an epoch has
             step(run, images, target)
         synchronise(run.train.device)
         return count * args.batch_size * args.world_size / (time.perf_counter() - start)
@@ -83,7 +85,7 @@ def headspace(run: Run, step: Callable[..., torch.Tensor], args: argparse.Namesp
             islice(source, count)]
     speed(kept)  # compiles, tunes and allocates
     loaded, replayed = [], []
-    for _ in range(ROUNDS):
+    for _ in tqdm(range(ROUNDS), "rounds", leave=False, disable=args.rank > 0):
         speed(islice(source, AHEAD))
         loaded.append(speed(islice(source, count)))
         replayed.append(speed(kept))

@@ -125,17 +125,25 @@ def test_headspace_by_hand(monkeypatch, capsys):
         def __iter__(self):
             return ((torch.zeros(2), (torch.zeros(2),) * 5) for _ in clock.batches(1., 3))
 
+        def __len__(self):
+            return 3
+
+    def step(run, *_):
+        assert run.step < 3
+        run.step += 1
+        clock.spend(3.)
+
     args = SimpleNamespace(cached_batches=5, batch_size=6, world_size=2, rank=0)
-    run = SimpleNamespace(train=Train(), model=torch.nn.Identity())
+    run = SimpleNamespace(train=Train(), model=torch.nn.Identity(), step=0)
     stop = SimpleNamespace(signal=0)
-    found = headspace.headspace(run, lambda *_: clock.spend(3.), args, stop)
+    found = headspace.headspace(run, step, args, stop)
     assert found["loaded"] == pytest.approx([12 / 4] * headspace.ROUNDS)
     assert found["replayed"] == pytest.approx([12 / 3] * headspace.ROUNDS)
     assert found["ratio"] == pytest.approx([4 / 3] * 3)
     assert "the loader costs 25% of the time.\n" + headspace.ADVICE in capsys.readouterr().out
     stop.signal = 15
     with pytest.raises(SystemExit):
-        headspace.headspace(run, lambda *_: clock.spend(3.), args, stop)
+        headspace.headspace(run, step, args, stop)
 
 
 @pytest.mark.parametrize(("ratio", "says"), [

@@ -332,6 +332,13 @@ def test_no_aug_is_timms(tmp_path):
     assert distance.min(1).values.max() < 1
 
 
+def test_headspace_writes_nothing(data, tmp_path, capsys):
+    found = train.main(argv(data, tmp_path, "--cached-batches", "2", "--grad-accum-steps", "2"))
+    assert len(found["loaded"]) == len(found["replayed"])
+    assert "replayed ÷ loaded" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_sched_none(data, tmp_path):
     """The learning rate stays."""
     train.main(argv(data, tmp_path, "--sched", "none", "-b", "32"))
