@@ -149,7 +149,7 @@ def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scr
     else:
         val = next((split for split in ("val", "validation", "test") if (args.cifar / split).is_dir()), "val")
         splits = ["--data-dir", str(args.cifar), "--val-split", val, "-b", "512"]
-    where = ["--output", str(scratch), "--experiment", experiment]
+    where = ["--output", str(scratch), "--experiment", experiment, "--overwrite"]
     numbers = ["--device", args.device, "--seed", str(seed), "--epochs", str(args.epochs if gpu else 1)]
     missing = "" if args.cifar or images.is_dir() else "there are no images"
     return Step(name, ["pipelines.train", *splits, *where, *numbers, *TRAINING, *RECIPES[recipe],

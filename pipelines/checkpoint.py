@@ -3,11 +3,12 @@
 import argparse
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,26 @@ FORMAT = "pipelines.train/1"
 # Flags that may differ between a run and its continuation: they do not touch what is computed. The loaders
 # compare the data themselves, wherever they lie.
 FREE = {"config", "resume", "data_dir", "train_split", "val_split", "workers", "max_bad", "device", "output",
-        "experiment", "pretrained", "initial_checkpoint", "checkpoint_hist", "checkpoint_interval",
-        "log_interval", "rank"}
+        "experiment", "pretrained", "pretrained_path", "initial_checkpoint", "checkpoint_hist",
+        "checkpoint_interval",
+        "save_epochs", "stop_epoch", "overwrite", "cached_batches", "log_interval", "log_tensorboard", "log_wandb",
+        "wandb_project", "wandb_tags", "wandb_resume_id", "rank"}
 # What is summed over an epoch: over all samples, and over those of every --log-interval batches that LUMix
 # applies to.
 SUMS = ("loss", "lam0", "applied", "lumix_lam0", "lumix_lam_s", "lumix_lam", "lumix_clamped")
+
+
+class Found(NamedTuple):
+    """A checkpoint to resume from."""
+
+    path: Path
+    state: dict[str, Any]
+    written: int  # when, in ns
+
+    def check(self) -> None:
+        """Raises ValueError where it is another one by now."""
+        if self.path.stat().st_mtime_ns != self.written:
+            raise ValueError(f"--resume: {self.path} has been written meanwhile by another run; start again")
 
 
 @dataclass
@@ -39,15 +55,17 @@ class Run:
     model: nn.Module
     network: Callable[..., torch.Tensor]  # the model as it is called: compiled, distributed, where asked for
     optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
+    scheduler: Scheduler | None
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     ema: ModelEmaV3 | None
     sums: torch.Tensor  # SUMS of this epoch and rank, on the device
+    epochs: int  # of the whole run, as the schedule has it
     updates: int = 0
     epoch: int = 0
     step: int = 0  # batches of this epoch that are done
-    rows: list[dict[str, float]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    saved: tuple[int, int] | None = None  # (epoch, step) of last.pth.tar
 
     @property
     def evaluated(self) -> nn.Module:
@@ -55,7 +73,7 @@ class Run:
         return self.ema.module if self.ema else self.model
 
 
-def read_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
+def read_checkpoint(args: argparse.Namespace) -> Found | None:
     """The checkpoint that --resume names, and where it lies; nothing in it is executed. Rank 0 reads it for all.
 
     Raises:
@@ -63,12 +81,13 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | N
     """
     path = Path(args.output, args.experiment) if args.resume is True else Path(args.resume)
     path = path / "last.pth.tar" if path.suffixes[-2:] != [".pth", ".tar"] else path
-    found: list[Any] = [None]
+    found: list[Any] = [None, 0]
     if args.rank == 0 and (path.exists() or args.resume is not True):
         try:
+            written = path.stat().st_mtime_ns
             if part := zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
                 raise ValueError(f"{part} is damaged")
-            found = [torch.load(path, map_location="cpu", weights_only=True)]
+            found = [torch.load(path, map_location="cpu", weights_only=True), written]
         except Exception as error:  # what a damaged file raises is anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"--resume: {path} cannot be read ({reason}); give the path of a whole checkpoint, "
@@ -78,16 +97,16 @@ def read_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | N
                              f"give --initial-checkpoint {path} to start from its weights")
     if dist.is_initialized():
         dist.broadcast_object_list(found)
-    return (path, found[0]) if found[0] is not None else None
+    return Found(path, *found) if found[0] is not None else None
 
 
-def resume(run: Run, args: argparse.Namespace, path: Path, state: dict[str, Any]) -> None:
-    """Puts everything back to where `state` was taken.
+def resume(run: Run, args: argparse.Namespace, found: Found) -> None:
+    """Puts everything back to where the state was taken; with other `--epochs`, on the schedule that they give.
 
     Raises:
         ValueError: the state is of another run: other flags that matter, ranks or data.
     """
-    part = ""
+    path, state, part = found.path, found.state, ""
     try:
         if odd := changed_flags(state["args"], args):
             raise ValueError(f"{odd}. Give the flags as they were, as by --config {path.parent / 'args.yaml'}")
@@ -105,7 +124,7 @@ def resume(run: Run, args: argparse.Namespace, path: Path, state: dict[str, Any]
         run.scaler.load_state_dict(state["amp_scaler"])
         if run.ema:
             run.ema.module.load_state_dict(state["state_dict_ema"])
-        if position["plateau"]:
+        if position["plateau"] and run.scheduler:
             run.scheduler.lr_scheduler.load_state_dict(position["plateau"])  # type: ignore[attr-defined]
         run.updates, run.epoch, run.step = (int(position[key]) for key in ("updates", "epoch", "step"))
         run.rows = position["rows"]
@@ -115,12 +134,26 @@ def resume(run: Run, args: argparse.Namespace, path: Path, state: dict[str, Any]
             torch.cuda.set_rng_state(mine["cuda_rng"], run.train.device)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--resume: {path} does not fit this run: {part}{error}") from error
+    run.saved = run.epoch, run.step
+    if run.epoch > run.epochs:
+        raise ValueError(f"--epochs {args.epochs}: {run.epoch} are done in {path}; give more")
+    if state["args"]["epochs"] != args.epochs:
+        reschedule(run, args, state["args"]["epochs"])
+
+
+def reschedule(run: Run, args: argparse.Namespace, before: int) -> None:
+    """Gives the optimiser the learning rates that the new schedule has at this place."""
+    if run.scheduler and not hasattr(run.scheduler, "lr_scheduler"):  # plateau follows the scores
+        run.scheduler.step(run.epoch)  # one of the two does nothing
+        run.scheduler.step_update(run.updates)
+    if args.rank == 0:
+        print(f"--epochs was {before} and is {args.epochs}: from here on the learning rate is the new schedule's")
 
 
 def changed_flags(then: dict[str, Any], args: argparse.Namespace) -> str:
     """The flags that differ from a checkpoint's and would change the run, and how; empty if none does."""
     then, now = (json.loads(json.dumps(flags)) for flags in (then, vars(args)))  # of a YAML, tuples come as lists
-    odd = [key for key in now if key not in FREE and key in then and then[key] != now[key]]
+    odd = [key for key in now if key not in FREE | {"epochs"} and key in then and then[key] != now[key]]
     return "; ".join(f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}" for key in odd)
 
 
@@ -138,21 +171,41 @@ def settle(run: Run, args: argparse.Namespace) -> None:
 
 
 def save(run: Run, args: argparse.Namespace, *names: str) -> None:
-    """Writes a checkpoint under these names and, behind them, as last.pth.tar; all ranks have a part in it.
+    """Writes a checkpoint under these names and, after them, as last.pth.tar; all ranks have a part in it.
 
     A file is replaced in one step, so that a run killed meanwhile leaves the old one whole; and one that has lost
-    this last.pth.tar does the epoch again, to the same end.
+    this last.pth.tar does the epoch again, to the same end. The names are links: they take no time and no space.
+
+    Raises:
+        OSError: it cannot be written; the files of before are whole.
     """
     states = gathered(rank_state(run))
+    run.saved = run.epoch, run.step
     if args.rank:
         return
-    state, scratch = checkpoint(run, args, states), run.folder / "tmp.pth.tar"
-    for name in (*names, "last"):
+    scratch, link = run.folder / "tmp.pth.tar", run.folder / "tmp.link"
+    try:
         with open(scratch, "wb") as file:
-            torch.save(state, file)
+            torch.save(checkpoint(run, args, states), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, run.folder / f"{name}.pth.tar")
+        for name in names:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(scratch, link)
+            except OSError:  # some file systems have no hard links
+                shutil.copyfile(scratch, link)
+            os.replace(link, run.folder / f"{name}.pth.tar")
+        os.replace(scratch, run.folder / "last.pth.tar")
+    except (OSError, RuntimeError) as error:
+        for path in (scratch, link):
+            path.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save has an error of its own
+        if not isinstance(reason, OSError):
+            raise
+        last = run.folder / "last.pth.tar"
+        how = f"{last} is whole, resume from it once there is room" if last.exists() else "there is no other yet"
+        raise OSError(f"{run.folder}: a checkpoint cannot be written ({reason.strerror}); {how}") from error
 
 
 def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]]) -> dict[str, Any]:

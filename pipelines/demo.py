@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--hflip", str(HFLIP), "--cutmix", "1", "--mixup-mode", "elem",
         "--opt", "adamw", "--lr", "2e-3", "--weight-decay", ".05", "--warmup-epochs", "2",
         "--batch-size", "64", "--epochs", str(args.epochs), "--seed", str(args.seed), "--device", args.device,
-        "--output", str(args.output.parent), "--experiment", args.output.name])
+        "--output", str(args.output.parent), "--experiment", args.output.name, "--overwrite"])
     curves(args.output / "log.jsonl", args.output / "curves.png")
     show(str(args.data / "train"), str(args.output / "mixed.png"), input_size=SIZE, cutmix_alpha=1.,
          seed=args.seed, scale=SCALE, hflip=HFLIP)

@@ -1,6 +1,7 @@
 """The training program's command line: timm's names where timm has them, and what follows from it alone."""
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -10,6 +11,16 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
+from . import timm_flags
+
+# Of one call, not of the run: args.yaml leaves them out.
+ONCE = {"config", "resume", "overwrite", "stop_epoch", "cached_batches", "rank", "world_size"}
+ALIASES = {"recovery_interval": "checkpoint_interval"}  # keys of timm's args.yaml
+LEAST = {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "checkpoint_interval": 0, "seed": 0, "max_bad": 0,
+         "grad_accum_steps": 1, "lumix_warmup_epochs": 0, "batch_size": 1, "validation_batch_size": 1,
+         "workers": 1, "val_interval": 1, "stop_epoch": 1, "cached_batches": 1, "num_classes": 1, "img_size": 1,
+         "cooldown_epochs": 0, "warmup_epochs": 0}
+
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The module's text as it stands, and every default."""
@@ -17,17 +28,39 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Every flag, with its default."""
-    parser = argparse.ArgumentParser("python -m pipelines.train", description=description, formatter_class=Help)
+    parser = argparse.ArgumentParser(
+        "python -m pipelines.train", usage="%(prog)s DIR [FLAG ...]; --help lists the flags",
+        description=description, formatter_class=Help)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML of defaults for what follows, as args.yaml")
+    for add_group in (_add_data, _add_augmentation, _add_loss, _add_model, _add_optimiser, _add_schedule, _add_run,
+                      _add_logging):
+        add_group(parser)
+    timm_flags.add_to(parser)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
+    parser.add_argument("data", nargs="?", metavar="DIR", help="as --data-dir")
     add("--data-dir", metavar="DIR", help="folder with train/ and val/ or validation/")
     add("--train-split", default="train", help="folder of the training images under DIR")
     add("--val-split", help="folder of the validation images; None: val or validation")
-    add("-b", "--batch-size", type=int, default=128, help="images a batch")
+    add("-b", "--batch-size", type=int, default=128, help="images per batch")
     add("-vb", "--validation-batch-size", type=int, help="None: the training batch size")
     add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
     add("--img-size", type=int, help="side of a square input; None: the model's")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
+    add("--in-chans", type=int, choices=(3,), help="channels: images are decoded to RGB")
+    add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
+    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+    add("--crop-pct", type=float, help="centre crop in validation; None: the model's")
+    add("--max-bad", type=int, default=100, metavar="N", help="damaged files replaced before that is an error")
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-aug", action="store_true", help="no crop, flip, jitter, RandAugment or erasing; mixing stays")
     add("--scale", type=float, nargs=2, default=(.08, 1.), help="area of the random resized crop")
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of that crop")
     add("--hflip", type=float, default=.5, help="probability of a horizontal flip")
@@ -35,28 +68,29 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--color-jitter", type=float, nargs="+", metavar="X",
         help="brightness, contrast, saturation and hue, or one number for the first three; not used with --aa; "
              "None, where timm has .4: off")
+    add("--color-jitter-prob", type=float, help="probability that an image is jittered; None: always")
+    add("--grayscale-prob", type=float, help="probability that an image loses its colours; None: 0")
     add("--reprob", type=float, default=0., help="probability of random erasing, before mixing")
     add("--remode", default="pixel", help="what is erased becomes: pixel (noise), rand (one colour) or const")
-    add("--recount", type=int, default=1, help="most regions erased in an image")
+    add("--recount", type=int, default=1, help="max regions erased in an image")
     add("--aug-repeats", type=int, default=0, metavar="N", help="repeated augmentation; 0: off")
     add("--train-interpolation", default="", help="or random, which timm defaults to; empty: --interpolation")
-    add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
-    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--crop-pct", type=float, help="centre crop in validation; None: the model's")
-    add("--max-bad", type=int, default=100, metavar="N", help="damaged files replaced before that is an error")
 
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("mixing and loss").add_argument
     add("--mixup", type=float, default=0., help="alpha of Mixup; 0 is off")
     add("--cutmix", type=float, default=1., help="alpha of CutMix; 0, timm's default, is off")
     add("--cutmix-minmax", type=float, nargs=2, help="share of the box's sides instead of alpha")
     add("--mixup-prob", type=float, default=1., help="share of the samples or batches that are mixed")
     add("--mixup-switch-prob", type=float, default=.5, help="share of CutMix where both are on")
-    add("--mixup-mode", default="batch", help="one draw a batch, or one a sample: batch or elem")
+    add("--mixup-mode", default="batch", help="one draw per batch, or one per sample: batch or elem")
     add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from epoch N on; 0 is never")
     add("--smoothing", type=float, default=.1, help="label smoothing")
     add("--bce-loss", action="store_true", help="sigmoid BCE instead of softmax cross entropy")
     add("--bce-sum", action="store_true", help="sum the BCE over classes instead of the mean")
+    add("--bce-target-thresh", type=float, metavar="T", help="labels above T become 1, others 0; with --no-lumix")
+    add("--bce-pos-weight", type=float, metavar="W", help="weight of the positive labels; with --no-lumix")
     add("--no-lumix", action="store_true", help="plain CutMix/Mixup: soft cross entropy at λ0")
     add("--r-r", type=float, default=.4, help="ratio of the noise λ_r in λ")
     add("--r-s", type=float, default=.1, help="ratio of the saliency λ_s in λ")
@@ -68,43 +102,81 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--attach-lam-s", action="store_true", help="let the gradient through λ_s")
     add("--apply-to", choices=("cutmix", "all"), default="cutmix", help="kinds of samples LUMix changes")
 
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="resnet50", help="any name timm.create_model knows")
     add("--num-classes", type=int, help="None: as many as the training folder has")
     add("--pretrained", action="store_true", help="start from timm's weights")
+    add("--pretrained-path", metavar="PATH", help="a file to take for timm's weights; its head may differ")
     add("--initial-checkpoint", default="", metavar="PATH", help="start from these weights")
+    add("--gp", metavar="POOL", help="global pooling; None: the model's")
     add("--drop", type=float, default=0., help="dropout")
     add("--drop-path", type=float, help="stochastic depth; None: the model's")
+    add("--drop-block", type=float, help="DropBlock; None: the model's")
+    add("--bn-momentum", type=float, help="of batch norm; None: the model's")
+    add("--bn-eps", type=float, help="of batch norm; None: the model's")
+    add("--head-init-scale", type=float, help="the classifier's initial weights and biases times this")
+    add("--head-init-bias", type=float, help="the classifier's initial biases")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the model")
-    add("--model-ema", action="store_true", help="keep an average of the weights; it is what is validated")
+    add("--grad-checkpointing", action="store_true", help="compute activations again in backward, to save memory")
+    add("--fast-norm", action="store_true", help="timm's layer norm in low precision under --amp")
+    add("--model-ema", action="store_true",
+        help="keep an average of the weights; it is what model_best is best in, and evaluation loads")
     add("--model-ema-decay", type=float, default=.9998, help="of that average")
+    add("--model-ema-warmup", action="store_true", help="let the decay grow; for runs of few updates")
     add("--channels-last", action="store_true", help="memory format of images and model")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    add("--torchcompile-mode", metavar="MODE", help="of torch.compile, such as reduce-overhead")
 
-    add = parser.add_argument_group("optimiser and schedule").add_argument
+
+def _add_optimiser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimiser").add_argument
     add("--opt", default="sgd", help="any name of timm.optim")
     add("--opt-eps", type=float, help="None: the optimiser's")
     add("--opt-betas", type=float, nargs="+", help="None: the optimiser's")
+    add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the optimiser")
     add("--momentum", type=float, default=.9, help="where the optimiser has one")
     add("--weight-decay", type=float, default=2e-5, help="not applied to biases and norms")
-    add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches an update")
+    add("--layer-decay", type=float, metavar="X", help="learning rate times X per layer below the head")
+    add("--layer-decay-min-scale", type=float, default=0., metavar="X", help="min of that factor")
+    add("--layer-decay-no-opt-scale", type=float, metavar="X", help="layers with a smaller factor are frozen")
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches per update")
     add("--clip-grad", type=float, metavar="NORM", help="None: no clipping")
     add("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="what is clipped")
     add("--lr", type=float, help="None: --lr-base, scaled by the batch size")
     add("--lr-base", type=float, default=.1, help="learning rate at --lr-base-size")
     add("--lr-base-size", type=int, default=256, help="batch size of --lr-base, over all ranks and batches")
     add("--lr-base-scale", choices=("linear", "sqrt"), help="None: sqrt for adaptive optimisers")
-    add("--epochs", type=int, default=300, help="length of the run")
+
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=int, default=300, help="length of the schedule; cycles, cooldown and prefix come on top")
+    add("--stop-epoch", type=int, metavar="N", help="stop after N epochs of the schedule; --resume continues it")
     add("--sched", default="cosine", help="any name of timm.scheduler")
-    add("--sched-on-updates", action="store_true", help="a step of the schedule an update, not an epoch")
+    add("--sched-on-updates", action="store_true", help="step the schedule per update, not per epoch")
     add("--warmup-epochs", type=int, default=5, help="from --warmup-lr on")
     add("--warmup-lr", type=float, default=1e-5, help="where the warm-up starts")
     add("--warmup-prefix", action="store_true", help="start the schedule after the warm-up")
+    add("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after the schedule")
     add("--min-lr", type=float, default=0., help="where the schedule ends")
-    add("--decay-epochs", type=float, default=90, help="between two decays")
+    add("--decay-epochs", type=float, help="between two decays; None: 90, for wsd and rsqrt the last fifth")
     add("--decay-milestones", type=int, nargs="+", default=(90, 180, 270), help="for multistep")
-    add("--decay-rate", type=float, default=.1, help="factor of a decay")
+    add("--decay-rate", "--dr", type=float, default=.1, help="factor of a decay")
+    add("--patience-epochs", type=int, default=10, help="for plateau")
+    add("--lr-noise", type=float, nargs="+", help="noise from and to these parts of the schedule")
+    add("--lr-noise-pct", type=float, default=.67, help="max of that noise")
+    add("--lr-noise-std", type=float, default=1., help="its standard deviation")
+    add("--lr-cycle-mul", type=float, default=1., help="length of a cycle over that of the one before")
+    add("--lr-cycle-decay", type=float, default=.5, help="peak of a cycle over that of the one before")
+    add("--lr-cycle-limit", type=int, default=1, help="number of cycles")
+    add("--lr-k-decay", type=float, default=1., help="for cosine and poly")
+    add("--lr-decay-fn", help="for wsd and rsqrt; None: the schedule's")
+    add("--lr-stable-timescale", type=float, help="for rsqrt; None: --warmup-epochs")
 
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N; with several ranks each has its own GPU")
     add("--sync-bn", action="store_true", help="batch norm over all ranks' GPUs")
@@ -113,17 +185,30 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="of everything drawn")
     add("--output", default="runs", metavar="PATH", help="where runs go")
     add("--experiment", default="", help="folder under OUTPUT; empty: time, model and size")
+    add("--overwrite", action="store_true", help="replace the run that is in that folder already")
+    add("--val-interval", type=int, default=1, metavar="N", help="epochs from one validation to the next")
     add("--eval-metric", choices=("top1", "top5", "loss"), default="top1", help="what model_best is best in")
     add("--checkpoint-hist", type=int, default=0, metavar="N", help="best epochs kept besides model_best")
-    add("--checkpoint-interval", type=int, default=0, metavar="N",
+    add("--save-epochs", type=int, nargs="+", default=[], metavar="N", help="keep milestone-N after N epochs")
+    add("--checkpoint-interval", "--recovery-interval", type=int, default=0, metavar="N",
         help="updates between two writes of last.pth.tar; 0: after each epoch only")
     add("--resume", nargs="?", const=True, metavar="PATH",
-        help="go on from that checkpoint or run folder; without PATH from OUTPUT/EXPERIMENT, if it is there yet")
+        help="resume from that checkpoint or run folder; auto, or no PATH: from OUTPUT/EXPERIMENT, if any")
     add("--smoke", action="store_true",
         help="two steps on generated images instead of --data-dir, to see that the command works to its end")
+    add("--cached-batches", type=int, metavar="N",
+        help="do not train, but measure: the speed on N batches from the loader and on the same ones replayed")
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("logging").add_argument
     add("--log-interval", type=int, default=50, metavar="N",
         help="batches between two looks at the loss shown and at λ")
-    return parser
+    add("--log-tensorboard", action="store_true", help="each epoch's numbers to TensorBoard, in the run's folder")
+    add("--log-wandb", action="store_true", help="each epoch's numbers to Weights & Biases")
+    add("--wandb-project", metavar="NAME", help="of --log-wandb")
+    add("--wandb-tags", nargs="+", default=[], metavar="TAG", help="of --log-wandb")
+    add("--wandb-resume-id", default="", metavar="ID", help="the run at W&B to append to, with --resume")
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -132,26 +217,49 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     if config := parser.parse_args(argv).config:
         read_config(parser, config)
     args = parser.parse_args(argv)
-    if args.data_dir is None and not args.smoke:
-        parser.error("--data-dir is required")
-    least = {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "checkpoint_interval": 0, "seed": 0,
-             "max_bad": 0, "grad_accum_steps": 1, "lumix_warmup_epochs": 0}
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {value}")
-    if args.resume is True and not args.experiment:
-        parser.error("--resume: name the run to go on with, by --experiment or --resume PATH")
-    cutmix = args.cutmix > 0 or args.cutmix_minmax
-    if not args.no_lumix and not cutmix and (args.apply_to == "cutmix" or not args.mixup):
-        parser.error(f"--cutmix {args.cutmix:g} leaves LUMix no sample to apply to: give --cutmix 1.0, "
-                     "--mixup .8 with --apply-to all, or --no-lumix")
+    args.data_dir = args.data_dir or args.data
+    del args.data
+    timm_flags.settle(parser, args)
+    args.resume = True if args.resume == "auto" else args.resume
     try:
         args.noise = (args.noise[0], *map(float, args.noise[1:]))
     except ValueError:
         parser.error(f"--noise {' '.join(args.noise)}: give beta ALPHA, normal MEAN STD, or uniform")
+    if fault := contradiction(args):
+        parser.error(fault)
     args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.lr = learning_rate(args) if args.lr is None else args.lr
+    if args.decay_epochs is None:
+        args.decay_epochs = .2 if args.sched in ("wsd", "rsqrt") else 90.
     return args
+
+
+def contradiction(args: argparse.Namespace) -> str:
+    """What is wrong with the flags and how to mend it; empty if nothing is."""
+    if args.data_dir is None and not args.smoke:
+        return "--data-dir is required"
+    for name, value in LEAST.items():
+        if (given := getattr(args, name)) is not None and given < value:
+            return f"--{name.replace('_', '-')} {given}: give at least {value}"
+    if args.resume is True and not args.experiment:
+        return "--resume: name the run to resume, by --experiment or --resume PATH"
+    if args.resume and args.overwrite:
+        return "--overwrite replaces a run, and --resume continues one: give either"
+    cutmix = args.cutmix > 0 or args.cutmix_minmax
+    if not args.no_lumix and not cutmix and (args.apply_to == "cutmix" or not args.mixup):
+        return (f"--cutmix {args.cutmix:g} leaves LUMix no sample to apply to: give --cutmix 1.0, "
+                "--mixup .8 with --apply-to all, or --no-lumix")
+    for flag in ("bce_target_thresh", "bce_pos_weight"):
+        if getattr(args, flag) is not None and not (args.bce_loss and args.no_lumix):
+            return f"--{flag.replace('_', '-')} is timm's own BCE, without LUMix: give --bce-loss --no-lumix too"
+    if args.sched == "plateau" and args.val_interval > 1:
+        return f"--val-interval {args.val_interval}: --sched plateau needs a score every epoch; give 1"
+    if args.wandb_resume_id and not args.resume:
+        return "--wandb-resume-id continues a run at W&B: give --resume too"
+    for flag, package in {"log_wandb": "wandb", "log_tensorboard": "tensorboard"}.items():
+        if getattr(args, flag) and package not in sys.modules and not importlib.util.find_spec(package):
+            return f"--{flag.replace('_', '-')}: {package} is not installed; pip install {package}"
+    return ""
 
 
 def read_config(parser: argparse.ArgumentParser, path: str) -> None:
@@ -162,10 +270,13 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> None:
         parser.error(f"--config {path}: {error}")
     if not isinstance(config, dict):
         parser.error(f"--config {path}: it holds a {type(config).__name__}; write FLAG: VALUE lines")
-    known = {action.dest for action in parser._actions}
-    # timm writes "" for what is not set.
-    parser.set_defaults(**{key: value for key, value in config.items() if key in known and value != ""})
-    if unknown := [f"{key}={value}" for key, value in config.items() if key not in known and value]:
+    # timm writes "" or null for what is not set.
+    config = {ALIASES.get(key, key): value for key, value in config.items() if value not in ("", None)}
+    known = {action.dest for action in parser._actions} - timm_flags.FOREIGN.keys()
+    parser.set_defaults(**{key: value for key, value in config.items() if key in known})
+    timm_flags.settle(parser, argparse.Namespace(**config), f"--config {path}: ")
+    rest = config.keys() - known - timm_flags.FOREIGN.keys()
+    if unknown := [f"{key}={value}" for key, value in config.items() if key in rest and value]:
         print(f"--config {path}: no such flags here, ignored: {', '.join(unknown)}", file=sys.stderr)
 
 

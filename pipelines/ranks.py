@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,8 +57,11 @@ def summed(sums: torch.Tensor) -> list[float]:
     return sums.tolist()
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: Slurm's, before a job's end
+
+
 class Stop:
-    """SIGINT and SIGTERM ask the run to end, and all ranks hear of it after the same update.
+    """SIGNALS ask the run to end, unless they are ignored (nohup), and all ranks hear of it after the same update.
 
     A second SIGINT ends the process at once; SIGTERM comes twice where both a cluster and torchrun send it. With
     several ranks `agreed` has to be called by all, equally often.
@@ -69,13 +73,19 @@ class Stop:
         self._votes = torch.zeros((), dtype=torch.int32)
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS
+                        if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGHUP:  # the terminal is gone; to write there is an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
 
     def agreed(self) -> int:
         """The signal, or 0. Of several ranks it is what they said an update ago: none waits for an answer."""

@@ -17,7 +17,8 @@ def shrink(args: argparse.Namespace) -> None:
     write_images(images / "val", BATCH)
     vars(args).update(
         data_dir=str(images), train_split="train", val_split="val", num_classes=args.num_classes or 1000,
-        batch_size=BATCH, validation_batch_size=BATCH, grad_accum_steps=1, epochs=1, experiment=folder.name)
+        batch_size=BATCH, validation_batch_size=BATCH, grad_accum_steps=1, epochs=1, experiment=folder.name,
+        resume=None, overwrite=True)
 
 
 def write_images(root: Path, count: int) -> None:

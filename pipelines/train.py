@@ -1,28 +1,29 @@
 """Train any timm model from an image folder through DALI, with CutMix/Mixup in the graph and the LUMix loss.
 
-DIR holds `train` and `val` (or `validation`), each with one folder a class. Flags are timm's where timm has
-them; the mixing draws one λ a batch unless `--mixup-mode elem`, as timm does. One difference: CutMix is on
-by default (`--cutmix 1.0`), because LUMix needs it.
+DIR holds `train` and `val` (or `validation`), each with one folder per class. Flags are timm's
+(docs/timm_flags.md); the mixing draws one λ per batch unless `--mixup-mode elem`, as timm does. CutMix is on by
+default (`--cutmix 1.0`), because LUMix needs it.
 
     python -m pipelines.train --data-dir DIR --model resnet50 --epochs 100 --lr .1 -b 256 --amp
     python -m pipelines.train --data-dir DIR --model deit_small_patch16_224 --opt adamw --lr 1e-3 \\
         --weight-decay .05 --mixup .8 --cutmix 1.0 --drop-path .1 --model-ema
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
     torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
-    python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # go on where it stopped
+    python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # continue where it stopped
+    python -m pipelines.train --data-dir DIR --model resnet50 -b 256 --cached-batches 50   # what the loader costs
     python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # a paper's row: does it run?
 
 OUTPUT/EXPERIMENT gets `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
-them), `summary.csv` and `log.jsonl` (a row an epoch), `args.yaml` and, at the end, `summary.json`.
+them), `summary.csv` and `log.jsonl` (one row per epoch), `args.yaml` and, at the end, `summary.json`. A folder
+that has a run already is refused without `--resume` or `--overwrite`, and so is one that another run writes to.
 
-A run that is killed, at whatever moment, goes on from its last.pth.tar with `--resume` and the same flags on as
-many ranks, on the CPU bit for bit; `--checkpoint-interval` has that file written within the epochs, too. On
-SIGINT and SIGTERM it is written at once, and the run ends.
+A run that is killed, at whatever moment, resumes from its last.pth.tar with `--resume` and the same flags on as
+many ranks, on the CPU bit for bit. The file is written before and after each validation; with
+`--checkpoint-interval` within the epochs, too. On SIGINT, SIGTERM, SIGHUP and SIGUSR1 it is written at once, and
+the run ends.
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -30,8 +31,9 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,151 +43,52 @@ import torch.distributed as dist
 import yaml
 from nvidia import dali
 from timm.data import resolve_data_config
-from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
-from torch import nn
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lumix_dali import LUMixLoss, MixTarget, __version__, check_target, create_loader
-from lumix_dali.data.sources import Source, load
+from lumix_dali import LUMixLoss, MixTarget, __version__, check_target
 
-from .checkpoint import SUMS, Run, metric_name, read_checkpoint, resume, save
-from .flags import parse_args, ratios
+from .build import build_criterion, build_loaders, build_model, build_run, load_data, updates_per_epoch
+from .checkpoint import SUMS, Found, Run, metric_name, read_checkpoint, resume, save
+from .flags import ONCE, parse_args, ratios
+from .folder import claimed, write_log, write_text
+from .headspace import ADVICE, DataWait, headspace
 from .ranks import Stop, gathered, joined, summed
 from .smoke import shrink
+from .tracking import tracking
 
-
-def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
-    """The training and the validation samples.
-
-    Raises:
-        ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
-    """
-    def split(*names: str) -> Source:
-        for name in names:
-            if Path(args.data_dir, name).is_dir():
-                data = load(Path(args.data_dir, name))
-                if data.classes is None:
-                    raise ValueError(f"--data-dir {args.data_dir}: nothing says which classes the shards in "
-                                     f"{name} have; write them with `lumix-dali convert`")
-                return data
-        raise ValueError(f"--data-dir {args.data_dir}: no folder {' or '.join(names)} in it; "
-                         "images belong in train/CLASS/ and val/CLASS/")
-
-    train = split(args.train_split)
-    val = split(args.val_split) if args.val_split else split("val", "validation")
-    if train.classes != val.classes:
-        odd = sorted(train.class_to_idx.keys() ^ val.class_to_idx)
-        raise ValueError(f"--data-dir {args.data_dir}: training and validation differ in the classes "
-                         f"{odd[:5]}; give both the same class folders")
-    return train, val
-
-
-def build_criterion(args: argparse.Namespace) -> LUMixLoss:
-    """The LUMix loss; `--no-lumix` is its plain special case, soft cross entropy at λ0."""
-    eta = 0. if args.no_lumix else args.eta
-    return LUMixLoss(*ratios(args), eta, noise=args.noise, smoothing=args.smoothing,
-                     base="bce" if args.bce_loss else "softmax",
-                     bce_reduction="sum" if args.bce_sum else "mean",
-                     detach_lam_s=not args.attach_lam_s, apply_to=args.apply_to)
-
-
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """A timm model with an output a class, made for the input size asked for.
-
-    Raises:
-        ValueError: if `--num-classes` is smaller than the number of classes in the data.
-    """
-    if args.num_classes is not None and args.num_classes < num_classes:
-        raise ValueError(f"--num-classes {args.num_classes}: the training folder has {num_classes} classes, "
-                         f"more classes than the model has; give at least {num_classes}, or leave it out")
-    model: Any = timm.create_model(
-        args.model, pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint,
-        num_classes=args.num_classes or num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
-        **args.model_kwargs)
-    size = args.input_size[1:] if args.input_size else args.img_size
-    if size and hasattr(model, "set_input_size"):  # position embeddings and windows have a size of their own
-        model.set_input_size(img_size=size)
-    return model
-
-
-def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data_config: dict):
-    """The training and the validation loader, with the input that timm's `data_config` describes."""
-    common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
-                  seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
-    jitter = args.color_jitter  # a list, but a number in timm's YAML
-    augmentation = dict(
-        auto_augment=args.aa,
-        color_jitter=jitter[0] if isinstance(jitter, list) and len(jitter) == 1 else jitter,
-        re_prob=args.reprob, re_mode=args.remode, re_count=args.recount, num_aug_repeats=args.aug_repeats)
-    if args.train_interpolation:
-        augmentation["interpolation"] = args.train_interpolation
-    train = create_loader(
-        train_data, batch_size=args.batch_size, is_training=True, scale=args.scale, ratio=args.ratio,
-        hflip=args.hflip, mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, **common | augmentation)
-    val_batch = args.validation_batch_size or args.batch_size
-    return train, create_loader(val_data, batch_size=val_batch, is_training=False, **common)
+SCORES = ("val_loss", "top1", "top5")
+MUCH_WAITING = .1  # share of an epoch
 
 
 def leave(run: Run, args: argparse.Namespace, number: int) -> None:
     """Ends the program as a signal asks, saying how to go on."""
-    last = run.folder / "last.pth.tar"
     if args.rank == 0:
-        how = f"go on with --resume {last}" if last.exists() else "there is no checkpoint yet"
-        print(f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: {how}", file=sys.stderr, flush=True)
+        print(f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: go on with --resume "
+              f"{run.folder / 'last.pth.tar'}", file=sys.stderr, flush=True)
     raise SystemExit(128 + number)
 
 
-def updates_per_epoch(loader: Any, args: argparse.Namespace) -> int:
-    """An update takes --grad-accum-steps batches, the last one of an epoch what is left."""
-    return -(-len(loader) // args.grad_accum_steps)
-
-
-def build_run(args: argparse.Namespace, model: nn.Module, train: Any, val: Any, size: tuple[int, ...],
-              folder: Path) -> Run:
-    """Moves the model to the device and gives it its optimiser, schedule, scaler, average and ranks."""
-    device = train.device
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.sync_bn and dist.is_initialized():
-        model = convert_sync_batchnorm(model)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
-    scheduler, _ = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args))
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")
-    autocast = torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
-    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
-    network: Any = torch.compile(model, backend=args.torchcompile) if args.torchcompile else model
-    if dist.is_initialized():
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    return Run(train, val, folder, size, model, network, optimizer, scheduler, scaler, autocast, ema, sums)
-
-
-def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> dict[str, float]:
+def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
     """Trains an epoch, or what is left of it; sums stay on the device until its end, so that no step waits for it.
 
     Returns:
-        train_loss, lam0_mean (over all samples, unmixed ones as 0), lr, images_per_second, and every
-        --log-interval batches' means over the samples that LUMix applies to, 0 where there are none: lumix_lam0,
-        lumix_lam_s, lumix_lam (what the labels become) and lumix_clamped (share of λ at 0 or 1).
+        train_loss, lam0_mean (over all samples, unmixed ones as 0) and lr. Means over the samples that LUMix
+        applies to in every --log-interval batches, None where there are none: lumix_lam0, lumix_lam_s, lumix_lam
+        (what the labels become) and lumix_clamped (share of λ at 0 or 1). Of the batches that were left, None
+        without any: images_per_second and data_wait (share of the time without a batch, where it is greatest).
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
         SystemExit: a signal came; the checkpoint is written.
     """
     run.model.train()
-    loader, first, start = run.train, run.step, time.perf_counter()
+    loader, first, start, wait = run.train, run.step, time.perf_counter(), DataWait(run.train.device)
     everywhere = args.batch_size * args.world_size
     with progress(len(loader) * everywhere, f"epoch {run.epoch}", args, first * everywhere) as bar:
-        for images, target in remaining(run, args):
+        for images, target in wait.batches(remaining(run, args)):
             loss = train_step(run, images, target, criterion, args)
             bar.update(everywhere)
             if (run.step - 1) % args.log_interval == 0:
@@ -198,12 +101,14 @@ def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, st
                 save(run, args)
             if asked:
                 leave(run, args, asked)
-    check_finite(run)
+    check_finite(run)  # it waits for the device, too
+    seconds, done = time.perf_counter() - start, (len(loader) - first) * everywhere
     sums, count = dict(zip(SUMS, summed(run.sums), strict=True)), len(loader) * everywhere
-    applied = max(sums["applied"], 1.)
+    waited = max(gathered(wait.seconds() / seconds), default=0.)
     return {"train_loss": sums["loss"] / count, "lam0_mean": sums["lam0"] / count,
-            **{name: sums[name] / applied for name in SUMS[3:]}, "lr": learning_rate_now(run),
-            "images_per_second": (len(loader) - first) * everywhere / (time.perf_counter() - start)}
+            **{name: sums[name] / sums["applied"] if sums["applied"] else None for name in SUMS[3:]},
+            "lr": learning_rate_now(run), "images_per_second": done / seconds if done else None,
+            "data_wait": waited if done else None}
 
 
 def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, MixTarget]]:
@@ -264,12 +169,13 @@ def update(run: Run, args: argparse.Namespace) -> None:
     run.updates += 1
     if run.ema:
         run.ema.update(run.model, step=run.updates)
-    run.scheduler.step_update(run.updates)
+    if run.scheduler:
+        run.scheduler.step_update(run.updates)
 
 
 def learning_rate_now(run: Run) -> float:
-    """Of the first group of parameters."""
-    return run.optimizer.param_groups[0]["lr"]
+    """The mean over the groups of parameters, as timm logs it; with --layer-decay they differ."""
+    return statistics.fmean(group["lr"] for group in run.optimizer.param_groups)
 
 
 def check_finite(run: Run) -> None:
@@ -288,23 +194,31 @@ def share_statistics(run: Run, args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]:
-    """Top-1 and top-5 in percent, and the plain cross entropy, over every validation sample once."""
-    share_statistics(run, args)
-    run.evaluated.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=run.val.device)
+    """Top-1 and top-5 in percent, and the plain cross entropy, over every validation sample once.
+
+    With an average of the weights it has these scores, and the model itself those whose names begin with model_.
+    """
+    models = {"": run.evaluated} | ({"model_": run.model} if run.ema else {})
+    for model in models.values():
+        model.eval()
+    sums = torch.zeros(len(models), 3, dtype=torch.float64, device=run.val.device)
+    count = torch.zeros((), dtype=torch.float64, device=run.val.device)
     with progress(len(run.val.dataset), "validation", args) as bar:
         for images, labels in run.val:
-            with run.autocast:
-                logits = run.evaluated(images)
-            hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
-            loss = cross_entropy(logits.float(), labels, reduction="sum")
-            sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-            sums[3] += len(labels)
+            for scores, model in zip(sums, models.values(), strict=True):
+                with run.autocast:
+                    logits = model(images)
+                hits = logits.topk(min(5, logits.size(1))).indices == labels[:, None]
+                loss = cross_entropy(logits.float(), labels, reduction="sum")
+                scores += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+            count += len(labels)
             bar.update(len(labels) * args.world_size)
-            if stop.signal:  # ranks need not agree: nothing is written
+            if stop.signal:  # ranks need not agree: the checkpoint is written
                 leave(run, args, stop.signal)
-    loss_sum, top1, top5, count = summed(sums)
-    return {"loss": loss_sum / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    *values, total = summed(torch.cat([sums.flatten(), count[None]]))
+    names = [(prefix, name) for prefix in models for name in SCORES]
+    return {prefix + name: value / total * (1 if name == "val_loss" else 100)
+            for (prefix, name), value in zip(names, values, strict=True)}
 
 
 def progress(total: int, what: str, args: argparse.Namespace, initial: int = 0) -> tqdm:
@@ -314,56 +228,68 @@ def progress(total: int, what: str, args: argparse.Namespace, initial: int = 0) 
                 mininterval=interval, delay=interval, initial=initial, disable=args.rank > 0)
 
 
-def best_epochs(rows: list[dict[str, float]], args: argparse.Namespace) -> list[int]:
-    """All epochs, the best first; of two equals the earlier."""
-    sign = 1 if args.eval_metric == "loss" else -1
-    return [int(row["epoch"]) for row in sorted(rows, key=lambda row: sign * row[metric_name(args)])]
+def best_epochs(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
+    """All epochs that were validated, the best first; of two equals the earlier."""
+    sign, name = 1 if args.eval_metric == "loss" else -1, metric_name(args)
+    return [int(row["epoch"]) for row in sorted((row for row in rows if row.get(name) is not None),
+                                                key=lambda row: sign * row[name])]
 
 
 def save_epoch(run: Run, args: argparse.Namespace) -> None:
-    """Writes last.pth.tar, and model_best and checkpoint-E where the epoch earns it, and the log."""
+    """Writes last.pth.tar, and model_best, checkpoint-E and milestone-N where the epoch earns it, and the log."""
     epoch, best = int(run.rows[-1]["epoch"]), best_epochs(run.rows, args)
     keep, drop = best[:args.checkpoint_hist], best[args.checkpoint_hist:]
-    earned = {"model_best": epoch == best[0], f"checkpoint-{epoch}": epoch in keep}
+    earned = {"model_best": epoch in best[:1], f"checkpoint-{epoch}": epoch in keep,
+              f"milestone-{epoch + 1}": epoch + 1 in args.save_epochs}
     save(run, args, *(name for name in earned if earned[name]))
     if args.rank == 0:
         for old in drop:
             (run.folder / f"checkpoint-{old}.pth.tar").unlink(missing_ok=True)
-        write_log(run)
+        write_log(run.folder, run.rows)
 
 
-def write_log(run: Run) -> None:
-    """Writes summary.csv and log.jsonl from the rows, so that neither ever differs from the checkpoint."""
-    table = io.StringIO()
-    if run.rows:
-        writer = csv.DictWriter(table, run.rows[0])
-        writer.writeheader()
-        writer.writerows(run.rows)
-    lines = "".join(json.dumps(row) + "\n" for row in run.rows)
-    for name, text in {"summary.csv": table.getvalue(), "log.jsonl": lines}.items():
-        (run.folder / "tmp.log").write_text(text, newline="")
-        os.replace(run.folder / "tmp.log", run.folder / name)
-
-
-def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> None:
+def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop,
+        track: Callable[[dict[str, Any]], None]) -> None:
     """Trains, validates, logs and saves every epoch that is left."""
-    while run.epoch < args.epochs:
-        row = {"epoch": run.epoch, **train_one_epoch(run, criterion, args, stop)}
-        scores = validate(run, args, stop)
-        row |= {"val_loss": scores["loss"], "top1": scores["top1"], "top5": scores["top5"]}
-        run.scheduler.step(run.epoch + 1, scores[args.eval_metric])
+    last = min(run.epochs, args.stop_epoch or run.epochs)
+    while run.epoch < last:
+        row: dict[str, Any] = {"epoch": run.epoch, **train_one_epoch(run, criterion, args, stop)}
+        share_statistics(run, args)
+        if run.saved != (run.epoch, run.step):
+            save(run, args)  # whatever happens in validation, the epoch is not lost
+        done = run.epoch + 1
+        is_due = done % args.val_interval == 0 or done == last or done in args.save_epochs
+        row |= validate(run, args, stop) if is_due else dict.fromkeys(SCORES)
+        if run.scheduler:
+            run.scheduler.step(done, row[metric_name(args)])
         run.rows.append(row)
-        run.epoch, run.step = run.epoch + 1, 0
+        run.epoch, run.step = done, 0
         run.sums.zero_()
         save_epoch(run, args)
         if args.rank == 0:
-            print("epoch {epoch:3}  train loss {train_loss:.4f}  val loss {val_loss:.4f}  top-1 {top1:.2f}  top-5 "
-                  "{top5:.2f}  mean λ0 {lam0_mean:.3f}; of LUMix λ0 {lumix_lam0:.3f} λ_s {lumix_lam_s:.3f} λ "
-                  "{lumix_lam:.3f}  {images_per_second:,.0f} img/s".format(**row), flush=True)
+            report(row)
+            track(row)
+
+
+def report(row: dict[str, Any]) -> None:
+    """Prints an epoch's numbers, and what to do where it waited for data."""
+    def shown(name: str, form: str) -> str:
+        return "-" if row[name] is None else format(row[name], form)
+
+    scores = "  ".join(f"{word} {shown(name, '.2f')}" for word, name in (("top-1", "top1"), ("top-5", "top5")))
+    if "model_top1" in row:
+        scores += f" (without averaging {row['model_top1']:.2f})"
+    lumix = f"λ0 {shown('lumix_lam0', '.3f')} λ_s {shown('lumix_lam_s', '.3f')} λ {shown('lumix_lam', '.3f')}"
+    print(f"epoch {row['epoch']:3}  train loss {row['train_loss']:.4f}  val loss {shown('val_loss', '.4f')}  "
+          f"{scores}  mean λ0 {row['lam0_mean']:.3f}; of LUMix {lumix}  "
+          f"{shown('images_per_second', ',.0f')} img/s, {shown('data_wait', '.0%')} of the time waiting for data",
+          flush=True)
+    if (row["data_wait"] or 0) > MUCH_WAITING and row["epoch"] == 0:
+        print(ADVICE, flush=True)
 
 
 def replaced_files(run: Run) -> list[str]:
-    """The damaged files that the loaders of all ranks replaced; on rank 0."""
+    """The damaged samples that the loaders of all ranks replaced; on rank 0."""
     mine = {name for loader in (run.train, run.val) for name in loader.bad}
     return sorted(set().union(*gathered(mine)))
 
@@ -375,38 +301,42 @@ def summarise(run: Run, args: argparse.Namespace, replaced: list[str]) -> dict[s
                 "timm": timm.__version__, "dali": dali.__version__}
     return {"top1": last["top1"], "top5": last["top5"], "val_loss": last["val_loss"],
             "best": run.rows[best][metric_name(args)], "best_epoch": best, "eval_metric": args.eval_metric,
-            "images_per_second": statistics.median(row["images_per_second"] for row in run.rows),
+            "images_per_second": median(run.rows, "images_per_second"), "data_wait": median(run.rows, "data_wait"),
             "lam0_mean": statistics.fmean(row["lam0_mean"] for row in run.rows), "replaced": len(replaced),
             "device": torch.cuda.get_device_name(run.train.device) if run.train.device.type == "cuda" else "cpu",
-            "ranks": args.world_size, "model": args.model, "epochs": args.epochs, "seed": args.seed,
+            "ranks": args.world_size, "model": args.model, "epochs": len(run.rows), "seed": args.seed,
             "versions": versions}
 
 
-def start(run: Run, args: argparse.Namespace, found: tuple[Path, dict[str, Any]] | None) -> None:
+def median(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of a column; None where no row has it."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def start(run: Run, args: argparse.Namespace, found: Found | None) -> None:
     """Resumes, where there is something to resume, and lays out the run's folder."""
     if found:
-        resume(run, args, *found)
+        resume(run, args, found)
     if args.rank:
         return
-    run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, should this one not get there
-    once = {"config", "resume", "rank", "world_size"}  # of this call, not of the run
-    settings = {key: value for key, value in vars(args).items() if key not in once}
-    (run.folder / "args.yaml").write_text(yaml.safe_dump(settings))
-    write_log(run)
+    settings = {key: value for key, value in vars(args).items() if key not in ONCE}
+    write_text(run.folder / "args.yaml", yaml.safe_dump(settings))
+    write_log(run.folder, run.rows)
     size = "x".join(map(str, run.input_size[1:]))
     print(f"{args.model}: {len(run.train.dataset)} images of {len(run.train.classes)} classes at {size}, "
-          f"{args.world_size} rank(s) on {run.train.device}, into {run.folder}")
+          f"{args.world_size} rank(s) on {run.train.device}, {run.epochs} epochs, into {run.folder}")
     if found:
-        print(f"goes on from {found[0]}, epoch {run.epoch}, batch {run.step}", flush=True)
+        print(f"resumes from {found.path}, epoch {run.epoch}, batch {run.step}", flush=True)
     elif args.resume:
-        print(f"--resume: there is no {run.folder / 'last.pth.tar'} yet, it starts anew", flush=True)
+        print(f"--resume: there is no {run.folder / 'last.pth.tar'} yet, it starts from scratch", flush=True)
 
 
-def run_folder(args: argparse.Namespace, found: tuple[Path, dict[str, Any]] | None, size: str) -> Path:
-    """OUTPUT/EXPERIMENT; a run that goes on, and is given no other name, stays where it is."""
+def run_folder(args: argparse.Namespace, found: Found | None, size: str) -> Path:
+    """OUTPUT/EXPERIMENT; a run that is resumed, and given no other name, stays where it is."""
     if found and not args.experiment:
-        return found[0].parent
+        return found.path.parent
     return Path(args.output, args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{size}")
 
 
@@ -433,20 +363,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
 
-        model = build_model(args, len(train_data.class_to_idx))
+        model = build_model(args, len(train_data.classes or ()))
         data_config = resolve_data_config(vars(args), model=model)
         train, val = build_loaders(args, train_data, val_data, data_config)
+        criterion.to(train.device)
         folder = run_folder(args, found, "x".join(map(str, data_config["input_size"][1:])))
         with train, val, Stop() as stop:
             run = build_run(args, model, train, val, data_config["input_size"], folder)
-            start(run, args, found)
-            fit(run, criterion, args, stop)
-            replaced = replaced_files(run)
-            summary = summarise(run, args, replaced)
-        if args.rank == 0:
-            for path in replaced:
-                print(f"replaced, it cannot be used: {path}")
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            if args.cached_batches:
+                return headspace(run, partial(train_step, criterion=criterion, args=args), args, stop)
+            with claimed(folder, args, found) if args.rank == 0 else nullcontext():
+                return train_to_the_end(run, criterion, args, stop, found)
+
+
+def train_to_the_end(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop,
+                     found: Found | None) -> dict[str, Any]:
+    """The run in its folder, which is this process's; returns its summary."""
+    start(run, args, found)
+    with tracking(args, run.folder, run.epoch) as track:
+        fit(run, criterion, args, stop, track)
+    replaced = replaced_files(run)
+    summary = summarise(run, args, replaced)
+    if args.rank == 0:
+        for name in replaced:
+            print(f"replaced, it cannot be used: {name}")
+        write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -456,3 +397,5 @@ if __name__ == "__main__":
     except SystemExit as end:
         sys.stdout.flush()
         os._exit(int(end.code or 0))  # all is closed; Python's own way out takes torch two seconds
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"python -m pipelines.train: {error}")

@@ -25,12 +25,12 @@ from pipelines import train
 
 fit = train.fit
 
-def fit_and_tell(run, criterion, args, stop):
+def fit_and_tell(run, criterion, args, stop, track):
     if os.environ.get("FAILS") == str(args.rank):
         def fails(*_):
             raise ZeroDivisionError("this rank fails")
         train.check_target = fails
-    fit(run, criterion, args, stop)
+    fit(run, criterion, args, stop, track)
     sha = {}
     for name, model in {"model": run.model, "evaluated": run.evaluated}.items():
         tensors = [key.encode() + value.numpy().tobytes() for key, value in model.state_dict().items()]
@@ -210,7 +210,7 @@ def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
     kill(agent)
     assert torch.load(last, weights_only=True)["run"]["epoch"] < 3
     again, out = finished(start(ranks, [*flags, "--resume"]), tmp_path, ranks)
-    assert f"goes on from {last}" in out
+    assert f"resumes from {last}" in out
     assert [each["sha"] for each in again] == [each["sha"] for each in told]
     assert results(tmp_path / "run") == results(tmp_path / "whole" / "run")
 

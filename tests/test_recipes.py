@@ -94,7 +94,7 @@ def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
     before, args = vars(train.parse_args([*plain, "--smoke"])), train.parse_args([*plain, "--smoke"])
     train.shrink(args)
     short = {"data_dir", "val_split", "num_classes", "batch_size", "validation_batch_size", "grad_accum_steps",
-             "epochs", "experiment"}
+             "epochs", "experiment", "overwrite"}
     assert {key for key, value in vars(args).items() if before[key] != value} == short
     assert len(train.load_data(args)[0]) == 4 * ranks
     if ranks == 1:

@@ -1,10 +1,14 @@
 """A run that was interrupted, anywhere and by anything, goes on to the end it would have had; or it is refused."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
 import pickle
+import pty
+import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -17,7 +21,7 @@ import pytest
 import torch
 from test_train import argv, write_folder
 
-from pipelines import checkpoint, train
+from pipelines import checkpoint, ranks, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +53,7 @@ def results(folder):
     rows = [json.loads(line) for line in lines]
     summary = json.loads((folder / "summary.json").read_text())
     for row in (*table, *rows, summary):
-        del row["images_per_second"]
+        del row["images_per_second"], row["data_wait"]
     return {file.name: digest(file) for file in folder.glob("*.pth.tar")}, table, rows, summary
 
 
@@ -128,27 +132,59 @@ def test_goes_on_after_kill_9(whole, data, tmp_path):
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(whole, data, tmp_path, monkeypatch):
     """An epoch's best is new already, last.pth.tar is the one before: the epoch is done again, best and all."""
     folder = folder_with(whole[1][1, 12], tmp_path)
-    save, calls = torch.save, []
+    replace = os.replace
 
-    def half(state, file):
-        calls.append(file)
-        if len(calls) == 2:
-            file.write(b"half")
+    def killed(source, target):
+        if Path(target).name == "last.pth.tar":
             raise KeyboardInterrupt
-        save(state, file)
+        replace(source, target)
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv(data, tmp_path, *NOISY, "--resume", "--checkpoint-hist", "3"))
     state = load(folder / "last.pth.tar")["run"]
     assert (state["epoch"], state["step"]) == (1, 12)
-    assert list(folder.glob("checkpoint-1*")) or list(folder.glob("model_best*"))
+    assert list(folder.glob("checkpoint-1*"))
     monkeypatch.undo()
     train.main(argv(data, tmp_path, *NOISY, "--resume"))
     assert results(folder)[0]["last.pth.tar"] == digest(whole[0] / "last.pth.tar")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_full_disk_leaves_the_old_checkpoint(whole, data, tmp_path, capsys):
+    """The system refuses to write a file beyond half a checkpoint's size; with room again, the run goes on."""
+    folder = folder_with(whole[1][1, 4], tmp_path)
+    last = folder / "last.pth.tar"
+    before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"checkpoint cannot be written \\(File too large\\); {last} is whole"):
+            train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last.read_bytes() == before
+    assert not list(folder.glob("tmp*"))
+    train.main(argv(data, tmp_path, *NOISY, "--resume"))
+    assert results(folder)[1:] == results(whole[0])[1:]
+
+
+def test_names_of_a_checkpoint_are_links(whole):
+    """Of one file, or copies where the file system has no links; all with the same content."""
+    folder, _ = whole
+    best = max(json.loads(line)["top1"] for line in (folder / "log.jsonl").read_text().splitlines())
+    assert load(folder / "model_best.pth.tar")["metric"] == best
+    kept, = folder.glob("checkpoint-*.pth.tar")
+    assert kept.samefile(folder / "model_best.pth.tar")
+
+
+def test_without_links_a_checkpoint_is_copied(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    train.main(argv(data, tmp_path, "--epochs", "1"))
+    best, last = (tmp_path / "run" / f"{name}.pth.tar" for name in ("model_best", "last"))
+    assert best.read_bytes() == last.read_bytes()
+    assert not best.samefile(last)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, monkeypatch, capsys):
     step = train.train_step
 
@@ -191,23 +227,88 @@ def test_sigterm_ends_the_process_soon(data, tmp_path):
     load(tmp_path / "run" / "last.pth.tar")
 
 
-def test_a_signal_in_validation_writes_nothing(whole, data, tmp_path, monkeypatch, capsys):
-    share = train.share_statistics
+@pytest.mark.parametrize("moment", ["validation", "saving"])
+def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, monkeypatch, capsys):
+    """In the first epoch: what is trained is in last.pth.tar already, or goes there whole."""
+    more, place = [*NOISY, "--checkpoint-interval", "0"], {"validation": (0, 12), "saving": (1, 2)}[moment]
 
-    def signalled(*inputs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        share(*inputs)
+    def signalled(original):
+        def signal_first(*inputs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*inputs)
+        return signal_first
 
-    monkeypatch.setattr(train, "share_statistics", signalled)
+    owner, name = {"validation": (train, "validate"), "saving": (torch, "save")}[moment]
+    original = getattr(owner, name)
+    if moment == "saving":  # the epoch's second checkpoint, behind its validation
+        first, original_save = signalled(original), original
+        calls = iter([original_save, first])
+        monkeypatch.setattr(owner, name, lambda *inputs: next(calls, original_save)(*inputs))
+    else:
+        monkeypatch.setattr(owner, name, signalled(original))
     with pytest.raises(SystemExit) as ended:
-        train.main(argv(data, tmp_path, *NOISY, "--checkpoint-interval", "0"))
+        train.main(argv(data, tmp_path, *more))
     assert ended.value.code == 143
-    assert "stopped by SIGTERM in epoch 0: there is no checkpoint yet\n" in capsys.readouterr().err
+    assert "go on with --resume" in capsys.readouterr().err
+    assert digest(tmp_path / "run" / "last.pth.tar") == digest(whole[1][place])
+    monkeypatch.undo()
+    train.main(argv(data, tmp_path, *more, "--resume"))
+    assert results(tmp_path / "run") == results(whole[0])
+
+
+def test_what_is_ignored_stays_ignored():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ranks.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed() == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
+    """Writing to it is an error from then on, which must not come before the checkpoint."""
+    ours, theirs = pty.openpty()
+    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import runpy; " \
+           "runpy.run_module('pipelines.train', run_name='__main__', alter_sys=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv(data, tmp_path, *NOISY, "--epochs", "1000")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True)
+    os.close(theirs)
+    last, deadline = tmp_path / "run" / "last.pth.tar", time.monotonic() + 100
+    while not last.exists() and time.monotonic() < deadline:
+        select.select([ours], [], [], .05)[0] and os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(timeout=30) == 128 + signal.SIGHUP
+    assert load(last)["run"]["step"] > 0
+
+
+def test_a_longer_run_has_the_new_schedule(data, tmp_path, capsys):
+    """After two of two epochs, --epochs 3: the third has the learning rate that it has in a run of three."""
+    plain = ["--epochs", "2", "--sched", "cosine", "--warmup-epochs", "0"]
+    train.main(argv(data, tmp_path, *plain))
+    train.main(argv(data, tmp_path, *plain[2:], "--epochs", "3", "--resume"))
+    assert "--epochs was 2 and is 3" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([3e-3, 1.5e-3, 3e-3 * .25])
+    with pytest.raises(ValueError, match="--epochs 2: 3 are done"):
+        train.main(argv(data, tmp_path, *plain, "--resume"))
+
+
+def test_a_run_is_stopped_and_continued(whole, data, tmp_path):
+    """--stop-epoch leaves the schedule as it is; a signal's place is another."""
+    for more in (["--stop-epoch", "1"], ["--stop-epoch", "2", "--resume"], ["--resume", "auto"]):
+        train.main(argv(data, tmp_path, *NOISY, *more))
+    assert results(tmp_path / "run") == results(whole[0])
 
 
 def test_without_a_file_it_starts_anew(data, tmp_path, capsys):
     train.main(argv(data, tmp_path, "--epochs", "1", "--resume"))
-    assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts anew" in capsys.readouterr().out
+    assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
@@ -220,7 +321,7 @@ def test_a_path_is_a_run_of_its_own(given, whole, data, tmp_path, capsys):
     train.main(more)
     (folder / "tmp.pth.tar").unlink()  # nothing took its place
     assert results(folder)[1:] == results(whole[0])[1:]
-    assert f"goes on from {folder}/last.pth.tar, epoch 3, batch 0" in capsys.readouterr().out
+    assert f"resumes from {folder}/last.pth.tar, epoch 3, batch 0" in capsys.readouterr().out
 
 
 def test_some_things_may_change(whole, data, tmp_path):
@@ -237,7 +338,6 @@ def test_some_things_may_change(whole, data, tmp_path):
     (["--seed", "2"], "--seed was 1 and is 2"),
     (["--model", "test_vit"], "--model was test_resnet and is test_vit"),
     (["--lr", "1e-3"], "--lr was 0.003 and is 0.001"),
-    (["--epochs", "9"], "--epochs was 3 and is 9"),
     (["--cutmix", ".5"], r"--cutmix was 1\.0 and is 0\.5"),
     (["--noise", "uniform"], r"--noise was \['beta', 2\.0\] and is \['uniform'\]"),
     (["--r-s", ".2"], "--r-s was 0.1 and is 0.2"),
@@ -247,7 +347,7 @@ def test_some_things_may_change(whole, data, tmp_path):
 ])
 def test_changed_flags_are_refused(flags, message, whole, data, tmp_path):
     folder = folder_with(whole[1][1, 4], tmp_path)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file.name: file.read_bytes() for file in folder.iterdir()} | {".lock": b""}
     with pytest.raises(ValueError, match=message) as refused:
         train.main(argv(data, tmp_path, *NOISY, "--resume", *flags))
     assert str(folder / "last.pth.tar") in str(refused.value)

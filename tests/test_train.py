@@ -2,16 +2,21 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 from timm.data import create_transform
 from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 
 from lumix_dali import LUMixLoss, MixTarget
 from pipelines import train
@@ -62,12 +67,34 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def test_a_second_start_leaves_the_first_run_alone(run, data):
+    folder, *_ = run
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"a run is there already \(.*last.pth.tar.*--resume.*--exp.*--overwrite"):
+        train.main(argv(data, folder.parent))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_average_and_model_are_validated(run, data):
+    """A checkpoint has both; the average's scores are the run's."""
+    folder, _, name = run
+    last = rows(folder)[-1]
+    assert ("model_val_loss" in last) == (name == "test_vit")
+    if name == "test_vit":
+        state = torch.load(folder / "last.pth.tar", weights_only=True)
+        for key, prefix in (("state_dict_ema", ""), ("state_dict", "model_")):
+            torch.save({"state_dict": state[key]}, folder.parent / "one.pth.tar")
+            loss, _ = recomputed(folder.parent, data, name, file="one.pth.tar", img_size=32)
+            assert last[f"{prefix}val_loss"] == pytest.approx(loss, rel=.02)
+
+
 def test_files(run):
     folder, summary, name = run
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert yaml.safe_load((folder / "args.yaml").read_text())["model"] == name
     with open(folder / "summary.csv") as file:
-        table = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        table = [{key: float(value) if value else None for key, value in row.items()}
+                 for row in csv.DictReader(file)]
     assert table == rows(folder)
     assert [row["epoch"] for row in table] == [0, 1]
     assert not list(folder.glob("tmp*"))
@@ -86,9 +113,10 @@ def test_summary_repeats_the_last_epoch(run):
 def test_lam_is_logged(run):
     folder, _, name = run
     first, second = rows(folder)
-    names = ("lam0_mean", "lumix_lam0", "lumix_lam_s", "lumix_lam")
-    assert all(.05 < first[key] < .95 for key in names)
-    assert all((second[key] == 0) == (name == "test_vit") for key in names)  # --mixup-off-epoch 1
+    names = ("lumix_lam0", "lumix_lam_s", "lumix_lam")
+    assert all(.05 < first[key] < .95 for key in ("lam0_mean", *names))
+    assert (second["lam0_mean"] == 0) == (name == "test_vit")  # --mixup-off-epoch 1
+    assert all((second[key] is None) == (name == "test_vit") for key in names)  # no sample was looked at
 
 
 @pytest.mark.parametrize("apply_to", ["cutmix", "all"])
@@ -181,12 +209,12 @@ def test_damaged_files_are_counted(limit, tmp_path, capsys):
         summary = train.main(argv(data, tmp_path, *more))
     out = capsys.readouterr().out
     assert summary["replaced"] == 2
-    assert all(f"replaced, it cannot be used: {file}\n" in out for file in broken)
+    assert all(f"replaced, it cannot be used: {str(file)!r}\n" in out for file in broken)
 
 
-def recomputed(folder, data, name="test_resnet", split="validation", **size):
+def recomputed(folder, data, name="test_resnet", split="validation", file="last.pth.tar", **size):
     """Loss and top-1 of a run's checkpoint, with timm's model, PIL and timm's transform."""
-    checkpoint = str(folder / "last.pth.tar")
+    checkpoint = str(folder / file)
     files = sorted((data / split).glob("*/*.png"))
     classes = sorted({file.parent.name for file in files})
     model = timm.create_model(name, num_classes=len(classes), checkpoint_path=checkpoint, **size).eval()
@@ -221,7 +249,8 @@ def test_same_seed_same_run(data, tmp_path):
     for name in "ab":
         train.main(argv(data, tmp_path / name, "--epochs", "1"))
     first, second = (rows(tmp_path / name / "run")[0] for name in "ab")
-    assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
+    timings = {"images_per_second": 0, "data_wait": 0}
+    assert first | timings == second | timings
 
 
 def test_amp_and_compile(data, tmp_path):
@@ -241,6 +270,102 @@ def test_no_lumix_is_timms_soft_cross_entropy():
     torch.testing.assert_close(criterion(logits, target), expected)
 
 
+@pytest.mark.parametrize(("flags", "by_hand"), [
+    (["--bce-target-thresh", ".2"], lambda z, y: F.softplus(z) - z * (y > .2)),
+    (["--bce-pos-weight", "3"], lambda z, y: F.softplus(z) * (1 + 2 * y) - z * 3 * y),
+])
+def test_timms_own_bce(flags, by_hand):
+    """Mean over batch and classes of -w·y·log σ(z) - (1 - y)·log(1 - σ(z))."""
+    args = train.parse_args(["--data-dir", ".", "--bce-loss", "--no-lumix", "--smoothing", ".1", *flags])
+    torch.manual_seed(0)
+    logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
+    target = MixTarget(labels, partner, torch.rand(16), torch.zeros(16, 4, dtype=torch.int32),
+                       torch.full((16,), 2, dtype=torch.int32))
+    loss = train.build_criterion(args)(logits, target)
+    torch.testing.assert_close(loss, by_hand(logits, target.dense(7, .1)).mean())
+
+
+def test_flags_reach_the_run(data, tmp_path, monkeypatch):
+    """What timm's optimiser, schedule, average and model make of them, as the run shows it."""
+    decays, update, pieces = [], ModelEmaV3.update, []
+
+    def spy(self, model, step):
+        decays.append(self.get_decay(step))
+        update(self, model, step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", spy)
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda run, *rest: (pieces.append(run), fit(run, *rest)))
+    summary = train.main(argv(
+        data, tmp_path, "--model", "test_vit", "--layer-decay", ".5", "--opt-kwargs", "amsgrad=True",
+        "--cooldown-epochs", "1", "--val-interval", "2", "--save-epochs", "2", "--grad-checkpointing",
+        "--model-ema", "--model-ema-warmup", "--no-aug", "--head-init-bias", "-3", "-b", "24"))
+    (run,), (first, second, third) = pieces, rows(tmp_path / "run")
+    assert run.model.grad_checkpointing
+    assert run.ema.module.head.bias.detach() == pytest.approx(np.full(3, -3.), abs=.1)
+    groups = run.optimizer.param_groups
+    scales = {group["lr_scale"] for group in groups}
+    assert scales == {.5 ** k for k in range(len(scales))} != {1.}
+    assert all(group["amsgrad"] for group in groups)
+    assert decays == pytest.approx([0., *(1 - (1 + t) ** (-2 / 3) for t in range(1, 12))])
+    assert (first["top1"], first["val_loss"]) == (None, None)
+    assert None not in (second["top1"], third["top1"])
+    assert (first["lr"] > second["lr"] > 0, third["lr"]) == (True, 0.)  # cosine over two epochs, then its end
+    assert summary["epochs"] == 3
+    assert torch.load(tmp_path / "run" / "milestone-2.pth.tar", weights_only=True)["run"]["epoch"] == 2
+    assert not list((tmp_path / "run").glob("milestone-1*"))
+
+
+def test_no_aug_is_timms(tmp_path):
+    """Of square images, within a grey level in the mean: DALI's resize against Pillow's."""
+    data = write_folder(tmp_path / "data", {"train": 3, "val": 1}, size=(40, 40))
+    args = train.parse_args(["--data-dir", str(data), "-b", "3", "--no-aug", "--aa", "rand-m9", "--reprob", "1",
+                             "--cutmix", "0", "--no-lumix", "--device", "cpu"])
+    plain = {"mean": (0., 0., 0.), "std": (1., 1., 1.), "interpolation": "bicubic"}
+    loader, _ = train.build_loaders(args, *train.load_data(args), plain | {"input_size": (3, 32, 32)})
+    transform = create_transform(32, is_training=True, no_aug=True, **plain)
+    files = sorted((data / "train").glob("*/*.png"))
+    expected = torch.stack([transform(Image.open(file)) for file in files])
+    found = torch.cat([images.clone() for images, _ in loader])
+    distance = (found[:, None] - expected[None]).abs().mean((2, 3, 4)) * 255
+    assert sorted(distance.argmin(1).tolist()) == list(range(9))
+    assert distance.min(1).values.max() < 1
+
+
+def test_headspace_writes_nothing(data, tmp_path, capsys):
+    found = train.main(argv(data, tmp_path, "--cached-batches", "2", "--grad-accum-steps", "2"))
+    assert len(found["loaded"]) == len(found["replayed"])
+    assert "replayed ÷ loaded" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_sched_none(data, tmp_path):
+    """The learning rate stays."""
+    train.main(argv(data, tmp_path, "--sched", "none", "-b", "32"))
+    assert [row["lr"] for row in rows(tmp_path / "run")] == [3e-3, 3e-3]
+
+
+def test_warmup_prefix_comes_on_top(data, tmp_path):
+    """As timm counts: two epochs of schedule after one of warm-up."""
+    train.main(argv(data, tmp_path, "--warmup-epochs", "1", "--warmup-prefix", "-b", "32"))
+    assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([1e-5, 3e-3, 1.5e-3])
+
+
+def test_the_data_folder_may_be_positional(data):
+    assert train.parse_args([str(data), "--lr", "1"]).data_dir == str(data)
+    assert train.parse_args([str(data), "--data-dir", "x", "--lr", "1"]).data_dir == "x"  # as in timm
+
+
+@pytest.mark.slow
+def test_an_error_is_a_line(data, tmp_path):
+    """Of the program itself, where the functions raise."""
+    command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, "--opt", "adamm")]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    line, = ended.stderr.splitlines()
+    assert line.startswith("python -m pipelines.train: --opt adamm: ")
+
+
 def test_flags_reach_the_loss():
     criterion = train.build_criterion(train.parse_args([
         "--data-dir", ".", "--r-r", ".3", "--r-s", ".2", "--eta", ".5", "--noise", "normal", "0", "1",
@@ -253,7 +378,8 @@ def test_flags_reach_the_loss():
 
 def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
     flags = ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", ".4", "--reprob", ".25", "--remode", "rand",
-             "--recount", "2", "--aug-repeats", "3", "--train-interpolation", "random"]
+             "--recount", "2", "--aug-repeats", "3", "--train-interpolation", "random",
+             "--color-jitter-prob", ".7", "--grayscale-prob", ".2"]
     config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": .9}
     (tmp_path / "config.yaml").write_text("color_jitter: 0.4\n")
     loaders = []
@@ -261,13 +387,15 @@ def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
         args = train.parse_args(["--data-dir", str(data), "-b", "4", *given])
         loaders.append(train.build_loaders(args, *train.load_data(args), config))
     (ours, validation), (plain, _), (jittered, _), (configured, _) = loaders
-    wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": 1., "re_prob": .25,
+    wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": .7, "re_prob": .25,
+              "grayscale_prob": .2,
               "re_mode": "rand", "re_count": 2, "interpolation": "random"}
     assert {key: ours._graph[key] for key in wanted} == wanted
     assert (ours._order.repeats, plain._order.repeats) == (3, 0)
     assert validation._graph["interpolation"] == plain._graph["interpolation"] == "bilinear"
     assert not (wanted.keys() - {"interpolation"}) & plain._graph.keys()
     assert jittered._graph["color_jitter"] == (.1, .2, .3, .05)
+    assert jittered._graph["color_jitter_prob"] == 1
     assert configured._graph["color_jitter"] == (.4, .4, .4, 0.)
 
 
@@ -300,13 +428,18 @@ def test_checkpoint_history(tmp_path, monkeypatch):
 def test_config_gives_defaults(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
-                      "vflip: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n")
+                      "new_flag: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n"
+                      "pin_mem: true\nvflip: 0\nrecovery_interval: 7\n")
     args = train.parse_args(["--config", str(config), "--r-r", ".2"])
     assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
     assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
     assert args.output == "runs"  # timm's "" is its default
     assert (args.color_jitter, args.reprob) == (.4, .25)
-    assert "ignored: vflip=0.25\n" in capsys.readouterr().err
+    assert args.checkpoint_interval == 7
+    err = capsys.readouterr().err
+    assert "ignored: new_flag=0.25\n" in err
+    assert "--pin-mem has no effect here" in err
+    assert "vflip" not in err
     assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
 
 
@@ -314,13 +447,15 @@ def test_args_of_a_run_are_a_config(run):
     folder, *_ = run
     config = folder / "args.yaml"
     args = vars(train.parse_args(["--config", str(config)]))
-    once = {"config": str(config), "rank": 0, "world_size": 1}
-    expected = json.loads(json.dumps(yaml.safe_load(config.read_text()) | once | {"resume": None}))
+    once = {"config": str(config), "rank": 0, "world_size": 1, "resume": None, "overwrite": False,
+            "stop_epoch": None, "cached_batches": None}
+    expected = json.loads(json.dumps(yaml.safe_load(config.read_text()) | once))
     assert json.loads(json.dumps(args)) == expected
 
 
 @pytest.mark.parametrize(("text", "message"), [
     (None, "No such file"), ("- a", "holds a list"), ("a: [", "while parsing"),
+    ("vflip: 0.5", "--vflip: the loader flips horizontally only"),
 ])
 def test_bad_config(text, message, tmp_path, capsys):
     config = tmp_path / "config.yaml"
@@ -338,6 +473,14 @@ def test_bad_config(text, message, tmp_path, capsys):
     (["--epochs", "0"], "--epochs 0: give at least 1"),
     (["--grad-accum-steps", "0"], "--grad-accum-steps 0: give at least 1"),
     (["--resume"], "--resume: name the run"),
+    (["--workers", "-1"], "--workers -1: give at least 1"),
+    (["--seed", "-1"], "--seed -1: give at least 0"),
+    (["--batch-size", "0"], "--batch-size 0: give at least 1"),
+    (["--resume", "x", "--overwrite"], "--overwrite replaces a run"),
+    (["--bce-loss", "--bce-target-thresh", ".2"], "without LUMix: give --bce-loss --no-lumix too"),
+    (["--sched", "plateau", "--val-interval", "2"], "--val-interval 2: --sched plateau needs"),
+    (["--vflip", ".5", "--kd-model-name", "resnet50"], "--vflip: the loader flips horizontally only; --kd-model"),
+    (["--wandb-resume-id", "x"], "--wandb-resume-id continues a run"),
 ])
 def test_bad_command_line(flags, message, capsys):
     with pytest.raises(SystemExit):
@@ -359,7 +502,15 @@ def test_no_data_dir(capsys):
     (["--noise", "cauchy"], "noise="),
     (["--mixup-mode", "pair"], "mode="),
     (["--mixup-prob", "1.5"], "prob="),
-    (["--sched", "zigzag"], "zigzag"),
+    (["--sched", "zigzag"], "--sched zigzag"),
+    (["--model", "test_resnett"], "--model test_resnett: Unknown model .*; is it test_resnet"),
+    (["--model-kwargs", "width=3"], "--model test_resnet: .*width"),
+    (["--initial-checkpoint", "nowhere"], "--initial-checkpoint nowhere: no such file"),
+    (["--opt", "adamm"], "--opt adamm: .*; is it adam"),
+    (["--opt-kwargs", "speed=3"], "--opt adamw: .*speed"),
+    (["--torchcompile", "nonsense"], "--torchcompile nonsense: "),
+    (["--mixup-prob", "2"], "--mixup-prob: prob="),
+    (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
 ])
 def test_bad_value(flags, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -20,8 +20,9 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from lumix_dali import formats
-from lumix_dali.classification import IMAGENET_MEAN, IMAGENET_STD, decode, refused
+from lumix_dali.data import formats
+from lumix_dali.decoding import decode, refused
+from lumix_dali.loading.pipelines import IMAGENET_MEAN, IMAGENET_STD
 
 VOID = 255  # pixels without a class
 PASCAL_CONTEXT = (

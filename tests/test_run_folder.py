@@ -1,0 +1,199 @@
+"""A run's folder: whom it belongs to, what is replaced in it, and what is told about a run."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipelines import headspace, tracking
+from pipelines.checkpoint import Found
+from pipelines.folder import claimed, write_log, write_text
+
+NEW, REPLACED = SimpleNamespace(overwrite=False), SimpleNamespace(overwrite=True)
+
+
+@pytest.mark.parametrize(("name", "content", "worth"), [
+    ("last.pth.tar", "x", True), ("model_best.pth.tar", "x", True), ("checkpoint-3.pth.tar", "x", True),
+    ("milestone-3.pth.tar", "x", True), ("log.jsonl", "{}", True),
+    ("log.jsonl", "", False), ("args.yaml", "x", False), ("tmp.pth.tar", "x", False), ("notes.txt", "x", False),
+])
+def test_a_run_is_not_replaced_unless_asked(name, content, worth, tmp_path):
+    """What a run leaves before its first checkpoint is no loss; files of other names are never touched."""
+    file = tmp_path / name
+    file.write_text(content)
+    if worth:
+        says = f"a run is there already .{name}.*--resume.*--experiment.*--overwrite"
+        with pytest.raises(ValueError, match=says), claimed(tmp_path, NEW, None):
+            pytest.fail("it was replaced")
+        assert file.read_text() == content
+    with claimed(tmp_path, REPLACED if worth else NEW, None):
+        assert file.exists() == (name == "notes.txt")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with claimed(folder, NEW, None), \
+            pytest.raises(ValueError, match=f"{folder}: another run is writing there.*--experiment"), \
+            claimed(folder, REPLACED, None):
+        pytest.fail("it is shared")
+    with claimed(folder, NEW, None):
+        pass
+
+
+def test_only_the_folder_that_is_resumed_may_have_a_run(tmp_path):
+    file = tmp_path / "one" / "last.pth.tar"
+    file.parent.mkdir()
+    file.write_text("x")
+    found = Found(file, {}, file.stat().st_mtime_ns)
+    with claimed(file.parent, NEW, found):
+        assert file.exists()
+    with claimed(tmp_path / "two", NEW, found):
+        (tmp_path / "two" / "last.pth.tar").write_text("y")
+    with pytest.raises(ValueError, match="a run is there already"), claimed(tmp_path / "two", NEW, found):
+        pytest.fail("it was replaced")
+    os.utime(file, ns=(0, 0))  # written between reading and claiming
+    with pytest.raises(ValueError, match="has been written meanwhile"), claimed(file.parent, NEW, found):
+        pytest.fail("an old state is resumed")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give --output"), \
+            claimed(tmp_path / "file" / "run", NEW, None):
+        pytest.fail("it was written")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give --output"), \
+            claimed(tmp_path, NEW, None):
+        pytest.fail("it was written")
+
+
+def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file = tmp_path / "args.yaml"
+    file.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_text(file, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("args.yaml", "old")]
+
+
+def test_rows_of_unequal_columns(tmp_path):
+    """As a run has them that was continued by a later version of the program, or is not validated each epoch."""
+    write_log(tmp_path, [{"epoch": 0, "a": None}, {"epoch": 1, "a": 2., "b": 3.}])
+    assert (tmp_path / "summary.csv").read_text().split() == ["epoch,a,b", "0,,", "1,2.0,3.0"]
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
+        {"epoch": 0, "a": None}, {"epoch": 1, "a": 2., "b": 3.}]
+
+
+class Clock:
+    """perf_counter, which only `spend` moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.
+        monkeypatch.setattr(headspace.time, "perf_counter", lambda: self.now)
+
+    def spend(self, seconds):
+        self.now += seconds
+
+    def batches(self, seconds, count):
+        for number in range(count):
+            self.spend(seconds)
+            yield number
+
+
+def test_waiting_is_what_lies_between_step_and_batch(monkeypatch):
+    clock = Clock(monkeypatch)
+    wait = headspace.DataWait(torch.device("cpu"))
+    for _ in wait.batches(clock.batches(.25, 8)):
+        clock.spend(1.)
+    assert wait.seconds() == 8 * .25
+
+
+def test_headspace_by_hand(monkeypatch, capsys):
+    """A batch takes 1 s to come and a step 3 s: without the loader 4/3 times as fast."""
+    clock = Clock(monkeypatch)
+
+    class Train:
+        device = torch.device("cpu")
+
+        def __iter__(self):
+            return ((torch.zeros(2), (torch.zeros(2),) * 5) for _ in clock.batches(1., 3))
+
+        def __len__(self):
+            return 3
+
+    def step(run, *_):
+        assert run.step < 3
+        run.step += 1
+        clock.spend(3.)
+
+    args = SimpleNamespace(cached_batches=5, batch_size=6, world_size=2, rank=0)
+    run = SimpleNamespace(train=Train(), model=torch.nn.Identity(), step=0)
+    stop = SimpleNamespace(signal=0)
+    found = headspace.headspace(run, step, args, stop)
+    assert found["loaded"] == pytest.approx([12 / 4] * headspace.ROUNDS)
+    assert found["replayed"] == pytest.approx([12 / 3] * headspace.ROUNDS)
+    assert found["ratio"] == pytest.approx([4 / 3] * 3)
+    assert "the loader costs 25% of the time.\n" + headspace.ADVICE in capsys.readouterr().out
+    stop.signal = 15
+    with pytest.raises(SystemExit):
+        headspace.headspace(run, step, args, stop)
+
+
+@pytest.mark.parametrize(("ratio", "says"), [
+    ([.98, 1.02, 1.05], "the quartiles hold 1"), ([.8, .9, .95], "not faster"), ([1.01, 1.05, 1.1], "costs 5%"),
+])
+def test_reading_of_a_measurement(ratio, says):
+    text = headspace.reading({"loaded": [1., 2., 3.], "replayed": [1., 2., 3.], "ratio": ratio}, 5)
+    assert says in text
+    assert headspace.ADVICE not in text
+
+
+FLAGS = SimpleNamespace(log_tensorboard=False, log_wandb=False, rank=0, wandb_project="p", wandb_tags=["a"],
+                        wandb_resume_id="")
+
+
+def test_wandb_gets_each_row(tmp_path, monkeypatch):
+    """A stand-in for the package, which needs an account; its `init` and `log` as documented."""
+    class Run:
+        logged, finished = [], False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.finished = True
+
+        def log(self, row):
+            self.logged.append(row)
+
+    run, asked = Run(), {}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: asked.update(given) or run))
+    args = SimpleNamespace(**vars(FLAGS) | {"log_wandb": True, "wandb_resume_id": "x"})
+    with tracking.tracking(args, tmp_path / "run", 3) as track:
+        track({"epoch": 3, "top1": 50., "val_loss": None})
+    assert run.logged == [{"epoch": 3, "top1": 50.}]
+    assert run.finished
+    assert (asked["project"], asked["name"], asked["tags"]) == ("p", "run", ["a"])
+    assert (asked["id"], asked["resume"]) == ("x", "must")
+    with tracking.tracking(SimpleNamespace(**vars(args) | {"rank": 1}), tmp_path, 0) as track:
+        track({"epoch": 4, "top1": 60.})
+    assert len(run.logged) == 1  # rank 0 only
+
+
+def test_tensorboard_gets_each_row(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = SimpleNamespace(**vars(FLAGS) | {"log_tensorboard": True})
+    for first, value in ((0, 10.), (1, 20.)):  # resumed after epoch 0: what it had from there on is replaced
+        with tracking.tracking(args, tmp_path, first) as track:
+            for epoch in range(first, 3):
+                track({"epoch": epoch, "top1": value + epoch, "val_loss": None})
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["top1"]
+    assert [(event.step, event.value) for event in events.Scalars("top1")] == [(0, 10.), (1, 21.), (2, 22.)]
