@@ -21,10 +21,10 @@ import torch
 from images import colour_folder, damaged, ramp_samples
 from timm.data import resolve_data_config
 
-from lumix_dali import MixTarget, create_loader, decoding, reference
+from lumix_dali import MixTarget, create_loader, reference
 from lumix_dali.data import sources
 from lumix_dali.data.order import Order
-from lumix_dali.loading import feed, pipelines
+from lumix_dali.loading import feed
 from lumix_dali.loading import loader as loader_module
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

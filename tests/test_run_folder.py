@@ -123,7 +123,7 @@ def test_headspace_by_hand(monkeypatch, capsys):
         device = torch.device("cpu")
 
         def __iter__(self):
-            return ((torch.zeros(2), (torch.zeros(2),) * 5) for _ in clock.batches(1., 3))
+            return ((torch.zeros(2), (torch.zeros(2),) * 6) for _ in clock.batches(1., 3))
 
         def __len__(self):
             return 3

@@ -126,7 +126,7 @@ def test_lam_sums(apply_to):
     lam0 = torch.tensor([.3, .6, .5, 1., 0.])
     box = torch.tensor([[0, 0, 3, 3], [0, 0, 6, 6], [0, 0, 0, 0], [0, 0, 9, 9], [0, 0, 0, 0]], dtype=torch.int32)
     target = MixTarget(torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64), lam0, box,
-                       torch.tensor([2, 2, 1, 2, 0], dtype=torch.int32))
+                       torch.tensor([2, 2, 1, 2, 0], dtype=torch.int32), torch.zeros(5, dtype=torch.int64))
     logits = torch.tensor([[0., np.log(3.), 0.]]).repeat(5, 1)  # λ_s = 3/4
     sums = train.lam_sums(criterion, logits, target, torch.tensor([.5, 20., .5, .5, .5]))
     expected = [2., .9, 1.5, .5 * .3 + .4 * .5 + .1 * .75 + 1, 1.]
@@ -265,7 +265,7 @@ def test_no_lumix_is_timms_soft_cross_entropy():
     torch.manual_seed(0)
     logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
     target = MixTarget(labels, partner, torch.rand(16), torch.zeros(16, 4, dtype=torch.int32),
-                       torch.full((16,), 2, dtype=torch.int32))
+                       torch.full((16,), 2, dtype=torch.int32), torch.zeros(16, dtype=torch.int64))
     expected = SoftTargetCrossEntropy()(logits, target.dense(7, .2))
     torch.testing.assert_close(criterion(logits, target), expected)
 
@@ -280,7 +280,7 @@ def test_timms_own_bce(flags, by_hand):
     torch.manual_seed(0)
     logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
     target = MixTarget(labels, partner, torch.rand(16), torch.zeros(16, 4, dtype=torch.int32),
-                       torch.full((16,), 2, dtype=torch.int32))
+                       torch.full((16,), 2, dtype=torch.int32), torch.zeros(16, dtype=torch.int64))
     loss = train.build_criterion(args)(logits, target)
     torch.testing.assert_close(loss, by_hand(logits, target.dense(7, .1)).mean())
 
@@ -390,13 +390,13 @@ def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
     wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": .7, "re_prob": .25,
               "grayscale_prob": .2,
               "re_mode": "rand", "re_count": 2, "interpolation": "random"}
-    assert {key: ours._graph[key] for key in wanted} == wanted
+    assert {key: getattr(ours._transform, key) for key in wanted} == wanted
     assert (ours._order.repeats, plain._order.repeats) == (3, 0)
-    assert validation._graph["interpolation"] == plain._graph["interpolation"] == "bilinear"
-    assert not (wanted.keys() - {"interpolation"}) & plain._graph.keys()
-    assert jittered._graph["color_jitter"] == (.1, .2, .3, .05)
-    assert jittered._graph["color_jitter_prob"] == 1
-    assert configured._graph["color_jitter"] == (.4, .4, .4, 0.)
+    assert validation._transform.interpolation == plain._transform.interpolation == "bilinear"
+    assert (plain._transform.auto_augment, plain._transform.color_jitter, plain._transform.re_prob) == (None, None, 0)
+    assert jittered._transform.color_jitter == (.1, .2, .3, .05)
+    assert jittered._transform.color_jitter_prob == 1
+    assert configured._transform.color_jitter == (.4, .4, .4, 0.)
 
 
 @pytest.mark.parametrize(("flags", "world_size", "expected"), [

@@ -109,8 +109,10 @@ class Faults:
         Raises:
             ValueError: no more may be replaced, or no neighbour is good.
         """
+        if index in self.bad:  # twice in a batch
+            return self._usable(index)
         name, n = self.source.name(index), len(self.source)
-        if index not in self.bad and len(self.bad) >= self.max_bad:
+        if len(self.bad) >= self.max_bad:
             raise ValueError(
                 f"{name} cannot be used ({reason}), {len(self.bad)} replaced so far; repair or remove it, or give "
                 f"on_bad_sample='replace' and max_bad > {self.max_bad}"
@@ -192,11 +194,8 @@ class Feed:
         memory: list[_Memory] = []
         for chunk in self._pending[number]:
             for index, image, label in chunk.result():
-                if isinstance(image, BadImage):
-                    index = self._faults.replace(index, str(image))
-                    ((index, image, label),) = self._read([index])
-                if isinstance(image, BadImage):
-                    raise ValueError(f"{self._source.name(index)} changed under the run: {image}")
+                while isinstance(image, BadImage):  # a substitute may spoil too
+                    ((index, image, label),) = self._read([self._faults.replace(index, str(image))])
                 if isinstance(image, _Bitmap) and self._files:
                     memory.append(_Memory(image))
                     image = os.fsencode(memory[-1].path)
