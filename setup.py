@@ -29,7 +29,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11,<3.15",
-    packages=["lumix_dali"],  # pipelines/ and benchmarks/ are programs, run from the checkout
+    # pipelines/ and benchmarks/ are programs, run from the checkout.
+    packages=["lumix_dali", "lumix_dali.data", "lumix_dali.loading"],
+    package_data={"lumix_dali": ["py.typed"]},
     install_requires=["numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
     extras_require={
         # One of the two, never both: the wheels overwrite each other's files.

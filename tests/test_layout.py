@@ -1,6 +1,7 @@
-"""The layout keeps its floors: a module imports only from the floors below its own."""
+"""The layout keeps its floors: a module imports only from the floors below its own, so that nothing is circular."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "reference": 0, "target": 0, "formats": 0,
-    "loss": 1, "fn": 1, "shards": 1, "augment": 1, "feed": 1,
-    "sources": 2, "classification": 2,
-    "loader": 3, "preflight": 3, "convert": 3,
-    "__main__": 4,
-    "pipelines": 5, "benchmarks": 5,
+    "target": 0, "reference": 0, "checks": 0,
+    "mixing": 1,
+    "loss": 2, "fn": 2, "decoding": 2, "augment": 2,
+    "data.storage": 3, "data.formats": 4, "data.index": 5, "data.order": 5, "data.sources": 6, "data.check": 7,
+    "data.convert": 7,
+    "loading.plan": 8, "loading.feed": 9, "loading.pipelines": 10, "loading.loader": 11,
+    "cli": 12, "__main__": 13,
 }
-MODULES = [p for p in sorted((ROOT / "lumix_dali").glob("*.py")) if p.name != "__init__.py"]
-PROGRAMS = sorted(p for name in ("pipelines", "benchmarks") for p in (ROOT / name).rglob("*.py"))
-LAZY = {"LUMixLoss": "loss", "check_target": "loss", "MixTarget": "target", "create_loader": "loader"}
+PROGRAMS = ("pipelines", "benchmarks", "experiments", "examples")
+MODULES = [p for p in sorted((ROOT / "lumix_dali").rglob("*.py")) if p.name != "__init__.py"]
+SCRIPTS = sorted(p for name in PROGRAMS for p in (ROOT / name).rglob("*.py"))
+LONGEST = 60  # lines of a function, without its docstring
+# Its signature is the list of all options; they are only handed on.
+LONG = {("loader.py", "create_loader")}
+
+
+def lazy():
+    """{public name of the package: its module}, as a type checker sees them."""
+    text = (ROOT / "lumix_dali/__init__.py").read_text()
+    found = re.findall(r"^    from \.([\w.]+) import (.+)$", text, re.MULTILINE)
+    return {name: module for module, names in found for name in names.split(", ")}
+
+
+def dotted(path):
+    """A module's name within the package."""
+    return ".".join(path.relative_to(ROOT / "lumix_dali").with_suffix("").parts)
 
 
 def imports(path, top_level_only=False):
@@ -32,49 +49,106 @@ def imports(path, top_level_only=False):
             base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
             module = ".".join(filter(None, [base if node.level else "", node.module]))
             # `from package import name`: the name may be a module, or a public name that lives in one
-            yield from (f"{module}.{LAZY.get(alias.name, alias.name)}" for alias in node.names)
+            yield from (f"{module}.{lazy().get(alias.name, alias.name)}" for alias in node.names)
 
 
-def floor(dotted):
-    """The floor of one of our modules, or None for everybody else's (and for the package's `__version__`)."""
-    package, _, rest = dotted.partition(".")
-    if package == "lumix_dali":
-        return FLOORS.get(rest.partition(".")[0])
-    return FLOORS.get(package)
+def floor(name):
+    """The floor of one of our modules; None for everybody else's (and for the package's `__version__`)."""
+    package, _, rest = name.partition(".")
+    if package in PROGRAMS:
+        return max(FLOORS.values()) + 1
+    parts = rest.split(".")
+    found = [FLOORS[".".join(parts[:n])] for n in (1, 2) if ".".join(parts[:n]) in FLOORS]
+    return found[0] if package == "lumix_dali" and found else None
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_point_down(path):
-    assert path.stem in FLOORS, f"{path.name} has no floor yet: give it one here and in the README's map"
+    assert dotted(path) in FLOORS, f"{path.name} has no floor yet: give it one here"
     for name in imports(path):
         below = floor(name)
-        assert below is None or below < FLOORS[path.stem], f"{path.name} imports {name}"
+        assert below is None or below < FLOORS[dotted(path)], f"{dotted(path)} imports {name}"
+
+
+def test_floors_are_told_apart():
+    """Names as `imports` gives them, of modules, of their contents and of the package's lazy names."""
+    loader = FLOORS["loading.loader"]
+    names = {"lumix_dali.loading.loader.Loader": loader, f"lumix_dali.{lazy()['create_loader']}": loader,
+             "lumix_dali.data.formats.BadImage": FLOORS["data.formats"], "lumix_dali.fn": FLOORS["fn"],
+             "lumix_dali.__version__": None, "numpy": None, "benchmarks.mix": max(FLOORS.values()) + 1}
+    assert {name: floor(name) for name in names} == names
 
 
 def test_the_package_never_imports_the_programs():
-    for path in (ROOT / "lumix_dali").glob("*.py"):
-        outside = {name.partition(".")[0] for name in imports(path)} & {"pipelines", "benchmarks", "tests"}
+    for path in (ROOT / "lumix_dali").rglob("*.py"):
+        outside = {name.partition(".")[0] for name in imports(path)} & {*PROGRAMS, "tests"}
         assert not outside, f"{path.name} imports {outside}"
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_programs_import_only_the_package_and_their_own(path):
-    others = {"pipelines", "benchmarks", "tests"} - {path.relative_to(ROOT).parts[0]}
+    own = path.relative_to(ROOT).parts[0]
+    others = {*PROGRAMS, "tests"} - {own}
+    if own == "experiments":  # its results are benchmarks' too: the harness, and the figures
+        others.remove("benchmarks")
     assert not {name.partition(".")[0] for name in imports(path)} & others
 
 
 @pytest.mark.parametrize(("module", "top_level_only", "allowed"), [
-    ("reference", False, {"numpy"}), ("target", True, set()),
+    ("reference", False, {"numpy"}), ("target", True, set()), ("checks", False, {"numpy"}),
+    ("mixing", False, {"numpy", "lumix_dali"}),
 ])
-def test_ground_floor_needs_nothing_else(module, top_level_only, allowed):
+def test_ground_floors_need_nothing_else(module, top_level_only, allowed):
     names = imports(ROOT / "lumix_dali" / f"{module}.py", top_level_only)
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= allowed
 
 
+DALI, TORCH = "nvidia.dali", "torch"
+
+
 @pytest.mark.parametrize(("module", "unwanted"), [
-    ("lumix_dali", "torch"), ("lumix_dali", "nvidia.dali"), ("lumix_dali.loss", "nvidia.dali"),
-    ("lumix_dali.target", "torch"), ("lumix_dali.target", "nvidia.dali"), ("lumix_dali.fn", "torch"),
+    ("lumix_dali", (TORCH, DALI)), ("lumix_dali.loss", (DALI,)), ("lumix_dali.target", (TORCH, DALI)),
+    ("lumix_dali.mixing", (TORCH, DALI)), ("lumix_dali.fn", (TORCH,)), ("lumix_dali.augment", (TORCH,)),
+    ("lumix_dali.data.sources", (TORCH, DALI)), ("lumix_dali.loading.plan", (TORCH, DALI)),
 ])
 def test_import_does_not_pull_in(module, unwanted):
-    code = f"import sys, {module}; sys.exit('{unwanted}' in sys.modules)"
+    code = f"import sys, {module}; sys.exit(not sys.modules.keys().isdisjoint({unwanted!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def functions(path):
+    return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+
+
+def lines(function):
+    """Lines of a function without its docstring."""
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return function.end_lineno - function.lineno + 1 - documented * (first.end_lineno - first.lineno + 1)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_functions_can_be_read_without_scrolling(path):
+    long = {f"{function.name}: {lines(function)} lines" for function in functions(path)
+            if lines(function) > LONGEST and (path.name, function.name) not in LONG}
+    assert not long
+
+
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_asks_which_order_it_is(path):
+    """`Order` and `Window` have one interface."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "type")]
+    assert not [call.lineno for call in asked if re.search(r"\b(Order|Window)\b", ast.unparse(call))]
+
+
+def test_the_wheel_has_every_package_and_the_marker_of_types(monkeypatch):
+    import setuptools
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lumix_dali").rglob("__init__.py")}
+    assert set(given["packages"]) == folders >= {"lumix_dali", "lumix_dali.data", "lumix_dali.loading"}
+    assert "py.typed" in given["package_data"]["lumix_dali"]
+    assert (ROOT / "lumix_dali/py.typed").exists()

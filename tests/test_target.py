@@ -9,7 +9,7 @@ import torch
 from timm.data.mixup import mixup_target
 
 from lumix_dali import reference
-from lumix_dali.target import MixTarget
+from lumix_dali.target import Kind, MixTarget
 
 
 def make_target(batch=6, classes=5, seed=0):
@@ -162,3 +162,129 @@ def test_dense_equals_timms_mixup_target_at_one_minus_lam0(lam0):
 def test_dense_names_a_wrong_argument(args, message):
     with pytest.raises(ValueError, match=message):
         make_target().dense(*args)
+
+
+# Mixing what else belongs to the samples
+
+
+def mixed_by_hand(target, values):
+    """Row by row, in float64."""
+    rows = []
+    for own, (lam0, partner) in enumerate(zip(target.lam0.tolist(), target.partner.tolist(), strict=True)):
+        ours, theirs = values[own].double(), values[partner].double()
+        rows.append(ours if lam0 == 0 else theirs if lam0 == 1 else (1 - lam0) * ours + lam0 * theirs)
+    return torch.stack(rows).to(values.dtype)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_mix_is_the_weighted_sum_of_rows(dtype, shape):
+    target, values = make_target(), torch.randn(6, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    target.lam0[:3] = torch.tensor([0.0, 1.0, 0.5])
+    found = target.mix(values)
+    assert (found.dtype, found.shape) == (dtype, values.shape)
+    tolerance = {torch.float16: 2e-3, torch.float32: 1e-6, torch.float64: 1e-7}[dtype]
+    torch.testing.assert_close(found, mixed_by_hand(target, values), atol=tolerance, rtol=tolerance)
+    assert torch.equal(found[0], values[0])
+    assert torch.equal(found[1], values[target.partner[1]])
+
+
+def test_mix_of_one_hot_labels_is_dense():
+    target = make_target()
+    target = target._replace(partner_labels=target.labels[target.partner])
+    one_hot = torch.nn.functional.one_hot(target.labels, 5).float()
+    torch.testing.assert_close(target.mix(one_hot), target.dense(5))
+
+
+def test_mix_of_multi_hot_labels():
+    """Each of several classes counts by the weight of the images that have it."""
+    target = make_target(batch=2)._replace(lam0=torch.tensor([0.25, 0.0]), partner=torch.tensor([1, 0]))
+    multi_hot = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
+    expected = torch.tensor([[0.75, 1.0, 0.25], [0.0, 1.0, 1.0]])
+    torch.testing.assert_close(target.mix(multi_hot), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_mix_leaves_what_is_not_mixed_as_it_is(odd):
+    """A row without a number reaches those alone that are mixed with it."""
+    target = make_target(batch=4)._replace(
+        lam0=torch.tensor([0.0, 0.0, 0.5, 1.0]), partner=torch.tensor([1, 0, 1, 0]))
+    values = torch.arange(12.0).reshape(4, 3)
+    values[1] = odd
+    found = target.mix(values)
+    assert torch.equal(found[0], values[0])
+    torch.testing.assert_close(found[1], values[1], equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(found[2], values[1] * 0.5 + values[2] * 0.5, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(found[3], values[0])
+
+
+def test_mix_passes_gradients_to_both():
+    """To a teacher's outputs, were it trained: (1 - lam0) to the own row, lam0 to the partner's."""
+    target = make_target(batch=3)._replace(lam0=torch.tensor([0.25, 0.0, 1.0]), partner=torch.tensor([1, 2, 0]))
+    values = torch.ones(3, 2, requires_grad=True)
+    target.mix(values).sum().backward()
+    expected = torch.tensor([0.75 + 1.0, 0.25 + 1.0, 0.0])
+    torch.testing.assert_close(values.grad, expected[:, None].expand(3, 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("values", [torch.zeros(6, 2, dtype=torch.int64), torch.zeros(5, 2), torch.tensor(0.0)])
+def test_mix_names_wrong_values(values):
+    with pytest.raises(ValueError, match=r"values=.*give floating point numbers, one row per sample \(6\)"):
+        make_target().mix(values)
+
+
+# Views: the loader's fields are columns of one tensor
+
+
+def packed(batch=6, seed=0):
+    """A target as `plan.unpack` makes it, and the same in contiguous tensors."""
+    from lumix_dali.loading.plan import Plan, unpack
+    from lumix_dali.mixing import Mixing
+
+    plan = Plan(seed, 0, 0, (32, 32), Mixing(mixup_alpha=0.8, prob=0.8, correct_lam=False), True)
+    arrays = dict(zip(plan.inputs, plan.batch(0, np.arange(batch) % 5, np.arange(batch)), strict=True))
+    target, _ = unpack([torch.from_numpy(arrays["target"]), torch.from_numpy(arrays["lam0"])], True)
+    assert not any(field.is_contiguous() for field in target if field is not target.lam0)
+    return target, MixTarget(*(field.clone(memory_format=torch.contiguous_format) for field in target))
+
+
+def assert_equal(ours, theirs):
+    assert dtypes(ours) == dtypes(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_views_are_targets_like_any_other():
+    target, plain = packed()
+    for make in (
+        lambda t: t.select(slice(1, 4)), lambda t: t.select([3, 0]), lambda t: t.select(t.lam0 > 0.3),
+        lambda t: t.to("cpu", copy=True), lambda t: t.to(torch.float64), MixTarget.cpu,
+    ):
+        assert_equal(make(target), make(plain))
+    assert torch.equal(target.dense(5, 0.1), plain.dense(5, 0.1))
+    values = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(target.mix(values), plain.mix(values))
+    collated = torch.utils.data.default_collate([target, target])
+    assert_equal(MixTarget(*(field[1] for field in collated)), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"base": "bce", "detach_lam_s": False}])
+def test_a_compiled_loss_takes_views(options):
+    from lumix_dali.loss import LUMixLoss, check_target
+
+    torch._dynamo.reset()
+    target, plain = packed(16)
+    check_target(target, 5)
+    logits = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    lam_r, criterion = torch.linspace(0, 1, 16), LUMixLoss(**options)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    expected = criterion(logits, plain, lam_r)
+    torch.testing.assert_close(criterion(logits, target, lam_r), expected)
+    torch.testing.assert_close(compiled(logits, target, lam_r), expected)
+
+
+def test_a_kind_in_compiled_code_is_a_plain_integer():
+    """What the note of `Kind` says; an enum's member goes wrong without a word (torch 2.14.1)."""
+    torch._dynamo.reset()
+    kind = torch.tensor([0, 1, 2])
+    compiled = torch.compile(lambda kind: kind == int(Kind.CUTMIX), fullgraph=True, backend="eager")
+    assert compiled(kind).tolist() == [False, False, True]
