@@ -11,7 +11,7 @@ Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads
 scaling: ranks too, no quartiles.
 A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
 each of which adds a stage to the row before it; its rows of part "step" are whole steps.
-An accuracy result is what benchmarks/accuracy.py writes.
+An accuracy result is what experiments/ablations.py writes.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from experiments import statistics
 
 from .harness import RESULTS, ROOT, summary
 
@@ -167,17 +169,20 @@ def draw_loss(result: dict[str, Any]) -> Figure:
 
 
 def draw_accuracy(result: dict[str, Any]) -> Figure:
-    """Accuracy against epoch, a colour a row: its seeds faint, their mean bold."""
+    """Accuracy against epoch, a colour per row: its seeds faint, their mean bold. Without it, the differences."""
     rows = [row for row in result["rows"] if row["runs"]]
+    if all(len(run["top1"]) == 1 for row in rows for run in row["runs"]):
+        return draw_differences(result)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes, last = figure.subplots(), []
     for number, row in enumerate(rows):
         curves = [run["top1"] for run in row["runs"]]
-        epochs = range(1, len(curves[0]) + 1)
+        epochs = row["runs"][0].get("validated", range(1, len(curves[0]) + 1))
         for curve in curves:
             axes.plot(epochs, curve, color=f"C{number}", alpha=0.25, linewidth=0.6)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        label = f"{row['name']}: {row['mean']:.2f}{_signed('±', row['sd'])} (n = {row['n']})"
+        found = statistics.moments([curve[-1] for curve in curves])
+        label = f"{row['name']}: {found.mean:.2f}{_signed('±', found.sd)} (n = {found.n})"
         axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
         last += [curve[-1] for curve in curves]
     if last:  # the climb from chance would press the ends, which are what counts, into one line
@@ -186,6 +191,27 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation top-1, %")
     axes.legend(fontsize=7, loc="lower right", title="last epoch, mean ± standard deviation", title_fontsize=7)
+    return _captioned(figure, result)
+
+
+def draw_differences(result: dict[str, Any]) -> Figure:
+    """Each row minus CutMix in every metric: a dot per seed, mean and 95 % t interval."""
+    metrics = _metrics(result)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        found = statistics.compare(result["rows"], "CutMix", metric)
+        runs = {row["name"]: statistics.last(row["runs"], metric) for row in result["rows"]}
+        for place, (name, (one, _)) in enumerate(found.items()):
+            gaps = [value - runs["CutMix"][seed] for seed, value in runs[name].items() if seed in runs["CutMix"]]
+            axes.plot(gaps, [place] * len(gaps), "o", color="C0", alpha=0.25, markersize=3)
+            axes.plot(one.mean, place, "o", color="C0", markersize=6)
+            if one.interval:
+                axes.plot(one.interval, [place, place], color="C0", linewidth=2)
+        axes.axvline(0, color="gray", linewidth=0.8)
+        axes.set_yticks(range(len(found)), list(found))
+        axes.set_xlabel(f"{METRICS[metric]}, minus CutMix", fontsize=8)
+    panels[0].invert_yaxis()
     return _captioned(figure, result)
 
 
@@ -266,31 +292,57 @@ def table_loss(result: dict[str, Any]) -> list[list[str]]:
          f"{_ms(row):.3g}" if _ms(row) is not None else row["error"], ratio(row)] for row in result["rows"])]
 
 
+METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
+
+
+def _metrics(result: dict[str, Any]) -> list[str]:
+    found = [row["runs"][0] for row in result["rows"] if row["runs"]]
+    return [name for name in METRICS if not found or name in found[0]]
+
+
 def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
-    """A line a row: accuracy, its difference to CutMix seed by seed, and what it costs."""
-    gpu = result["settings"]["device"] != "cpu"
-    lines = [["row", "the paper's DeiT-S", "top-1, %", "n", "standard error", "− CutMix, 95 %",
-              "GPU hours" if gpu else "CPU hours", "images/s, of CutMix'"]]
+    """A line per row: each metric and its difference to CutMix seed by seed, and what the row costs."""
+    gpu, metrics = result["settings"]["device"] != "cpu", _metrics(result)
+    compared = {metric: statistics.compare(result["rows"], "CutMix", metric) for metric in metrics}
+    paper = any(row["paper"] for row in result["rows"])
+    speed = any("speed" in row for row in result["rows"])
+    columns = [cell for metric in metrics for cell in (METRICS[metric], "− CutMix (95 %; p, Holm)")]
+    lines = [["row", *["the paper's DeiT-S"] * paper, "n", *columns, "GPU hours" if gpu else "CPU hours",
+              *["images/s, of CutMix'"] * speed]]
     for row in result["rows"]:
-        paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
+        start = [row["name"], *["" if row["paper"] is None else f"{row['paper']:.1f}"] * paper]
         if row["error"] or not row["runs"]:
-            lines.append([row["name"], paper, row["error"] or "not yet", *[""] * 5])
+            lines.append([*start, "0", row["error"] or "not yet", *[""] * (len(lines[0]) - len(start) - 2)])
             continue
-        mean, interval, ratio = row["difference"]["mean"], row["difference"]["interval"], row["speed"]["ratio"]
-        compared = "" if mean is None else f"{mean:+.2f}"
-        compared += "" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval)
-        speed = "{:.2f} ({:.2f} – {:.2f})".format(ratio["median"], *ratio["quartiles"])
-        if row["name"] == "CutMix":
-            compared, speed = "", "1"
+        cells = [cell for metric in metrics for cell in _metric(row, metric, compared[metric].get(row["name"]))]
         jobs = result["settings"]["jobs"]  # models that shared the GPU
         hours = sum(run["seconds"] / jobs if gpu else run["cpu_seconds"] for run in row["runs"]) / 3600
-        lines.append([row["name"], paper, f"{row['mean']:.2f}" + _signed("±", row["sd"]), str(row["n"]),
-                      _signed("", row["standard_error"]), compared, f"{hours:.3f}", speed])
+        lines.append([*start, str(len(row["runs"])), *cells, f"{hours:.3f}", *[_relative_speed(row)] * speed])
     return lines
 
 
+def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
+    """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
+    digits = 3 if metric == "nll" else 2
+    found = statistics.moments(list(statistics.last(row["runs"], metric).values()))
+    own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
+    if compared is None or compared[0].mean is None:
+        return [own, ""]
+    one, p = compared
+    said = f"{one.mean:+.{digits}f}"
+    if one.interval:
+        said += f" ({one.interval[0]:+.{digits}f} to {one.interval[1]:+.{digits}f}; {p:.2g})"
+    return [own, said]
+
+
+def _relative_speed(row: dict[str, Any]) -> str:
+    if row["name"] == "CutMix":
+        return "1"
+    return "{:.2f} ({:.2f} – {:.2f})".format(row["speed"]["ratio"]["median"], *row["speed"]["ratio"]["quartiles"])
+
+
 def _signed(sign: str, value: float | None) -> str:
-    return "" if value is None else f" {sign} {value:.2f}" if sign else f"{value:.2f}"
+    return "" if value is None else f" {sign} {value:.2f}"
 
 
 def table_scaling(result: dict[str, Any]) -> list[list[str]]:

@@ -9,7 +9,7 @@ pytest.importorskip("tqdm")
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from benchmarks import mixing  # noqa: E402
+from experiments import mixing  # noqa: E402
 from lumix_dali.target import MixTarget  # noqa: E402
 
 COUNT = 64
