@@ -28,8 +28,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from experiments import statistics
-
+from . import paired
 from .harness import RESULTS, ROOT, summary
 
 CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "timm recipe"
@@ -181,7 +180,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
         for curve in curves:
             axes.plot(epochs, curve, color=f"C{number}", alpha=0.25, linewidth=0.6)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        found = statistics.moments([curve[-1] for curve in curves])
+        found = paired.moments([curve[-1] for curve in curves])
         label = f"{row['name']}: {found.mean:.2f}{_signed('±', found.sd)} (n = {found.n})"
         axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
         last += [curve[-1] for curve in curves]
@@ -200,8 +199,8 @@ def draw_differences(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        found = statistics.compare(result["rows"], "CutMix", metric)
-        runs = {row["name"]: statistics.last(row["runs"], metric) for row in result["rows"]}
+        found = paired.compare(result["rows"], "CutMix", metric)
+        runs = {row["name"]: paired.last(row["runs"], metric) for row in result["rows"]}
         for place, (name, (one, _)) in enumerate(found.items()):
             gaps = [value - runs["CutMix"][seed] for seed, value in runs[name].items() if seed in runs["CutMix"]]
             axes.plot(gaps, [place] * len(gaps), "o", color="C0", alpha=0.25, markersize=3)
@@ -303,7 +302,7 @@ def _metrics(result: dict[str, Any]) -> list[str]:
 def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
     """A line per row: each metric and its difference to CutMix seed by seed, and what the row costs."""
     gpu, metrics = result["settings"]["device"] != "cpu", _metrics(result)
-    compared = {metric: statistics.compare(result["rows"], "CutMix", metric) for metric in metrics}
+    compared = {metric: paired.compare(result["rows"], "CutMix", metric) for metric in metrics}
     paper = any(row["paper"] for row in result["rows"])
     speed = any("speed" in row for row in result["rows"])
     columns = [cell for metric in metrics for cell in (METRICS[metric], "− CutMix (95 %; p, Holm)")]
@@ -324,7 +323,7 @@ def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
 def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
     """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
     digits = 3 if metric == "nll" else 2
-    found = statistics.moments(list(statistics.last(row["runs"], metric).values()))
+    found = paired.moments(list(paired.last(row["runs"], metric).values()))
     own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
     if compared is None or compared[0].mean is None:
         return [own, ""]

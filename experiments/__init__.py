@@ -1,1 +1,1 @@
-"""The paper's tables at a small scale: ablations, methods of mixing, and the statistics of paired runs."""
+"""The paper's tables at a small scale: ablations and methods of mixing."""

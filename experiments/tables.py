@@ -43,6 +43,7 @@ TABLES = {
         Row(CUTMIX, 79.8),
         Row("ResizeMix", None, PLAIN, "resizemix"),
         Row("SaliencyMix", 79.2, PLAIN, "saliencymix"),
+        Row("Puzzle-Mix", 79.8, PLAIN, "puzzlemix"),
         Row("TransMix", 80.7, PLAIN, "transmix"),
         Row("LUMix", 80.6, LUMIX),
     ],

@@ -26,7 +26,7 @@ import lumix_dali.fn as mixfn
 from lumix_dali import LUMixLoss, MixTarget, check_target, create_loader
 from lumix_dali.sources import Order, Samples, load_files
 
-from . import mixing
+from . import mixing, puzzlemix
 from .labels import LabelWeights
 from .tables import Row
 
@@ -36,7 +36,8 @@ def _shuffled(images, labels, **where):
     return mixing.shuffle_patches(images, **where), target
 
 
-# What the graph does to images and labels. SaliencyMix goes on in `Training.batch`, TransMix in `Training.step`.
+# What the graph does to images and labels. SaliencyMix and Puzzle Mix follow in `Training.batch`, TransMix in
+# `Training.step`.
 METHODS: dict[str, Callable[..., tuple[Any, MixTarget]]] = {
     "none": lambda images, labels, **_: (images, mixfn.unmixed(labels, images.device)),
     "cutmix": lambda images, labels, **_: mixfn.cutmix(images, labels),
@@ -45,7 +46,7 @@ METHODS: dict[str, Callable[..., tuple[Any, MixTarget]]] = {
     "shuffled": _shuffled,
     "patch mixup": mixing.patch_mixup,
 }
-METHODS |= {"transmix": METHODS["cutmix"], "saliencymix": METHODS["none"]}
+METHODS |= {"transmix": METHODS["cutmix"], "saliencymix": METHODS["none"], "puzzlemix": METHODS["none"]}
 
 
 class Images(NamedTuple):
@@ -192,11 +193,25 @@ class Training:
             mixed, found = mixing.saliency_mix(images.cpu().numpy(), target.labels.cpu().numpy(), self.rng)
             images, *fields = (torch.from_numpy(array).to(self.device) for array in (mixed, *found))
             target = MixTarget(*fields)
+        elif self.row.method == "puzzlemix":
+            return self.puzzle_mixed(images, target)
         return images, target
+
+    def puzzle_mixed(self, images: Tensor, target: MixTarget) -> Batch:
+        """The batch mixed by Puzzle Mix, rounded to uint8, by the saliency that the model has for it."""
+        inputs = normalised(images)
+        self.model.eval()
+        salient = puzzlemix.saliency(lambda x: self.criterion(self.forward(x), target.labels), inputs)
+        self.model.train()
+        mixed, target = puzzlemix.puzzle_mix(inputs, target.labels, salient, self.rng, mean=0.5, std=0.5)
+        return mixed.mul_(127.5).add_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1), target
 
     def logits(self, images: Tensor) -> Tensor:
         """Of uint8 images [B, H, W, 3]."""
-        inputs = images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+        return self.forward(normalised(images))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of normalised images [B, 3, H, W]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             return self.model(inputs)
 
@@ -237,6 +252,11 @@ class Training:
         ece = multiclass_calibration_error(every.softmax(1), labels, every.size(1), n_bins=15, norm="l1")
         return dict(top1=100 * (every.argmax(1) == labels).double().mean().item(),
                     nll=F.cross_entropy(every, labels).item(), ece=100 * ece.item())
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] as float [B, 3, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:

@@ -36,7 +36,7 @@ class Mutant(NamedTuple):
 VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
 MIXING, TRAINING = "experiments/mixing.py", "experiments/training.py"
-ABLATIONS, STATISTICS = "experiments/ablations.py", "experiments/statistics.py"
+ABLATIONS, PAIRED = "experiments/ablations.py", "benchmarks/paired.py"
 AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/classification.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 FEED, FORMATS = "lumix_dali/feed.py", "lumix_dali/formats.py"
@@ -200,12 +200,12 @@ MUTANTS = [
            "torch.where(target.kind > 0,", TRANSMIX),
     Mutant("attention to the class token", MIXING, "[:, :, 0, 1:]", "[:, :, 0, :-1]",
            tests("mixing", "class_attention_is_the_last_blocks")),
-    Mutant("normal for t", STATISTICS, "ppf(0.975, n - 1)", "ppf(0.975, 1e9)", BY_HAND),
-    Mutant("sd of a population", STATISTICS, "ddof=1", "ddof=0", BY_HAND),
-    Mutant("the best epoch", STATISTICS, "run[metric][-1]", "max(run[metric])", BY_HAND),
-    Mutant("Bonferroni for Holm", STATISTICS, "(len(known) - rank)", "len(known)",
+    Mutant("normal for t", PAIRED, "ppf(0.975, n - 1)", "ppf(0.975, 1e9)", BY_HAND),
+    Mutant("sd of a population", PAIRED, "ddof=1", "ddof=0", BY_HAND),
+    Mutant("the best epoch", PAIRED, "run[metric][-1]", "max(run[metric])", BY_HAND),
+    Mutant("Bonferroni for Holm", PAIRED, "(len(known) - rank)", "len(known)",
            tests("ablations", "holm_by_hand")),
-    Mutant("Holm not monotone", STATISTICS, "largest = max(largest, min(1.0, value * (len(known) - rank)))",
+    Mutant("Holm not monotone", PAIRED, "largest = max(largest, min(1.0, value * (len(known) - rank)))",
            "largest = min(1.0, value * (len(known) - rank))", tests("ablations", "holm_by_hand")),
     Mutant("weights of no seed", TRAINING, "torch.manual_seed(seed)  #", "#",
            tests("ablations", "rows_of_a_seed_share_weights_order_and_crops")),

@@ -12,8 +12,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
-from benchmarks import plot  # noqa: E402
-from experiments import ablations, statistics, training  # noqa: E402
+from benchmarks import paired, plot  # noqa: E402
+from experiments import ablations, training  # noqa: E402
 from experiments.labels import LabelWeights  # noqa: E402
 from experiments.tables import PLAIN, TABLES, Row  # noqa: E402
 from experiments.training import Training, subset  # noqa: E402
@@ -60,7 +60,7 @@ def test_tables_are_the_papers():
     assert paper["2"] == [79.8, 80.3, 80.3, 80.4, 80.5]
     assert loss["3"] == [(0, 0, 0), (1, 0, 0), (.5, 0, 0), (.4, .1, 0), (.3, .2, 0), (0, .5, 0)]
     assert paper["3"] == [79.8, 79.7, 80.3, 80.4, 80.3, 80.3]
-    assert paper["6"] == [78.6, 79.8, 79.2, 80.7, 80.6]
+    assert paper["6"] == [78.6, 79.8, 79.2, 79.8, 80.7, 80.6]
     assert next(row.method for row in TABLES["6"] if row.paper == 78.6) == "mixup"  # §4.5
     assert paper["10"] == [79.8, 80.4, 80.4, 80.3, 80.6, 80.4]
     assert paper["11"] == [79.8, 80.6, 79.9, 79.6]
@@ -71,7 +71,8 @@ def test_tables_are_the_papers():
         assert reference[2:] == (PLAIN, "cutmix")
 
 
-@pytest.mark.parametrize("method", ["cutmix", "mixup", "resizemix", "patch mixup", "saliencymix", "shuffled"])
+@pytest.mark.parametrize("method", ["cutmix", "mixup", "resizemix", "patch mixup", "saliencymix", "puzzlemix",
+                                    "shuffled"])
 def test_rows_of_a_seed_share_weights_order_and_crops(folder, tmp_path, method):
     if method == "saliencymix":
         pytest.importorskip("cv2")
@@ -138,31 +139,31 @@ def test_statistics_by_hand():
 
     t = 2√3 = 3.464102, and with two degrees of freedom p = 1 - t / √(t² + 2) = .074180.
     """
-    assert statistics.moments([91., 94., 97.]) == (3, 94., 3., pytest.approx(3 / 3**.5))
-    found = statistics.difference(runs(91., 94., 97.), runs(90., 92., 94.))
+    assert paired.moments([91., 94., 97.]) == (3, 94., 3., pytest.approx(3 / 3**.5))
+    found = paired.difference(runs(91., 94., 97.), runs(90., 92., 94.))
     assert found[:2] == (3, 2.)
     assert found.interval == pytest.approx([2 - 2.484138, 2 + 2.484138], abs=1e-6)
     assert found.p == pytest.approx(1 - 2 * 3**.5 / 14**.5, abs=1e-9)
 
 
 def test_only_seeds_that_both_have_are_compared():
-    assert statistics.difference(runs(91., 94.), runs(90.)) == (1, 1., None, None)
-    assert statistics.difference([], runs(90.)) == (0, None, None, None)
+    assert paired.difference(runs(91., 94.), runs(90.)) == (1, 1., None, None)
+    assert paired.difference([], runs(90.)) == (0, None, None, None)
 
 
 def test_holm_by_hand():
     """Sorted .01, .02, .04 times 3, 2, 1 are .03, .04, .04; .7 stays above .6, and both are 1 at most."""
-    corrected = statistics.holm([.04, .01, None, .02])
+    corrected = paired.holm([.04, .01, None, .02])
     assert corrected.pop(2) is None
     assert corrected == pytest.approx([.04, .03, .04])
-    assert statistics.holm([.6, .7]) == [1., 1.]
-    assert statistics.holm([.02, .0201]) == pytest.approx([.04, .04])
+    assert paired.holm([.6, .7]) == [1., 1.]
+    assert paired.holm([.02, .0201]) == pytest.approx([.04, .04])
 
 
 def test_comparisons_are_corrected_over_their_table():
     rows = [dict(name="CutMix", runs=runs(90., 92., 94.)), dict(name="a", runs=runs(91., 94., 97.)),
             dict(name="b", runs=runs(90., 93., 95.)), dict(name="none", runs=[])]
-    found = statistics.compare(rows, "CutMix")
+    found = paired.compare(rows, "CutMix")
     assert list(found) == ["a", "b"]  # p = .0742 and .1835
     assert found["a"][1] == pytest.approx(2 * found["a"][0].p) and found["b"][1] == pytest.approx(found["b"][0].p)
 
