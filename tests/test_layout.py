@@ -17,8 +17,8 @@ FLOORS = {
     "pipelines": 5, "benchmarks": 5, "experiments": 6,
 }
 MODULES = [p for p in sorted((ROOT / "lumix_dali").glob("*.py")) if p.name != "__init__.py"]
-PROGRAMS = sorted(
-    p for name in ("pipelines", "benchmarks", "experiments") for p in (ROOT / name).rglob("*.py"))
+FOLDERS = ("pipelines", "benchmarks", "experiments")
+PROGRAMS = sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.py"))
 LAZY = {"LUMixLoss": "loss", "check_target": "loss", "MixTarget": "target", "create_loader": "loader"}
 
 
@@ -54,14 +54,14 @@ def test_imports_point_down(path):
 
 def test_the_package_never_imports_the_programs():
     for path in (ROOT / "lumix_dali").glob("*.py"):
-        outside = {name.partition(".")[0] for name in imports(path)} & {"pipelines", "benchmarks", "experiments", "tests"}
+        outside = {name.partition(".")[0] for name in imports(path)} & {*FOLDERS, "tests"}
         assert not outside, f"{path.name} imports {outside}"
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_programs_import_only_the_package_and_their_own(path):
     own = path.relative_to(ROOT).parts[0]
-    others = {"pipelines", "benchmarks", "experiments", "tests"} - {own}
+    others = {*FOLDERS, "tests"} - {own}
     if own == "experiments":  # its results are benchmarks' too: the harness, and the figures
         others.remove("benchmarks")
     assert not {name.partition(".")[0] for name in imports(path)} & others

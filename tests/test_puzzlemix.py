@@ -203,6 +203,6 @@ def test_the_authors_code_gives_the_same(rng, monkeypatch):
                 torch.testing.assert_close(mixed[i], pixels[i], rtol=0, atol=1e-6)
                 torch.testing.assert_close(own[i], ratio[i])
     higher = [value for value in excess if value]
-    print(f"{len(excess)} cuts: {same} masks are equal, and with them ratios and pixels; their energy is higher in "
+    print(f"{len(excess)} cuts, {same} with their mask, ratio and pixels; their energy is higher in "
           f"{len(higher)}, by {100 * max(higher, default=0):.3f} % at most")
     assert min(excess) == 0 and max(excess) < 0.01 and same > 0.5 * len(excess)
