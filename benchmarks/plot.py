@@ -194,24 +194,65 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
 
 
 def draw_differences(result: dict[str, Any]) -> Figure:
-    """Each row minus CutMix in every metric: a dot per seed, mean and 95 % t interval."""
+    """Each row minus CutMix in every metric, and below it what the label weights did, if the runs kept them."""
     metrics = _metrics(result)
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
-        found = paired.compare(result["rows"], "CutMix", metric)
-        runs = {row["name"]: paired.last(row["runs"], metric) for row in result["rows"]}
-        for place, (name, (one, _)) in enumerate(found.items()):
-            gaps = [value - runs["CutMix"][seed] for seed, value in runs[name].items() if seed in runs["CutMix"]]
-            axes.plot(gaps, [place] * len(gaps), "o", color="C0", alpha=0.25, markersize=3)
-            axes.plot(one.mean, place, "o", color="C0", markersize=6)
-            if one.interval:
-                axes.plot(one.interval, [place, place], color="C0", linewidth=2)
-        axes.axvline(0, color="gray", linewidth=0.8)
-        axes.set_yticks(range(len(found)), list(found))
-        axes.set_xlabel(f"{METRICS[metric]}, minus CutMix", fontsize=8)
-    panels[0].invert_yaxis()
+    labels = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("lam")]
+    figure = Figure(figsize=(8, 5.6 if labels else 3), layout="constrained")
+    panels = figure.subplots(2 if labels else 1, 3, squeeze=False)
+    for axes, metric in zip(panels[0], metrics, strict=False):
+        _dots(axes, result, metric)
+    for axes in panels[0][1:]:
+        axes.set_yticklabels([])
+    if labels:
+        lumix = next((row for row in labels if row["name"] == "LUMix"), labels[-1])
+        for number, name in enumerate(("lam0", "lam_s", "lam")):
+            _fan(panels[1][0], [lumix], name, color=f"C{number}")
+        panels[1][0].set_title(f"{lumix['name']}: median and quartiles", fontsize=8)
+        others = {"lam_s_q50": "median λ_s", "moved": "mean |λ - λ0|"}
+        for axes, (name, title) in zip(panels[1][1:], others.items(), strict=True):
+            for number, row in enumerate(labels):
+                axes.plot(*_over_epochs(row, name), color=f"C{number}", label=row["name"])
+            axes.set_title(title, fontsize=8)
+        panels[1][0].legend(fontsize=7)
+        panels[1][1].legend(fontsize=6)
+        for axes in panels[1]:
+            axes.set_xlabel("epoch", fontsize=8)
     return _captioned(figure, result)
+
+
+def _dots(axes: Any, result: dict[str, Any], metric: str) -> None:
+    """A faint dot per seed, the mean, and its 95 % t interval."""
+    found = paired.compare(result["rows"], "CutMix", metric)
+    values = {row["name"]: paired.last(row["runs"], metric) for row in result["rows"] if row["runs"]}
+    for place, (name, (one, _)) in enumerate(found.items()):
+        both = values[name].keys() & values["CutMix"].keys()
+        gaps = [values[name][seed] - values["CutMix"][seed] for seed in both]
+        axes.plot(gaps, [place] * len(gaps), "o", color="C0", alpha=0.25, markersize=3)
+        axes.plot(one.mean, place, "o", color="C0", markersize=6)
+        if one.interval:
+            axes.plot(one.interval, [place, place], color="C0", linewidth=2)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{METRICS[metric]}, minus CutMix", fontsize=8)
+
+
+SYMBOLS = {"lam0": "λ0", "lam_s": "λ_s", "lam": "λ"}
+
+
+def _over_epochs(row: dict[str, Any], name: str) -> tuple[range, list[float]]:
+    """Epochs, and the mean over the seeds of a statistic of the label weights."""
+    curves = [run["lam"][name] for run in row["runs"]]
+    means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+    return range(1, len(means) + 1), means
+
+
+def _fan(axes: Any, rows: list[dict], name: str, color: str) -> None:
+    for row in rows:
+        epochs, middle = _over_epochs(row, f"{name}_q50")
+        axes.plot(epochs, middle, color=color, label=SYMBOLS[name])
+        axes.fill_between(epochs, _over_epochs(row, f"{name}_q25")[1], _over_epochs(row, f"{name}_q75")[1],
+                          color=color, alpha=0.2, linewidth=0)
 
 
 def draw_scaling(result: dict[str, Any]) -> Figure:
@@ -292,6 +333,7 @@ def table_loss(result: dict[str, Any]) -> list[list[str]]:
 
 
 METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
+DIGITS = {"top1": 2, "nll": 3, "ece": 2}
 
 
 def _metrics(result: dict[str, Any]) -> list[str]:
@@ -316,13 +358,14 @@ def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
         cells = [cell for metric in metrics for cell in _metric(row, metric, compared[metric].get(row["name"]))]
         jobs = result["settings"]["jobs"]  # models that shared the GPU
         hours = sum(run["seconds"] / jobs if gpu else run["cpu_seconds"] for run in row["runs"]) / 3600
-        lines.append([*start, str(len(row["runs"])), *cells, f"{hours:.3f}", *[_relative_speed(row)] * speed])
+        cells += [f"{hours:.3f}", *([_relative_speed(row)] if speed else [])]
+        lines.append([*start, str(len(row["runs"])), *cells])
     return lines
 
 
 def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
     """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
-    digits = 3 if metric == "nll" else 2
+    digits = DIGITS[metric]
     found = paired.moments(list(paired.last(row["runs"], metric).values()))
     own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
     if compared is None or compared[0].mean is None:
@@ -332,6 +375,22 @@ def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[st
     if one.interval:
         said += f" ({one.interval[0]:+.{digits}f} to {one.interval[1]:+.{digits}f}; {p:.2g})"
     return [own, said]
+
+
+def read_accuracy(result: dict[str, Any]) -> str:
+    """Which differences hold after Holm's correction, and what became of the labels, in a sentence each."""
+    said = []
+    for metric in _metrics(result):
+        found = paired.compare(result["rows"], "CutMix", metric)
+        holding = [f"{name} ({one.mean:+.{DIGITS[metric]}f})" for name, (one, p) in found.items()
+                   if p is not None and p < 0.05]
+        said.append(f"{METRICS[metric].split(',')[0]}: {', '.join(holding) or 'none'}")
+    text = f"Differences with p < .05 after Holm's correction within the table. {'; '.join(said)}."
+    for row in result["rows"]:
+        if row["name"] == "LUMix" and row["runs"] and row["runs"][0].get("lam"):
+            moved, clamped = (_over_epochs(row, name)[1][-1] for name in ("moved", "clamped"))
+            text += f" In its last epoch LUMix moves λ by {moved:.3f} on average; {clamped:.1%} are clamped."
+    return text
 
 
 def _relative_speed(row: dict[str, Any]) -> str:
@@ -407,7 +466,8 @@ def table(result: dict[str, Any]) -> str:
     head, *lines = KINDS[result["kind"]][1](result)
     cells = [head, ["---"] * len(head), *lines]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
-    return f"{text}\n\n{_where(result)}: `{result['meta']['command']}`"
+    read = [read_accuracy(result)] if result["kind"] == "accuracy" else []
+    return "\n\n".join([text, *read, f"{_where(result)}: `{result['meta']['command']}`"])
 
 
 def table_targets(results: Path) -> str:
