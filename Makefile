@@ -21,7 +21,7 @@ test: $(ready)
 
 check: $(ready)
 	$(python) -m ruff check .
-	$(python) -m mypy lumix_dali pipelines benchmarks
+	$(python) -m mypy lumix_dali pipelines benchmarks experiments
 	$(python) -m benchmarks.plot --check
 
 mutants: $(ready)  # one-line faults, each of which a test must catch

@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow",
             "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel", "nvidia-nvimgcodec-cu12",
             "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "pytest",
-            "opencv-contrib-python-headless")
+            "opencv-contrib-python-headless", "torchmetrics", "scipy")
 
 
 @dataclass

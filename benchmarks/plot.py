@@ -11,7 +11,7 @@ Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads
 scaling: ranks too, no quartiles.
 A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
 each of which adds a stage to the row before it; its rows of part "step" are whole steps.
-An accuracy result is what benchmarks/accuracy.py writes.
+An accuracy result is what experiments/ablations.py writes.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from . import paired
 from .harness import RESULTS, ROOT, summary
 
 CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "timm recipe"
@@ -167,17 +168,20 @@ def draw_loss(result: dict[str, Any]) -> Figure:
 
 
 def draw_accuracy(result: dict[str, Any]) -> Figure:
-    """Accuracy against epoch, a colour a row: its seeds faint, their mean bold."""
+    """Accuracy against epoch, a colour per row: its seeds faint, their mean bold. Without it, the differences."""
     rows = [row for row in result["rows"] if row["runs"]]
+    if all(len(run["top1"]) == 1 for row in rows for run in row["runs"]):
+        return draw_differences(result)
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes, last = figure.subplots(), []
     for number, row in enumerate(rows):
         curves = [run["top1"] for run in row["runs"]]
-        epochs = range(1, len(curves[0]) + 1)
+        epochs = row["runs"][0].get("validated", range(1, len(curves[0]) + 1))
         for curve in curves:
             axes.plot(epochs, curve, color=f"C{number}", alpha=0.25, linewidth=0.6)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-        label = f"{row['name']}: {row['mean']:.2f}{_signed('±', row['sd'])} (n = {row['n']})"
+        found = paired.moments([curve[-1] for curve in curves])
+        label = f"{row['name']}: {found.mean:.2f}{_signed('±', found.sd)} (n = {found.n})"
         axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
         last += [curve[-1] for curve in curves]
     if last:  # the climb from chance would press the ends, which are what counts, into one line
@@ -187,6 +191,68 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
     axes.set_ylabel("validation top-1, %")
     axes.legend(fontsize=7, loc="lower right", title="last epoch, mean ± standard deviation", title_fontsize=7)
     return _captioned(figure, result)
+
+
+def draw_differences(result: dict[str, Any]) -> Figure:
+    """Each row minus CutMix in every metric, and below it what the label weights did, if the runs kept them."""
+    metrics = _metrics(result)
+    labels = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("lam")]
+    figure = Figure(figsize=(8, 5.6 if labels else 3), layout="constrained")
+    panels = figure.subplots(2 if labels else 1, 3, squeeze=False)
+    for axes, metric in zip(panels[0], metrics, strict=False):
+        _dots(axes, result, metric)
+    for axes in panels[0][1:]:
+        axes.set_yticklabels([])
+    if labels:
+        lumix = next((row for row in labels if row["name"] == "LUMix"), labels[-1])
+        for number, name in enumerate(("lam0", "lam_s", "lam")):
+            _fan(panels[1][0], [lumix], name, color=f"C{number}")
+        panels[1][0].set_title(f"{lumix['name']}: median and quartiles", fontsize=8)
+        others = {"lam_s_q50": "median λ_s", "moved": "mean |λ - λ0|"}
+        for axes, (name, title) in zip(panels[1][1:], others.items(), strict=True):
+            for number, row in enumerate(labels):
+                axes.plot(*_over_epochs(row, name), color=f"C{number}", label=row["name"])
+            axes.set_title(title, fontsize=8)
+        panels[1][0].legend(fontsize=7)
+        panels[1][1].legend(fontsize=6)
+        for axes in panels[1]:
+            axes.set_xlabel("epoch", fontsize=8)
+    return _captioned(figure, result)
+
+
+def _dots(axes: Any, result: dict[str, Any], metric: str) -> None:
+    """A faint dot per seed, the mean, and its 95 % t interval."""
+    found = paired.compare(result["rows"], "CutMix", metric)
+    values = {row["name"]: paired.last(row["runs"], metric) for row in result["rows"] if row["runs"]}
+    for place, (name, (one, _)) in enumerate(found.items()):
+        both = values[name].keys() & values["CutMix"].keys()
+        gaps = [values[name][seed] - values["CutMix"][seed] for seed in both]
+        axes.plot(gaps, [place] * len(gaps), "o", color="C0", alpha=0.25, markersize=3)
+        axes.plot(one.mean, place, "o", color="C0", markersize=6)
+        if one.interval:
+            axes.plot(one.interval, [place, place], color="C0", linewidth=2)
+    axes.axvline(0, color="gray", linewidth=0.8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{METRICS[metric]}, minus CutMix", fontsize=8)
+
+
+SYMBOLS = {"lam0": "λ0", "lam_s": "λ_s", "lam": "λ"}
+
+
+def _over_epochs(row: dict[str, Any], name: str) -> tuple[range, list[float]]:
+    """Epochs, and the mean over the seeds of a statistic of the label weights."""
+    curves = [run["lam"][name] for run in row["runs"]]
+    means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+    return range(1, len(means) + 1), means
+
+
+def _fan(axes: Any, rows: list[dict], name: str, color: str) -> None:
+    for row in rows:
+        epochs, middle = _over_epochs(row, f"{name}_q50")
+        axes.plot(epochs, middle, color=color, label=SYMBOLS[name])
+        axes.fill_between(epochs, _over_epochs(row, f"{name}_q25")[1], _over_epochs(row, f"{name}_q75")[1],
+                          color=color, alpha=0.2, linewidth=0)
 
 
 def draw_scaling(result: dict[str, Any]) -> Figure:
@@ -266,31 +332,75 @@ def table_loss(result: dict[str, Any]) -> list[list[str]]:
          f"{_ms(row):.3g}" if _ms(row) is not None else row["error"], ratio(row)] for row in result["rows"])]
 
 
+METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
+DIGITS = {"top1": 2, "nll": 3, "ece": 2}
+
+
+def _metrics(result: dict[str, Any]) -> list[str]:
+    found = [row["runs"][0] for row in result["rows"] if row["runs"]]
+    return [name for name in METRICS if not found or name in found[0]]
+
+
 def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
-    """A line a row: accuracy, its difference to CutMix seed by seed, and what it costs."""
-    gpu = result["settings"]["device"] != "cpu"
-    lines = [["row", "the paper's DeiT-S", "top-1, %", "n", "standard error", "− CutMix, 95 %",
-              "GPU hours" if gpu else "CPU hours", "images/s, of CutMix'"]]
+    """A line per row: each metric and its difference to CutMix seed by seed, and what the row costs."""
+    gpu, metrics = result["settings"]["device"] != "cpu", _metrics(result)
+    compared = {metric: paired.compare(result["rows"], "CutMix", metric) for metric in metrics}
+    paper = any(row["paper"] for row in result["rows"])
+    speed = any("speed" in row for row in result["rows"])
+    columns = [cell for metric in metrics for cell in (METRICS[metric], "− CutMix (95 %; p, Holm)")]
+    lines = [["row", *["the paper's DeiT-S"] * paper, "n", *columns, "GPU hours" if gpu else "CPU hours",
+              *["images/s, of CutMix'"] * speed]]
     for row in result["rows"]:
-        paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
+        start = [row["name"], *["" if row["paper"] is None else f"{row['paper']:.1f}"] * paper]
         if row["error"] or not row["runs"]:
-            lines.append([row["name"], paper, row["error"] or "not yet", *[""] * 5])
+            lines.append([*start, "0", row["error"] or "not yet", *[""] * (len(lines[0]) - len(start) - 2)])
             continue
-        mean, interval, ratio = row["difference"]["mean"], row["difference"]["interval"], row["speed"]["ratio"]
-        compared = "" if mean is None else f"{mean:+.2f}"
-        compared += "" if interval is None else " ({:+.2f} to {:+.2f})".format(*interval)
-        speed = "{:.2f} ({:.2f} – {:.2f})".format(ratio["median"], *ratio["quartiles"])
-        if row["name"] == "CutMix":
-            compared, speed = "", "1"
+        cells = [cell for metric in metrics for cell in _metric(row, metric, compared[metric].get(row["name"]))]
         jobs = result["settings"]["jobs"]  # models that shared the GPU
         hours = sum(run["seconds"] / jobs if gpu else run["cpu_seconds"] for run in row["runs"]) / 3600
-        lines.append([row["name"], paper, f"{row['mean']:.2f}" + _signed("±", row["sd"]), str(row["n"]),
-                      _signed("", row["standard_error"]), compared, f"{hours:.3f}", speed])
+        cells += [f"{hours:.3f}", *([_relative_speed(row)] if speed else [])]
+        lines.append([*start, str(len(row["runs"])), *cells])
     return lines
 
 
+def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
+    """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
+    digits = DIGITS[metric]
+    found = paired.moments(list(paired.last(row["runs"], metric).values()))
+    own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
+    if compared is None or compared[0].mean is None:
+        return [own, ""]
+    one, p = compared
+    said = f"{one.mean:+.{digits}f}"
+    if one.interval:
+        said += f" ({one.interval[0]:+.{digits}f} to {one.interval[1]:+.{digits}f}; {p:.2g})"
+    return [own, said]
+
+
+def read_accuracy(result: dict[str, Any]) -> str:
+    """Which differences hold after Holm's correction, and what became of the labels, in a sentence each."""
+    said = []
+    for metric in _metrics(result):
+        found = paired.compare(result["rows"], "CutMix", metric)
+        holding = [f"{name} ({one.mean:+.{DIGITS[metric]}f})" for name, (one, p) in found.items()
+                   if p is not None and p < 0.05]
+        said.append(f"{METRICS[metric].split(',')[0]}: {', '.join(holding) or 'none'}")
+    text = f"Differences with p < .05 after Holm's correction within the table. {'; '.join(said)}."
+    for row in result["rows"]:
+        if row["name"] == "LUMix" and row["runs"] and row["runs"][0].get("lam"):
+            moved, clamped = (_over_epochs(row, name)[1][-1] for name in ("moved", "clamped"))
+            text += f" In its last epoch LUMix moves λ by {moved:.3f} on average; {clamped:.1%} are clamped."
+    return text
+
+
+def _relative_speed(row: dict[str, Any]) -> str:
+    if row["name"] == "CutMix":
+        return "1"
+    return "{:.2f} ({:.2f} – {:.2f})".format(row["speed"]["ratio"]["median"], *row["speed"]["ratio"]["quartiles"])
+
+
 def _signed(sign: str, value: float | None) -> str:
-    return "" if value is None else f" {sign} {value:.2f}" if sign else f"{value:.2f}"
+    return "" if value is None else f" {sign} {value:.2f}"
 
 
 def table_scaling(result: dict[str, Any]) -> list[list[str]]:
@@ -356,7 +466,8 @@ def table(result: dict[str, Any]) -> str:
     head, *lines = KINDS[result["kind"]][1](result)
     cells = [head, ["---"] * len(head), *lines]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
-    return f"{text}\n\n{_where(result)}: `{result['meta']['command']}`"
+    read = [read_accuracy(result)] if result["kind"] == "accuracy" else []
+    return "\n\n".join([text, *read, f"{_where(result)}: `{result['meta']['command']}`"])
 
 
 def table_targets(results: Path) -> str:

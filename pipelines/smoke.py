@@ -19,6 +19,7 @@ def shrink(args: argparse.Namespace) -> None:
         data_dir=str(images), train_split="train", val_split="val", num_classes=args.num_classes or 1000,
         batch_size=BATCH, validation_batch_size=BATCH, grad_accum_steps=1, epochs=1, experiment=folder.name,
         resume=None, overwrite=True)
+    args.warmup_prefix = False  # with it, the warm-up adds its own epochs
 
 
 def write_images(root: Path, count: int) -> None:

@@ -35,7 +35,8 @@ class Mutant(NamedTuple):
 
 VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
-MIXING, ACCURACY = "benchmarks/mixing.py", "benchmarks/accuracy.py"
+MIXING, TRAINING = "experiments/mixing.py", "experiments/training.py"
+ABLATIONS, PAIRED = "experiments/ablations.py", "benchmarks/paired.py"
 AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/pipelines.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
 FEED, FORMATS = "lumix_dali/feed.py", "lumix_dali/formats.py"
@@ -69,7 +70,7 @@ LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_appl
 OCCLUSION, WSOL = tests("evaluate", "occlusion"), tests("evaluate", "wsol")
 RESIZE = tests("mixing", "resizemix_pastes_the_whole_partner_into_the_box")
 TRANSMIX = tests("mixing", "transmix_by_hand", "transmix_leaves_other_kinds_alone")
-BY_HAND = tests("accuracy", "statistics_by_hand")
+BY_HAND = tests("ablations", "statistics_by_hand")
 DENSE = tests("target", "dense_equals_the_oracle", "dense_keeps_the_sum_when_both_classes_are_one")
 
 MUTANTS = [
@@ -195,19 +196,23 @@ MUTANTS = [
     Mutant("attention alone", MIXING, "(target.lam0 + share.to(target.lam0.dtype)) / 2", "share", TRANSMIX),
     Mutant("attention not of a sum of 1", MIXING, " / attention.sum(1)", "", TRANSMIX),
     Mutant("box resampled by area", MIXING, "size=(side, side))", 'size=(side, side), mode="area")', TRANSMIX),
-    Mutant("attention for Mixup", MIXING, "torch.where(target.kind == mixfn.CUTMIX,",
+    Mutant("attention for Mixup", MIXING, "torch.where(target.kind == int(Kind.CUTMIX),",
            "torch.where(target.kind > 0,", TRANSMIX),
     Mutant("attention to the class token", MIXING, "[:, :, 0, 1:]", "[:, :, 0, :-1]",
            tests("mixing", "class_attention_is_the_last_blocks")),
-    Mutant("normal for t", ACCURACY, 'ppf(0.975, difference["n"] - 1)', "ppf(0.975, 1e9)", BY_HAND),
-    Mutant("sd of a population", ACCURACY, "ddof=1", "ddof=0", BY_HAND),
-    Mutant("the best epoch", ACCURACY, '{run["seed"]: run["top1"][-1]', '{run["seed"]: max(run["top1"])', BY_HAND),
-    Mutant("weights of no seed", ACCURACY, "torch.manual_seed(seed)  #", "#",
-           tests("accuracy", "rows_of_a_seed_share_weights_order_and_crops")),
-    Mutant("crops of no seed", ACCURACY, "            seed=seed)\n", "            seed=-1)\n",
-           tests("accuracy", "rows_of_a_seed_share_weights_order_and_crops")),
-    Mutant("another commit goes on", ACCURACY, 'commit=meta.get("commit")', "commit=None",
-           tests("accuracy", "another_commit_is_refused")),
+    Mutant("normal for t", PAIRED, "ppf(0.975, n - 1)", "ppf(0.975, 1e9)", BY_HAND),
+    Mutant("sd of a population", PAIRED, "ddof=1", "ddof=0", BY_HAND),
+    Mutant("the best epoch", PAIRED, "run[metric][-1]", "max(run[metric])", BY_HAND),
+    Mutant("Bonferroni for Holm", PAIRED, "(len(known) - rank)", "len(known)",
+           tests("ablations", "holm_by_hand")),
+    Mutant("Holm not monotone", PAIRED, "largest = max(largest, min(1.0, value * (len(known) - rank)))",
+           "largest = min(1.0, value * (len(known) - rank))", tests("ablations", "holm_by_hand")),
+    Mutant("weights of no seed", TRAINING, "torch.manual_seed(seed)  #", "#",
+           tests("ablations", "rows_of_a_seed_share_weights_order_and_crops")),
+    Mutant("crops of no seed", TRAINING, '"cuda" else None, seed=seed)', '"cuda" else None, seed=-1)',
+           tests("ablations", "rows_of_a_seed_share_weights_order_and_crops")),
+    Mutant("another commit goes on", ABLATIONS, 'commit=meta.get("commit")', "commit=None",
+           tests("ablations", "another_commit_is_refused")),
 
     # MixTarget.dense
     Mutant("λ0 ↔ 1 - λ0 in dense", TARGET, "partner = (1 - smoothing) * self.lam0",

@@ -9,7 +9,7 @@ pytest.importorskip("tqdm")
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from benchmarks import mixing  # noqa: E402
+from experiments import mixing  # noqa: E402
 from lumix_dali.target import MixTarget  # noqa: E402
 
 COUNT = 64
@@ -178,7 +178,7 @@ def boxes(*rows, kind=2):
     lam0 = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).float() / 64
     n = len(rows)
     return MixTarget(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), lam0, box,
-                     torch.full((n,), kind, dtype=torch.int32))
+                     torch.full((n,), kind, dtype=torch.int32), torch.zeros(n, dtype=torch.int64))
 
 
 def test_transmix_by_hand():

@@ -1,6 +1,7 @@
 """The recipes say what the paper's tables and the original repositories say, and run to their end."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from pipelines import train
 
@@ -31,7 +33,7 @@ PAPER = {  # Tables 1 and 6; millions of parameters; Table 6's "22M" of ResNet-5
     "xcit_large": ("xcit_large_24_p16_224", 189, 36.1, 400, 20, .25, 3, None, 1., 82.9, 83.6),
     "resnet50": ("resnet50", 26, None, 300, 5, None, 0, None, .875, 78.6, 79.1),
 }
-OWN = {*FIELDS, "model_ema", "model_ema_decay", "min_lr", "sched_on_updates"}  # what may differ between recipes
+OWN = {*FIELDS, "model_ema", "model_ema_decay", "min_lr", "sched_on_updates", "warmup_prefix"}  # may differ
 
 
 def paper(name):
@@ -47,6 +49,7 @@ def test_what_the_paper_says(name, capsys):
     expected, text = paper(name), (FOLDER / f"{name}.yaml").read_text()
     args = vars(train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"]))
     assert capsys.readouterr().err == ""  # every key is a flag
+    args["epochs"] += args["warmup_epochs"] if args["warmup_prefix"] else 0
     given = [key for key in FIELDS if key in args]
     assert {key: args[key] for key in given} == {key: expected[key] for key in given}
     assert args["lr"] == 1e-3
@@ -58,6 +61,28 @@ def test_what_the_paper_says(name, capsys):
     assert f"--config {(FOLDER / f'{name}.yaml').relative_to(ROOT)} --data-dir" in text
     speed = 322 * 4.7 / expected["gflop"] if expected["gflop"] else 464  # Table 6: DeiT-S, ResNet-50
     assert f"are {expected['epochs'] * 1_281_167 / speed / 3600:.0f} V100 hours." in text
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_small", "convnext_base"])
+def test_convnexts_schedule_is_its_repositorys(name):
+    """Its `cosine_scheduler` joins a linear warm-up and a cosine over the rest of the 300 epochs."""
+    args = train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"])
+    updates, warm, total = 1251, 20 * 1251, 300 * 1251
+    weight = torch.nn.Parameter(torch.zeros(1))
+    scheduler, epochs = create_scheduler_v2(
+        torch.optim.SGD([weight], lr=args.lr), **scheduler_kwargs(args), updates_per_epoch=updates)
+    assert epochs == 300
+    for step in (0, 1, 10_000, warm - 1, warm, 113 * updates, 207 * updates, total - 1):
+        cosine = 1e-6 + .5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        expected = 1e-6 + (1e-3 - 1e-6) * step / warm if step < warm else cosine
+        assert scheduler._get_lr(step) == [pytest.approx(expected, rel=1e-9)]
+
+
+def test_convnexts_average_spans_as_many_images():
+    """.9999 in its repository, at a batch of 4096: after as many images an average has forgotten as much."""
+    for file in FOLDER.glob("convnext_*.yaml"):
+        recipe = yaml.safe_load(file.read_text())
+        assert recipe["model_ema_decay"] ** 4 == pytest.approx(.9999, abs=1e-8)
 
 
 def test_the_rest_is_alike():

@@ -15,7 +15,7 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor, nn
 
 import lumix_dali.fn as mixfn
-from lumix_dali import MixTarget
+from lumix_dali import Kind, MixTarget
 from lumix_dali.reference import count_lam0, cut_box, mix_images
 
 OTHER = 3  # MixTarget's kind: mixed by other means than a box or one weight
@@ -44,7 +44,7 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     start = fn.cast(math.floor(free), dtype=types.INT32)
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
     small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste reads all inputs with one size
-    drawn = mixfn.given(size, partner, partner * 0 + mixfn.CUTMIX, fn.cat(start, start + side))
+    drawn = mixfn.given(size, partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side))
     _, target = mixfn.apply(images, labels, drawn)  # its pixels are never made: DALI prunes what nobody asks for
     mixed = fn.multi_paste(images, small, in_anchors=drawn.start * 0, out_anchors=drawn.start,
                            shapes=drawn.stop - drawn.start, output_size=size)
@@ -132,9 +132,9 @@ def saliency_mix(images: np.ndarray, labels: np.ndarray, rng: np.random.Generato
     size, weights = images.shape[1:3], rng.beta(alpha, alpha, len(images))
     box = np.array([cut_box(size, lam, most_salient(images[other]))
                     for lam, other in zip(weights, partner, strict=True)])
-    kind, lam0 = np.full(len(images), mixfn.CUTMIX, np.int32), count_lam0(box, size)
+    kind, lam0 = np.full(len(images), int(Kind.CUTMIX), np.int32), count_lam0(box, size)
     mixed = mix_images(images, partner, box, kind, lam0)
-    return mixed, MixTarget(labels, labels[partner], lam0.astype(np.float32), box.astype(np.int32), kind)
+    return mixed, MixTarget(labels, labels[partner], lam0.astype(np.float32), box.astype(np.int32), kind, partner)
 
 
 def most_salient(image: np.ndarray) -> tuple[int, int]:
@@ -204,5 +204,5 @@ def transmix(target: MixTarget, attention: Tensor, size: Sequence[int]) -> MixTa
     mask = (((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None, :]).to(attention.dtype)
     inside = F.interpolate(mask[:, None], size=(side, side)).flatten(1)
     share = (attention * inside).sum(1) / attention.sum(1)
-    lam0 = torch.where(target.kind == mixfn.CUTMIX, (target.lam0 + share.to(target.lam0.dtype)) / 2, target.lam0)
+    lam0 = torch.where(target.kind == int(Kind.CUTMIX), (target.lam0 + share.to(target.lam0.dtype)) / 2, target.lam0)
     return target._replace(lam0=lam0)

@@ -1,0 +1,1 @@
+"""The paper's tables at a small scale: ablations and methods of mixing."""

@@ -1,0 +1,93 @@
+"""docs/experiments.md says what the committed results say: every table is recomputed here from the runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+stats = pytest.importorskip("scipy.stats")
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/experiments.md").read_text()
+TABLES = dict(re.findall(r"<!-- begin: (accuracy-[\w-]+) -->\n(.*?)<!-- end: \1 -->", TEXT, re.DOTALL))
+METRICS = {"top-1, %": ("top1", 2), "NLL, nats": ("nll", 3), "ECE, %": ("ece", 2)}
+
+
+def last(name, metric):
+    """{row: {seed: value after the last epoch}} of a result."""
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    return {row["name"]: {run["seed"]: run[metric][-1] for run in row["runs"]} for row in result["rows"]}
+
+
+def compared(name, metric):
+    """{row: (mean, half the 95 % interval, p times what Holm has left)} of the differences to CutMix."""
+    values, found = last(name, metric), {}
+    for row in values.keys() - {"CutMix"}:
+        pairs = [(value, values["CutMix"][seed]) for seed, value in values[row].items() if seed in values["CutMix"]]
+        if len(pairs) > 1:
+            gaps = np.subtract(*np.transpose(pairs))
+            half = stats.t.ppf(.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps)**.5
+            found[row] = (gaps.mean(), half, stats.ttest_rel(*np.transpose(pairs)).pvalue)
+    found = {row: found[row] for row in values if row in found}
+    ascending = sorted(found, key=lambda row: found[row][2])
+    for place, row in enumerate(ascending):
+        before = found[ascending[place - 1]][2] if place else 0
+        found[row] = (*found[row][:2], min(1, max(before, found[row][2] * (len(found) - place))))
+    return found
+
+
+def test_every_accuracy_is_in_the_text():
+    assert TABLES.keys() == {file.stem for file in (ROOT / "benchmarks/results").glob("accuracy-*.json")}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_its_result(name):
+    """Means, deviations, intervals, p after Holm's correction, and the sentence below."""
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+                       for line in TABLES[name].splitlines() if line.startswith("|")]
+    holding = []
+    for title, (metric, digits) in METRICS.items():
+        if title not in head:
+            continue
+        column, values, differences = head.index(title), last(name, metric), compared(name, metric)
+        for line in lines:
+            runs = np.array([*values[line[0]].values()])
+            if not len(runs):
+                continue
+            assert int(line[head.index("n")]) == len(runs)
+            assert line[column] == f"{runs.mean():.{digits}f} ± {runs.std(ddof=1):.{digits}f}"
+            if line[0] in differences:
+                mean, half, p = differences[line[0]]
+                low, high = mean - half, mean + half
+                assert line[column + 1] == (
+                    f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}; {p:.2g})")
+        rows = [f"{row} ({mean:+.{digits}f})" for row, (mean, _, p) in differences.items() if p < .05]
+        holding.append(f"{title.split(',')[0]}: {', '.join(rows) or 'none'}")
+    assert f"within the table. {'; '.join(holding)}." in TABLES[name]
+
+
+def test_intervals_on_digits_are_wider_than_the_papers_effects():
+    digits = [name for name in TABLES if "cifar" not in name]
+    assert len(digits) >= 5
+    assert min(half for name in digits for _, half, _ in compared(name, "top1").values()) > .5
+    assert "The half-widths of the 95 % intervals below are larger than that" in TEXT
+
+
+def test_the_validation_sets_own_error():
+    p = np.mean([*last("accuracy-table2", "top1")["CutMix"].values()]) / 100
+    assert f"{100 * (p * (1 - p) / 360)**.5:.1f} points at the CutMix row's accuracy" in TEXT
+    assert f"{100 * (.45 * .55 / 10_000)**.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
+
+
+def test_table_7s_seventh_column_is_inferred_from_both_averages():
+    cells = r"^\| (?:LUMix-)?DeiT-S \| ([\d.| ]+) \| \*([\d.]+)\* \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(cells, TEXT, re.MULTILINE)
+    assert len(rows) == 2
+    for printed, inferred, six, seven in rows:
+        printed = [float(cell) for cell in printed.split("|")]
+        assert np.mean(printed) == pytest.approx(float(six), abs=.05)
+        assert 7 * float(seven) - sum(printed) == pytest.approx(float(inferred), abs=1e-9)
+        low, high = (7 * (float(seven) + side) - sum(printed) for side in (-.05, .05))
+        assert f"{inferred} ({low:.2f} to\n{high:.2f})" in TEXT or f"{inferred} ({low:.2f} to {high:.2f})" in TEXT
