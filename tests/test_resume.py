@@ -300,9 +300,11 @@ def test_a_longer_run_has_the_new_schedule(data, tmp_path, capsys):
 
 
 def test_a_run_is_stopped_and_continued(whole, data, tmp_path):
-    """--stop-epoch leaves the schedule as it is; a signal's place is another."""
-    for more in (["--stop-epoch", "1"], ["--stop-epoch", "2", "--resume"], ["--resume", "auto"]):
+    """--stop-epoch leaves the schedule as it is."""
+    calls = (["--stop-epoch", "1"], ["--stop-epoch", "2", "--resume"], ["--resume", "auto"])
+    for done, more in enumerate(calls, 1):
         train.main(argv(data, tmp_path, *NOISY, *more))
+        assert load(tmp_path / "run" / "last.pth.tar")["run"]["epoch"] == done
     assert results(tmp_path / "run") == results(whole[0])
 
 
