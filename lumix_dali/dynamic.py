@@ -1,0 +1,75 @@
+"""CutMix and Mixup for DALI's dynamic mode (``nvidia.dali.experimental.dynamic``), where batches are values.
+
+The host draws (`lumix_dali.mixing`), DALI pastes and blends, torch gets the target.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
+import torch
+
+from .mixing import Mixing, draw, regions
+from .target import MixTarget
+
+# As in `fn`: two roundings must not add up to 256.
+_BELOW_HALF = -1e-3 / 255
+
+
+def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator) -> tuple[ndd.Batch, MixTarget]:
+    """Mixes a batch with a permutation of itself, LUMix Eq. 1 (arXiv 2211.15846).
+
+    Args:
+        images: uint8, HWC, of one size, on either device, flipped already: a later flip makes the boxes wrong.
+        labels: integers [B]: an array, a list or a tensor.
+        mixing: the options.
+        rng: where the randomness comes from; seed it with (seed, epoch, rank) to repeat an epoch.
+
+    Returns:
+        Mixed images, as `images`, and their `MixTarget` of torch tensors on the images' device.
+
+    Raises:
+        ValueError: images of unequal size, or not one label per image.
+
+    Note:
+        CutMix is bit exact. Mixup is rounded to uint8 within one grey level.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> images = ndd.batch([np.full((8, 8, 3), i, np.uint8) for i in range(4)], layout="HWC")
+        >>> mixed, target = mix(images, [0, 1, 2, 3], Mixing(cutmix_alpha=1.0), rng)
+        >>> bool((mixed.torch()[0, ..., 0] == target.partner[0]).float().mean() == target.lam0[0])
+        True
+    """
+    sizes = {tuple(shape[:2]) for shape in images.shape}
+    if len(sizes) != 1:
+        raise ValueError(f"images: sizes {sorted(sizes)[:4]}; resize them to one size before mixing")
+    (size,) = sizes
+    classes = np.asarray(labels, np.int64)
+    if classes.shape != (images.batch_size,):
+        raise ValueError(f"labels: shape {classes.shape}; give one integer per image, [{images.batch_size}]")
+    drawn = draw(rng, images.batch_size, size, mixing)
+    patches = regions(drawn, size)
+    anchors = ndd.as_batch(patches.anchors)
+    mixed = ndd.multi_paste(
+        images,
+        in_ids=ndd.as_batch(patches.ids),
+        in_anchors=anchors,
+        out_anchors=anchors,
+        shapes=ndd.as_batch(patches.shapes),
+    )
+    if mixing.with_mixup:  # weights of 0 and 1 are exact
+        mixed = _scaled(images, 1 - patches.weight) + _scaled(mixed, patches.weight)
+    lam0 = drawn.weight
+    if mixing.counts_lam0:
+        area = patches.shapes[:, 1].prod(axis=1, dtype=np.float32)
+        lam0 = patches.weight * (area / np.float32(size[0] * size[1]))
+    fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner)
+    device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
+    return mixed, MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
+
+
+def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:
+    return ndd.brightness_contrast(images, brightness=ndd.as_batch(factor), brightness_shift=_BELOW_HALF)
