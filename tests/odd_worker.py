@@ -187,7 +187,7 @@ def load(case, source, kinds):
                     labels = (target.labels if training else target).tolist()
                     answer["labels"] += labels
                     rows |= {label: image.clone().numpy() for label, image in zip(labels, images, strict=True)}
-                answer["bad"] = loader.bad
+                answer["bad"] = {index: found[0] for index, found in loader.state_dict()["bad"].items()}
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
