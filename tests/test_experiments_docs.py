@@ -24,8 +24,9 @@ def last(name, metric):
 def compared(name, metric):
     """{row: (mean, half the 95 % interval, p times what Holm has left)} of the differences to CutMix."""
     values, found = last(name, metric), {}
+    base = values["CutMix"]
     for row in values.keys() - {"CutMix"}:
-        pairs = [(value, values["CutMix"][seed]) for seed, value in values[row].items() if seed in values["CutMix"]]
+        pairs = [(value, base[seed]) for seed, value in values[row].items() if seed in base]
         if len(pairs) > 1:
             gaps = np.subtract(*np.transpose(pairs))
             half = stats.t.ppf(.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps)**.5
