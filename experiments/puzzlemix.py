@@ -229,6 +229,8 @@ def cut(unary: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
     Note:
         Block i has a node for each step l = 1 .. L - 1, on the source's side where z_i ≥ l. With those
         (z_i - z_j)² = Σ_kl |[z_i ≥ k] - [z_j ≥ l]| + q(z_i) + q(z_j), q(z) = z² - (L - 1) z.
+        Usually edges of endless capacity keep a block's nodes in order. Here the sum is linear in how many of them
+        are on the source's side, so that a cut out of order is never cheaper than both ends of what it skips.
     """
     grid, n = unary.shape[0], unary.shape[-1] - 1
     graph = _ishikawa(grid, n)
@@ -239,8 +241,7 @@ def cut(unary: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
     chain = n**2 * unary + degree[..., None] * (level**2 - n * level)
     chain = chain - chain.min(-1, keepdims=True)  # a constant for each block; capacities are at least 0
     pairs = np.concatenate([down.ravel(), right.ravel()])
-    endless = int(chain.sum()) + 1
-    capacities = np.concatenate([chain.ravel(), np.repeat(pairs, n**2), np.repeat(pairs, n**2), [endless, 0]])
+    capacities = np.concatenate([chain.ravel(), np.repeat(pairs, n**2), np.repeat(pairs, n**2)])
     data = capacities[graph.source].astype(np.int32)
     count = n * grid**2
     network = sparse.csr_array((data, graph.indices, graph.indptr), shape=(count + 2, count + 2))
@@ -261,7 +262,7 @@ class _Graph(NamedTuple):
 
 @lru_cache
 def _ishikawa(grid: int, n: int) -> _Graph:
-    """The graph of `cut`, with the reverse of each edge: the chains, the pairs both ways, endless edges back."""
+    """The graph of `cut`: a chain from source to sink through each block's nodes, and the pairs both ways."""
     nodes = np.arange(n * grid**2).reshape(grid, grid, n)
     first, last = n * grid**2, n * grid**2 + 1
     ends = np.full((grid, grid, 1), first), np.full((grid, grid, 1), last)
@@ -272,13 +273,9 @@ def _ishikawa(grid: int, n: int) -> _Graph:
     head = np.concatenate([np.tile(other.reshape(-1, n), n).ravel() for _, other in adjacent])
     edges += [(tail, head), (head, tail)]
     tails, heads = (np.concatenate([edge[side] for edge in edges]) for side in (0, 1))
-    back = np.arange(grid**2 * (n + 1))  # the reverse of each edge of a chain: endless within it, 0 at its ends
-    inner = (tails[back] != first) & (heads[back] != last)
-    source = np.concatenate([np.arange(len(tails)), np.where(inner, len(tails), len(tails) + 1)])
-    tails, heads = np.concatenate([tails, heads[back]]), np.concatenate([heads, tails[back]])
     order = np.lexsort((heads, tails))
     indptr = np.searchsorted(tails[order], np.arange(last + 2))
-    return _Graph(heads[order].astype(np.int32), indptr.astype(np.int32), source[order])
+    return _Graph(heads[order].astype(np.int32), indptr.astype(np.int32), order)
 
 
 def transport(mask: Tensor, share: Tensor, eps: float) -> Tensor:

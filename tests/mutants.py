@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
 VISIT = "benchmarks/gpu.py"
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
 MIXING, TRAINING = "experiments/mixing.py", "experiments/training.py"
+PUZZLE, LABELS = "experiments/puzzlemix.py", "experiments/labels.py"
 ABLATIONS, PAIRED = "experiments/ablations.py", "benchmarks/paired.py"
 AUGMENT = "lumix_dali/augment.py"
 PIPELINES, LOADER, SOURCES = "lumix_dali/pipelines.py", "lumix_dali/loader.py", "lumix_dali/sources.py"
@@ -200,6 +201,18 @@ MUTANTS = [
            "torch.where(target.kind > 0,", TRANSMIX),
     Mutant("attention to the class token", MIXING, "[:, :, 0, 1:]", "[:, :, 0, :-1]",
            tests("mixing", "class_attention_is_the_last_blocks")),
+    Mutant("pairs that do not bend the unary", PUZZLE, "level**2 - n * level", "0 * level",
+           tests("puzzlemix", "the_cut_is_the_best_of_all_labellings")),
+    Mutant("β not scaled by the grid", PUZZLE, "settings.beta / grid / 16", "settings.beta / 16",
+           tests("puzzlemix", "the_energy_is_what_is_lost_and_what_breaks")),
+    Mutant("the prior of the partner's share", PUZZLE, "lam ** (n - away) * (1 - lam) ** away",
+           "lam ** away * (1 - lam) ** (n - away)", tests("puzzlemix", "a_half_is_in_the_middle")),
+    Mutant("blocks move backwards", PUZZLE, '"bij,bcip->bcjp"', '"bij,bcjp->bcip"',
+           tests("puzzlemix", "blocks_move_whole")),
+    Mutant("λ0 of the sample", PUZZLE, "labels[places], 1 - own,", "labels[places], own,",
+           tests("puzzlemix", "the_target_weighs_the_partner")),
+    Mutant("λ_s of the canvas", LABELS, "torch.sigmoid(z[:, 0] - z[:, 1])", "torch.sigmoid(z[:, 1] - z[:, 0])",
+           tests("ablations", "label_weights_by_hand")),
     Mutant("normal for t", PAIRED, "ppf(0.975, n - 1)", "ppf(0.975, 1e9)", BY_HAND),
     Mutant("sd of a population", PAIRED, "ddof=1", "ddof=0", BY_HAND),
     Mutant("the best epoch", PAIRED, "run[metric][-1]", "max(run[metric])", BY_HAND),

@@ -298,6 +298,41 @@ def test_table_by_hand():
     assert plot.table_accuracy(result)[2][5] == "0.042"
 
 
+def components(*rows):
+    """A result with three metrics, no speed, and label weights: name, and top-1 of each seed."""
+    weights = dict(moved=[.2, .1], clamped=[0., .25], **{
+        f"{name}_q{q}": [.4, .5] for name in ("lam0", "lam_s", "lam") for q in (25, 50, 75)})
+    return dict(
+        kind="accuracy", settings=dict(device="cpu", jobs=1),
+        meta=dict(commit="abc", clean=True, date="2026", command="x", machine=dict(affinity=2, cpu="CPU")),
+        rows=[dict(name=name, paper=None, error=None, runs=[
+            dict(seed=seed, top1=[value], nll=[-value / 100], ece=[9.], lam=weights, seconds=1., cpu_seconds=36.)
+            for seed, value in enumerate(values)]) for name, values in rows])
+
+
+def test_metrics_side_by_side_and_what_holds():
+    """Differences 2, 2.1, 1.9 hold after a correction by 2; the other row's, -1, 1, 0, do not; ECE is equal."""
+    result = components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]), ("other", [89, 93, 94]))
+    head, _, lumix, _ = plot.table_accuracy(result)
+    assert head == ["row", "n", *[cell for title in plot.METRICS.values()
+                                  for cell in (title, "− CutMix (95 %; p, Holm)")], "CPU hours"]
+    assert lumix[:3] == ["LUMix", "3", "94.00 ± 1.95"] and lumix[4] == "-0.940 ± 0.020"
+    assert lumix[7:] == ["+0.00", "0.030"]
+    assert "top-1: LUMix (+2.00); NLL: LUMix (-0.020); ECE: none." in plot.table(result)
+    assert "In its last epoch LUMix moves λ by 0.100 on average; 25.0% are clamped." in plot.table(result)
+
+
+def test_figure_of_differences():
+    figure = plot.draw_accuracy(components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9])))
+    top1, _, _, fan, opinion, moved = figure.axes
+    seeds, mean, interval, zero = top1.lines
+    assert sorted(seeds.get_xdata()) == pytest.approx([1.9, 2, 2.1]) and zero.get_xdata()[0] == 0
+    assert mean.get_xdata() == pytest.approx([2]) and np.mean(interval.get_xdata()) == pytest.approx(2)
+    assert [line.get_label() for line in fan.lines] == ["λ0", "λ_s", "λ"]
+    assert len(opinion.lines) == len(moved.lines) == 2
+    np.testing.assert_allclose(moved.lines[0].get_ydata(), [.2, .1])
+
+
 def test_figure_has_every_seed_and_the_mean(whole):
     axes = plot.draw_accuracy(whole).axes[0]
     assert len(axes.lines) == 5 * 3
