@@ -172,7 +172,7 @@ def test_nothing_to_mix_and_no_samples():
     rng = np.random.default_rng(0)
     assert not any(field.any() for field in draw(rng, 5, (4, 4), None)[1:])
     empty = draw(rng, 0, (4, 4), Mixing())
-    assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 9
+    assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 11
 
 
 def test_draw_is_a_function_of_the_generator_alone():
@@ -210,13 +210,14 @@ def test_no_patch_is_empty_or_leaves_the_image(mixing, n, size, seed):
     patches = regions(found, size)
     assert_patches(found, patches, size)
     assert [field.dtype for field in found] == [np.int64, np.int32, np.int32, np.float32]
-    assert [field.dtype for field in patches] == [np.int32, np.int32, np.int32, np.float32, np.bool_]
+    assert [field.dtype for field in patches] == [np.int32] * 5 + [np.float32, np.bool_]
     assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI takes no strides
 
 
 def assert_patches(found, patches, size):
     """DALI's contract, and that the patches are the draw."""
     n, own = len(found.kind), np.arange(len(found.kind))
+    np.testing.assert_array_equal(np.stack([patches.height, patches.width], axis=1), patches.shapes[:, 1])
     assert ((patches.ids >= 0) & (patches.ids < n)).all()
     assert (patches.shapes >= 1).all()
     assert (patches.anchors >= 0).all()
