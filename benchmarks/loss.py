@@ -99,7 +99,7 @@ class Turn:
         labels = torch.randint(classes, (batch_size,), generator=generator)
         box = torch.tensor([[0, 0, 112, 112]], dtype=torch.int32).repeat(batch_size, 1)
         target = MixTarget(labels, labels.flip(0), torch.rand(batch_size, generator=generator), box,
-                           torch.full((batch_size,), 2, dtype=torch.int32))
+                           torch.full((batch_size,), 2, dtype=torch.int32), torch.arange(batch_size).flip(0))
         self.target = target.to(self.device)
         logits = torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
         self.logits = logits.requires_grad_()
