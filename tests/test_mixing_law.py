@@ -175,6 +175,16 @@ def test_nothing_to_mix_and_no_samples():
     assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 11
 
 
+@pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "prob": 0.8}, {"cutmix_minmax": (0.2, 0.8)}])
+def test_a_batch_has_one_draw_and_many_partners(options):
+    for seed in range(20):
+        found = drawn((16, 15), seed, 8, mode="batch", **options)
+        assert all((field == field[0]).all() for field in (found.kind, found.box, found.weight))
+        assert sorted(found.partner) == list(range(8))
+        several = drawn((16, 15), seed, 8, mode="elem", **options)
+        assert len(np.unique(several.box, axis=0)) > 1 or len(set(several.kind.tolist())) > 1
+
+
 def test_draw_is_a_function_of_the_generator_alone():
     options = dict(mixup_alpha=0.8, prob=0.9)
     first, again, other = (drawn((6, 5), seed, 64, **options) for seed in (1, 1, 2))
