@@ -22,6 +22,7 @@ test: $(ready)
 check: $(ready)
 	$(python) -m ruff check .
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
+	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them
 	$(python) -m benchmarks.plot --check
 
 mutants: $(ready)  # one-line faults, each of which a test must catch

@@ -219,7 +219,7 @@ def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -
 # --- timm
 
 
-class Files(Reader):
+class GivenFiles(Reader):
     """timm's folder reader over given files."""
 
     def __init__(self, samples: Files):
@@ -240,7 +240,7 @@ def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: in
     make = timm.data.FastCollateMixup if in_collate else timm.data.Mixup
     mixup = make(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=s.num_classes)
     loader = timm.data.create_loader(
-        timm.data.ImageDataset("", reader=Files(s.repeated(batches))), input_size=(3, s.size, s.size),
+        timm.data.ImageDataset("", reader=GivenFiles(s.repeated(batches))), input_size=(3, s.size, s.size),
         batch_size=s.batch_size, is_training=True, scale=SCALE, ratio=RATIO, color_jitter=0.0,
         interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=s.cuda,
         collate_fn=mixup if in_collate else None, device=torch.device(s.device), **augmentation)

@@ -6,6 +6,7 @@ batch. The whole step is then fed by the loader, and by the replay of a cached b
 loader costs a training run. "epoch" is what a new epoch and a checkpoint cost. "handover" compares steps on
 batches in DALI's own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into
 PyTorch's memory; its rows also give the process's CPU time (`cpu_ms`) and the GPU memory in use (`memory_mib`).
+"mixing" is mixing's own cost: the CPU time of a loader's batch of 256 images of 8x8 pixels, on the CPU in one thread.
 
     python -m benchmarks.cost --model resnet50 --data imagenet/train --batch-size 256 --out FILE.json
     python -m benchmarks.cost --model resnet50 --data imagenet/train --trace trace.json --out FILE.json
@@ -14,6 +15,7 @@ The trace opens in Perfetto (ui.perfetto.dev); on a GPU every stage is an NVTX r
 """
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import tempfile
@@ -30,20 +32,24 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from nvidia.dali import Pipeline, backend, fn, pipeline_def, types
+from nvidia.dali import Pipeline, backend, pipeline_def
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
+from PIL import Image
 
-import lumix_dali.fn as mixfn
-from lumix_dali import LUMixLoss, MixTarget, create_loader
-from lumix_dali.data.sources import load_files
+from lumix_dali import LUMixLoss, Mixing, create_loader
+from lumix_dali.data.sources import Files, load_files
+from lumix_dali.loading import pipelines
+from lumix_dali.loading.plan import Plan, unpack
 
 from . import data, harness
 from .contenders import PREFETCH, Epoch, Setting, cropped, guarded_crop, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
-PARTS = ("loader", "model", "epoch", "step", "handover")
+PARTS = ("loader", "model", "epoch", "step", "handover", "mixing")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
-CUTMIX = dict(cutmix_alpha=1.0)
+CUTMIX: dict[str, Any] = dict(cutmix_alpha=1.0)
+OWN = {"tiny none": {}, "tiny cutmix": CUTMIX, "tiny cutmix+mixup": CUTMIX | dict(mixup_alpha=0.8)}
+OWN_BATCH, OWN_SIDE = 256, 8
 # What is mixed, and the loss that goes with it.
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "none": ({}, dict(r_r=0.0, r_s=0.0, eta=0.0)),
@@ -52,31 +58,37 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 }
 
 
+class Feed:
+    """What the loader's pipeline reads: drawn samples again and again, and the plan of each batch."""
+
+    gives_paths = True
+
+    def __init__(self, s: Setting, mixing: Mixing | None):
+        self.s, self.rng = s, np.random.default_rng(0)
+        self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True, s.cuda)
+
+    def __call__(self, info: Any) -> tuple[Any, ...]:
+        """The batch of an iteration."""
+        drawn = self.rng.integers(0, len(self.s.samples), self.s.batch_size)
+        paths = [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in drawn]
+        return paths, *self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+
+
 @pipeline_def
-def staged_pipeline(source, size: int, stages: int, mixing: dict[str, Any], decoder: dict[str, Any]):
+def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
     """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
-    paths, labels, index = fn.external_source(source, num_outputs=3, batch=True,
-                                              dtype=[types.UINT8, types.INT64, types.INT32], ndim=[1, 0, 0])
-    images, target = fn.io.file.read(paths), (labels, index)  # type: tuple[Any, tuple]
-    images = cropped(images, size, stages, decoder, guarded_crop)
-    if stages > 3:
-        images, target = mixfn.mix(images, labels, index=index, **mixing)
-    if stages > 4:
-        images = normalised_in_dali(images)
-    return images, *target
+    encoded, arrays = pipelines.read(feed)
+    images = cropped(encoded, size, stages, decoder, guarded_crop)
+    if stages <= 3:
+        return images, arrays["target"], arrays["lam0"]
+    images, *target = pipelines.mixed(images, arrays, feed.plan)
+    return normalised_in_dali(images) if stages > 4 else images, *target
 
 
 def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
     """A pipeline of the first `stages` stages over `s.samples`, again and again."""
-    n = len(s.samples)
-    rng = np.random.default_rng(0)
-
-    def source():
-        drawn = rng.integers(0, n, s.batch_size)
-        paths = [np.frombuffer(s.samples.path(i).encode(), np.uint8) for i in drawn]
-        return paths, list(s.samples.labels[drawn]), np.arange(s.batch_size, dtype=np.int32)
-
-    return staged_pipeline(source, s.size, stages, CUTMIX, s.decoder, batch_size=s.batch_size,
+    feed = Feed(s, Mixing(**CUTMIX) if stages > 3 else None)
+    return staged_pipeline(feed, s.size, stages, s.decoder, batch_size=s.batch_size,
                            num_threads=threads, prefetch_queue_depth=PREFETCH,
                            device_id=torch.device(s.device).index, **options)
 
@@ -217,8 +229,8 @@ class Handover:
         s = self.step.s
         pipe = build(s, self.threads, len(LOADER_STAGES))
         for _ in range(batches):
-            images, *target = (self.take(output.as_tensor()) for output in pipe.run(s.stream))
-            self.step.run((images, MixTarget(*target)))
+            images, *outputs = (self.take(output.as_tensor()) for output in pipe.run(s.stream))
+            self.step.run((images, unpack(outputs, True)[0]))
             yield images
 
     def prepare(self) -> dict[str, Any]:
@@ -235,6 +247,34 @@ class Handover:
     def measure(self) -> float:
         """Milliseconds a step."""
         return loader_turn(self.step.s, lambda batches: Epoch(partial(self.epoch, batches)), self.count)
+
+
+class Own:
+    """Mixing's own cost: a loader of images so small that little else is left."""
+
+    def __init__(self, s: Setting, mixing: dict[str, Any], batches: int):
+        self.s, self.mixing, self.batches = s, mixing, batches
+
+    def files(self) -> Files:
+        """As many images as an epoch needs, of few files."""
+        root = self.s.scratch / "tiny"
+        if not root.exists():
+            for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (512, OWN_SIDE, OWN_SIDE, 3))):
+                path = root / str(number % 4) / f"{number:03}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+        samples = dataclasses.replace(self.s, samples=load_files(root), batch_size=OWN_BATCH)
+        return samples.repeated(self.batches + 4 * PREFETCH + 1)  # the next epoch's start is not to be counted
+
+    def measure(self) -> float:
+        """CPU milliseconds a batch of all threads, in the loader's steady state."""
+        loader = create_loader(self.files(), batch_size=OWN_BATCH, input_size=OWN_SIDE, interpolation="bilinear",
+                               device="cpu", num_threads=1, **self.mixing)
+        with loader:
+            batches = iter(loader)
+            for _ in range(2 * PREFETCH):
+                next(batches)
+            return harness.cpu_milliseconds(partial(next, batches), self.batches, "cpu")
 
 
 def free_memory(s: Setting, release: bool = False) -> int:
@@ -254,7 +294,10 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
         for number, name in enumerate(LOADER_STAGES, 1):
             start = partial(stage_start, s, args.threads, min(number, 5), name == "copy")
             yield harness.Candidate(name, partial(loader_turn, s, start, args.batches), where=dict(part="loader"))
-    if set(args.parts) - {"loader"}:
+    if "mixing" in args.parts:
+        for name, mixing in OWN.items():
+            yield harness.Candidate(name, Own(s, mixing, args.batches).measure, where=dict(part="mixing"))
+    if set(args.parts) - {"loader", "mixing"}:
         yield from (c for c in model_candidates(s, args) if c.where["part"] in args.parts)
 
 
@@ -374,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(str(error))
         result = harness.compare(
             chosen, kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
-            references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded", "copied"),
+            references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded", "copied", "tiny none"),
             settings=settings,
             allow_dirty=args.allow_dirty)
         print(*verdict(result["rows"]), sep="\n")
@@ -392,7 +435,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     said = {"LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
             "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
             "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed")),
-            "DLPack / copied": ratio("dlpack", "copied")}
+            "DLPack / copied": ratio("dlpack", "copied"),
+            "CutMix / nothing, tiny images": ratio("tiny cutmix", "tiny none"),
+            "CutMix + Mixup / nothing, tiny images": ratio("tiny cutmix+mixup", "tiny none")}
     lines = [f"{what}: {value:.3f}" for what, value in said.items() if value is not None]
     if slower is not None:
         lines.append(f"so the {'model' if slower < 1.05 else 'loader'} is the bottleneck")

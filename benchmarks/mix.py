@@ -1,6 +1,7 @@
 """The mix stage alone, on images that are on the device already, against the copy that any mixing has to make.
 
 A turn is batches of a pipeline that does nothing but the stage; "nothing" is what such a pipeline costs by itself.
+"loader" rows mix by plans that the host draws, as the loader does, the others in the graph (`fn.mix`).
 On a GPU a row also says how long its kernels and copies run (`kernel_us` a batch, from the profiler), whatever the
 CPU's draws take meanwhile, and which they are; `copies` counts the copies a batch by direction. `cpu_ms` is the
 CPU time a batch of all threads: "paste" less "nothing" is what setting up DALI's paste costs the host. Four ways
@@ -22,9 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 import lumix_dali.fn as mixfn
+from lumix_dali.loading import pipelines
+from lumix_dali.loading.plan import Plan
+from lumix_dali.mixing import Mixing
 
 from . import harness
 from .contenders import MEAN, STD, normalised_in_dali
@@ -73,7 +77,7 @@ BLENDS = (scaled, arithmetic, transformed, normalised_twice)
 
 def blended(blend: Callable, images, labels):
     """All samples mixed by Mixup, in one of the ways of `BLENDS`."""
-    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], mixup_alpha=0.8, cutmix_alpha=0.0)
+    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], Mixing(mixup_alpha=0.8, cutmix_alpha=0.0))
     partners = fn.permute_batch(images, indices=drawn.partner)
     return blend(images, partners, drawn), drawn.weight, fn.permute_batch(labels, indices=drawn.partner)
 
@@ -84,9 +88,30 @@ def mixed(options: dict[str, Any], images, labels):
     return images, *target
 
 
+class Plans:
+    """A feed of plans for the same images again and again."""
+
+    gives_paths = False
+
+    def __init__(self, plan: Plan, count: int):
+        self.plan, self.places = plan, np.arange(count)
+
+    def __call__(self, info: Any) -> tuple[Any, ...]:
+        """No images, and the plan of an iteration."""
+        return np.zeros((len(self.places), 1), np.uint8), *self.plan.batch(info.iteration, self.places, self.places)
+
+
+def planned(options: dict[str, Any], side: int, images, labels):
+    """What the loader's graph does: the host draws the plan, its callback included."""
+    pipe = Pipeline.current()
+    plan = Plan(0, 0, 0, (side, side), Mixing(**options), training=True, on_gpu=pipe.device_id is not None)
+    nothing, arrays = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
+    return *pipelines.mixed(images, arrays, plan), nothing
+
+
 def draws(options: dict[str, Any], images, labels):
     """The draw of `lumix_dali.fn.mix`, from a shape alone: operators on the CPU."""
-    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], **options)
+    drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], Mixing(**options))
     return tuple(node for node in drawn if node is not None)
 
 
@@ -110,6 +135,7 @@ def stages(side: int = 224) -> dict[str, Callable]:
         NOTHING: lambda images, labels: (images, labels),
         "normalise": lambda images, labels: (normalised_in_dali(images), labels),
         **{name: partial(mixed, options) for name, options in MIXES.items()},
+        **{f"loader: {name}": partial(planned, options, side) for name, options in MIXES.items()},
         "unmixed": unmixed,
         "paste": partial(pasted, side),
         "draw: cutmix": partial(draws, MIXES["cutmix elem"]),

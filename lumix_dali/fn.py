@@ -276,10 +276,10 @@ def count_lam0(patches: Regions, size: Sequence[int]) -> DataNode:
         patches: as `lay` takes them.
         size: (H, W) of the images.
     """
-    if patches.shapes is None:
+    if patches.height is None:
         return patches.weight
     # The quotient first: of the whole image it is exactly 1, and Mixup's weight stays what it is.
-    return patches.weight * (patches.shapes[1, 0] * patches.shapes[1, 1] / float(size[0] * size[1]))
+    return patches.weight * (patches.height * patches.width / float(size[0] * size[1]))
 
 
 def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:

@@ -173,6 +173,7 @@ class Regions(NamedTuple):
     Attributes:
         ids: int32 [n, 2], places in the batch that the patches come from.
         anchors, shapes: int32 [n, 2, 2], (y, x) and (height, width) of the patches.
+        height, width: int32 [n], of the second patch; to take a number out of `shapes` costs DALI an operator.
         weight: float32 [n], the second patch's blend weight: 1 for CutMix, 0 where nothing is mixed.
         is_mixup: bool [n], whether that is Mixup's.
     """
@@ -180,6 +181,8 @@ class Regions(NamedTuple):
     ids: Any
     anchors: Any
     shapes: Any
+    height: Any
+    width: Any
     weight: Any
     is_mixup: Any
 
@@ -195,4 +198,5 @@ def regions(drawn: Draw, size: Sequence[int]) -> Regions:
     anchors[:, 1] = corner * is_pasted[:, None]
     shapes[:, 1] = np.where(is_mixup[:, None], size, np.where(is_pasted[:, None], sides, 1))
     weight = np.where(is_mixup, drawn.weight, is_pasted).astype(np.float32)
-    return Regions(ids, anchors, shapes, weight, is_mixup)
+    height, width = np.ascontiguousarray(shapes[:, 1].T)
+    return Regions(ids, anchors, shapes, height, width, weight, is_mixup)

@@ -10,12 +10,13 @@ Three contracts hold for `lumix_dali.fn`, `lumix_dali.augment` and the two pipel
 pixels that the CPU gave.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from conftest import SmallFeed
+from images import encoded, ramps
 from nvidia.dali import fn, pipeline_def, types
 from test_fn import assert_true, batch_of, given_batch
 
@@ -222,6 +223,40 @@ def test_a_small_input_is_read_past_its_end_on_a_gpu():
         gpu_paste([own, noise], starts * 0, starts, stops - starts, (9, 20))
 
 
+def planned(monkeypatch, size, options, batch_sizes=BATCHES):
+    """The pastes of `train_pipeline`'s own graph, batch by batch, with the pixels that went in and came out."""
+    original, calls = fn.multi_paste, []
+
+    def multi_paste(*images, **arguments):
+        calls.append((images, arguments, original(*images, **arguments)))
+        return calls[-1][-1]
+
+    transform = pipelines.TrainTransform(size=size)
+    contents = [np.frombuffer(encoded(ramps(30, 40, blue=25 * k) * [5, 6, 1], "PNG"), np.uint8) for k in range(8)]
+    feed = SmallFeed(contents, size, Mixing(**options), batch_sizes=batch_sizes, paths=False)
+    monkeypatch.setattr(fn, "multi_paste", multi_paste)
+
+    @pipeline_def(batch_size=8, num_threads=2, device_id=None, seed=0, prefetch_queue_depth=1)
+    def define():
+        outputs = pipelines.train_pipeline.__wrapped__(feed, transform)
+        ((images,), arguments, mixed), = calls
+        return images, mixed, *(arguments[name] for name in ("in_ids", *Paste._fields[1:4])), *outputs
+
+    pipe = define()
+    for _ in batch_sizes:
+        images, mixed, ids, *boxes = (np.array(output.as_array()) for output in pipe.run()[:6])
+        yield [Paste([images[j] for j in ids[i]], *(box[i] for box in boxes), mixed[i]) for i in range(len(images))]
+
+
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("size", [(9, 20), (1, 1), (7, 1)])
+def test_pastes_of_the_loaders_graph(monkeypatch, size, name, mode):
+    for count, pastes in zip(BATCHES, planned(monkeypatch, size, {"mode": mode, **OPTIONS[name]}), strict=True):
+        assert len(pastes) == count  # every sample has two patches, whether it is mixed or not
+        assert_contract(pastes)
+
+
 # Labels
 
 
@@ -325,3 +360,47 @@ def test_an_unknown_size_is_read_by_the_cpu(operation):
         return (found[0], *found[1]) if isinstance(found, tuple) else found
 
     assert set(offenders(define())) == {"_Shape"}
+
+
+# Operators
+
+
+def operators(mixing, on_gpu):
+    """Of a training graph: {device: {operator: number}} without the arrays of its one source, and copies to the GPU."""
+    transform = pipelines.TrainTransform()
+    feed = SmallFeed(None, transform.size, mixing, on_gpu=on_gpu)
+    pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
+    pipe._build_graph()
+    found = {"cpu": Counter(), "gpu": Counter(), "mixed": Counter()}
+    for op in pipe._ops:
+        if (name := type(op._op).__name__) != "ExternalSource":
+            found[op._op.device][name] += 1
+    made_on = {node.name: op._op.device for op in pipe._ops for node in op.outputs}
+    taken = {(node.name, node.device) for op in pipe._ops for node in op.inputs}
+    taken |= {(node.name, node.device) for node in pipe._graph_outputs}
+    return found, sum(device == "gpu" and made_on[name] == "cpu" for name, device in taken)
+
+
+MIXUPS_PIXELS = {"Split": 4, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2, "Merge": 1}
+
+
+@pytest.mark.parametrize(("mixing", "on_cpu", "on_gpu"), [
+    ({}, 4, 1), ({"cutmix_minmax": (0.2, 0.8)}, 4, 1), ({"correct_lam": False}, 1, 1), ({"mixup_alpha": 0.8}, 4, 4),
+    ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 1, 4),
+], ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"])
+def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
+    """At most 4 to a CPU's graph and to a GPU graph's CPU part, and 8 with the copies of the target to a GPU.
+
+    On a CPU Mixup adds `MIXUPS_PIXELS`: the split of the samples that are blended, and the blend.
+    """
+    (plain, _), (found, _) = operators(None, False), operators(Mixing(**mixing), False)
+    added = found["cpu"] - plain["cpu"]
+    blend = Counter(MIXUPS_PIXELS if "mixup_alpha" in mixing else {})
+    assert (added & blend) == blend
+    assert (added - blend).total() == on_cpu <= 4
+    (plain, _), (found, copies) = operators(None, True), operators(Mixing(**mixing), True)
+    assert (found["cpu"] - plain["cpu"]).total() <= 4
+    added = (found["gpu"] - plain["gpu"]).total()
+    assert added == on_gpu
+    assert added + copies <= 8
+    assert copies == 2  # the target, and λ0

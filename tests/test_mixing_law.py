@@ -172,7 +172,17 @@ def test_nothing_to_mix_and_no_samples():
     rng = np.random.default_rng(0)
     assert not any(field.any() for field in draw(rng, 5, (4, 4), None)[1:])
     empty = draw(rng, 0, (4, 4), Mixing())
-    assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 9
+    assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 11
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "prob": 0.8}, {"cutmix_minmax": (0.2, 0.8)}])
+def test_a_batch_has_one_draw_and_many_partners(options):
+    for seed in range(20):
+        found = drawn((16, 15), seed, 8, mode="batch", **options)
+        assert all((field == field[0]).all() for field in (found.kind, found.box, found.weight))
+        assert sorted(found.partner) == list(range(8))
+        several = drawn((16, 15), seed, 8, mode="elem", **options)
+        assert len(np.unique(several.box, axis=0)) > 1 or len(set(several.kind.tolist())) > 1
 
 
 def test_draw_is_a_function_of_the_generator_alone():
@@ -210,13 +220,14 @@ def test_no_patch_is_empty_or_leaves_the_image(mixing, n, size, seed):
     patches = regions(found, size)
     assert_patches(found, patches, size)
     assert [field.dtype for field in found] == [np.int64, np.int32, np.int32, np.float32]
-    assert [field.dtype for field in patches] == [np.int32, np.int32, np.int32, np.float32, np.bool_]
+    assert [field.dtype for field in patches] == [np.int32] * 5 + [np.float32, np.bool_]
     assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI takes no strides
 
 
 def assert_patches(found, patches, size):
     """DALI's contract, and that the patches are the draw."""
     n, own = len(found.kind), np.arange(len(found.kind))
+    np.testing.assert_array_equal(np.stack([patches.height, patches.width], axis=1), patches.shapes[:, 1])
     assert ((patches.ids >= 0) & (patches.ids < n)).all()
     assert (patches.shapes >= 1).all()
     assert (patches.anchors >= 0).all()

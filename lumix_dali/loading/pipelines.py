@@ -21,7 +21,7 @@ from .. import fn as mixfn
 from ..decoding import decode
 from ..mixing import Regions
 from .feed import Feed
-from .plan import INPUTS
+from .plan import INPUTS, Plan
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Interpolation = Literal["bilinear", "bicubic"]
@@ -168,18 +168,11 @@ def train_pipeline(
         Arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are given by keyword too.
         The decoder turns nothing by EXIF, as PIL does not.
     """
-    encoded, plan = _read(feed, reader)
+    encoded, arrays = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
     images = _augmented(_resized_crop(images, transform), transform)
-    mixing = feed.plan.mixing
-    if mixing is None:
-        lam0 = plan["lam0"]
-    else:
-        patches = Regions(*(plan.get(name) for name in Regions._fields))
-        patches = patches if mixing.with_cutmix else patches._replace(ids=plan["partner"])
-        images = mixfn.lay(images, patches, mixing.with_mixup)
-        lam0 = plan["lam0"] if "lam0" in plan else mixfn.count_lam0(patches, transform.size)
-    return _normalised(images, transform), _put(plan["target"]), _put(lam0)
+    images, target, lam0 = mixed(images, arrays, feed.plan)
+    return _normalised(images, transform), target, lam0
 
 
 def _random_crop(shape: DataNode, transform: TrainTransform) -> tuple[DataNode, DataNode]:
@@ -246,7 +239,7 @@ def val_pipeline(
         Only the region that the crop needs is decoded and resized, so that the memory of an image of extreme shape
         stays that of its crop.
     """
-    encoded, plan = _read(feed, reader)
+    encoded, arrays = read(feed, reader)
     size = transform.size
     target = [floor(side / transform.crop_pct) for side in size]
     crop: dict[str, DataNode] = {}
@@ -267,17 +260,17 @@ def val_pipeline(
     images = decode(encoded, needed, **(decoder or {}))
     interpolation = _INTERPOLATIONS[transform.interpolation]
     images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
-    return _normalised(images, transform), _put(plan["target"])
+    return _normalised(images, transform), _put(arrays["target"])
 
 
 def _put(node: DataNode) -> DataNode:
     return node if Pipeline.current().device_id is None else node.gpu()
 
 
-def _read(feed: Feed, reader: Mapping[str, Any] | None) -> tuple[DataNode, dict[str, DataNode]]:
+def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, dict[str, DataNode]]:
     """Encoded images, and the plan's arrays by name."""
     names = feed.plan.inputs
-    given, *plan = fn.external_source(
+    given, *arrays = fn.external_source(
         feed.__call__,
         num_outputs=1 + len(names),
         batch=True,
@@ -286,7 +279,18 @@ def _read(feed: Feed, reader: Mapping[str, Any] | None) -> tuple[DataNode, dict[
         ndim=[1, *(INPUTS[name][1] for name in names)],
     )
     encoded = fn.io.file.read(given, **(reader or {})) if feed.gives_paths else given
-    return encoded, dict(zip(names, plan, strict=True))
+    return encoded, dict(zip(names, arrays, strict=True))
+
+
+def mixed(images: DataNode, arrays: Mapping[str, DataNode], plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
+    """Images as the plan mixes them, its target and λ0, on the pipeline's device."""
+    mixing = plan.mixing
+    if mixing is None:
+        return images, _put(arrays["target"]), _put(arrays["lam0"])
+    patches = Regions(*(arrays.get(name) for name in Regions._fields))
+    patches = patches if mixing.with_cutmix else patches._replace(ids=arrays["partner"])
+    lam0 = arrays["lam0"] if "lam0" in arrays else mixfn.count_lam0(patches, plan.size)
+    return mixfn.lay(images, patches, mixing.with_mixup), _put(arrays["target"]), _put(lam0)
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:

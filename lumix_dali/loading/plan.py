@@ -23,6 +23,8 @@ INPUTS: dict[str, tuple[type, int]] = {
     "partner": (np.int32, 0),  # instead, for Mixup only
     "anchors": (np.int32, 2),
     "shapes": (np.int32, 2),
+    "height": (np.int32, 0),  # where λ0 is counted
+    "width": (np.int32, 0),
     "weight": (np.float32, 0),
     "is_mixup": (np.bool_, 0),
 }
@@ -59,6 +61,8 @@ class Plan:
             return ("target", "lam0")
         mixing = self.mixing
         found = ["target", *(["ids", "anchors", "shapes"] if mixing.with_cutmix else ["partner"])]
+        if mixing.with_cutmix and mixing.counts_lam0:
+            found += ["height", "width"]
         if mixing.with_mixup or mixing.counts_lam0:
             found += ["weight"]
         if mixing.with_mixup and not self.on_gpu:

@@ -1,0 +1,75 @@
+"""mypy as a user of the package runs it, strict, over the Python blocks of README.md and docs/.
+
+    python -m tests.consumer             exit status 1 where a name or an argument is misspelt
+
+Names that an example takes from its reader's program (`model`, `args`, ...) are declared as anything; the examples'
+own functions need no annotations.
+"""
+
+import ast
+import builtins
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Without annotations of their own; what they call is checked all the same.
+OPTIONS = ["--strict", "--follow-imports=silent", "--allow-untyped-defs", "--allow-incomplete-defs",
+           "--allow-untyped-decorators", "--allow-untyped-calls", "--allow-any-generics"]
+CONFIG = """[mypy]
+ignore_missing_imports = true
+[mypy-nvidia.*]
+follow_imports = skip
+follow_imports_for_stubs = true
+"""
+
+
+def blocks(page):
+    """{line of its first line: text} of a page's Python blocks."""
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return {text[: match.start(1)].count("\n") + 1: match[1] for match in found}
+
+
+def module(block):
+    """A block as a module: indented lines of a longer program are moved to the left, free names are anything."""
+    try:
+        tree = ast.parse(block)
+    except IndentationError:
+        block = re.sub(r"^    ", "", block, flags=re.MULTILINE)
+        tree = ast.parse(block)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            known.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.arg):
+            known.add(node.arg)
+    free = sorted({name.id for name in names} - known)
+    # On one line, so that the numbers of lines stay near those of the page.
+    return "import typing; " + "; ".join(f"{name}: typing.Any" for name in free) + "\n" + block
+
+
+def check(pages):
+    """(exit status, output) of mypy over the blocks of these pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "mypy.ini").write_text(CONFIG)
+        files = []
+        for page in pages:
+            for line, block in blocks(page).items():
+                files.append(Path(folder, f"{page.stem.lower()}_line_{line}.py"))
+                files[-1].write_text(module(block))
+        command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", *OPTIONS, *(file.name for file in files)]
+        done = subprocess.run(command, cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True,
+                              text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    status, output = check([ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    print(output, end="")
+    sys.exit(status)

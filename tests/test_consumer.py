@@ -1,0 +1,39 @@
+"""The docs' examples are typed, as strict mypy sees them; what is misspelt in one is found."""
+
+import pytest
+
+from tests.consumer import ROOT, blocks, check, module
+
+RIGHT = """# A page
+
+```python
+from lumix_dali import LUMixLoss, create_loader
+loader = create_loader(root, batch_size=8, mixup_alpha=0.8, mode="elem")
+for images, target in loader:
+    print(LUMixLoss(r_r=0.4)(model(images), target))
+```
+"""
+
+
+def test_blocks_become_modules(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(RIGHT)
+    ((line, block),) = blocks(page).items()
+    assert line == 4
+    assert module(block).startswith("import typing; model: typing.Any; root: typing.Any\n")
+    assert module("import os\n    x = os.sep\n").endswith("import os\nx = os.sep\n")
+    assert blocks(ROOT / "README.md")
+
+
+@pytest.mark.slow
+def test_what_is_misspelt_is_found(tmp_path):
+    faults = {"LUMixLoss, create": "LUMixLos, create", "mixup_alpha=": "mixup_alfa=", '"elem"': '"elm"', "r_r=": "rr="}
+    pages = []
+    for number, (right, wrong) in enumerate(faults.items()):
+        pages.append(tmp_path / f"page{number}.md")
+        pages[-1].write_text(RIGHT.replace(right, wrong))
+    status, output = check(pages)
+    assert status == 1
+    assert {page.stem for page in pages if f"{page.stem}_line_4.py" in output} == {page.stem for page in pages}, output
+    pages[0].write_text(RIGHT)
+    assert check(pages[:1]) == (0, "Success: no issues found in 1 source file\n")
