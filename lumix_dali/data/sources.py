@@ -479,11 +479,15 @@ def load(
         if isinstance(source[0], str | os.PathLike):
             paths = [each for path in source for each in braces(os.fspath(path))]
             return _load_shards(paths, cache_dir, cache_bytes, progress)
-        if not isinstance(source[0], Mapping) and isinstance(next(iter(source[0]), None), str | os.PathLike):
+        if _is_pair(source[0]):
             return pairs(source)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return Rows(source)
     raise ValueError(f"source={source!r}: give a folder, a list file, shards, pairs, or a map-style data set")
+
+
+def _is_pair(row: Any) -> bool:
+    return isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], str | os.PathLike)
 
 
 def _load_path(path: str, cache_dir, cache_bytes: int, progress: Progress) -> Source:
@@ -659,7 +663,7 @@ def class_files(root: str) -> dict[str, list[str]]:
                 files.setdefault(name, []).append(file)
     else:
         with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+            names = [entry.name for entry in entries if storage.is_dir(entry) and entry.name[0] != "."]
         seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
         with ThreadPoolExecutor(16) as pool:  # network storage answers many questions at once
             below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)
@@ -679,7 +683,7 @@ def files_below(root: str, name: str, seen: set[str]) -> Iterator[str]:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         below = f"{name}/{entry.name}"
-        if not entry.is_dir():
+        if not storage.is_dir(entry):
             yield below
         elif (real := os.path.realpath(entry.path)) not in seen:
             seen.add(real)

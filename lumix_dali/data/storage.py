@@ -84,7 +84,12 @@ def has_folders(root: str) -> bool:
     if is_remote(root):
         return any(item["type"] == "directory" for item in _ask(root, lambda fs, path: fs.ls(path, detail=True)))
     with os.scandir(root) as entries:
-        return any(entry.is_dir() and entry.name[0] != "." for entry in entries)
+        return any(is_dir(entry) and entry.name[0] != "." for entry in entries)
+
+
+def is_dir(entry: os.DirEntry) -> bool:
+    """Whether this is a folder, or a link to one; a link to itself is an error for `os.DirEntry.is_dir`."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
