@@ -9,7 +9,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").r
 demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
 bench = [*demo, "opencv-contrib-python-headless", "spdl", "webdataset"]  # OpenCV: SaliencyMix
 examples = ["accelerate", "lightning"]
-test = [*demo, *examples, "boto3", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
+test = [*demo, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8", "s3fs"]
 
 setup(
     name="lumix-dali",
@@ -28,13 +28,14 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11,<3.15",
-    packages=["lumix_dali"],  # pipelines/ and benchmarks/ are programs, run from the checkout
-    install_requires=["numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
+    # pipelines/ and benchmarks/ are programs, run from the checkout
+    packages=["lumix_dali", "lumix_dali.data", "lumix_dali.loading"],
+    install_requires=["fsspec>=2024.2", "numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
     extras_require={
         # One of the two, never both: the wheels overwrite each other's files.
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
-        "s3": ["boto3"],
+        "s3": ["s3fs"],
         "demo": demo,
         "examples": examples,
         "bench": bench,

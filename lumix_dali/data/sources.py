@@ -249,7 +249,7 @@ class Shards:
     @property
     def root(self) -> str:
         """The first shard's folder."""
-        return os.path.dirname(self.paths[0])
+        return storage.split(self.paths[0])[0]
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -597,7 +597,7 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
     if not names:
         raise ValueError(f"source={path!r}: no sample in it; write one PATH LABEL per line")
     if root is None:
-        root = os.path.dirname(path if storage.is_remote(path) else os.path.abspath(path))
+        root = storage.split(path if storage.is_remote(path) else os.path.abspath(path))[0]
     return Files(os.fspath(root), names, np.array(labels, np.int64), [str(k) for k in range(max(labels) + 1)])
 
 
@@ -743,9 +743,9 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
         raise ValueError(f"source: {wrong!r} is no shard; give (path, label) pairs for images, or a list file")
     if len(set(map(index.kind_of, paths))) != 1 or len(set(paths)) != len(paths):
         raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each of them once")
-    folders = sorted({os.path.dirname(path) for path in paths})
+    folders = sorted({storage.split(path)[0] for path in paths})
     listed = {place: _files_in(place) for place in folders}
-    entries = [listed[place].get(name) for place, name in map(os.path.split, paths)]
+    entries = [listed[place].get(name) for place, name in map(storage.split, paths)]
     unknown = [k for k, entry in enumerate(entries) if entry is None or not entry.version]  # HTTP lists only names
     for k, entry in zip(unknown, storage.entries([paths[k] for k in unknown]), strict=True):
         entries[k] = entry
@@ -754,7 +754,7 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
     if any(classes != lists[0] for classes in lists):
         raise ValueError(f"source={list(paths)[:4]!r}: their {DESCRIPTION} differ in classes; give one set")
     classes = lists[0] if len(lists) == len(folders) else None
-    found = [known[os.path.dirname(path)][1].get(os.path.basename(path)) for path in paths]
+    found = [known[storage.split(path)[0]][1].get(os.path.basename(path)) for path in paths]
     counts = None if None in found else [int(count) for count in found if count is not None]
     cache = storage.Cache(os.path.join(cache_dir or storage.cache_folder(), "shards"), cache_bytes)
     return Shards(paths, cast(Any, entries), counts, classes, cache, progress)
