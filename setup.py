@@ -10,7 +10,7 @@ demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
 bench = [*demo, "opencv-contrib-python-headless", "spdl", "torchmetrics", "webdataset"]  # OpenCV: SaliencyMix
 examples = ["accelerate", "lightning"]
 segmentation = [*demo, "torchmetrics>=1.0"]
-test = [*segmentation, *examples, "boto3", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
+test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8", "s3fs"]
 
 setup(
     name="lumix-dali",
@@ -32,12 +32,12 @@ setup(
     # pipelines/ and benchmarks/ are programs, run from the checkout.
     packages=["lumix_dali", "lumix_dali.data", "lumix_dali.loading"],
     package_data={"lumix_dali": ["py.typed"]},
-    install_requires=["numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
+    install_requires=["fsspec>=2024.2", "numpy>=1.26", "pillow>=10.1", "torch>=2.4", "timm>=1.0.11"],
     extras_require={
         # One of the two, never both: the wheels overwrite each other's files.
         "cuda12": ["nvidia-dali-cuda120>=2.2"],
         "cuda13": ["nvidia-dali-cuda130>=2.2"],
-        "s3": ["boto3"],
+        "s3": ["s3fs"],
         "demo": demo,
         "examples": examples,
         "segmentation": segmentation,

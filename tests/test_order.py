@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumix_dali.data.order import Order
+from lumix_dali.data.order import Order, Window
 
 
 def epochs_of(n, batch_size, world_size, drop_last, shuffle=True, epochs=4, seed=0):
@@ -124,3 +124,77 @@ def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
             dropped = Order(n, 4, **options)
             assert len(dropped) == len(timms) // 4
             assert dropped.epoch(2).tolist() == list(timms)[: len(timms) // 4 * 4]
+
+
+# The window
+
+
+@st.composite
+def windows(draw):
+    """Arguments of `Window`, of which every rank has some."""
+    counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum))
+    return dict(n=sum(counts), counts=tuple(counts), window=draw(st.integers(1, 60)), seed=draw(st.integers(0, 5)),
+                batch_size=draw(st.integers(1, 6)), drop_last=False)
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(options=windows(), world_size=st.integers(1, 5), epoch=st.integers(0, 4))
+def test_a_window_covers_every_sample_and_deals_blocks(options, world_size, epoch):
+    n = options["n"]
+    ranks = [Window(**options, rank=rank, world_size=world_size).epoch(epoch).tolist() for rank in range(world_size)]
+    dealt = list(itertools.chain(*ranks))
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(dealt[:n]) == list(range(n))  # then some from the start again
+    assert dealt[n:] == list(itertools.islice(itertools.cycle(dealt[:n]), len(dealt) - n))
+    assert len(dealt) - n < world_size
+    for batch in range(1, 4):
+        dropped = [options | dict(batch_size=batch, drop_last=True, rank=rank, world_size=world_size)
+                   for rank in range(world_size)]
+        if n < batch * world_size:
+            continue
+        ranks = [Window(**each).epoch(epoch).tolist() for each in dropped]
+        assert {len(rank) for rank in ranks} == {n // (batch * world_size) * batch}
+        assert list(itertools.chain(*ranks)) == dealt[: n // (batch * world_size) * batch * world_size]
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(options=windows(), epoch=st.integers(0, 4))
+def test_a_sample_moves_by_less_than_the_window(options, epoch):
+    """Shards stand in an order drawn from (seed, epoch); with a window of one, samples keep theirs."""
+    shards = np.random.default_rng([options["seed"], epoch]).permutation(len(options["counts"]))
+    starts = np.cumsum([0, *options["counts"]])
+    unmoved = [i for k in shards for i in range(starts[k], starts[k + 1])]
+    order = Window(**options).epoch(epoch)
+    np.testing.assert_array_equal(Window(**options | dict(window=1)).epoch(epoch), unmoved)
+    places = np.empty(options["n"], int)
+    places[order] = np.arange(options["n"])
+    assert np.abs(places[unmoved] - np.arange(options["n"])).max() < options["window"]
+    np.testing.assert_array_equal(Window(**options).epoch(epoch), order)  # pure
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(options=windows(), world_size=st.integers(1, 5))
+def test_a_window_is_exact_in_evaluation(options, world_size):
+    ranks = [Window(**options, shuffle=False, rank=rank, world_size=world_size) for rank in range(world_size)]
+    dealt = [rank.epoch(3).tolist() for rank in ranks]
+    assert list(itertools.chain(*dealt)) == list(range(options["n"]))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    assert [len(rank) for rank in ranks] == [-(-len(each) // options["batch_size"]) for each in dealt]
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(options=windows(), repeats=st.integers(2, 4), epoch=st.integers(0, 3))
+def test_repeats_of_a_window_go_to_different_ranks(options, repeats, epoch):
+    ranks = [Window(**options, repeats=repeats, rank=rank, world_size=repeats) for rank in range(repeats)]
+    order = Window(**options).epoch(epoch)
+    for rank in ranks:
+        np.testing.assert_array_equal(rank.epoch(epoch), order[: -(-options["n"] // repeats)])
+
+
+def test_a_window_mixes_and_every_epoch_is_new():
+    options = dict(n=4000, batch_size=1, counts=(1000,) * 4, window=400)
+    order = Window(**options).epoch(0)
+    moved = np.abs(np.argsort(order) - np.argsort(Window(**options | dict(window=1)).epoch(0)))
+    assert 60 < moved.mean() < 140  # two draws from 400 places differ by 133, less at the ends
+    orders = {tuple(Window(**options, seed=seed).epoch(epoch)) for seed in range(2) for epoch in range(3)}
+    assert len(orders) == 6

@@ -4,14 +4,18 @@ import contextlib
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from images import encoded
 from timm.data import create_dataset
 
+from lumix_dali import create_loader
 from lumix_dali.data import sources
 
 
@@ -230,3 +234,200 @@ def test_a_folder_that_moves_keeps_its_digest(tmp_path):
     before = sources.folder(root).digest
     shutil.move(root, tmp_path / "there")
     assert sources.folder(tmp_path / "there").digest == before
+
+
+# Links, and folders that are not what they seem
+
+
+def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
+    root = touch(tmp_path, "a/1.jpg", "a/deep/2.jpg", "b/3.jpg", "b/deep/4.jpg")
+    (root / "a" / "self").symlink_to(".")
+    (root / "a" / "deep" / "up").symlink_to("..")
+    (root / "a" / "root").symlink_to(root)
+    (root / "a" / "other").symlink_to(root / "b")
+    (root / "a" / "again").symlink_to(root / "a" / "deep")
+    (root / "b" / "loop").symlink_to("loop")
+    (root / "b" / "5.jpg").symlink_to("3.jpg")
+    samples = sources.folder(root)
+    files = {os.path.join(samples.root, name): label for name, label in zip(samples.names, samples.labels, strict=True)}
+    assert sorted(os.path.realpath(name).removeprefix(f"{root}/") for name in files if not name.endswith("loop")) == [
+        "a/1.jpg", "a/deep/2.jpg", "b/3.jpg", "b/3.jpg", "b/deep/4.jpg"]
+    assert {os.path.realpath(name)[len(str(root)) + 1 :][0]: label for name, label in files.items()} == {"a": 0, "b": 1}
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "test")])
+def test_the_parent_of_splits_is_warned_of(tmp_path, names):
+    touch(tmp_path, *(f"{name}/cat/a.jpg" for name in names))
+    with pytest.warns(UserWarning, match=f"its classes are {', '.join(sorted(names, key=str.lower))}") as caught:
+        sources.load(tmp_path)
+    assert "is one of these folders the data set?" in str(caught[0].message)
+
+
+def test_classes_named_like_splits_and_others_are_no_splits(tmp_path, recwarn):
+    sources.load(touch(tmp_path, "train/a.jpg", "tram/a.jpg"))
+    assert not recwarn
+
+
+def test_a_relative_folder_outlives_chdir(tmp_path, monkeypatch):
+    touch(tmp_path, "data/a/x.jpg", "list/x.jpg")
+    (tmp_path / "list" / "list.txt").write_text("x.jpg 0\n")
+    monkeypatch.chdir(tmp_path)
+    found = [sources.load("data"), sources.load("list/list.txt"), sources.load([("list/x.jpg", 0)])]
+    monkeypatch.chdir("/")
+    for samples in found:
+        ((image,), _) = samples.read([0])
+        assert image == b""
+
+
+def test_a_root_that_moved_is_named_at_once(tmp_path):
+    root = touch(tmp_path / "here", *(f"a/{i}.jpg" for i in range(3)))
+    sources.write_manifest(sources.folder(root), tmp_path / "m.json")
+    shutil.move(root, tmp_path / "there")
+    with pytest.raises(ValueError, match=f"unusable manifest .*root='{root}': no such folder; give the one that"):
+        sources.load(tmp_path / "m.json")
+    with pytest.raises(ValueError, match=f"root='{root}': no such folder"):
+        sources.Files(root, ["a/0.jpg"], [0], ["a"])
+
+
+def test_no_folder_stays_open(tmp_path):
+    touch(tmp_path, "a/x.jpg", "b/c/y.jpg")
+    code = f"import lumix_dali.data.sources as s; s.load({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Pairs and rows
+
+
+def test_pairs(tmp_path):
+    root = touch(tmp_path, "a.jpg", "b.jpg")
+    samples = sources.load([(root / "a.jpg", 2), (str(root / "b.jpg"), np.int64(0))])
+    assert [samples.path(i) for i in range(2)] == [f"{root}/a.jpg", f"{root}/b.jpg"]
+    assert samples.labels.tolist() == [2, 0]
+    assert samples.classes == ["0", "1", "2"]
+    assert not samples.remote
+    assert sources.load([("memory://x/a.jpg", 0)]).remote
+
+
+def test_an_image_folder_of_torchvision(tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    root = touch(tmp_path, "10/a.jpg", "2/b.jpg", "2/c/d.png")
+    theirs = datasets.ImageFolder(root)
+    samples = sources.load(theirs)
+    assert [(samples.path(i), label) for i, label in enumerate(samples.labels.tolist())] == theirs.samples
+    assert samples.classes == theirs.classes == ["10", "2"]
+    assert samples.class_to_idx == theirs.class_to_idx
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (["a.jpg", "b.jpg"], r"'a\.jpg' is no shard; give \(path, label\) pairs for images, or a list file"),
+    ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
+    ([("a.jpg", "cat")], "labels=.*: give 1 integers"),
+    ([("a.jpg", -1)], "labels=.*: give 1 integers"),
+    ([("a.jpg", 0.5)], "labels=.*: give 1 integers"),
+    ([], r"source=\[\]: nothing in it; give one sample at least"),
+    ([1, 2], r"source: row 0 is int; give \(image, label\)"),
+    ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.sources\.Rows\(rows"),
+    (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),
+    (None, "source=None: give a folder"),
+])
+def test_what_is_no_source_is_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        sources.load(source)
+
+
+class Listed:
+    """Like a list of bytes: what a user wrote in five lines."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.mark.parametrize("wrap", [list, Listed])
+def test_rows_of_bytes_and_paths(tmp_path, wrap):
+    (tmp_path / "a.jpg").write_bytes(b"from a file")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    rows = sources.load(wrap([
+        (b"bytes", 3), (bytearray(b"array"), np.int64(2)), (np.frombuffer(b"numpy", np.uint8), 1),
+        {"image": {"bytes": b"hub", "path": "name.jpg"}, "label": 0}, {"image": {"bytes": None, "path": str(
+            tmp_path / "a.jpg")}, "label": 4}, (tmp_path / "a.jpg", 5), (tmp_path / "gone.jpg", 6),
+        (tmp_path / "pipe.jpg", 7), (np.zeros((2, 2, 3), np.uint8), 8), (None, 9), (b"x", -1), (b"x", 1.5), (b"x", "a"),
+        (b"x", 10**6)]))
+    images, labels = rows.read(range(len(rows)))
+    assert [bytes(image) for image in images[:6]] == [
+        b"bytes", b"array", b"numpy", b"hub", b"from a file", b"from a file"]
+    assert labels[:9].tolist() == [3, 2, 1, 0, 4, 5, 6, 7, 8]
+    assert [str(image) for image in images[6:]] == [
+        "No such file or directory", "not a regular file", "neither encoded bytes nor a path, but of type ndarray",
+        "neither encoded bytes nor a path, but of type NoneType",
+        *(f"its label is {label}, not a whole number in [0, 1000000)" for label in ("-1", "1.5", "'a'", "1000000"))]
+    assert rows.name(0) == "row 0"
+    assert rows.name(3) == "row 3 ('name.jpg')"
+
+
+def test_rows_of_hugging_faces_datasets():
+    """A decoding column is switched over, class names are taken, rows come in one request."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
+    content = [encoded(np.full((4, 5, 3), k), "PNG") for k in range(3)]
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": each, "path": None} for each in content], "label": [0, 1, 1]}, features=features)
+    source = sources.load(rows)
+    images, labels = source.read([2, 0])
+    assert (images, labels.tolist(), source.classes) == ([content[2], content[0]], [1, 0], ["cat", "dog"])
+    assert source.digest != sources.load(rows.select([0, 1])).digest
+    assert sources.Rows(rows.rename_column("label", "fine"), label="fine").read([1])[1].tolist() == [1]
+
+
+def test_a_source_of_ones_own():
+    class Digits:
+        classes = ("zero", "one")
+        digest = "digits of mine, version 1"
+
+        def __len__(self):
+            return 4
+
+        def name(self, index):
+            return f"digit {index}"
+
+        def read(self, indices):
+            return [encoded(np.full((8, 8, 3), 60 * i), "PNG") for i in indices], np.array(indices) % 2
+
+    source = Digits()
+    assert sources.load(source) is source
+    with create_loader(source, batch_size=2, is_training=False, input_size=8, crop_pct=1, dtype="uint8",
+                       device="cpu", return_index=True) as loader:
+        batches = list(loader)
+    assert [image.float().mean() for images, _, _ in batches for image in images] == [0, 60, 120, 180]
+    assert [label for _, labels, _ in batches for label in labels.tolist()] == [0, 1, 0, 1]
+    assert [i for _, _, index in batches for i in index.tolist()] == [0, 1, 2, 3]
+    assert loader.classes == ("zero", "one")
+
+
+# Names
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(names=st.lists(st.binary(max_size=8).map(os.fsdecode), max_size=8), data=st.data())
+def test_names_are_the_list_they_were_made_of(names, data):
+    ours = sources.Names(names)
+    assert (list(ours), len(ours), list(reversed(ours))) == (names, len(names), names[::-1])
+    piece = data.draw(st.slices(max(1, len(names))))
+    assert ours[piece] == names[piece]
+    for i in range(-len(names), len(names)):
+        assert ours[i] == names[i]
+    for i in (len(names), -len(names) - 1):
+        with pytest.raises(IndexError):
+            ours[i]
+    assert repr(ours) == f"<{len(names)} names>"
+
+
+def test_names_that_differ_only_in_their_ends_have_other_hashes():
+    digests = [sources.Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
+    assert len(set(digests)) == 3

@@ -301,7 +301,7 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
         with open(path, "rb", buffering=0) as file:
             for row in index.rows(path, file.fileno(), look.ignored):
                 key = row.name if index.kind_of(path) == "tfrecord" else index.split_name(row.name)[0]
-                fault = "its key occurs twice" if key in seen else _row_fault(file.fileno(), row, max_pixels)
+                fault = "its key occurs twice" if key in seen else _row_fault(path, file.fileno(), row, max_pixels)
                 seen.add(key)
                 if fault:
                     look.bad[row.name] = fault
@@ -319,9 +319,9 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
     return {path: look}
 
 
-def _row_fault(handle: int, row: index.Row, max_pixels: int) -> str | None:
+def _row_fault(path: str, handle: int, row: index.Row, max_pixels: int) -> str | None:
     if row.label < 0:
-        return index.Fault(row.label).reason
+        return index.reason_at(path, handle, row.offset, row.label)
     try:
         _look(io.BytesIO(os.pread(handle, row.size, row.offset)), max_pixels)
     except BadImage as error:

@@ -103,6 +103,16 @@ def name_at(path: str, handle: int, offset: int) -> str:
     return f"{name if name.startswith('record') else repr(name)} (byte {offset})"
 
 
+def reason_at(path: str, handle: int, offset: int, fault: int) -> str:
+    """Why the sample whose image starts at `offset` cannot be used, with the text of a label that is none."""
+    if fault == Fault.LABEL and kind_of(path) == "webdataset":
+        for group in _groups(handle):
+            if any(member.offset == offset for _, member in group):
+                (label,) = (member for extension, member in group if extension == "cls")
+                return f"its .cls is {_read(handle, label.offset, min(label.size, 20))!r}, not 1 to {DIGITS} digits"
+    return Fault(fault).reason
+
+
 # The index of a set of shards
 
 
@@ -350,15 +360,23 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
     """Samples: neighbours of one key, one of which is an image and one its .cls."""
+    for group in _groups(handle, ignored):
+        yield from _grouped(handle, group)
+
+
+def _groups(handle: int, ignored: list[str] | None = None) -> Iterator[list[tuple[str, Member]]]:
+    """Extension and member of neighbours of one key."""
     group: list[tuple[str, Member]] = []
     last: str | None = None
     for member in members(handle, ignored):
         key, extension = split_name(member.name)
-        if key != last:
-            yield from _grouped(handle, group)
-            last, group = key, []
+        if key != last and group:
+            yield group
+            group = []
+        last = key
         group.append((extension, member))
-    yield from _grouped(handle, group)
+    if group:
+        yield group
 
 
 def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:

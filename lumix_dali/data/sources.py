@@ -249,7 +249,7 @@ class Shards:
     @property
     def root(self) -> str:
         """The first shard's folder."""
-        return os.path.dirname(self.paths[0])
+        return storage.split(self.paths[0])[0]
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -272,7 +272,7 @@ class Shards:
         for place, index_ in enumerate(indices):
             number, shard, (offset, size, label) = self._at(index_)
             if label < 0:
-                images.append(BadImage(index.Fault(label).reason))
+                images.append(BadImage(index.reason_at(self.paths[number], shard.handle, offset, label)))
             elif label >= (MAX_CLASSES if self.classes is None else len(self.classes)):
                 most = f"of {len(self.classes)} classes" if self.classes else f"not below {MAX_CLASSES}"
                 images.append(BadImage(f"its label is {label}, {most}"))
@@ -479,11 +479,15 @@ def load(
         if isinstance(source[0], str | os.PathLike):
             paths = [each for path in source for each in braces(os.fspath(path))]
             return _load_shards(paths, cache_dir, cache_bytes, progress)
-        if not isinstance(source[0], Mapping) and isinstance(next(iter(source[0]), None), str | os.PathLike):
+        if _is_pair(source[0]):
             return pairs(source)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return Rows(source)
     raise ValueError(f"source={source!r}: give a folder, a list file, shards, pairs, or a map-style data set")
+
+
+def _is_pair(row: Any) -> bool:
+    return isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], str | os.PathLike)
 
 
 def _load_path(path: str, cache_dir, cache_bytes: int, progress: Progress) -> Source:
@@ -593,7 +597,7 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
     if not names:
         raise ValueError(f"source={path!r}: no sample in it; write one PATH LABEL per line")
     if root is None:
-        root = os.path.dirname(path if storage.is_remote(path) else os.path.abspath(path))
+        root = storage.split(path if storage.is_remote(path) else os.path.abspath(path))[0]
     return Files(os.fspath(root), names, np.array(labels, np.int64), [str(k) for k in range(max(labels) + 1)])
 
 
@@ -659,7 +663,7 @@ def class_files(root: str) -> dict[str, list[str]]:
                 files.setdefault(name, []).append(file)
     else:
         with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+            names = [entry.name for entry in entries if storage.is_dir(entry) and entry.name[0] != "."]
         seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
         with ThreadPoolExecutor(16) as pool:  # network storage answers many questions at once
             below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)
@@ -679,7 +683,7 @@ def files_below(root: str, name: str, seen: set[str]) -> Iterator[str]:
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
         below = f"{name}/{entry.name}"
-        if not entry.is_dir():
+        if not storage.is_dir(entry):
             yield below
         elif (real := os.path.realpath(entry.path)) not in seen:
             seen.add(real)
@@ -739,9 +743,9 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
         raise ValueError(f"source: {wrong!r} is no shard; give (path, label) pairs for images, or a list file")
     if len(set(map(index.kind_of, paths))) != 1 or len(set(paths)) != len(paths):
         raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each of them once")
-    folders = sorted({os.path.dirname(path) for path in paths})
+    folders = sorted({storage.split(path)[0] for path in paths})
     listed = {place: _files_in(place) for place in folders}
-    entries = [listed[place].get(name) for place, name in map(os.path.split, paths)]
+    entries = [listed[place].get(name) for place, name in map(storage.split, paths)]
     unknown = [k for k, entry in enumerate(entries) if entry is None or not entry.version]  # HTTP lists only names
     for k, entry in zip(unknown, storage.entries([paths[k] for k in unknown]), strict=True):
         entries[k] = entry
@@ -750,7 +754,7 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
     if any(classes != lists[0] for classes in lists):
         raise ValueError(f"source={list(paths)[:4]!r}: their {DESCRIPTION} differ in classes; give one set")
     classes = lists[0] if len(lists) == len(folders) else None
-    found = [known[os.path.dirname(path)][1].get(os.path.basename(path)) for path in paths]
+    found = [known[storage.split(path)[0]][1].get(os.path.basename(path)) for path in paths]
     counts = None if None in found else [int(count) for count in found if count is not None]
     cache = storage.Cache(os.path.join(cache_dir or storage.cache_folder(), "shards"), cache_bytes)
     return Shards(paths, cast(Any, entries), counts, classes, cache, progress)

@@ -45,6 +45,12 @@ def join(root: str, name: str) -> str:
     return name if is_remote(name) else os.path.join(root, name)
 
 
+def split(path: str) -> tuple[str, str]:
+    """Folder and name of a file."""
+    folder, name = os.path.split(path)
+    return (f"{folder.rstrip('/')}//" if folder.rstrip("/").endswith(":") and is_remote(path) else folder), name
+
+
 def listing(root: str, deep: bool = False) -> dict[str, Entry]:
     """The files in `root`, or with `deep` below it (remote only), by relative name.
 
@@ -69,9 +75,9 @@ def listing(root: str, deep: bool = False) -> dict[str, Entry]:
 
 def matching(pattern: str) -> list[str]:
     """Remote files whose names match a glob."""
-    found = _fresh(pattern, lambda fs, path: [fs.unstrip_protocol(name) for name in fs.glob(path)])
-    protocol = pattern.partition("://")[0]
-    return [f"{protocol}://{name.partition('://')[2]}" for name in found]
+    root = re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]  # one name for one file, however it is found
+    found = _fresh(pattern, lambda fs, path: [name.removeprefix(fs._strip_protocol(root)) for name in fs.glob(path)])
+    return [root + name.lstrip("/") for name in found]
 
 
 def is_folder(path: str) -> bool:
@@ -82,9 +88,16 @@ def is_folder(path: str) -> bool:
 def has_folders(root: str) -> bool:
     """Whether there are folders in `root`, not counting hidden ones."""
     if is_remote(root):
-        return any(item["type"] == "directory" for item in _ask(root, lambda fs, path: fs.ls(path, detail=True)))
+        found = _fresh(root, lambda fs, path: fs.ls(path, detail=True))
+        folders = [item["name"].rstrip("/").rpartition("/")[2] for item in found if item["type"] == "directory"]
+        return any(name[0] != "." for name in folders)
     with os.scandir(root) as entries:
-        return any(entry.is_dir() and entry.name[0] != "." for entry in entries)
+        return any(is_dir(entry) and entry.name[0] != "." for entry in entries)
+
+
+def is_dir(entry: os.DirEntry) -> bool:
+    """Whether this is a folder, or a link to one; a link to itself is an error for `os.DirEntry.is_dir`."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
