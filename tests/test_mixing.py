@@ -167,7 +167,8 @@ def test_saliencymix_pastes_around_the_partners_point(monkeypatch):
         assert inside[box[0]:box[2], box[1]:box[3]].all()
         np.testing.assert_array_equal(mixed[i][~inside], images[i][~inside])
         np.testing.assert_allclose(target.lam0[i], inside.mean(), rtol=1e-6)
-    assert [np.asarray(field).dtype.name for field in target] == ["int64", "int64", "float32", "int32", "int32", "int64"]
+    types = ["int64", "int64", "float32", "int32", "int32", "int64"]
+    assert [np.asarray(field).dtype.name for field in target] == types
 
 
 # --- TransMix
