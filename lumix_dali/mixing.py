@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from . import checks
 from .target import Kind
 
 Mode = Literal["elem", "batch"]
@@ -53,14 +54,11 @@ class Mixing:
                 raise ValueError(f"{name}={alpha!r}: give a finite number > 0, or 0 to switch it off")
             object.__setattr__(self, name, float(alpha))
         for name in ("prob", "switch_prob"):
-            value = getattr(self, name)
-            if not (isinstance(value, Real) and 0 <= float(value) <= 1):
-                raise ValueError(f"{name}={value!r}: give a probability in [0, 1]")
-            object.__setattr__(self, name, float(value))
-        if self.cutmix_minmax is not None:
-            if not (len(self.cutmix_minmax) == 2 and 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1):
-                raise ValueError(f"cutmix_minmax={self.cutmix_minmax!r}: give (low, high) with 0 <= low < high <= 1")
-            object.__setattr__(self, "cutmix_minmax", tuple(map(float, self.cutmix_minmax)))
+            object.__setattr__(self, name, checks.fraction(name, getattr(self, name)))
+        if (minmax := self.cutmix_minmax) is not None:
+            if np.shape(minmax) != (2,) or not 0 <= minmax[0] < minmax[1] <= 1:
+                raise ValueError(f"cutmix_minmax={minmax!r}: give (low, high) with 0 <= low < high <= 1")
+            object.__setattr__(self, "cutmix_minmax", (float(minmax[0]), float(minmax[1])))
         if not (self.with_mixup or self.with_cutmix):
             raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
         if self.mode not in get_args(Mode):

@@ -409,6 +409,7 @@ BAD = [
     ({"cutmix_minmax": (0.8, 0.2)}, r"cutmix_minmax=\(0.8, 0.2\)", "low < high"),
     ({"cutmix_minmax": (0.2, 1.2)}, r"cutmix_minmax=\(0.2, 1.2\)", "low < high"),
     ({"cutmix_minmax": (-0.1, 0.5)}, r"cutmix_minmax=\(-0.1, 0.5\)", "low < high"),
+    ({"cutmix_minmax": 0.5}, "cutmix_minmax=0.5", "low, high"),
     ({"cutmix_minmax": (0.2, 0.3, 0.4)}, r"cutmix_minmax=\(0.2, 0.3, 0.4\)", "low, high"),
 ]
 
