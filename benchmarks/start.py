@@ -81,9 +81,10 @@ def picture(seed: int) -> bytes:
 def write_shards(root: Path, count: int) -> None:
     """Links to one shard."""
     root.mkdir()
+    image = picture(0)
     with tarfile.open(root / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         for number in range(min(count, PER_SHARD)):
-            for name, content in ((f"{number:09}.png", picture(0)), (f"{number:09}.cls", b"%d" % (number % CLASSES))):
+            for name, content in ((f"{number:09}.png", image), (f"{number:09}.cls", b"%d" % (number % CLASSES))):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
