@@ -414,6 +414,26 @@ def table_scaling(result: dict[str, Any]) -> list[list[str]]:
         for row in result["rows"])]
 
 
+def draw_start(result: dict[str, Any]) -> Figure:
+    """Seconds to the opened source and to the first batch."""
+    figure = Figure(figsize=(5.5, 3), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['name']}, {row['samples']:,.0f}" for row in result["rows"]]
+    for key, label, alpha in (("first", "first batch", .4), ("open", "opened", 1)):
+        axes.barh(names, [row[key] for row in result["rows"]], color="tab:blue", alpha=alpha, label=label)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds", xscale="log")
+    axes.legend(fontsize=7)
+    return _captioned(figure, result)
+
+
+def table_start(result: dict[str, Any]) -> list[list[str]]:
+    """A line a source."""
+    return [["source", "samples", "opened, s", "first batch, s", "memory per rank, MB", "bytes per sample"], *(
+        [row["name"], f"{row['samples']:,.0f}", f"{row['open']:.2f}", f"{row['first']:.2f}",
+         f"{row['held'] / 1e6:.0f}", f"{row['held'] / row['samples']:.0f}"] for row in result["rows"])]
+
+
 def draw_augment(result: dict[str, Any]) -> Figure:
     """A bar an operation: the mean difference to timm's."""
     rows = result["rows"][::-1]
@@ -458,6 +478,7 @@ def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
 KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
          "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
          "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling),
+         "start": (draw_start, table_start),
          "augment": (draw_augment, table_augment), "tune": (draw_tune, table_tune)}
 
 

@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +149,28 @@ def test_lists_are_checked_too(root):
     report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
     assert list(report.samples.names) == ["a/0.jpg", "b c/1.jpg"]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
+def test_a_film_behind_a_photo_is_fine(root, full):
+    """As motion photos have it: more bytes behind the end marker than are searched for it."""
+    (root / "a" / "motion.jpg").write_bytes(encoded("JPEG", 3) + bytes(5000))
+    assert check.scan(root, full=full, workers=1).ok
+
+
+def test_a_check_that_is_killed_takes_its_processes_along(root):
+    for i in range(3000):
+        os.link(root / "a" / "2.jpg", root / "a" / f"more {i}.jpg")
+    run = subprocess.Popen([sys.executable, "-m", "lumix_dali", "check", str(root), "--full", "--workers", "2"],
+                           stdout=subprocess.PIPE, start_new_session=True)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(found := children.read_text().split()) < 2:  # the pool's, and perhaps a resource tracker
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(.02)
+    run.terminate()
+    run.communicate(timeout=30)  # would wait for ever for a child that holds the pipe
+    while any(os.path.exists(f"/proc/{child}") for child in found):
+        assert time.monotonic() < deadline
+        time.sleep(.02)

@@ -162,12 +162,15 @@ def _bisected(task: Callable[[list], dict], chunk: list) -> dict:
 
 
 def _children(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_initialize)
+    spawn = get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_initialize, initargs=(os.getpid(),))
 
 
-def _initialize() -> None:
+def _initialize(parent: int) -> None:
     # A parent that is killed cannot tell its children, which would hold its terminal and wait for ever.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
     # nvImageCodec prints lines without a file's name to stderr; what is wrong comes back as a result.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

@@ -317,8 +317,9 @@ def _name_and_size(block: bytes) -> tuple[str, int]:
     except ValueError:
         claimed, size = -1, -1
     total = sum(block) - sum(block[148:156]) + 8 * 32
-    signed = total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])  # as some old programs add
-    if claimed not in (total, signed) or size < 0:
+    if claimed != total:  # some old programs add signed bytes
+        total -= 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+    if claimed != total or size < 0:
         raise ValueError("no whole tar archive: a header is damaged")
     name = _text(block[:100])
     prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""

@@ -29,6 +29,7 @@ MANIFEST = "lumix_dali.manifest/2"
 DESCRIPTION, FORMAT = "shards.json", "lumix_dali.shards/1"
 _HUB = "_info.json"  # of a Hugging Face WebDataset, such as timm's of ImageNet
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_LINE = re.compile(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", re.ASCII)
 _OPEN = 256  # shards that stay open
 _AHEAD = 4  # remote shards that are copied at once
 
@@ -587,7 +588,7 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if not line.strip():
             continue
-        match = re.fullmatch(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", line, re.ASCII)
+        match = _LINE.fullmatch(line)
         if not match or int(match[2]) >= MAX_CLASSES:
             raise ValueError(
                 f"source={path!r}, line {number}: {line[:80]!r}; write PATH LABEL, LABEL in [0, {MAX_CLASSES})"
