@@ -40,7 +40,7 @@ SHARES = {"environment": 9, "tests": 34, "images": 6, "tune": 5, "loaders": 12, 
           "cost-resnet50": 9, "loss": 6, "training": 8}
 WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
 # Two processes: should a GPU's decoder crash, the operators have been tested all the same.
-TESTS = {"operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss"),
+TESTS = {"operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss", "segment"),
          "decoding": ("gpu", "classification", "loader", "ranks")}
 TRAINING = ["--model", "resnet18", "--img-size", "64", "--crop-pct", "1", "--scale", ".4", "1",
             "--mixup-mode", "elem", "--opt", "adamw", "--lr", "2e-3", "--weight-decay", ".05",

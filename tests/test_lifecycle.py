@@ -215,3 +215,27 @@ def test_50_loaders_made_and_dropped_leave_neither_memory_nor_threads(folder):
     print("threads, resident MiB:", readings[0], readings[-1])
     assert readings[-1][0] == readings[5][0]
     assert readings[-1][1] - readings[5][1] < 20
+
+
+def test_files_that_are_cut_while_they_are_read_end_nothing(tmp_path):
+    """Every file is overwritten while DALI reads and decodes: with a map of it, the process got SIGBUS."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    for i in range(64):
+        (tmp_path / f"c{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"c{i % 2}" / f"{i}.jpg", quality=90)
+    program = """
+        import pathlib
+        batches = iter(loader)
+        next(batches)
+        for path in sorted(pathlib.Path(sys.argv[1]).glob("*/*.jpg")):
+            path.write_bytes(b"no image")
+        try:
+            for _ in batches:
+                pass
+        except ValueError as error:  # none is left to take a sample's place
+            print(error, file=sys.stderr)
+        print("ready", flush=True)
+    """
+    process = run(program, tmp_path)  # which waits for "ready"
+    process.communicate(timeout=60)
+    assert process.returncode == 0

@@ -53,7 +53,7 @@ class Execution:
         num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
         prefetch_queue_depth: batches that DALI prepares ahead.
         decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
-        reader: local files only: further arguments of ``fn.io.file.read`` (`dont_use_mmap` on network storage).
+        reader: local files only: further arguments of ``fn.io.file.read``.
     """
 
     num_threads: int | None = None

@@ -30,6 +30,8 @@ CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
 EraseMode = Literal["const", "rand", "pixel"]
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+# A mapped file that is cut while it is decoded ends the process (SIGBUS).
+_READER = {"dont_use_mmap": True}
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 _DALI_TYPES = {np.int64: types.INT64, np.int32: types.INT32, np.float32: types.FLOAT, np.bool_: types.BOOL}
@@ -159,7 +161,7 @@ def train_pipeline(
         feed: of the epoch, whose plan says what is mixed.
         transform: what is done to the images.
         decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
-        reader: further arguments of ``fn.io.file.read``, such as `dont_use_mmap`.
+        reader: further arguments of ``fn.io.file.read``.
 
     Returns:
         images [B, C, H, W] or [B, H, W, C], the target as `plan.unpack` reads it, λ0 float32 [B].
@@ -278,7 +280,7 @@ def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode,
         dtype=[types.UINT8, *(_DALI_TYPES[INPUTS[name][0]] for name in names)],
         ndim=[1, *(INPUTS[name][1] for name in names)],
     )
-    encoded = fn.io.file.read(given, **(reader or {})) if feed.gives_paths else given
+    encoded = fn.io.file.read(given, **{**_READER, **(reader or {})}) if feed.gives_paths else given
     return encoded, dict(zip(names, arrays, strict=True))
 
 
