@@ -42,8 +42,9 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(files, tmp_path_factory):
     """Five tars with a description."""
-    convert(files, tmp_path_factory.mktemp("shards") / "tars", shard_size=PER_SHARD)
-    return tmp_path_factory.getbasetemp() / "shards0" / "tars"
+    root = tmp_path_factory.mktemp("described") / "tars"
+    convert(files, root, shard_size=PER_SHARD)
+    return root
 
 
 @pytest.fixture
