@@ -17,7 +17,7 @@ demo: $(ready)
 	$(python) -m pipelines.demo $(ARGS)
 
 test: $(ready)
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(ready)
 	$(python) -m ruff check .

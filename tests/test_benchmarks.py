@@ -417,6 +417,7 @@ def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys
 # --- cost
 
 
+@pytest.mark.slow
 def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
@@ -493,6 +494,7 @@ def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
         assert shared.data_ptr() != copied.data_ptr()
 
 
+@pytest.mark.slow
 def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"

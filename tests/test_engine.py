@@ -213,6 +213,10 @@ def test_a_wrong_answer_is_seen():
 # The fast sample
 
 
+# Each source and each mode once.
+FAST = {("folder", "check --full"), ("folder", "training"), ("tar", "evaluation")}
+
+
 def spread(kinds, sources=SOURCES, modes=MODES):
     """Each kind once, the circumstances taken in turn; their numbers have no common divisor with the steps."""
     circumstances = list(product(sources, modes, PLACES, THREADS))
@@ -224,8 +228,9 @@ def test_each_cause_in_a_process_of_its_own(workers, orders):
     assert_right(answers, orders)
 
 
-@pytest.mark.parametrize("mode", [*MODES, "check --full"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("source", "mode"), [
+    pytest.param(source, mode, marks=[pytest.mark.slow] * ((source, mode) not in FAST))
+    for source in SOURCES for mode in (*MODES, "check --full")])
 def test_all_kinds_in_one_data_set(workers, orders, source, mode):
     kinds = dict(enumerate(odd(), GOOD))
     case = dict(kinds=list(kinds.values()), source=source, mode=mode, threads=2)

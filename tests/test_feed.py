@@ -239,7 +239,8 @@ def test_a_claim_of_too_many_pixels_is_bad_at_run_time(tmp_path, is_training):
 SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000, 10_000), "1x60000": (1, 60_000)}
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", [
+    pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "2x30000")) for name, shape in SHAPES.items()])
 def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
     """White stays white to the corners, in less than half a GB more than an ordinary image takes."""
     (tmp_path / "a").mkdir()

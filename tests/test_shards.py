@@ -379,6 +379,7 @@ def test_a_shard_that_changed_before_it_was_opened_is_an_error(copy, kind, chang
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # the promises of test_promises.py, by the training program
 def test_training_from_shards(kind, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
     for name in ("train", "val"):

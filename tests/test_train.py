@@ -253,6 +253,7 @@ def test_same_seed_same_run(data, tmp_path):
     assert first | timings == second | timings
 
 
+@pytest.mark.slow
 def test_amp_and_compile(data, tmp_path):
     more = ["--amp", "--amp-dtype", "bfloat16", "--torchcompile", "eager", "--epochs", "1"]
     train.main(argv(data, tmp_path, *more))
