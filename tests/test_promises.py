@@ -5,6 +5,7 @@ Every source holds the same samples in the same order, so that what one of them 
 
 import itertools
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -216,3 +217,30 @@ def test_a_shard_that_shrinks_under_the_run_is_an_error(kind, tmp_path):
 def test_labels_are_the_samples_own(source, reference):
     assert source.read(range(N))[1].tolist() == list(range(N))
     np.testing.assert_array_equal(reference.read([3, 1])[1], [3, 1])
+
+
+def test_an_iterator_is_dropped_while_its_reads_wait(reference):
+    """Garbage collection may drop it in a thread that holds what its reads wait for."""
+    gate = threading.Event()
+
+    class Waiting:
+        classes, digest, name = reference.classes, "waiting", reference.name
+
+        def __len__(self):
+            return len(reference)
+
+        def read(self, indices):
+            if max(indices) >= 3:  # after the first batch
+                gate.wait(60)
+            return reference.read(indices)
+
+    loader = make(Waiting(), is_training=False, prefetch_queue_depth=1)
+    iterators = [iter(loader)]
+    next(iterators[0])
+    dropping = threading.Thread(target=iterators.clear, daemon=True)
+    dropping.start()
+    dropping.join(20)
+    still_waits = dropping.is_alive()
+    gate.set()
+    dropping.join()
+    assert not still_waits

@@ -207,9 +207,14 @@ class Feed:
         plan = self.plan.batch(number, np.array(labels, np.int64), np.array(used, np.int64))
         return images, *plan
 
-    def close(self) -> None:
-        """Ends the threads and frees the memory; the pipeline must not run any more."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        """Ends the threads and frees the memory; the pipeline must not run any more.
+
+        Without `wait`, threads that are reading end when they have read.
+        """
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if wait or all(read.done() for reads in self._pending.values() for read in reads):
+            self._pool.shutdown(wait=True)
         self._pending.clear()
         self._memory.clear()
 

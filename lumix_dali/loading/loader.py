@@ -563,8 +563,8 @@ class _Epoch(Iterator):
         target, index = unpack(outputs, training)
         return (images, target, index) if loader.return_index else (images, target)
 
-    def close(self) -> None:
-        """Frees the pipeline and its threads."""
+    def close(self, wait: bool = True) -> None:
+        """Frees the pipeline and its threads; `wait` as in `Feed.close`."""
         if self._pipe is None:
             return
         if os.getpid() != self._pid:
@@ -572,9 +572,11 @@ class _Epoch(Iterator):
             self._pipe = None
         else:
             self._pipe = None
-            self._feed.close()
+            self._feed.close(wait)
 
-    __del__ = close  # a loop that is left drops its iterator
+    def __del__(self):  # a loop that is left drops its iterator
+        # Garbage is collected in any thread, also in one that holds a lock for which the reads wait.
+        self.close(wait=False)
 
     def _run(self, loader: Loader) -> tuple:
         stream = torch.cuda.current_stream(loader.device) if loader.device.type == "cuda" else None
