@@ -10,7 +10,8 @@ demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
 bench = [*demo, "opencv-contrib-python-headless", "spdl", "torchmetrics", "webdataset"]  # OpenCV: SaliencyMix
 examples = ["accelerate", "lightning"]
 segmentation = [*demo, "torchmetrics>=1.0"]
-test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8", "pytest-xdist", "s3fs"]
+test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
+test += ["pytest-xdist", "s3fs"]
 
 setup(
     name="lumix-dali",

@@ -21,7 +21,8 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("way", ["generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))])
+@pytest.mark.parametrize("way", [
+    "generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))])
 def test_batches_of_ones_own_pipeline_arrive(folder, way):
     command = [sys.executable, "examples/own_pipeline.py", str(folder), way]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)

@@ -100,7 +100,8 @@ def test_checkpoints_are_written_within_epochs(whole):
 
 # first update, within an epoch, its last update, behind its validation, where mixing goes off
 @pytest.mark.parametrize("place", [
-    (0, 2), (0, 12), (1, 8), *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10)))])
+    (0, 2), (0, 12), (1, 8),
+    *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10)))])
 def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
     folder, kept = whole
     resumed = folder_with(kept[place], tmp_path)
