@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lumix_dali import LUMixLoss, MixTarget
+from lumix_dali import Kind, LUMixLoss, MixTarget
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 NAMES = ("lam0", "lam_s", "lam")
@@ -36,7 +36,7 @@ class LabelWeights:
             if lam_r is not None:
                 raw = raw + criterion.r_r * lam_r.to(lam.dtype)
             clamped = ((raw < 0) | (raw > 1)).to(lam.dtype)
-            mixed = (target.kind == 2) & (lam0 > 0) & (lam0 < 1)
+            mixed = (target.kind == int(Kind.CUTMIX)) & (lam0 > 0) & (lam0 < 1)
             self._batches.append(torch.stack((lam0, lam_s, lam, clamped), 1)[mixed].cpu())
 
     def summary(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import checks
 from .data import check, convert, sources
 from .data.formats import MAX_PIXELS
+from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
@@ -139,7 +140,9 @@ def _add_check(commands) -> None:
 
 
 def _check(args) -> int:
-    report = check.scan(args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=_progress)
+    report = check.scan(
+        args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=bar("chunk")
+    )
     print(check.show(report))
     print(
         "{ranks} rank(s), batches of {batch_size}: {batches} a rank, {left_out} samples left out".format(
@@ -175,19 +178,10 @@ def _convert(args) -> int:
     if inside and os.path.isdir(args.root):
         raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
     if not sources.is_manifest(args.root):
-        report = check.scan(args.root, full=args.full, workers=args.workers, progress=_progress)
+        report = check.scan(args.root, full=args.full, workers=args.workers, progress=bar("chunk"))
         samples = report.samples
         for name, reason in report.bad.items():
             print(f"left out {name!r}: {reason}", file=sys.stderr)
-    paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=_progress)
+    paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=bar("chunk"))
     print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
     return 0
-
-
-def _progress(chunks, total: int):
-    """A bar on a terminal; without tqdm, and in a log, nothing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return chunks
-    return tqdm(chunks, total=total, unit="chunk", leave=False, disable=None)

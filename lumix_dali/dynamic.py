@@ -11,11 +11,9 @@ import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
+from .fn import BELOW_HALF
 from .mixing import Mixing, draw, regions
 from .target import MixTarget
-
-# As in `fn`: two roundings must not add up to 256.
-_BELOW_HALF = -1e-3 / 255
 
 
 def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator) -> tuple[ndd.Batch, MixTarget]:
@@ -64,7 +62,7 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
         mixed = _scaled(images, 1 - patches.weight) + _scaled(mixed, patches.weight)
     lam0 = drawn.weight
     if mixing.counts_lam0:
-        area = patches.shapes[:, 1].prod(axis=1, dtype=np.float32)
+        area = (patches.height * patches.width).astype(np.float32)
         lam0 = patches.weight * (area / np.float32(size[0] * size[1]))
     fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner)
     device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
@@ -72,4 +70,4 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
 
 
 def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:
-    return ndd.brightness_contrast(images, brightness=ndd.as_batch(factor), brightness_shift=_BELOW_HALF)
+    return ndd.brightness_contrast(images, brightness=ndd.as_batch(factor), brightness_shift=BELOW_HALF)

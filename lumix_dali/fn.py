@@ -33,7 +33,7 @@ _CANVAS, _BOX = np.array([[1], [0]], np.int32), np.array([[0], [1]], np.int32)
 # A box of λ0 = 16 has four times the image's sides: clipped, it is the whole image wherever its centre lies.
 _WHOLE = np.array([[16], [0]], np.float32)
 # Two roundings must not add up to 256 where both halves of a white pixel end in .5.
-_BELOW_HALF = -1e-3 / 255
+BELOW_HALF = -1e-3 / 255
 
 
 class Draw(NamedTuple):
@@ -377,7 +377,7 @@ def _weighted(images: DataNode, partners: DataNode, weight: DataNode) -> DataNod
 
 
 def _scale(images: DataNode, factor: DataNode) -> DataNode:
-    return fn.brightness_contrast(images, brightness=factor, brightness_shift=_BELOW_HALF)
+    return fn.brightness_contrast(images, brightness=factor, brightness_shift=BELOW_HALF)
 
 
 def _scalar(labels: DataNode, device: str) -> DataNode:

@@ -48,7 +48,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from lumix_dali import LUMixLoss, MixTarget, __version__, check_target
+from lumix_dali import Kind, LUMixLoss, MixTarget, __version__, check_target
 
 from .build import build_criterion, build_loaders, build_model, build_run, load_data, updates_per_epoch
 from .checkpoint import SUMS, Found, Run, metric_name, read_checkpoint, resume, save
@@ -151,7 +151,7 @@ def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget,
     pair = logits.to(lam.dtype).gather(1, torch.stack([target.partner_labels, target.labels], 1))
     applied = (target.lam0 > 0) & (target.lam0 < 1)
     if criterion.apply_to == "cutmix":
-        applied &= target.kind == 2
+        applied &= target.kind == int(Kind.CUTMIX)
     clamped = (lam <= 0) | (lam >= 1)
     columns = (torch.ones_like(lam), target.lam0, pair.softmax(1)[:, 0], lam, clamped)
     return (torch.stack([column.to(lam.dtype) for column in columns]) * applied).sum(1)

@@ -91,7 +91,7 @@ MUTANTS = [
            tests("fn", "drawn_weight_without_correction")),
     Mutant("given λ0 ignored", FN, "Draw(partner, lam0=lam0, pixels=pixels)", "Draw(partner, pixels=pixels)",
            tests("fn", "a_given_lam0_is_emitted_as_it_is")),
-    Mutant("blend wraps white around to black", FN, "_BELOW_HALF = -1e-3 / 255", "_BELOW_HALF = 0.0",
+    Mutant("blend wraps white around to black", FN, "BELOW_HALF = -1e-3 / 255", "BELOW_HALF = 0.0",
            tests("fn", "every_pair_of_levels_blends_within_one")),
     # the box
     Mutant("box not clipped below 0", FN, "return math.clamp(low, 0, size)", "return low", PIXELS),

@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "target": 0, "reference": 0, "checks": 0,
+    "target": 0, "reference": 0, "checks": 0, "progress": 0,
     "mixing": 1,
-    "dynamic": 2,
+    "dynamic": 3,
     "loss": 2, "fn": 2, "decoding": 2, "augment": 2,
     "data.storage": 3, "data.formats": 4, "data.index": 5, "data.order": 5, "data.sources": 6, "data.check": 7,
     "data.convert": 7,

@@ -69,7 +69,7 @@ def convert(
     left = [(path, part) for path, part in zip(paths, parts, strict=True) if not os.path.exists(path)]
     for path, part in progress(left, len(left)):
         _write_shard(path, samples, part.tolist())
-    _write(os.path.join(out, sources.DESCRIPTION), json.dumps(plan | dict(complete=True), indent=1).encode())
+    _write_plan(os.path.join(out, sources.DESCRIPTION), plan | dict(complete=True))
     return paths
 
 
@@ -87,32 +87,24 @@ def _begin(out: str | os.PathLike, plan: dict[str, Any]) -> None:
     elif others := sorted(os.listdir(out)):
         raise ValueError(f"out={os.fspath(out)!r}: {others[0]!r} is in it; give an empty or a new folder")
     else:
-        _write(path, json.dumps(plan, indent=1).encode())
+        _write_plan(path, plan)
 
 
 def _write_shard(path: str, samples: sources.Files, indices: Sequence[int]) -> None:
-    with open(f"{path}.tmp", "wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for i in indices:
-                suffix = os.path.splitext(samples.names[i])[1].lower()
-                extension = suffix if suffix in EXTENSIONS else ".jpg"  # a list may name anything
-                content = storage.read_bytes(samples.path(i))
-                for name, text in ((f"{i:09}{extension}", content), (f"{i:09}.cls", str(samples.labels[i]).encode())):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(text)
-                    archive.addfile(member, io.BytesIO(text))
-        _sync(file)
-    os.replace(f"{path}.tmp", path)
+    with (
+        storage.replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for i in indices:
+            suffix = os.path.splitext(samples.names[i])[1].lower()
+            extension = suffix if suffix in EXTENSIONS else ".jpg"  # a list may name anything
+            content = storage.read_bytes(samples.path(i))
+            for name, text in ((f"{i:09}{extension}", content), (f"{i:09}.cls", str(samples.labels[i]).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text))
 
 
-def _write(path: str, content: bytes) -> None:
-    """Replaces a file in one step."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(f"{path}.tmp", path)
-
-
-def _sync(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write_plan(path: str, plan: dict[str, Any]) -> None:
+    with storage.replacing(path) as file:
+        file.write(json.dumps(plan, indent=1).encode())

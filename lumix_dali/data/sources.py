@@ -643,10 +643,8 @@ def write_manifest(files: Files, path: str | os.PathLike) -> None:
         labels=files.labels.tolist(),
         digest=files.digest,
     )
-    scratch = f"{os.fspath(path)}.tmp"
-    with open(scratch, "w", encoding="ascii") as file:
-        json.dump(content, file)
-    os.replace(scratch, path)
+    with storage.replacing(path) as file:
+        file.write(json.dumps(content).encode("ascii"))
 
 
 def natural_key(text: str) -> list:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 _QUESTIONS = 16  # that are asked of a server at once
 _COPY = re.compile(r"/[0-9a-f]{64}(\.part)?$")
@@ -132,6 +132,17 @@ def entries(paths: Sequence[str]) -> list[Entry]:
     """`entry` of each of these."""
     with ThreadPoolExecutor(_QUESTIONS) as pool:
         return list(pool.map(entry, paths))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name, and replaces what had it, once it is whole."""
+    scratch = f"{os.fspath(path)}.tmp"
+    with open(scratch, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
 
 
 def cache_folder() -> str:

@@ -33,6 +33,7 @@ from ..data import formats, sources
 from ..data.order import Order, Window
 from ..decoding import refused
 from ..mixing import Mixing, Mode
+from ..progress import bar
 from . import pipelines
 from .feed import Faults, Feed
 from .pipelines import EraseMode, EvalTransform, TrainTransform
@@ -207,7 +208,7 @@ def create_loader(
             crop_mode=cast(Any, crop_mode),
             interpolation=cast(Any, interpolation),
         )
-    samples = sources.load(source, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=_progress)
+    samples = sources.load(source, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing"))
     order = _order(
         samples,
         checks.one_of("shuffle", shuffle, get_args(Shuffle)),
@@ -238,9 +239,9 @@ def create_loader(
 
 def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
     given = [name for name in ("auto_augment", "color_jitter", "grayscale_prob", "re_prob") if getattr(transform, name)]
-    if given + ["num_aug_repeats"] * bool(repeats):
-        listed = ", ".join([*given, *["num_aug_repeats"] * bool(repeats)])
-        raise ValueError(f"is_training=False: evaluation augments nothing; leave out {listed}")
+    given += ["num_aug_repeats"] * bool(repeats)
+    if given:
+        raise ValueError(f"is_training=False: evaluation augments nothing; leave out {', '.join(given)}")
 
 
 def _order(samples: sources.Source, how: Shuffle, window: int, **options: Any) -> Order:
@@ -361,8 +362,7 @@ class Loader:
         if self._closed:
             raise ValueError("loader: it is closed; make a new one with create_loader")
         self._check_process()
-        if (before := self._current()) is not None:
-            before.close()
+        self._drop(self._current())
         place = self._resolved(self._next)
         epoch, self._ahead = self._ahead, None
         if epoch is None or epoch.place != place:
@@ -434,16 +434,12 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _is_inherited(self) -> bool:
-        return os.getpid() != self._pid
-
     def _check_process(self) -> None:
-        if self._is_inherited():  # DALI's threads stay in the parent: waiting for them would never end
+        if os.getpid() != self._pid:  # DALI's threads stay in the parent: waiting for them would never end
             raise RuntimeError("loader: it was inherited by fork; make a loader of its own in each process")
 
     def _stop(self) -> None:
-        if (epoch := self._current()) is not None:
-            epoch.close()
+        self._drop(self._current())
         self._drop(self._ahead)
         self._ahead = None
 
@@ -658,12 +654,3 @@ def _device_id(device: torch.device) -> int | None:
 
 def _default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _progress(shards: Any, total: int) -> Any:
-    """A bar on a terminal, where tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return shards
-    return tqdm(shards, total=total, unit="shard", desc="indexing", leave=False, disable=None)

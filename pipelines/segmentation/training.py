@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ..folder import write_text
 from ..ranks import Stop
 from .data import VOID, Split, TrainSource, TrainTransform, train_batches
 
@@ -114,7 +115,7 @@ def save(run: Run, args: argparse.Namespace) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, run.folder / "last.pth.tar")
-    (run.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.rows))
+    write_text(run.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
 
 
 def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]],
