@@ -9,9 +9,11 @@ import pytest
 from lumix_dali.loading.plan import Plan
 from lumix_dali.target import MixTarget
 
-# A shell's background job ignores SIGINT, and so would the processes that tests start in order to interrupt them.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell's background job ignores SIGINT, one under nohup SIGHUP, and so would the processes that tests start in
+# order to interrupt them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
