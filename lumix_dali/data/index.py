@@ -27,7 +27,7 @@ IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # T
 DIGITS = 9  # of the longest label
 _FORMAT = 4  # of the kept file
 _BLOCK = 512  # tar's unit
-_REGULAR, _EMPTY, _EXTENDED = b"0\07", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
+_REGULAR, _EMPTY, _EXTENDED = b"0\x007", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
 UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises where a kept index is missing or damaged
 _ALONE = 8  # shards that are not worth a process of their own
 
