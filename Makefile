@@ -20,6 +20,7 @@ test: $(ready)
 	$(python) -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(ready)
+	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
 	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them

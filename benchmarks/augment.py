@@ -33,6 +33,7 @@ POLICY = augment.parse(f"rand-m{MAGNITUDE}-n1-p1-inc1")
 
 def photographs(paths: Sequence[str], size: int) -> np.ndarray:
     """uint8 [N, size, size, 3]: the middle of each image, resized."""
+
     def read(path: str) -> np.ndarray:
         image = Image.open(path).convert("RGB")
         side = min(image.size)
@@ -65,8 +66,12 @@ def differences(images: np.ndarray) -> Iterator[dict[str, Any]]:
             wrong = np.abs(found.as_array().astype(int) - wanted)
             if place < augment._WARPS:
                 wrong = wrong[:, border:-border, border:-border]
-            yield dict(name=name + " -" * (sign < 0), largest=int(wrong.max()), mean=float(wrong.mean()),
-                       beyond_one=float((wrong > 1).mean()))
+            yield dict(
+                name=name + " -" * (sign < 0),
+                largest=int(wrong.max()),
+                mean=float(wrong.mean()),
+                beyond_one=float((wrong > 1).mean()),
+            )
 
 
 def timm_operation(name: str, sign: int) -> timms.AugmentOp:
@@ -90,8 +95,9 @@ def timm_operation(name: str, sign: int) -> timms.AugmentOp:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
-    parser = argparse.ArgumentParser("python -m benchmarks.augment", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.augment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", metavar="DIR", help="class folder; default: generated images")
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
@@ -103,11 +109,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = harness.metadata(shlex.join(["python", "-m", "benchmarks.augment", *given]))
     harness.refuse_dirty(args.out, meta, args.allow_dirty)
     samples = load_files(args.data or data.generate())
-    chosen = np.random.default_rng(0).permutation(len(samples))[:args.images]
+    chosen = np.random.default_rng(0).permutation(len(samples))[: args.images]
     images = photographs([samples.path(i) for i in chosen], args.input_size)
     rows = list(differences(images))
-    harness.write(args.out, dict(kind="augment", unit="grey levels", complete=True, meta=meta,
-                                 settings=dict(images=len(images), input_size=args.input_size), rows=rows))
+    harness.write(
+        args.out,
+        dict(
+            kind="augment",
+            unit="grey levels",
+            complete=True,
+            meta=meta,
+            settings=dict(images=len(images), input_size=args.input_size),
+            rows=rows,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -136,12 +136,14 @@ class Entry:
 def plain_crop(images, **decoder: Any):
     """Decode and crop as a pipeline of plain DALI does."""
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
-    return fn.decoders.image_random_crop(images, device=device, random_area=SCALE, random_aspect_ratio=RATIO,
-                                         adjust_orientation=False, **decoder)
+    return fn.decoders.image_random_crop(
+        images, device=device, random_area=SCALE, random_aspect_ratio=RATIO, adjust_orientation=False, **decoder
+    )
 
 
 def guarded_crop(images, **decoder: Any):
     """Decode and crop as this project's loader does, behind a peek."""
+
     def region(shape):
         return fn.random_crop_generator(shape, random_area=SCALE, random_aspect_ratio=RATIO)
 
@@ -154,15 +156,16 @@ def cropped(images, size: int, stages: int, decoder: dict[str, Any], crop: Calla
         images = crop(images, **decoder)
     if stages > 2:
         images = fn.resize_crop_mirror(
-            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC,
-            mirror=fn.random.coin_flip())
+            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC, mirror=fn.random.coin_flip()
+        )
     return images
 
 
 def normalised_in_dali(images):
     """Float32, CHW."""
-    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout="CHW",
-                                    mean=[255 * m for m in MEAN], std=[255 * s for s in STD])
+    return fn.crop_mirror_normalize(
+        images, dtype=types.FLOAT, output_layout="CHW", mean=[255 * m for m in MEAN], std=[255 * s for s in STD]
+    )
 
 
 @pipeline_def
@@ -177,9 +180,18 @@ def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int, 
 
 
 def build_dali(s: Setting, threads: int, stages: int, **options: Any):
-    return dali_pipeline(s.paths(), s.samples.labels.tolist(), s.size, stages, s.decoder, batch_size=s.batch_size,
-                         num_threads=threads, prefetch_queue_depth=PREFETCH,
-                         device_id=torch.device(s.device).index if s.cuda else None, **options)
+    return dali_pipeline(
+        s.paths(),
+        s.samples.labels.tolist(),
+        s.size,
+        stages,
+        s.decoder,
+        batch_size=s.batch_size,
+        num_threads=threads,
+        prefetch_queue_depth=PREFETCH,
+        device_id=torch.device(s.device).index if s.cuda else None,
+        **options,
+    )
 
 
 def open_dali(stages: int, s: Setting, threads: int, batches: int, **options: Any) -> Epoch:
@@ -212,8 +224,16 @@ def open_dali_torchvision(s: Setting, threads: int, batches: int) -> Epoch:
 
 
 def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -> Iterable:
-    return create_loader(s.repeated(batches), batch_size=s.batch_size, input_size=s.size, device=s.device,
-                         num_threads=threads, prefetch_queue_depth=PREFETCH, decoder=s.decoder, **mixing)
+    return create_loader(
+        s.repeated(batches),
+        batch_size=s.batch_size,
+        input_size=s.size,
+        device=s.device,
+        num_threads=threads,
+        prefetch_queue_depth=PREFETCH,
+        decoder=s.decoder,
+        **mixing,
+    )
 
 
 # --- timm
@@ -240,10 +260,22 @@ def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: in
     make = timm.data.FastCollateMixup if in_collate else timm.data.Mixup
     mixup = make(mixup_alpha=0.8, cutmix_alpha=1.0, mode=mode, num_classes=s.num_classes)
     loader = timm.data.create_loader(
-        timm.data.ImageDataset("", reader=GivenFiles(s.repeated(batches))), input_size=(3, s.size, s.size),
-        batch_size=s.batch_size, is_training=True, scale=SCALE, ratio=RATIO, color_jitter=0.0,
-        interpolation="bicubic", mean=MEAN, std=STD, num_workers=workers, pin_memory=s.cuda,
-        collate_fn=mixup if in_collate else None, device=torch.device(s.device), **augmentation)
+        timm.data.ImageDataset("", reader=GivenFiles(s.repeated(batches))),
+        input_size=(3, s.size, s.size),
+        batch_size=s.batch_size,
+        is_training=True,
+        scale=SCALE,
+        ratio=RATIO,
+        color_jitter=0.0,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        pin_memory=s.cuda,
+        collate_fn=mixup if in_collate else None,
+        device=torch.device(s.device),
+        **augmentation,
+    )
     return loader if in_collate else Epoch(lambda: (mixup(*batch) for batch in loader))
 
 
@@ -277,20 +309,29 @@ class CutMixCollate:
 
 
 def torchvision_transform(size: int) -> v2.Compose:
-    return v2.Compose([
-        v2.RandomResizedCrop(size, scale=SCALE, ratio=RATIO, interpolation=v2.InterpolationMode.BICUBIC,
-                             antialias=True),
-        v2.RandomHorizontalFlip(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, STD),
-    ])
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                size, scale=SCALE, ratio=RATIO, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            ),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def open_torchvision(s: Setting, workers: int, batches: int) -> Epoch:
     loader = DataLoader(
-        Pictures(s.repeated(batches), torchvision_transform(s.size)), s.batch_size, shuffle=True,
-        num_workers=workers, collate_fn=CutMixCollate(s.num_classes), pin_memory=s.cuda, persistent_workers=True,
-        prefetch_factor=PREFETCH)
+        Pictures(s.repeated(batches), torchvision_transform(s.size)),
+        s.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=CutMixCollate(s.num_classes),
+        pin_memory=s.cuda,
+        persistent_workers=True,
+        prefetch_factor=PREFETCH,
+    )
     return Epoch(lambda: moved(loader, s.device))
 
 
@@ -369,11 +410,23 @@ class FromBytes:
 def open_webdataset(s: Setting, workers: int, batches: int) -> Epoch:
     import webdataset
 
-    dataset = (webdataset.WebDataset(s.shards, resampled=True, shardshuffle=False).shuffle(1000)
-               .to_tuple("jpg", "cls").map_tuple(FromBytes(s.size), int).batched(s.batch_size, partial=False)
-               .with_epoch(-(-batches // workers)))  # an epoch is each worker's own
-    loader = webdataset.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers, pin_memory=s.cuda,
-                                  persistent_workers=True, prefetch_factor=PREFETCH)
+    dataset = (
+        webdataset.WebDataset(s.shards, resampled=True, shardshuffle=False)
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(FromBytes(s.size), int)
+        .batched(s.batch_size, partial=False)
+        .with_epoch(-(-batches // workers))
+    )  # an epoch is each worker's own
+    loader = webdataset.WebLoader(
+        dataset,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        pin_memory=s.cuda,
+        persistent_workers=True,
+        prefetch_factor=PREFETCH,
+    )
     return Epoch(lambda: moved(loader, s.device))
 
 
@@ -390,9 +443,15 @@ def open_ffcv(s: Setting, workers: int, batches: int) -> Epoch:
     image = [decoder, RandomHorizontalFlip(), ToTensor(), *to_device, ToTorchImage(channels_last=False)]
     label = [IntDecoder(), ToTensor(), *to_device, Squeeze()]
     loader = Loader(
-        s.beton, batch_size=s.batch_size, num_workers=workers, order=OrderOption.RANDOM, drop_last=True,
-        os_cache=True, indices=np.arange(batches * s.batch_size) % len(s.samples),
-        pipelines={"image": image, "label": label})
+        s.beton,
+        batch_size=s.batch_size,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        os_cache=True,
+        indices=np.arange(batches * s.batch_size) % len(s.samples),
+        pipelines={"image": image, "label": label},
+    )
     return Epoch(lambda: ((normalised(images), labels) for images, labels in loader))
 
 
@@ -401,8 +460,7 @@ def open_ffcv(s: Setting, workers: int, batches: int) -> Epoch:
 DALI: dict[str, Any] = dict(ahead=lambda threads: PREFETCH + 1)
 TORCH: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swept=True)
 TIMM: dict[str, Any] = dict(mixing="CutMix + Mixup", **TORCH)
-COLLATED = ("create_loader with its prefetcher and FastCollateMixup as collate_fn, as timm's train.py; "
-            "targets are dense")
+COLLATED = "create_loader with its prefetcher and FastCollateMixup as collate_fn, as timm's train.py; targets are dense"
 
 
 def mixed(mode: str, mixup_alpha: float = 0.0) -> dict[str, Any]:
@@ -424,25 +482,63 @@ ENTRIES = [
     Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing="CutMix", **DALI),
     Entry("lumix/cutmix+mixup elem", partial(open_lumix, mixed("elem", 0.8)), mixing="CutMix + Mixup", **DALI),
     Entry("lumix/cutmix+mixup batch", partial(open_lumix, mixed("batch", 0.8)), mixing="CutMix + Mixup", **DALI),
-    Entry("lumix/recipe", partial(open_lumix, mixed("batch", 0.8) | RECIPE), mixing="CutMix + Mixup", **DALI,
-          note="batch mode, RandAugment, random erasing: before mixing, on uint8"),
-    Entry("dali+torchvision cutmix", open_dali_torchvision, mixing="CutMix", **DALI,
-          note="the ceiling's pipeline, DALIClassificationIterator, v2.CutMix on the device; targets are dense"),
+    Entry(
+        "lumix/recipe",
+        partial(open_lumix, mixed("batch", 0.8) | RECIPE),
+        mixing="CutMix + Mixup",
+        **DALI,
+        note="batch mode, RandAugment, random erasing: before mixing, on uint8",
+    ),
+    Entry(
+        "dali+torchvision cutmix",
+        open_dali_torchvision,
+        mixing="CutMix",
+        **DALI,
+        note="the ceiling's pipeline, DALIClassificationIterator, v2.CutMix on the device; targets are dense",
+    ),
     Entry("timm FastCollateMixup batch", partial(open_timm, "batch", True), note=COLLATED, **TIMM),
     Entry("timm FastCollateMixup elem", partial(open_timm, "elem", True), note=COLLATED, **TIMM),
-    Entry("timm Mixup afterwards", partial(open_timm, "batch", False), **TIMM,
-          note="create_loader with its prefetcher, then Mixup(mode='batch') on the device; targets are dense"),
-    Entry("timm recipe", partial(open_timm, "batch", True, **RECIPE), **TIMM,
-          note="FastCollateMixup in batch mode, RandAugment in the workers, random erasing by the prefetcher"),
-    Entry("torchvision v2 collate cutmix", open_torchvision, mixing="CutMix", **TORCH,
-          note="decode_image to uint8 tensors, transforms v2, CutMix in collate_fn, persistent workers"),
-    Entry("spdl", open_spdl, ahead=lambda workers: PREFETCH + 4, swept=True,
-          note="demux_image, decode_packets with FFmpeg's crop, scale (swscale's bicubic) and hflip in threads; "
-               "convert_frames; normalised in torch on the device; nothing is mixed"),
-    Entry("webdataset", open_webdataset, **TORCH,
-          note="tar shards, resampled, shuffle(1000), batched in the workers and not anew behind them, WebLoader; "
-               "decode_image and transforms v2, faster than the documentation's PIL; nothing is mixed"),
-    Entry("ffcv", open_ffcv, ahead=lambda workers: 3 + PREFETCH, swept=True, excused=True,
-          note="JPEGs written anew at quality 90; resized with OpenCV's area interpolation, its only one; "
-               "nothing is mixed"),
+    Entry(
+        "timm Mixup afterwards",
+        partial(open_timm, "batch", False),
+        **TIMM,
+        note="create_loader with its prefetcher, then Mixup(mode='batch') on the device; targets are dense",
+    ),
+    Entry(
+        "timm recipe",
+        partial(open_timm, "batch", True, **RECIPE),
+        **TIMM,
+        note="FastCollateMixup in batch mode, RandAugment in the workers, random erasing by the prefetcher",
+    ),
+    Entry(
+        "torchvision v2 collate cutmix",
+        open_torchvision,
+        mixing="CutMix",
+        **TORCH,
+        note="decode_image to uint8 tensors, transforms v2, CutMix in collate_fn, persistent workers",
+    ),
+    Entry(
+        "spdl",
+        open_spdl,
+        ahead=lambda workers: PREFETCH + 4,
+        swept=True,
+        note="demux_image, decode_packets with FFmpeg's crop, scale (swscale's bicubic) and hflip in threads; "
+        "convert_frames; normalised in torch on the device; nothing is mixed",
+    ),
+    Entry(
+        "webdataset",
+        open_webdataset,
+        **TORCH,
+        note="tar shards, resampled, shuffle(1000), batched in the workers and not anew behind them, WebLoader; "
+        "decode_image and transforms v2, faster than the documentation's PIL; nothing is mixed",
+    ),
+    Entry(
+        "ffcv",
+        open_ffcv,
+        ahead=lambda workers: 3 + PREFETCH,
+        swept=True,
+        excused=True,
+        note="JPEGs written anew at quality 90; resized with OpenCV's area interpolation, its only one; "
+        "nothing is mixed",
+    ),
 ]

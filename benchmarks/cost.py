@@ -88,9 +88,17 @@ def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
 def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
     """A pipeline of the first `stages` stages over `s.samples`, again and again."""
     feed = Feed(s, Mixing(**CUTMIX) if stages > 3 else None)
-    return staged_pipeline(feed, s.size, stages, s.decoder, batch_size=s.batch_size,
-                           num_threads=threads, prefetch_queue_depth=PREFETCH,
-                           device_id=torch.device(s.device).index, **options)
+    return staged_pipeline(
+        feed,
+        s.size,
+        stages,
+        s.decoder,
+        batch_size=s.batch_size,
+        num_threads=threads,
+        prefetch_queue_depth=PREFETCH,
+        device_id=torch.device(s.device).index,
+        **options,
+    )
 
 
 def stage_epoch(s: Setting, threads: int, stages: int, copied: bool, batches: int) -> Iterator:
@@ -126,8 +134,15 @@ class Step:
     def loader(self, threads: int, batches: int) -> Iterable:
         """The loader of this recipe."""
         return create_loader(
-            self.s.repeated(batches), batch_size=self.s.batch_size, input_size=self.s.size, device=self.s.device,
-            num_threads=threads, prefetch_queue_depth=PREFETCH, decoder=self.s.decoder, **self.mixing)
+            self.s.repeated(batches),
+            batch_size=self.s.batch_size,
+            input_size=self.s.size,
+            device=self.s.device,
+            num_threads=threads,
+            prefetch_queue_depth=PREFETCH,
+            decoder=self.s.decoder,
+            **self.mixing,
+        )
 
     def run(self, batch: Any, parts: int = len(MODEL_STAGES)) -> None:
         """The first `parts` parts of a step."""
@@ -268,8 +283,15 @@ class Own:
 
     def measure(self) -> float:
         """CPU milliseconds a batch of all threads, in the loader's steady state."""
-        loader = create_loader(self.files(), batch_size=OWN_BATCH, input_size=OWN_SIDE, interpolation="bilinear",
-                               device="cpu", num_threads=1, **self.mixing)
+        loader = create_loader(
+            self.files(),
+            batch_size=OWN_BATCH,
+            input_size=OWN_SIDE,
+            interpolation="bilinear",
+            device="cpu",
+            num_threads=1,
+            **self.mixing,
+        )
         with loader:
             batches = iter(loader)
             for _ in range(2 * PREFETCH):
@@ -312,8 +334,9 @@ def model_candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.C
         turn = partial(first_batch, step, args.threads, args.batches)
         yield harness.Candidate(f"{recipe} first batch", turn, where=dict(part="epoch"))
     yield harness.Candidate("build", partial(built, s, args.threads), where=dict(part="epoch"))
-    yield harness.Candidate("checkpoint", partial(checkpointed, s, args.threads, args.batches),
-                            where=dict(part="epoch"))
+    yield harness.Candidate(
+        "checkpoint", partial(checkpointed, s, args.threads, args.batches), where=dict(part="epoch")
+    )
     for name, take in HANDOVERS.items():
         handover = Handover(steps["lumix"], args.threads, take, args.batches)
         yield harness.Candidate(name, handover.measure, handover.prepare, where=dict(part="handover"))
@@ -359,8 +382,10 @@ def executor_statistics(s: Setting, threads: int) -> dict[str, Any]:
             pipe.run()
     except RuntimeError as error:  # the measurements that follow do not depend on it
         return dict(skipped=harness.last_line(error))
-    return {name: {key: value for key, value in stats.items() if value and any(value)}
-            for name, stats in pipe.executor_statistics().items()}
+    return {
+        name: {key: value for key, value in stats.items() if value and any(value)}
+        for name, stats in pipe.executor_statistics().items()
+    }
 
 
 def operators(pipe: Pipeline) -> dict[str, Any]:
@@ -373,26 +398,41 @@ def operators(pipe: Pipeline) -> dict[str, Any]:
     return dict(
         **{device: counts[device] for device in ("cpu", "mixed", "gpu")},
         copies_to_gpu=sum(device == "gpu" and made_on[name] == "cpu" for name, device in nodes),
-        read_from_gpu=[type(operator._op).__name__ for operator, node in taken
-                       if operator._op.device == "cpu" and node.device == "gpu"])
+        read_from_gpu=[
+            type(operator._op).__name__
+            for operator, node in taken
+            if operator._op.device == "cpu" and node.device == "gpu"
+        ],
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     harness.add_arguments(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="class folder; default: generated images")
     parser.add_argument("--model", default="resnet50", help="any name timm.create_model knows")
     parser.add_argument("--batch-size", type=harness.positive, default=256)
     parser.add_argument("--input-size", type=harness.positive, default=224)
     parser.add_argument("--threads", type=harness.positive, default=harness.cpus(), help="DALI's")
-    parser.add_argument("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
-                        help="of DALI's decoder, as benchmarks.tune finds them")
+    parser.add_argument(
+        "--decoder",
+        type=harness.options,
+        default={},
+        metavar="NAME=NUMBER,...",
+        help="of DALI's decoder, as benchmarks.tune finds them",
+    )
     parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
     parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), metavar="LIST",
-                        help=f"of {','.join(PARTS)} (default: all); a CPU's model wants smaller batches")
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        metavar="LIST",
+        help=f"of {','.join(PARTS)} (default: all); a CPU's model wants smaller batches",
+    )
     parser.add_argument("--only", metavar="NAMES", help=f"of these parts' {harness.ONLY}")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
@@ -406,20 +446,35 @@ def main(argv: list[str] | None = None) -> None:
         root = args.data or data.generate()
         device = harness.resolve_device(args.device)
         s = Setting(load_files(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
-        settings = dict(model=args.model, batch_size=s.batch_size, input_size=s.size, device=s.device,
-                        threads=args.threads, decoder=args.decoder, amp=args.amp, images=len(s.samples),
-                        operators={name: operators(build(s, args.threads, number))
-                                   for number, name in enumerate(LOADER_STAGES[:-1], 1)},
-                        executor_statistics=executor_statistics(s, args.threads))
+        settings = dict(
+            model=args.model,
+            batch_size=s.batch_size,
+            input_size=s.size,
+            device=s.device,
+            threads=args.threads,
+            decoder=args.decoder,
+            amp=args.amp,
+            images=len(s.samples),
+            operators={
+                name: operators(build(s, args.threads, number)) for number, name in enumerate(LOADER_STAGES[:-1], 1)
+            },
+            executor_statistics=executor_statistics(s, args.threads),
+        )
         try:
             chosen = harness.named(candidates(s, args), args.only)
         except ValueError as error:
             parser.error(str(error))
         result = harness.compare(
-            chosen, kind="cost", unit="ms", command=command, out=args.out, rounds=args.rounds,
+            chosen,
+            kind="cost",
+            unit="ms",
+            command=command,
+            out=args.out,
+            rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded", "copied", "tiny none"),
             settings=settings,
-            allow_dirty=args.allow_dirty)
+            allow_dirty=args.allow_dirty,
+        )
         print(*verdict(result["rows"]), sep="\n")
         if args.trace:
             write_trace(s, args)
@@ -432,12 +487,14 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     def ratio(name: str, reference: str) -> float | None:
         return found.get(name, {}).get(reference)
 
-    said = {"LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
-            "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
-            "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed")),
-            "DLPack / copied": ratio("dlpack", "copied"),
-            "CutMix / nothing, tiny images": ratio("tiny cutmix", "tiny none"),
-            "CutMix + Mixup / nothing, tiny images": ratio("tiny cutmix+mixup", "tiny none")}
+    said = {
+        "LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
+        "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
+        "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed")),
+        "DLPack / copied": ratio("dlpack", "copied"),
+        "CutMix / nothing, tiny images": ratio("tiny cutmix", "tiny none"),
+        "CutMix + Mixup / nothing, tiny images": ratio("tiny cutmix+mixup", "tiny none"),
+    }
     lines = [f"{what}: {value:.3f}" for what, value in said.items() if value is not None]
     if slower is not None:
         lines.append(f"so the {'model' if slower < 1.05 else 'loader'} is the bottleneck")

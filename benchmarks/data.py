@@ -101,8 +101,9 @@ def _encode(image: Image.Image, quality: int, subsampled: bool) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
-    parser = argparse.ArgumentParser("python -m benchmarks.data", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", default=DEFAULT, metavar="DIR", help=f"where to (default: {DEFAULT})")
     parser.add_argument("--images", type=positive, default=1000, help="how many (default: 1000)")
     parser.add_argument("--classes", type=positive, default=100, help="in how many folders (default: 100)")

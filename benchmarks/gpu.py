@@ -36,20 +36,52 @@ import torch
 from . import harness, probe
 
 # Per cent of a visit's time; the order is that of worth.
-SHARES = {"environment": 9, "tests": 34, "images": 6, "tune": 5, "loaders": 12, "mix": 5, "cost-deit": 6,
-          "cost-resnet50": 9, "loss": 6, "training": 8}
+SHARES = {
+    "environment": 9,
+    "tests": 34,
+    "images": 6,
+    "tune": 5,
+    "loaders": 12,
+    "mix": 5,
+    "cost-deit": 6,
+    "cost-resnet50": 9,
+    "loss": 6,
+    "training": 8,
+}
 WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
 # Two processes: should a GPU's decoder crash, the operators have been tested all the same.
-TESTS = {"operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss", "segment"),
-         "decoding": ("gpu", "classification", "loader", "ranks")}
-TRAINING = ["--model", "resnet18", "--img-size", "64", "--crop-pct", "1", "--scale", ".4", "1",
-            "--mixup-mode", "elem", "--opt", "adamw", "--lr", "2e-3", "--weight-decay", ".05",
-            "--warmup-epochs", "1"]
+TESTS = {
+    "operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss", "segment"),
+    "decoding": ("gpu", "classification", "loader", "ranks"),
+}
+TRAINING = [
+    "--model",
+    "resnet18",
+    "--img-size",
+    "64",
+    "--crop-pct",
+    "1",
+    "--scale",
+    ".4",
+    "1",
+    "--mixup-mode",
+    "elem",
+    "--opt",
+    "adamw",
+    "--lr",
+    "2e-3",
+    "--weight-decay",
+    ".05",
+    "--warmup-epochs",
+    "1",
+]
 FAST = ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
 RECIPES = {"cutmix": ["--no-lumix"], "lumix": []}
 # Name, model, batch size, and what of `benchmarks.cost` is measured with it.
-COSTS = (("deit", "deit_small_patch16_224", 128, "model,step"),
-         ("resnet50", "resnet50", 256, "loader,epoch,handover,step"))
+COSTS = (
+    ("deit", "deit_small_patch16_224", 128, "model,step"),
+    ("resnet50", "resnet50", 256, "loader,epoch,handover,step"),
+)
 GRACE = 5  # seconds, between asking a step to end and ending it
 DALI = ("nvidia.dali", "the wheel nvidia-dali-cuda130 or its files on PYTHONPATH")
 PYTEST = ("pytest", "pure wheels, which can be carried: pytest pluggy iniconfig packaging pygments")
@@ -110,8 +142,20 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
     yield measured("mix", "mix", "--rounds", "3", *quick, *small)
     for name, model, batch_size, parts in COSTS:
         options = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size), *(["--amp"] if gpu else [])]
-        yield measured(f"cost-{name}", "cost", "--rounds", "3", "--model", model, "--parts", parts, *options,
-                       *data_args, *([] if gpu else ["--batch-size", "2"]), skip=no_images)
+        yield measured(
+            f"cost-{name}",
+            "cost",
+            "--rounds",
+            "3",
+            "--model",
+            model,
+            "--parts",
+            parts,
+            *options,
+            *data_args,
+            *([] if gpu else ["--batch-size", "2"]),
+            skip=no_images,
+        )
     problems = ["--batch-sizes", "256", "--classes", "1000,21841", *([] if gpu else ["--dtypes", "float32"])]
     yield measured("loss", "loss", "--rounds", "3", *problems, *quick, dali=False)
     for seed in range(args.seeds):
@@ -122,8 +166,16 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
 def tests(name: str, skip: str) -> Step:
     """Some of the GPU tests, without those that take minutes."""
     # The project's own options turn -q on: -vv makes that -v, one line per test.
-    options = ["-m", "gpu and not slow", "-vv", "--tb=short", "-p", "no:cacheprovider", "--durations=10",
-               "--continue-on-collection-errors"]
+    options = [
+        "-m",
+        "gpu and not slow",
+        "-vv",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--durations=10",
+        "--continue-on-collection-errors",
+    ]
     files = [f"tests/test_{file}.py" for file in TESTS[name]]
     return Step(f"tests {name}", ["pytest", *options, *files], needs=(PYTEST, DALI), skip=skip)
 
@@ -152,8 +204,13 @@ def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scr
     where = ["--output", str(scratch), "--experiment", experiment, "--overwrite"]
     numbers = ["--device", args.device, "--seed", str(seed), "--epochs", str(args.epochs if gpu else 1)]
     missing = "" if args.cifar or images.is_dir() else "there are no images"
-    return Step(name, ["pipelines.train", *splits, *where, *numbers, *TRAINING, *RECIPES[recipe],
-                       *(FAST if gpu else [])], scratch / experiment / "summary.json", needs=(DALI,), skip=missing)
+    return Step(
+        name,
+        ["pipelines.train", *splits, *where, *numbers, *TRAINING, *RECIPES[recipe], *(FAST if gpu else [])],
+        scratch / experiment / "summary.json",
+        needs=(DALI,),
+        skip=missing,
+    )
 
 
 def share(name: str, only: Iterable[str], seeds: int) -> float:
@@ -171,8 +228,14 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
     began = time.monotonic()
     with log.open("ab") as stream:
         start = stream.tell()
-        process = subprocess.Popen([sys.executable, "-u", "-m", *step.argv], cwd=harness.ROOT, stdout=stream,
-                                   stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", *step.argv],
+            cwd=harness.ROOT,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             code = process.wait(max(0, seconds))
         except subprocess.TimeoutExpired:
@@ -222,13 +285,18 @@ def found(step: Step, output: str) -> Any:
         return dict(file=step.result.name, complete=result["complete"], errors=errors)  # the rest is in the file
     if step.argv[0] == "pytest":
         outcomes = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, flags=re.MULTILINE)
-        names = {word.lower(): [name for name, outcome in outcomes if outcome == word]
-                 for word in ("FAILED", "ERROR", "SKIPPED")}
+        names = {
+            word.lower(): [name for name, outcome in outcomes if outcome == word]
+            for word in ("FAILED", "ERROR", "SKIPPED")
+        }
         # Files that cannot be imported have no line of their own.
         names["error"] += re.findall(r"^ERROR (tests/[^:\s]+\.py)(?!:)", output, flags=re.MULTILINE)
         selected = re.search(r"^collecting .*? (\d+) (?:items?$|selected)", output, flags=re.MULTILINE)
-        return dict(selected=int(selected[1]) if selected else None,  # more than all others: it was cut short
-                    passed=sum(outcome == "PASSED" for _, outcome in outcomes), **names)
+        return dict(
+            selected=int(selected[1]) if selected else None,  # more than all others: it was cut short
+            passed=sum(outcome == "PASSED" for _, outcome in outcomes),
+            **names,
+        )
     for text in reversed(output.splitlines()):
         if text.startswith("{"):
             return json.loads(text)
@@ -237,16 +305,22 @@ def found(step: Step, output: str) -> Any:
 
 def paired(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Top-1 of each recipe over the seeds that both finished, and LUMix less CutMix seed by seed."""
-    top1 = {line["step"]: line["result"]["top1"] for line in lines
-            if line["step"].startswith("training") and line["status"] == "ok"}
+    top1 = {
+        line["step"]: line["result"]["top1"]
+        for line in lines
+        if line["step"].startswith("training") and line["status"] == "ok"
+    }
     seeds = [name.split()[2] for name in top1 if name.startswith("training lumix")]
     seeds = [seed for seed in seeds if f"training cutmix {seed}" in top1]
     scores = {recipe: [top1[f"training {recipe} {seed}"] for seed in seeds] for recipe in RECIPES}
     difference = [lumix - cutmix for lumix, cutmix in zip(scores["lumix"], scores["cutmix"], strict=True)]
 
     def described(values: list[float]) -> dict[str, Any]:
-        return dict(values=values, mean=statistics.fmean(values),
-                    deviation=statistics.stdev(values) if len(values) > 1 else None)
+        return dict(
+            values=values,
+            mean=statistics.fmean(values),
+            deviation=statistics.stdev(values) if len(values) > 1 else None,
+        )
 
     if not seeds:
         return {}
@@ -271,8 +345,11 @@ def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict
         if not part:
             continue
         remaining = deadline - time.monotonic()
-        say(run(step, remaining * part / left, args.out / "log.txt") if remaining > GRACE
-            else dict(step=step.name, status="skipped", reason="no time left"))
+        say(
+            run(step, remaining * part / left, args.out / "log.txt")
+            if remaining > GRACE
+            else dict(step=step.name, status="skipped", reason="no time left")
+        )
         left -= part
     # Without CIFAR, models are validated on what they were trained on: their scores say nothing.
     if args.cifar and (comparison := paired(lines)):
@@ -282,15 +359,20 @@ def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; with what is wrong on its face it ends here."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where results go; a new or empty folder")
     add("--minutes", type=float, default=8.0, help="how long the visit is")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--images", type=Path, metavar="DIR", help="class folder of JPEGs; default: they are generated")
-    add("--cifar", type=Path, metavar="DIR",
-        help="folder with train/CLASS/ and val/CLASS/ or test/CLASS/; default: the training uses the images")
+    add(
+        "--cifar",
+        type=Path,
+        metavar="DIR",
+        help="folder with train/CLASS/ and val/CLASS/ or test/CLASS/; default: the training uses the images",
+    )
     add("--seeds", type=harness.positive, default=1, help="of the training")
     add("--epochs", type=harness.positive, default=4, help="of the training")
     add("--only", type=lambda text: text.split(","), default=list(SHARES), metavar="NAMES", help=", ".join(SHARES))

@@ -33,10 +33,29 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy", "pillow",
-            "triton", "spdl_core", "spdl_io", "webdataset", "ffcv", "liger-kernel", "nvidia-nvimgcodec-cu12",
-            "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "pytest",
-            "opencv-contrib-python-headless", "torchmetrics", "scipy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "pillow",
+    "triton",
+    "spdl_core",
+    "spdl_io",
+    "webdataset",
+    "ffcv",
+    "liger-kernel",
+    "nvidia-nvimgcodec-cu12",
+    "nvidia-nvimgcodec-cu13",
+    "nvidia-nvjpeg-cu12",
+    "nvidia-nvjpeg",
+    "pytest",
+    "opencv-contrib-python-headless",
+    "torchmetrics",
+    "scipy",
+)
 
 
 @dataclass
@@ -153,7 +172,12 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def throughput(
-    loader: Iterable, *, batch_size: int, timed: int, ahead: int, device: str = "cpu",
+    loader: Iterable,
+    *,
+    batch_size: int,
+    timed: int,
+    ahead: int,
+    device: str = "cpu",
     check: Callable[[Any], None] | None = None,
 ) -> float:
     """Images/s of one epoch of `loader` in its steady state.
@@ -318,8 +342,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=positive, default=5, help="counted rounds; an untimed one comes first")
     parser.add_argument("--quick", action="store_true", help="one small round: does everything run?")
-    parser.add_argument("--allow-dirty", action="store_true",
-                        help="measure uncommitted code for benchmarks/results; the result says so")
+    parser.add_argument(
+        "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
+    )
 
 
 ONLY = "candidates' names, or their beginnings, separated by commas"  # help of --only
@@ -343,8 +368,10 @@ def named(candidates: Iterable[N], only: str | None) -> list[N]:
     wanted = tuple(part.strip() for part in only.split(","))
     for part in wanted:
         if not any(candidate.name.startswith(part) for candidate in candidates):
-            raise ValueError(f"--only {part}: no such candidate; give the beginning of one of "
-                             f"{', '.join(candidate.name for candidate in candidates)}")
+            raise ValueError(
+                f"--only {part}: no such candidate; give the beginning of one of "
+                f"{', '.join(candidate.name for candidate in candidates)}"
+            )
     return [candidate for candidate in candidates if candidate.name.startswith(wanted)]
 
 
@@ -374,7 +401,7 @@ def options(text: str) -> dict[str, Any]:
 
 
 def resolve_device(device: str) -> str:
-    """"cpu" or "cuda:N" for what `--device` said."""
+    """The device that `--device` means: "cpu" or "cuda:N"."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")

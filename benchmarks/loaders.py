@@ -31,8 +31,7 @@ from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
 
 MOST_FILES = 10_000  # read from disk beforehand, and written again for WebDataset and FFCV
 TURN_SECONDS = 3.0
-REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "timm recipe",
-              "dali+torchvision cutmix")
+REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "timm recipe", "dali+torchvision cutmix")
 
 
 class Turn:
@@ -56,8 +55,13 @@ class Turn:
 
     def measure(self) -> float:
         return harness.throughput(
-            self.loader, batch_size=self.setting.batch_size, timed=self.timed, ahead=self.ahead,
-            device=self.setting.device, check=self.setting.check if self.entry.whole else None)
+            self.loader,
+            batch_size=self.setting.batch_size,
+            timed=self.timed,
+            ahead=self.ahead,
+            device=self.setting.device,
+            check=self.setting.check if self.entry.whole else None,
+        )
 
     def _open(self, count: int, timed: int) -> "Turn":
         self.loader: Iterable = ()  # the last one's workers go first
@@ -74,9 +78,16 @@ def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namesp
         for entry in entries:
             choices = args.workers if entry.swept and not swept else [threads]
             turn = Turn(entry, setting, choices, args.images)
-            found.append(harness.Candidate(
-                entry.name, turn.measure, turn.prepare, where=dict(count=threads) if swept else {},
-                fields=dict(mixing=entry.mixing, note=entry.note), excused=entry.excused))
+            found.append(
+                harness.Candidate(
+                    entry.name,
+                    turn.measure,
+                    turn.prepare,
+                    where=dict(count=threads) if swept else {},
+                    fields=dict(mixing=entry.mixing, note=entry.note),
+                    excused=entry.excused,
+                )
+            )
     return found
 
 
@@ -97,20 +108,36 @@ def warm_page_cache(paths: Sequence[str]) -> float:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; with what is wrong on its face it ends here."""
     cpus = harness.cpus()
-    parser = argparse.ArgumentParser("python -m benchmarks.loaders", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.loaders", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     harness.add_arguments(parser)
     add = parser.add_argument
     add("--data", metavar="DIR", help=f"class folder; default: images are generated in {data.DEFAULT}")
     add("--batch-size", type=harness.positive, default=256)
     add("--input-size", type=harness.positive, default=224, help="side of the images handed out, in pixels")
-    add("--threads", type=harness.positives, default=[cpus], metavar="LIST",
-        help=f"DALI's threads (default: {cpus}); with several, a row each")
-    add("--workers", type=harness.positives, default=sorted({max(1, cpus // 2), cpus, 2 * cpus}), metavar="LIST",
-        help="the others take the best of these (default: half, all and twice the CPUs)")
+    add(
+        "--threads",
+        type=harness.positives,
+        default=[cpus],
+        metavar="LIST",
+        help=f"DALI's threads (default: {cpus}); with several, a row each",
+    )
+    add(
+        "--workers",
+        type=harness.positives,
+        default=sorted({max(1, cpus // 2), cpus, 2 * cpus}),
+        metavar="LIST",
+        help="the others take the best of these (default: half, all and twice the CPUs)",
+    )
     add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
-    add("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...",
-        help="of DALI's decoder, as benchmarks.tune finds them")
+    add(
+        "--decoder",
+        type=harness.options,
+        default={},
+        metavar="NAME=NUMBER,...",
+        help="of DALI's decoder, as benchmarks.tune finds them",
+    )
     add("--only", metavar="NAMES", help=harness.ONLY)
     args = parser.parse_args(argv)
     if args.quick:
@@ -131,17 +158,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch), args.decoder)
         settings = dict(
-            files=len(samples), classes=len(samples.classes), generated=args.data is None,
-            mean_kb=warm_page_cache(setting.paths()), page_cache="warm: every file read once before",
-            batch_size=args.batch_size, input_size=args.input_size, dtype="float32", device=args.device,
-            decoder=args.decoder, threads=args.threads, workers=args.workers, prefetch=PREFETCH,
+            files=len(samples),
+            classes=len(samples.classes),
+            generated=args.data is None,
+            mean_kb=warm_page_cache(setting.paths()),
+            page_cache="warm: every file read once before",
+            batch_size=args.batch_size,
+            input_size=args.input_size,
+            dtype="float32",
+            device=args.device,
+            decoder=args.decoder,
+            threads=args.threads,
+            workers=args.workers,
+            prefetch=PREFETCH,
             torch_threads=torch.get_num_threads(),
-            crop=dict(scale=SCALE, ratio=RATIO), interpolation="bicubic, antialiased")
+            crop=dict(scale=SCALE, ratio=RATIO),
+            interpolation="bicubic, antialiased",
+        )
         result = harness.compare(
             candidates(args.entries, setting, args),
             kind="loaders" if len(args.threads) == 1 else "loaders-threads",
-            unit="images/s", command=command, out=args.out, rounds=args.rounds, references=REFERENCES,
-            settings=settings, allow_dirty=args.allow_dirty)
+            unit="images/s",
+            command=command,
+            out=args.out,
+            rounds=args.rounds,
+            references=REFERENCES,
+            settings=settings,
+            allow_dirty=args.allow_dirty,
+        )
     for row in result["rows"]:
         print(f"{row['name']:32}", f"{row['median']:8.0f} images/s" if row["values"] else row["error"])
 

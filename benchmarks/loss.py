@@ -81,8 +81,15 @@ def peak_bytes(step: Callable[[], None], device: str, compiled: bool) -> int | N
 class Turn:
     """One candidate on one problem."""
 
-    def __init__(self, loss: Callable, shape: tuple[int, int], dtype: str, device: str, compiled: bool = False,
-                 graphed: bool = False):
+    def __init__(
+        self,
+        loss: Callable,
+        shape: tuple[int, int],
+        dtype: str,
+        device: str,
+        compiled: bool = False,
+        graphed: bool = False,
+    ):
         self.loss, self.shape, self.device, self.compiled, self.graphed = loss, shape, device, compiled, graphed
         self.dtype = getattr(torch, dtype)
         self.count, self.run = 1, self.step
@@ -98,8 +105,14 @@ class Turn:
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(classes, (batch_size,), generator=generator)
         box = torch.tensor([[0, 0, 112, 112]], dtype=torch.int32).repeat(batch_size, 1)
-        target = MixTarget(labels, labels.flip(0), torch.rand(batch_size, generator=generator), box,
-                           torch.full((batch_size,), 2, dtype=torch.int32), torch.arange(batch_size).flip(0))
+        target = MixTarget(
+            labels,
+            labels.flip(0),
+            torch.rand(batch_size, generator=generator),
+            box,
+            torch.full((batch_size,), 2, dtype=torch.int32),
+            torch.arange(batch_size).flip(0),
+        )
         self.target = target.to(self.device)
         logits = torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
         self.logits = logits.requires_grad_()
@@ -161,32 +174,41 @@ def liger_loss(logits: torch.Tensor, target: MixTarget) -> torch.Tensor:
     return LigerCrossEntropyLoss(label_smoothing=SMOOTHING)(logits, target.labels)
 
 
-def candidates(batch_sizes: Sequence[int], classes: Sequence[int], dtypes: Sequence[str], device: str
-               ) -> Iterator[harness.Candidate]:
+def candidates(
+    batch_sizes: Sequence[int], classes: Sequence[int], dtypes: Sequence[str], device: str
+) -> Iterator[harness.Candidate]:
     """Every candidate on every problem."""
     criterion = LUMixLoss(smoothing=SMOOTHING)
     compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
     losses: list[tuple[str, Callable]] = [
-        ("LUMix eager", criterion), ("LUMix compiled", compiled), (REFERENCE, timm_loss),
-        ("torch probabilities", torch_loss)]
+        ("LUMix eager", criterion),
+        ("LUMix compiled", compiled),
+        (REFERENCE, timm_loss),
+        ("torch probabilities", torch_loss),
+    ]
     if device != "cpu":
-        losses += [("LUMix graphed", criterion), (f"{REFERENCE} graphed", timm_loss),
-                   ("Liger, hard labels", liger_loss)]
+        losses += [
+            ("LUMix graphed", criterion),
+            (f"{REFERENCE} graphed", timm_loss),
+            ("Liger, hard labels", liger_loss),
+        ]
     for dtype in dtypes:
         for k in classes:
             for b in batch_sizes:
                 for name, loss in losses:
                     turn = Turn(loss, (b, k), dtype, device, loss is compiled, name.endswith("graphed"))
-                    yield harness.Candidate(name, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype),
-                                            excused=loss is liger_loss)
+                    yield harness.Candidate(
+                        name, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype), excused=loss is liger_loss
+                    )
                 turn = Floor(timm_loss, (b, k), dtype, device)
                 yield harness.Candidate(FLOOR, turn.measure, turn.prepare, where=dict(B=b, K=k, dtype=dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     harness.add_arguments(parser)
     add = parser.add_argument
     add("--batch-sizes", type=harness.positives, default=[128, 256, 1024, 4096], metavar="LIST")
@@ -197,10 +219,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.rounds, args.batch_sizes, args.classes = 1, args.batch_sizes[:1], args.classes[:1]
     device = harness.resolve_device(args.device)
     harness.compare(
-        list(candidates(args.batch_sizes, args.classes, args.dtypes, device)), kind="loss", unit="ms",
+        list(candidates(args.batch_sizes, args.classes, args.dtypes, device)),
+        kind="loss",
+        unit="ms",
         command=shlex.join(["python", "-m", "benchmarks.loss", *(sys.argv[1:] if argv is None else argv)]),
-        out=args.out, rounds=args.rounds, references=[REFERENCE, FLOOR], allow_dirty=args.allow_dirty,
-        settings=dict(device=device, smoothing=SMOOTHING, torch_threads=torch.get_num_threads()))
+        out=args.out,
+        rounds=args.rounds,
+        references=[REFERENCE, FLOOR],
+        allow_dirty=args.allow_dirty,
+        settings=dict(device=device, smoothing=SMOOTHING, torch_threads=torch.get_num_threads()),
+    )
 
 
 if __name__ == "__main__":

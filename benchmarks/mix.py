@@ -51,8 +51,7 @@ def scaled(images, partners, drawn: Any):
 
 def arithmetic(images, partners, drawn: Any):
     """Three float operators and a cast."""
-    return normalised_in_dali(
-        fn.cast(images * (1.0 - drawn.weight) + partners * drawn.weight, dtype=types.UINT8))
+    return normalised_in_dali(fn.cast(images * (1.0 - drawn.weight) + partners * drawn.weight, dtype=types.UINT8))
 
 
 def transformed(images, partners, drawn: Any):
@@ -66,9 +65,12 @@ def transformed(images, partners, drawn: Any):
 def normalised_twice(images, partners, drawn: Any):
     """The weight as part of the standard deviation; a weight of 0 divides by infinity."""
     mean, std = ([255 * v for v in values] for values in (MEAN, STD))
-    parts = (fn.crop_mirror_normalize(part, dtype=types.FLOAT, output_layout="CHW", mean=mean,
-                                      std=(1.0 / weight) * np.array(std, np.float32))
-             for part, weight in ((images, 1.0 - drawn.weight), (partners, drawn.weight)))
+    parts = (
+        fn.crop_mirror_normalize(
+            part, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=(1.0 / weight) * np.array(std, np.float32)
+        )
+        for part, weight in ((images, 1.0 - drawn.weight), (partners, drawn.weight))
+    )
     return next(parts) + next(parts)
 
 
@@ -122,8 +124,10 @@ def unmixed(images, labels):
 
 def pasted(side: int, images, labels):
     """DALI's paste of one fixed box by itself, from partners as `lumix_dali.fn` gives them."""
-    start, extent = (types.Constant(np.array([[canvas] * 2, [side // 4 * box] * 2], np.int32), device="cpu")
-                     for canvas, box in ((0, 1), (side, 2)))
+    start, extent = (
+        types.Constant(np.array([[canvas] * 2, [side // 4 * box] * 2], np.int32), device="cpu")
+        for canvas, box in ((0, 1), (side, 2))
+    )
     index = fn.cast(labels, dtype=types.INT32)  # labels count the batch
     partners = fn.stack(index, fn.batch_permutation(no_fixed_points=True))
     return fn.multi_paste(images, in_ids=partners, in_anchors=start, out_anchors=start, shapes=extent), labels
@@ -218,9 +222,12 @@ def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
             launches += 1
         if event.get("cat") == "gpu_memcpy":  # "Memcpy HtoD (Pinned -> Device)"
             copies[event["name"].removeprefix("Memcpy ").partition(" ")[0]] += 1
-    return dict(kernel_us=sum(times.values()) / count, launches=launches / count,
-                copies={direction: number / count for direction, number in copies.items()},
-                longest={name[:100]: time / count for name, time in times.most_common(8)})
+    return dict(
+        kernel_us=sum(times.values()) / count,
+        launches=launches / count,
+        copies={direction: number / count for direction, number in copies.items()},
+        longest={name[:100]: time / count for name, time in times.most_common(8)},
+    )
 
 
 def candidates(images: torch.Tensor, threads: int, count: int) -> Iterator[harness.Candidate]:
@@ -234,8 +241,9 @@ def candidates(images: torch.Tensor, threads: int, count: int) -> Iterator[harne
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mix", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     harness.add_arguments(parser)
     add = parser.add_argument
     add("--batch-size", type=harness.positive, default=256)
@@ -249,11 +257,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = (args.batch_size, args.input_size, args.input_size, 3)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     result = harness.compare(
-        list(candidates(images, args.threads, args.batches)), kind="mix", unit="ms", out=args.out,
+        list(candidates(images, args.threads, args.batches)),
+        kind="mix",
+        unit="ms",
+        out=args.out,
         rounds=args.rounds,
         command=shlex.join(["python", "-m", "benchmarks.mix", *(sys.argv[1:] if argv is None else argv)]),
-        references=[FLOOR, NOTHING, "normalise"], allow_dirty=args.allow_dirty,
-        settings=dict(batch_size=args.batch_size, input_size=args.input_size, device=device, threads=args.threads))
+        references=[FLOOR, NOTHING, "normalise"],
+        allow_dirty=args.allow_dirty,
+        settings=dict(batch_size=args.batch_size, input_size=args.input_size, device=device, threads=args.threads),
+    )
     for row in result["rows"]:
         kernel = f"  {row['kernel_us']:8.0f} µs of kernels" if "kernel_us" in row else ""
         kernel = f"  {row['cpu_ms']:8.3f} ms of CPU{kernel}" if "cpu_ms" in row else ""

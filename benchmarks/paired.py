@@ -40,8 +40,7 @@ def moments(values: Sequence[float]) -> Moments:
     return Moments(n, float(np.mean(values)) if n else None, sd, None if sd is None else sd / n**0.5)
 
 
-def difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], metric: str = "top1"
-               ) -> Difference:
+def difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], metric: str = "top1") -> Difference:
     """`runs` minus `reference` over the seeds that both have, after the last epoch."""
     values, others = last(runs, metric), last(reference, metric)
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
@@ -70,8 +69,9 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
     return found
 
 
-def compare(rows: Sequence[dict[str, Any]], reference: str, metric: str = "top1"
-            ) -> dict[str, tuple[Difference, float | None]]:
+def compare(
+    rows: Sequence[dict[str, Any]], reference: str, metric: str = "top1"
+) -> dict[str, tuple[Difference, float | None]]:
     """Each row's difference to the reference row, and its p after Holm's correction over all of these rows.
 
     Args:
@@ -83,7 +83,8 @@ def compare(rows: Sequence[dict[str, Any]], reference: str, metric: str = "top1"
         {name: (difference, corrected p)} of the rows with runs, except the reference.
     """
     (base,) = (row["runs"] for row in rows if row["name"] == reference)
-    found = {row["name"]: difference(row["runs"], base, metric)
-             for row in rows if row["name"] != reference and row["runs"]}
+    found = {
+        row["name"]: difference(row["runs"], base, metric) for row in rows if row["name"] != reference and row["runs"]
+    }
     corrected = holm([one.p for one in found.values()])
     return dict(zip(found, zip(found.values(), corrected, strict=True), strict=True))

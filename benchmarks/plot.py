@@ -42,17 +42,39 @@ TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
     ("with CutMix ÷ plain DALI without mixing, the ceiling", 0.95, RUN, CUTMIX, CEILING, {}),
     ("with CutMix + Mixup ÷ timm's loader with FastCollateMixup, elem", 1.3, RUN, BOTH, TIMM, {}),
     ("with CutMix ÷ DALI with torchvision's `CutMix` behind", 1.0, RUN, CUTMIX, "dali+torchvision cutmix", {}),
-    *((f"loss {mode}, forward + backward ÷ timm's target and loss, {b} × {k:,}", -most, "loss", f"LUMix {mode}",
-       "timm soft target", dict(B=b, K=k, dtype="float32"))
-      for b, k, most in ((256, 1000, 0.8), (1024, 1000, 0.8), (256, 21841, 0.5), (1024, 21841, 0.5))
-      for mode in ("eager", "compiled")),
-    *((f"training step of a DeiT-S, batch {batch}, LUMix ÷ CutMix", -1.01, name, "lumix replayed",
-       "cutmix replayed", {}) for batch, name in ((128, "cost-deit_small"), (8, "cost-deit_small-8"))),
+    *(
+        (
+            f"loss {mode}, forward + backward ÷ timm's target and loss, {b} × {k:,}",
+            -most,
+            "loss",
+            f"LUMix {mode}",
+            "timm soft target",
+            dict(B=b, K=k, dtype="float32"),
+        )
+        for b, k, most in ((256, 1000, 0.8), (1024, 1000, 0.8), (256, 21841, 0.5), (1024, 21841, 0.5))
+        for mode in ("eager", "compiled")
+    ),
+    *(
+        (
+            f"training step of a DeiT-S, batch {batch}, LUMix ÷ CutMix",
+            -1.01,
+            name,
+            "lumix replayed",
+            "cutmix replayed",
+            {},
+        )
+        for batch, name in ((128, "cost-deit_small"), (8, "cost-deit_small-8"))
+    ),
 ]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-matplotlib.rcParams |= {"svg.hashsalt": "lumix", "svg.fonttype": "none", "axes.spines.top": False,
-                        "axes.spines.right": False, "font.size": 9}
+matplotlib.rcParams |= {
+    "svg.hashsalt": "lumix",
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+}
 
 
 def colour(name: str) -> str:
@@ -96,8 +118,15 @@ def draw_threads(result: dict[str, Any]) -> Figure:
         style: dict[str, Any] = dict(color=colour(name))
         if name == CEILING:
             style = dict(color="black", linestyle="--")
-        axes.errorbar([row["count"] for row in rows], [row["median"] for row in rows], whiskers(rows), capsize=2,
-                      marker="osv^Dx*"[number % 7], label=name + " (ceiling)" * (name == CEILING), **style)
+        axes.errorbar(
+            [row["count"] for row in rows],
+            [row["median"] for row in rows],
+            whiskers(rows),
+            capsize=2,
+            marker="osv^Dx*"[number % 7],
+            label=name + " (ceiling)" * (name == CEILING),
+            **style,
+        )
     axes.set_xticks(sorted({row["count"] for row in result["rows"]}))
     axes.set_xlabel("threads or workers")
     axes.set_ylabel("images/s")
@@ -154,8 +183,9 @@ def draw_loss(result: dict[str, Any]) -> Figure:
     for (i, dtype), (j, batch) in ((d, b) for d in enumerate(dtypes) for b in enumerate(batches)):
         axes = panels[i][j]
         for number, name in enumerate(names):
-            line = sorted((row["K"], _ms(row)) for row in rows
-                          if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch))
+            line = sorted(
+                (row["K"], _ms(row)) for row in rows if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch)
+            )
             if line:
                 label = name if i == j == 0 else None
                 axes.loglog(*zip(*line, strict=True), marker="o", color=f"C{number}", label=label)
@@ -251,8 +281,14 @@ def _fan(axes: Any, rows: list[dict], name: str, color: str) -> None:
     for row in rows:
         epochs, middle = _over_epochs(row, f"{name}_q50")
         axes.plot(epochs, middle, color=color, label=SYMBOLS[name])
-        axes.fill_between(epochs, _over_epochs(row, f"{name}_q25")[1], _over_epochs(row, f"{name}_q75")[1],
-                          color=color, alpha=0.2, linewidth=0)
+        axes.fill_between(
+            epochs,
+            _over_epochs(row, f"{name}_q25")[1],
+            _over_epochs(row, f"{name}_q75")[1],
+            color=color,
+            alpha=0.2,
+            linewidth=0,
+        )
 
 
 def draw_scaling(result: dict[str, Any]) -> Figure:
@@ -288,16 +324,29 @@ def _ms(row: dict[str, Any]) -> float | None:
 
 def _where(result: dict[str, Any]) -> str:
     machine, dirty = result["meta"]["machine"], "" if result["meta"]["clean"] else ", with uncommitted changes"
-    parts = [f"{machine['affinity']} × {machine['cpu']}", machine.get("gpu"), result["meta"]["date"][:10],
-             f"commit {(result['meta']['commit'] or 'unknown')[:10]}{dirty}"]
+    parts = [
+        f"{machine['affinity']} × {machine['cpu']}",
+        machine.get("gpu"),
+        result["meta"]["date"][:10],
+        f"commit {(result['meta']['commit'] or 'unknown')[:10]}{dirty}",
+    ]
     return "; ".join(filter(None, [", ".join(part for part in parts if part), result.get("note")]))
 
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
     """A line a loader: images/s, and its ratio to the ceiling and to timm, recipe to recipe."""
     counted = [["count"]] if result["kind"] == "loaders-threads" else []
-    lines = [["loader", *(["threads"] if counted else []), "mixing", "images/s", "quartiles", "of the ceiling",
-              "of timm's loader"]]
+    lines = [
+        [
+            "loader",
+            *(["threads"] if counted else []),
+            "mixing",
+            "images/s",
+            "quartiles",
+            "of the ceiling",
+            "of timm's loader",
+        ]
+    ]
     for row in result["rows"]:
         start = [row["name"], *([str(row["count"])] if counted else []), row.get("mixing", "none")]
         if row["median"] is None:
@@ -314,22 +363,40 @@ def table_cost(result: dict[str, Any]) -> list[list[str]]:
     found, steps = stages(result), whole_steps(result)
     total = sum(stage["ms"] for stage in found)
     lines = [(stage["name"], stage["ms"], stage["quartiles"], f"{stage['ms'] / total:.0%}") for stage in found]
-    lines += [(f"whole step, {row['name']}", row["median"], row["quartiles"], _ratio(row, "cutmix replayed", 3))
-              for row in steps]
-    return [["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)], *(
-        [name, f"{ms:.2f}", " – ".join(f"{q:.2f}" for q in quartiles or ()), said]
-        for name, ms, quartiles, said in lines)]
+    lines += [
+        (f"whole step, {row['name']}", row["median"], row["quartiles"], _ratio(row, "cutmix replayed", 3))
+        for row in steps
+    ]
+    return [
+        ["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)],
+        *(
+            [name, f"{ms:.2f}", " – ".join(f"{q:.2f}" for q in quartiles or ()), said]
+            for name, ms, quartiles, said in lines
+        ),
+    ]
 
 
 def table_loss(result: dict[str, Any]) -> list[list[str]]:
     """A line a loss and shape."""
+
     def ratio(row: dict) -> str:
         given = row.get("ratio") or next((r["median"] for r in row.get("ratios", {}).values()), None)
         return f"{given:.2f}" if given is not None else ""
 
-    return [["loss", "B", "K", "dtype", "ms", "ratio"], *(
-        [row["name"], str(row["B"]), str(row["K"]), row["dtype"],
-         f"{_ms(row):.3g}" if _ms(row) is not None else row["error"], ratio(row)] for row in result["rows"])]
+    return [
+        ["loss", "B", "K", "dtype", "ms", "ratio"],
+        *(
+            [
+                row["name"],
+                str(row["B"]),
+                str(row["K"]),
+                row["dtype"],
+                f"{_ms(row):.3g}" if _ms(row) is not None else row["error"],
+                ratio(row),
+            ]
+            for row in result["rows"]
+        ),
+    ]
 
 
 METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
@@ -348,8 +415,16 @@ def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
     paper = any(row["paper"] for row in result["rows"])
     speed = any("speed" in row for row in result["rows"])
     columns = [cell for metric in metrics for cell in (METRICS[metric], "− CutMix (95 %; p, Holm)")]
-    lines = [["row", *["the paper's DeiT-S"] * paper, "n", *columns, "GPU hours" if gpu else "CPU hours",
-              *["images/s, of CutMix'"] * speed]]
+    lines = [
+        [
+            "row",
+            *["the paper's DeiT-S"] * paper,
+            "n",
+            *columns,
+            "GPU hours" if gpu else "CPU hours",
+            *["images/s, of CutMix'"] * speed,
+        ]
+    ]
     for row in result["rows"]:
         start = [row["name"], *["" if row["paper"] is None else f"{row['paper']:.1f}"] * paper]
         if row["error"] or not row["runs"]:
@@ -382,8 +457,9 @@ def read_accuracy(result: dict[str, Any]) -> str:
     said = []
     for metric in _metrics(result):
         found = paired.compare(result["rows"], "CutMix", metric)
-        holding = [f"{name} ({one.mean:+.{DIGITS[metric]}f})" for name, (one, p) in found.items()
-                   if p is not None and p < 0.05]
+        holding = [
+            f"{name} ({one.mean:+.{DIGITS[metric]}f})" for name, (one, p) in found.items() if p is not None and p < 0.05
+        ]
         said.append(f"{METRICS[metric].split(',')[0]}: {', '.join(holding) or 'none'}")
     text = f"Differences with p < .05 after Holm's correction within the table. {'; '.join(said)}."
     for row in result["rows"]:
@@ -406,12 +482,33 @@ def _signed(sign: str, value: float | None) -> str:
 def table_scaling(result: dict[str, Any]) -> list[list[str]]:
     """A line each place of the images and number of GPUs."""
     takes = result["assumed"]["gpu_rate"]
-    return [["images", "GPUs", "a loader gives, images/s", "a GPU gets, images/s", "of what it takes", "bound by",
-             "loaders needed, × the GPU's rate", "cores needed", "network needed, Gbit/s"], *(
-        [row["name"], str(row["ranks"]), f"{row['loader']:.0f}", f"{row['median']:.0f}",
-         f"{row['median'] / takes:.0%}", row["bound"], f"{row['headroom']:.2f}", f"{row['cores_needed']:,.0f}",
-         f"{row['gbit_needed']:,.1f}"]
-        for row in result["rows"])]
+    return [
+        [
+            "images",
+            "GPUs",
+            "a loader gives, images/s",
+            "a GPU gets, images/s",
+            "of what it takes",
+            "bound by",
+            "loaders needed, × the GPU's rate",
+            "cores needed",
+            "network needed, Gbit/s",
+        ],
+        *(
+            [
+                row["name"],
+                str(row["ranks"]),
+                f"{row['loader']:.0f}",
+                f"{row['median']:.0f}",
+                f"{row['median'] / takes:.0%}",
+                row["bound"],
+                f"{row['headroom']:.2f}",
+                f"{row['cores_needed']:,.0f}",
+                f"{row['gbit_needed']:,.1f}",
+            ]
+            for row in result["rows"]
+        ),
+    ]
 
 
 def draw_start(result: dict[str, Any]) -> Figure:
@@ -419,7 +516,7 @@ def draw_start(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(5.5, 3), layout="constrained")
     axes = figure.subplots()
     names = [f"{row['name']}, {row['samples']:,.0f}" for row in result["rows"]]
-    for key, label, alpha in (("first", "first batch", .4), ("open", "opened", 1)):
+    for key, label, alpha in (("first", "first batch", 0.4), ("open", "opened", 1)):
         axes.barh(names, [row[key] for row in result["rows"]], color="tab:blue", alpha=alpha, label=label)
     axes.invert_yaxis()
     axes.set(xlabel="seconds", xscale="log")
@@ -429,9 +526,20 @@ def draw_start(result: dict[str, Any]) -> Figure:
 
 def table_start(result: dict[str, Any]) -> list[list[str]]:
     """A line a source."""
-    return [["source", "samples", "opened, s", "first batch, s", "memory per rank, MB", "bytes per sample"], *(
-        [row["name"], f"{row['samples']:,.0f}", f"{row['open']:.2f}", f"{row['first']:.2f}",
-         f"{row['held'] / 1e6:.0f}", f"{row['held'] / row['samples']:.0f}"] for row in result["rows"])]
+    return [
+        ["source", "samples", "opened, s", "first batch, s", "memory per rank, MB", "bytes per sample"],
+        *(
+            [
+                row["name"],
+                f"{row['samples']:,.0f}",
+                f"{row['open']:.2f}",
+                f"{row['first']:.2f}",
+                f"{row['held'] / 1e6:.0f}",
+                f"{row['held'] / row['samples']:.0f}",
+            ]
+            for row in result["rows"]
+        ),
+    ]
 
 
 def draw_augment(result: dict[str, Any]) -> Figure:
@@ -446,9 +554,13 @@ def draw_augment(result: dict[str, Any]) -> Figure:
 
 def table_augment(result: dict[str, Any]) -> list[list[str]]:
     """A line an operation."""
-    return [["operation", "mean difference, grey levels", "largest", "values more than one off"], *(
-        [row["name"], f"{row['mean']:.3f}", str(row["largest"]), f"{row['beyond_one']:.2%}"]
-        for row in result["rows"])]
+    return [
+        ["operation", "mean difference, grey levels", "largest", "values more than one off"],
+        *(
+            [row["name"], f"{row['mean']:.3f}", str(row["largest"]), f"{row['beyond_one']:.2%}"]
+            for row in result["rows"]
+        ),
+    ]
 
 
 def draw_tune(result: dict[str, Any]) -> Figure:
@@ -457,17 +569,28 @@ def draw_tune(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     shades = [GROUPS["lumix"] if row["chosen"] else GROUPS["dali/"] for row in rows]
-    axes.barh([row["name"] for row in rows], [row["median"] for row in rows], color=shades, xerr=whiskers(rows),
-              capsize=2)
+    axes.barh(
+        [row["name"] for row in rows], [row["median"] for row in rows], color=shades, xerr=whiskers(rows), capsize=2
+    )
     axes.set_xlabel(f"images/s, median and quartiles of {result['rounds']} rounds; green: chosen")
     return _captioned(figure, result)
 
 
 def table_tune(result: dict[str, Any]) -> list[list[str]]:
     """A line a value."""
-    return [["argument", "images/s", "quartiles", "of the default, round by round", "chosen"], *(
-        [f"`{row['name']}`", f"{row['median']:.0f}", "{:.0f} – {:.0f}".format(*row["quartiles"]),
-         _ratio(row, "default", 3), "yes" * row["chosen"]] for row in result["rows"])]
+    return [
+        ["argument", "images/s", "quartiles", "of the default, round by round", "chosen"],
+        *(
+            [
+                f"`{row['name']}`",
+                f"{row['median']:.0f}",
+                "{:.0f} – {:.0f}".format(*row["quartiles"]),
+                _ratio(row, "default", 3),
+                "yes" * row["chosen"],
+            ]
+            for row in result["rows"]
+        ),
+    ]
 
 
 def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
@@ -475,11 +598,17 @@ def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
     return "" if median is None else f"{median:.{digits}f}"
 
 
-KINDS = {"loaders": (draw_loaders, table_loaders), "loaders-threads": (draw_threads, table_loaders),
-         "cost": (draw_cost, table_cost), "loss": (draw_loss, table_loss),
-         "accuracy": (draw_accuracy, table_accuracy), "scaling": (draw_scaling, table_scaling),
-         "start": (draw_start, table_start),
-         "augment": (draw_augment, table_augment), "tune": (draw_tune, table_tune)}
+KINDS = {
+    "loaders": (draw_loaders, table_loaders),
+    "loaders-threads": (draw_threads, table_loaders),
+    "cost": (draw_cost, table_cost),
+    "loss": (draw_loss, table_loss),
+    "accuracy": (draw_accuracy, table_accuracy),
+    "scaling": (draw_scaling, table_scaling),
+    "start": (draw_start, table_start),
+    "augment": (draw_augment, table_augment),
+    "tune": (draw_tune, table_tune),
+}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -530,6 +659,7 @@ def with_tables(text: str, results: Path) -> str:
     Raises:
         ValueError: a marker without its end, or without a result.
     """
+
     def fill(match: re.Match) -> str:
         path = results / f"{match[1]}.json"
         if match[1] == "targets":
@@ -565,8 +695,9 @@ def stale(results: Path, figures: Path, texts: Sequence[Path], check: bool) -> l
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.plot", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("texts", nargs="*", type=Path, help="files with tables (default: README.md, docs/*.md)")
     add("--check", action="store_true", help="change nothing; exit with 1 if something is not current")

@@ -28,11 +28,29 @@ import torch
 
 from . import harness
 
-MODULES = ("nvidia.dali", "timm", "torchvision", "PIL", "tqdm", "yaml", "pytest", "triton", "scipy", "sklearn",
-           "hypothesis", "matplotlib", "spdl", "webdataset", "ffcv", "liger_kernel")
+MODULES = (
+    "nvidia.dali",
+    "timm",
+    "torchvision",
+    "PIL",
+    "tqdm",
+    "yaml",
+    "pytest",
+    "triton",
+    "scipy",
+    "sklearn",
+    "hypothesis",
+    "matplotlib",
+    "spdl",
+    "webdataset",
+    "ffcv",
+    "liger_kernel",
+)
 SAMPLINGS: dict[str, dict[str, Any]] = {
-    "4:4:4": dict(subsampling=0), "4:2:0": dict(subsampling=2),
-    "progressive": dict(subsampling=2, progressive=True)}
+    "4:4:4": dict(subsampling=0),
+    "4:2:0": dict(subsampling=2),
+    "progressive": dict(subsampling=2, progressive=True),
+}
 REGIONS = ("training", "evaluation")
 LOADS = (0.0, 0.65, 0.99)
 SECONDS = 1.0
@@ -49,27 +67,39 @@ def available(module: str) -> bool:
 
 def digest() -> str:
     """SHA-256 of the Python files: says which state of the project ran where there is no git."""
-    files = sorted(path for name in ("lumix_dali", "pipelines", "benchmarks", "tests")
-                   for path in (harness.ROOT / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(str(path.relative_to(harness.ROOT)).encode() + b"\0" + path.read_bytes()
-                                   for path in files)).hexdigest()
+    files = sorted(
+        path
+        for name in ("lumix_dali", "pipelines", "benchmarks", "tests")
+        for path in (harness.ROOT / name).rglob("*.py")
+    )
+    return hashlib.sha256(
+        b"".join(str(path.relative_to(harness.ROOT)).encode() + b"\0" + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 def environment() -> dict[str, Any]:
     """Machine, versions, source, and what is missing."""
     found = harness.metadata("python -m benchmarks.probe") | dict(
-        sources=digest(), missing=[name for name in MODULES if not available(name)], compiler=shutil.which("cc"),
-        torch_cuda=torch.version.cuda)
+        sources=digest(),
+        missing=[name for name in MODULES if not available(name)],
+        compiler=shutil.which("cc"),
+        torch_cuda=torch.version.cuda,
+    )
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        found["gpu"] = dict(name=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1),
-                            multiprocessors=gpu.multi_processor_count, capability=[gpu.major, gpu.minor])
+        found["gpu"] = dict(
+            name=gpu.name,
+            memory_gib=round(gpu.total_memory / 2**30, 1),
+            multiprocessors=gpu.multi_processor_count,
+            capability=[gpu.major, gpu.minor],
+        )
     if available("nvidia.dali"):
         from nvidia import dali
         from nvidia.dali import backend_impl
 
-        found["dali"] = dict(version=dali.__version__, cuda=backend_impl.GetCudaVersion(),
-                             nvimgcodec=backend_impl.GetNvimgcodecVersion())
+        found["dali"] = dict(
+            version=dali.__version__, cuda=backend_impl.GetCudaVersion(), nvimgcodec=backend_impl.GetNvimgcodecVersion()
+        )
     return found
 
 
@@ -115,8 +145,7 @@ def decoded(encoded, region: str, **options: Any):
     return decoding.decode(encoded, {"training": training, "evaluation": evaluation}[region], **options)
 
 
-def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training",
-            **options: Any):
+def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training", **options: Any):
     """A pipeline that decodes the same files over and over, the same regions of them on every device."""
     from nvidia.dali import fn, pipeline_def
 
@@ -144,7 +173,8 @@ def differences(device: int | None) -> dict[str, dict[str, float]]:
                 (pixels,) = decoder(files, device, len(files), region, jpeg_fancy_upsampling=fancy).run()
                 pixels = pixels if device is None else pixels.as_cpu()
                 off = np.concatenate(
-                    [np.abs(pixels.at(i).astype(int) - reference.at(i)).ravel() for i in range(len(files))])
+                    [np.abs(pixels.at(i).astype(int) - reference.at(i)).ravel() for i in range(len(files))]
+                )
                 found[name] = dict(mean=float(off.mean()), p99=float(np.percentile(off, 99)), most=int(off.max()))
     return found
 
@@ -154,11 +184,15 @@ def decoder_found(differences: dict[str, dict[str, float]], device: str) -> dict
 
     JPEG decoders differ in their rounding, so pixels that all equal the CPU decoder's were decoded on the CPU.
     """
+
     def ran(difference: dict[str, float]) -> str:
         return "gpu" if device != "cpu" and difference["most"] else "cpu"
 
-    return dict(nvimgcodec=list(installed(CODECS)), libnvjpeg=loaded("libnvjpeg.so"),
-                ran={name: ran(found) for name, found in differences.items() if not name.endswith("fancy")})
+    return dict(
+        nvimgcodec=list(installed(CODECS)),
+        libnvjpeg=loaded("libnvjpeg.so"),
+        ran={name: ran(found) for name, found in differences.items() if not name.endswith("fancy")},
+    )
 
 
 def installed(names: Sequence[str]) -> Iterator[str]:
@@ -217,13 +251,17 @@ def decoding(device: int | None, batch_size: int = 256) -> Iterator[tuple[str, d
     if device is None:
         return
     for load in LOADS:
-        run = partial(decoder(files, device, batch_size, hw_decoder_load=load).run,
-                      torch.cuda.current_stream(device))
+        run = partial(decoder(files, device, batch_size, hw_decoder_load=load).run, torch.cuda.current_stream(device))
         with engine() as readings:
             speed = rate(run, batch_size, f"cuda:{device}")
-        yield f"hw_decoder_load={load}", dict(
-            images_per_second=speed, jpeg_engine=dict(most=max(readings, default=None), readings=len(readings)),
-            **kernels(run, 3))
+        yield (
+            f"hw_decoder_load={load}",
+            dict(
+                images_per_second=speed,
+                jpeg_engine=dict(most=max(readings, default=None), readings=len(readings)),
+                **kernels(run, 3),
+            ),
+        )
 
 
 def rate(run: Callable[[], Any], batch_size: int, device: str = "cpu") -> float:
@@ -241,8 +279,9 @@ def rate(run: Callable[[], Any], batch_size: int, device: str = "cpu") -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probe", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     for found in findings(harness.resolve_device(parser.parse_args(argv).device)):
         print(json.dumps(found), flush=True)  # whatever happens to what follows

@@ -49,8 +49,17 @@ class Rates:
         return min(asdict(self).values())
 
 
-def simulate(loader: float, gpu: float, ranks: int, *, batch: int = 128, spread: float = 0.0, ahead: int = 2,
-             steps: int = 1000, seed: int = 0) -> float:
+def simulate(
+    loader: float,
+    gpu: float,
+    ranks: int,
+    *,
+    batch: int = 128,
+    spread: float = 0.0,
+    ahead: int = 2,
+    steps: int = 1000,
+    seed: int = 0,
+) -> float:
     """Images/s a GPU of training steps that wait for the slowest of all ranks.
 
     Args:
@@ -99,13 +108,21 @@ def measured(path: Path) -> dict[str, Any]:
     rows = {row["name"]: row for row in result["rows"] if row.get("median")}
     there = result.get("kind") == "loaders" and {LOADER, READER} <= rows.keys()
     if not there or result["settings"]["device"] != "cpu":
-        raise ValueError(f"--results {path}: give a result of python -m benchmarks.loaders --device cpu that has "
-                         f"{LOADER!r} and {READER!r}")
+        raise ValueError(
+            f"--results {path}: give a result of python -m benchmarks.loaders --device cpu that has "
+            f"{LOADER!r} and {READER!r}"
+        )
     machine = result["meta"]["machine"]
     threads = rows[LOADER]["threads"]
-    return dict(decode=rows[LOADER]["median"] / threads, read=rows[READER]["median"] / threads,
-                kilobytes=result["settings"]["mean_kb"], threads=threads, cpu=machine["cpu"],
-                commit=result["meta"]["commit"], date=result["meta"]["date"])
+    return dict(
+        decode=rows[LOADER]["median"] / threads,
+        read=rows[READER]["median"] / threads,
+        kilobytes=result["settings"]["mean_kb"],
+        threads=threads,
+        cpu=machine["cpu"],
+        commit=result["meta"]["commit"],
+        date=result["meta"]["date"],
+    )
 
 
 def rates(core: dict[str, Any], ranks: int, args: argparse.Namespace, local: bool) -> Rates:
@@ -126,10 +143,18 @@ def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
             stage = rates(core, ranks, args, local)
             rate = simulate(stage.loader, args.gpu_rate, ranks, **waiting)
             bound = stage.bound if stage.loader < args.gpu_rate else "GPU"
-            found.append(dict(
-                name=name, ranks=ranks, loader=stage.loader, median=rate, bound=bound, headroom=needed[ranks],
-                cores_needed=args.gpu_rate / core["decode"] * ranks,
-                gbit_needed=0.0 if local else args.gpu_rate * ranks * core["kilobytes"] * 8e-6))
+            found.append(
+                dict(
+                    name=name,
+                    ranks=ranks,
+                    loader=stage.loader,
+                    median=rate,
+                    bound=bound,
+                    headroom=needed[ranks],
+                    cores_needed=args.gpu_rate / core["decode"] * ranks,
+                    gbit_needed=0.0 if local else args.gpu_rate * ranks * core["kilobytes"] * 8e-6,
+                )
+            )
     return found
 
 
@@ -146,21 +171,31 @@ def note(core: dict[str, Any], assumed: dict[str, Any]) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.scaling", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
-    add("--results", type=Path, default=harness.RESULTS / "loaders.json", metavar="FILE.json",
-        help="measured rates (default: benchmarks/results/loaders.json)")
-    add("--gpu-rate", type=float, default=7000,
-        help="images/s of a GPU's training step (default: 7000, about MLPerf's ResNet-50 on one of eight H100)")
+    add(
+        "--results",
+        type=Path,
+        default=harness.RESULTS / "loaders.json",
+        metavar="FILE.json",
+        help="measured rates (default: benchmarks/results/loaders.json)",
+    )
+    add(
+        "--gpu-rate",
+        type=float,
+        default=7000,
+        help="images/s of a GPU's training step (default: 7000, about MLPerf's ResNet-50 on one of eight H100)",
+    )
     add("--cores-per-gpu", type=harness.positive, default=16, help="for its loader (default: 16)")
     add("--gpus-per-node", type=harness.positive, default=8, help="that share a link (default: 8)")
     add("--link", type=float, default=100, help="of a node, Gbit/s (default: 100)")
     add("--store", type=float, default=400, help="of the shared store, Gbit/s (default: 400)")
     add("--files", type=float, default=1e6, help="that the store opens in a second (default: 1e6)")
     add("--batch-size", type=harness.positive, default=128, help="of a rank (default: 128)")
-    add("--spread", type=float, default=.1, help="coefficient of variation of a batch's time (default: .1)")
+    add("--spread", type=float, default=0.1, help="coefficient of variation of a batch's time (default: .1)")
     add("--ahead", type=harness.positive, default=2, help="batches prepared ahead, DALI's queue (default: 2)")
     add("--allow-dirty", action="store_true", help="write benchmarks/results with uncommitted code")
     args = parser.parse_args(argv)
@@ -181,9 +216,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     core = measured(args.results)
     assumed = {key: value for key, value in vars(args).items() if key not in ("out", "results", "allow_dirty")}
     found = rows(core, args)
-    harness.write(args.out, dict(
-        kind="scaling", unit="images/s a GPU", complete=True, meta=meta, note=note(core, assumed), measured=core,
-        assumed=assumed, rows=found))
+    harness.write(
+        args.out,
+        dict(
+            kind="scaling",
+            unit="images/s a GPU",
+            complete=True,
+            meta=meta,
+            note=note(core, assumed),
+            measured=core,
+            assumed=assumed,
+            rows=found,
+        ),
+    )
     for row in found:
         print("{name:20} {ranks:5} GPUs  {median:7.0f} images/s a GPU, bound by {bound}".format(**row))
 

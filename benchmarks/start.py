@@ -55,8 +55,9 @@ def measure(kind: str, path: str) -> dict[str, Any]:
         first = time.perf_counter()
         status = Path("/proc/self/status").read_text()
     held = {key: 1024 * int(status.partition(f"{key}:")[2].split()[0]) for key in ("RssAnon", "RssFile")}
-    return dict(samples=len(source), open=opened - begin, first=first - begin, anonymous=held["RssAnon"],
-                mapped=held["RssFile"])
+    return dict(
+        samples=len(source), open=opened - begin, first=first - begin, anonymous=held["RssAnon"], mapped=held["RssFile"]
+    )
 
 
 def write_folder(root: Path, count: int) -> None:
@@ -105,10 +106,15 @@ def prepare(root: Path, files: int, index: int) -> list[tuple[str, str, str]]:
         file.writelines(f"folder/{name} {label}\n" for name, label in zip(samples.names, samples.labels, strict=True))
     write_shards(root / "shards", index)
     print(f"{index:,} samples in shards made", flush=True)
-    return [("few files", "folder", str(root / "few")), ("folder", "folder", str(root / "folder")),
-            ("list file", "list", str(root / "list.txt")), ("manifest", "manifest", str(root / "manifest.json")),
-            ("pairs", "pairs", str(root / "list.txt")), ("tar shards, first time", "shards", str(root / "shards")),
-            ("tar shards, again", "shards", str(root / "shards"))]
+    return [
+        ("few files", "folder", str(root / "few")),
+        ("folder", "folder", str(root / "folder")),
+        ("list file", "list", str(root / "list.txt")),
+        ("manifest", "manifest", str(root / "manifest.json")),
+        ("pairs", "pairs", str(root / "list.txt")),
+        ("tar shards, first time", "shards", str(root / "shards")),
+        ("tar shards, again", "shards", str(root / "shards")),
+    ]
 
 
 def in_child(kind: str, path: str) -> dict[str, Any]:
@@ -120,8 +126,9 @@ def in_child(kind: str, path: str) -> dict[str, Any]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.start", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
     add("--files", type=harness.positive, default=1_281_167, help="of the folder (default: ImageNet's 1281167)")
@@ -145,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = dict(rounds[0]) | {key: float(np.median([each[key] for each in rounds])) for key in rounds[0]}
             base = rows[0]["anonymous"] if rows else row["anonymous"]
             rows.append(dict(name=name, **row, rounds=len(rounds), held=row["anonymous"] - base))
-            print("{name:24} {samples:12,.0f} samples: open {open:7.2f} s, first batch {first:7.2f} s, "
-                  "{mb:6.0f} MB a rank".format(**rows[-1], mb=rows[-1]["held"] / 1e6), flush=True)
+            print(
+                "{name:24} {samples:12,.0f} samples: open {open:7.2f} s, first batch {first:7.2f} s, "
+                "{mb:6.0f} MB a rank".format(**rows[-1], mb=rows[-1]["held"] / 1e6),
+                flush=True,
+            )
     note = "medians of rounds in processes of their own, page cache warm; 4x4 pixels, batch 256 at 32x32"
     harness.write(args.out, dict(kind="start", unit="s", complete=True, meta=meta, note=note, rows=rows))
     slow = [row["name"] for row in rows if row["open"] > 5 and row["name"] in ("manifest", "tar shards, again")]

@@ -46,7 +46,9 @@ def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def tune(
-    measure: Callable[[dict[str, Any]], float], values: dict[str, list[Any]], rounds: int,
+    measure: Callable[[dict[str, Any]], float],
+    values: dict[str, list[Any]],
+    rounds: int,
     save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Chooses a value for each knob, those before it being set already.
@@ -77,8 +79,11 @@ def tune(
                     ratio = harness.ratio(row["values"], found[0]["values"])
                     row.update(harness.summary(row["values"]), ratios=dict(default=ratio), chosen=False)
                 save(rows)
-            best = max((row for row in found if better(row)), default=found[0],
-                       key=lambda row: row["ratios"]["default"]["median"])
+            best = max(
+                (row for row in found if better(row)),
+                default=found[0],
+                key=lambda row: row["ratios"]["default"]["median"],
+            )
             best["chosen"], chosen[knob] = True, best["value"]
     save(rows)
     return chosen, rows
@@ -95,17 +100,23 @@ def speed(s: Setting, args: argparse.Namespace, chosen: dict[str, Any]) -> float
     ahead = chosen["prefetch_queue_depth"]
     batches = harness.epoch_length(args.batches, ahead)
     with create_loader(
-        s.repeated(batches), batch_size=s.batch_size, input_size=s.size, device=s.device, dtype=args.dtype,
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, **arguments(chosen)
+        s.repeated(batches),
+        batch_size=s.batch_size,
+        input_size=s.size,
+        device=s.device,
+        dtype=args.dtype,
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        **arguments(chosen),
     ) as loader:
-        return harness.throughput(
-            loader, batch_size=s.batch_size, timed=args.batches, ahead=ahead, device=s.device)
+        return harness.throughput(loader, batch_size=s.batch_size, timed=args.batches, ahead=ahead, device=s.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", metavar="DIR", help="class folder; default: generated images")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -128,9 +139,20 @@ def main(argv: list[str] | None = None) -> None:
     samples = load_files(args.data or data.generate())
     s = Setting(samples, args.batch_size, args.input_size, device, Path())
     result: dict[str, Any] = dict(
-        kind="tune", unit="images/s", rounds=args.rounds, meta=meta,
-        settings=dict(batch_size=s.batch_size, input_size=s.size, device=device, dtype=args.dtype,
-                      mixup=args.mixup, cutmix=args.cutmix, images=len(samples)))
+        kind="tune",
+        unit="images/s",
+        rounds=args.rounds,
+        meta=meta,
+        settings=dict(
+            batch_size=s.batch_size,
+            input_size=s.size,
+            device=device,
+            dtype=args.dtype,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            images=len(samples),
+        ),
+    )
 
     def save(rows: list[dict[str, Any]], **more: Any) -> None:
         if args.out:

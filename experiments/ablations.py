@@ -46,12 +46,14 @@ from .training import STREAMS, Training, build_model, splits, train
 
 def write_digits(root: str) -> None:
     """Has the demo write its digits: programs do not import each other."""
-    subprocess.run([sys.executable, "-m", "pipelines.demo", "--data-only", "--data", root],
-                   cwd=harness.ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipelines.demo", "--data-only", "--data", root], cwd=harness.ROOT, check=True
+    )
 
 
-def measure_speed(args: argparse.Namespace, rows: Sequence[Row], rounds: int = 9, steps: int = 10
-                  ) -> dict[str, dict[str, Any]]:
+def measure_speed(
+    args: argparse.Namespace, rows: Sequence[Row], rounds: int = 9, steps: int = 10
+) -> dict[str, dict[str, Any]]:
     """Images/s of batch and training step, rows taking turns: {row: images_per_second, ratio to CutMix}."""
     trainings = {row.name: Training(args, row, seed=0, epochs=1) for row in rows}
     values: dict[str, list[float]] = {name: [] for name in trainings}
@@ -66,10 +68,14 @@ def measure_speed(args: argparse.Namespace, rows: Sequence[Row], rounds: int = 9
             harness.synchronise(args.device)
             if number:  # the first round warms up
                 values[name].append(steps * args.batch_size / (time.perf_counter() - start))
-    ratios = {name: [one / other for one, other in zip(speeds, values[CUTMIX], strict=True)]
-              for name, speeds in values.items()}
-    return {name: dict(images_per_second=harness.summary(values[name]), ratio=harness.summary(ratios[name]))
-            for name in values}
+    ratios = {
+        name: [one / other for one, other in zip(speeds, values[CUTMIX], strict=True)]
+        for name, speeds in values.items()
+    }
+    return {
+        name: dict(images_per_second=harness.summary(values[name]), ratio=harness.summary(ratios[name]))
+        for name in values
+    }
 
 
 def wanted(args: argparse.Namespace) -> list[Row]:
@@ -87,8 +93,15 @@ def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
     harness.refuse_dirty(args.out, meta, args.allow_dirty)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "figure", "allow_dirty")}
     rows = [dict(row._asdict(), runs=[], error=None) for row in wanted(args)]
-    fresh = dict(kind="accuracy", unit="top-1 %", complete=False, meta=meta, epochs=args.epochs, rows=rows,
-                 settings=settings | dict(digests=[load(split).digest for split in splits(args.data)]))
+    fresh = dict(
+        kind="accuracy",
+        unit="top-1 %",
+        complete=False,
+        meta=meta,
+        epochs=args.epochs,
+        rows=rows,
+        settings=settings | dict(digests=[load(split).digest for split in splits(args.data)]),
+    )
     fresh = json.loads(json.dumps(fresh))  # tuples become lists, as in a file
     if not Path(args.out).exists():
         return fresh
@@ -96,16 +109,18 @@ def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
     there, here = identity(old), identity(fresh)
     if different := [key for key in there | here if there.get(key) != here.get(key)]:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
-        raise ValueError(f"--out {args.out}: it is another run's: {listed}. Call it as it was called, or give "
-                         "another file")
+        raise ValueError(
+            f"--out {args.out}: it is another run's: {listed}. Call it as it was called, or give another file"
+        )
     return old
 
 
 def identity(result: dict[str, Any]) -> dict[str, Any]:
     """What must be alike for a run to go on."""
     meta = result.get("meta", {})
-    return dict(kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"),
-                **result.get("settings", {}))
+    return dict(
+        kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"), **result.get("settings", {})
+    )
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -135,16 +150,22 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     return result
 
 
-def fill(args: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[Row, dict]], workers: "Workers"
-         ) -> None:
+def fill(
+    args: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[Row, dict]], workers: "Workers"
+) -> None:
     """Trains every row and seed that the result lacks; seeds outside, so that a partial result has all rows."""
     entries = {row.name: entry for row, entry in rows}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    left = [(args, row, seed, result["epochs"]) for seed in seeds for row, entry in rows
-            if seed not in [done["seed"] for done in entry["runs"]]]
+    left = [
+        (args, row, seed, result["epochs"])
+        for seed in seeds
+        for row, entry in rows
+        if seed not in [done["seed"] for done in entry["runs"]]
+    ]
     total = args.seeds * len(rows)
-    with tqdm(total=total * result["epochs"], initial=(total - len(left)) * result["epochs"], unit="epoch",
-              disable=None) as bar:
+    with tqdm(
+        total=total * result["epochs"], initial=(total - len(left)) * result["epochs"], unit="epoch", disable=None
+    ) as bar:
         for name, done in workers.unordered(left, bar):
             entry = entries[name]
             entry["runs"] = sorted([*entry["runs"], done], key=lambda run: run["seed"])
@@ -217,13 +238,20 @@ def seconds_per_epoch(args: argparse.Namespace, seed: int) -> float:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.ablations", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--table", required=True, choices=TABLES, help="of the paper; components: LUMix without each of its parts")
     add("--only", metavar="NAMES", help="rows' " + harness.ONLY)
-    add("--data", default="data/digits", metavar="DIR",
-        help="class folders under train and val (validation, test); the default is made when it is missing")
+    add(
+        "--data",
+        default="data/digits",
+        metavar="DIR",
+        help="class folders under train and val (validation, test); the default is made when it is missing",
+    )
     add("--images-per-class", type=int, default=20, metavar="N", help="training images; 0: all")
     add("--seeds", type=harness.positive, default=5, metavar="N", help="how many")
     add("--first-seed", type=int, default=0, metavar="N", help="for a trial, one that the run will not use")
@@ -231,8 +259,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--figure", metavar="FILE.svg", help="accuracy against epoch")
     add("--model", help="any timm model (default: a resnet10t of a quarter of its width)")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, help="NAME=VALUE of timm.create_model")
-    add("--stream", choices=STREAMS, default="memory",
-        help="memory: images are decoded once; files: by create_loader, in each epoch, where it has the method")
+    add(
+        "--stream",
+        choices=STREAMS,
+        default="memory",
+        help="memory: images are decoded once; files: by create_loader, in each epoch, where it has the method",
+    )
     add("--small-stem", action="store_true", help="a ResNet's stem: 3x3, stride 1, no pooling")
     add("--img-size", type=harness.positive, default=16)
     length = parser.add_mutually_exclusive_group()
@@ -240,22 +272,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="for a model; as many epochs as CutMix does in them")
     add("--batch-size", type=harness.positive, default=50)
     add("--lr", type=float, default=2e-3, help="of AdamW, at the top of a cosine schedule")
-    add("--weight-decay", type=float, default=.05)
+    add("--weight-decay", type=float, default=0.05)
     add("--warmup", type=int, default=2, help="epochs")
-    add("--smoothing", type=float, default=.1, help="of labels")
-    add("--scale", type=float, nargs=2, default=[.6, 1.], help="share of the area that a crop has")
-    add("--hflip", type=float, default=0., help="a mirrored 2 is no digit")
+    add("--smoothing", type=float, default=0.1, help="of labels")
+    add("--scale", type=float, nargs=2, default=[0.6, 1.0], help="share of the area that a crop has")
+    add("--hflip", type=float, default=0.0, help="a mirrored 2 is no digit")
     add("--val-every", type=int, default=1, metavar="N", help="epochs between validations; 0: after the last only")
     add("--lam", action="store_true", help="keep the quantiles of λ0, λ_s and λ over each epoch")
     add("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure images/s of every row first")
-    add("--patch", type=harness.positive, default=8,
-        help="Table 12: side of a patch in pixels; the paper's is 16, of 224")
+    add(
+        "--patch",
+        type=harness.positive,
+        default=8,
+        help="Table 12: side of a patch in pixels; the paper's is 16, of 224",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="bfloat16")
     add("--jobs", type=harness.positive, default=1, help="models trained side by side")
     add("--threads", type=harness.positive, default=1, help="DALI's, of each model")
-    add("--allow-dirty", action="store_true",
-        help="measure uncommitted code for benchmarks/results; the result says so")
+    add(
+        "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
+    )
     args = parser.parse_args(argv)
     args.device = harness.resolve_device(args.device)
     if args.minutes is not None and not args.minutes > 0:

@@ -21,8 +21,7 @@ from lumix_dali.reference import count_lam0, cut_box, mix_images
 OTHER = 3  # MixTarget's kind: mixed by other means than a box or one weight
 
 
-def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1, 0.8)
-              ) -> tuple[DataNode, MixTarget]:
+def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1, 0.8)) -> tuple[DataNode, MixTarget]:
     """ResizeMix (arXiv 2012.11101): the whole partner, made smaller by τ, is pasted anywhere inside the image.
 
     Args:
@@ -46,8 +45,14 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste reads all inputs with one size
     drawn = mixfn.given(size, partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side))
     _, target = mixfn.apply(images, labels, drawn)  # its pixels are never made: DALI prunes what nobody asks for
-    mixed = fn.multi_paste(images, small, in_anchors=drawn.start * 0, out_anchors=drawn.start,
-                           shapes=drawn.stop - drawn.start, output_size=size)
+    mixed = fn.multi_paste(
+        images,
+        small,
+        in_anchors=drawn.start * 0,
+        out_anchors=drawn.start,
+        shapes=drawn.stop - drawn.start,
+        output_size=size,
+    )
     return mixed, target
 
 
@@ -73,8 +78,9 @@ def shuffle_patches(images: DataNode, size: Sequence[int], patch: int = 16) -> D
     return fn.reshape(joined, shape=[*size, -1], layout="HWC")
 
 
-def patch_mixup(images: DataNode, labels: DataNode, size: Sequence[int], patch: int = 16, alpha: float = 1.0
-                ) -> tuple[DataNode, MixTarget]:
+def patch_mixup(
+    images: DataNode, labels: DataNode, size: Sequence[int], patch: int = 16, alpha: float = 1.0
+) -> tuple[DataNode, MixTarget]:
     """Random λ (LUMix, Table 12): another blend weight λ ~ Beta(α, α) for each patch; λ0 is their mean.
 
     Args:
@@ -94,24 +100,29 @@ def patch_mixup(images: DataNode, labels: DataNode, size: Sequence[int], patch: 
     spread = fn.reshape(weight, shape=[rows, 1, columns, 1, 1])
     own, other = (
         fn.cast(fn.reshape(node, shape=[rows, patch, columns, patch, -1]), dtype=types.FLOAT)
-        for node in (images, fn.permute_batch(images, indices=partner)))
+        for node in (images, fn.permute_batch(images, indices=partner))
+    )
     if device == "gpu":
         lam0, spread = lam0.gpu(), spread.gpu()
     mixed = fn.reshape(fn.cast(own + (other - own) * spread, dtype=types.UINT8), shape=[*size, -1], layout="HWC")
     plain = mixfn.unmixed(labels, device)
-    return mixed, plain._replace(partner_labels=fn.permute_batch(plain.labels, indices=partner), lam0=lam0,
-                                 kind=plain.kind + OTHER)
+    return mixed, plain._replace(
+        partner_labels=fn.permute_batch(plain.labels, indices=partner), lam0=lam0, kind=plain.kind + OTHER
+    )
 
 
 def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
     if any(side % patch for side in size):
-        raise ValueError(f"patch={patch!r}: images of {size[0]} x {size[1]} cannot be cut into such squares; "
-                         "give a divisor of both sides")
+        raise ValueError(
+            f"patch={patch!r}: images of {size[0]} x {size[1]} cannot be cut into such squares; "
+            "give a divisor of both sides"
+        )
     return size[0] // patch, size[1] // patch
 
 
-def saliency_mix(images: np.ndarray, labels: np.ndarray, rng: np.random.Generator, alpha: float = 1.0
-                 ) -> tuple[np.ndarray, MixTarget]:
+def saliency_mix(
+    images: np.ndarray, labels: np.ndarray, rng: np.random.Generator, alpha: float = 1.0
+) -> tuple[np.ndarray, MixTarget]:
     """SaliencyMix (arXiv 2006.01791): CutMix whose box lies around the partner's most salient point.
 
     Args:
@@ -130,8 +141,9 @@ def saliency_mix(images: np.ndarray, labels: np.ndarray, rng: np.random.Generato
     partner = np.empty_like(order)
     partner[order] = np.roll(order, 1)  # one cycle: nobody is his own partner
     size, weights = images.shape[1:3], rng.beta(alpha, alpha, len(images))
-    box = np.array([cut_box(size, lam, most_salient(images[other]))
-                    for lam, other in zip(weights, partner, strict=True)])
+    box = np.array(
+        [cut_box(size, lam, most_salient(images[other])) for lam, other in zip(weights, partner, strict=True)]
+    )
     kind, lam0 = np.full(len(images), int(Kind.CUTMIX), np.int32), count_lam0(box, size)
     mixed = mix_images(images, partner, box, kind, lam0)
     return mixed, MixTarget(labels, labels[partner], lam0.astype(np.float32), box.astype(np.int32), kind, partner)
@@ -170,8 +182,10 @@ def class_attention(model: nn.Module) -> Callable[[], Tensor]:
         ValueError: the model has no class token.
     """
     if getattr(model, "cls_token", None) is None or getattr(model, "num_prefix_tokens", 0) != 1:
-        raise ValueError(f"TransMix: {type(model).__name__} has no class token alone in front; give a ViT such as "
-                         "deit_small_patch16_224")
+        raise ValueError(
+            f"TransMix: {type(model).__name__} has no class token alone in front; give a ViT such as "
+            "deit_small_patch16_224"
+        )
     attention: Any = model.blocks[-1].attn  # type: ignore[union-attr,index]
     attention.fused_attn = False  # the fused kernel never shows its weights
     kept: list[Tensor] = []

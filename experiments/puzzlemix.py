@@ -139,8 +139,10 @@ def mix_pairs(
     """
     size = images.size(-1)
     if images.size(-2) != size or size % grid:
-        raise ValueError(f"images of {images.size(-2)} x {size}: Puzzle Mix needs squares, a multiple "
-                         f"of the {grid} blocks along a side; give such images")
+        raise ValueError(
+            f"images of {images.size(-2)} x {size}: Puzzle Mix needs squares, a multiple "
+            f"of the {grid} blocks along a side; give such images"
+        )
     share = F.avg_pool2d(salient[:, None], size // grid)[:, 0]
     share = share / share.sum((1, 2), keepdim=True)
     found = energy(images * std + mean, share, partner, lam, settings)
@@ -182,10 +184,19 @@ def energy(images: Tensor, share: Tensor, partner: Tensor, lam: float, settings:
     scale = 1000 * grid**2
     steps = np.linspace(0, 1, settings.labels)
     lost, kept = own.cpu().numpy(), other.cpu().numpy()
-    unary = np.stack([(1 - step) * kept + step * lost + settings.eta * prior / grid**2
-                      for step, prior in zip(steps, _prior(lam, settings.labels), strict=True)], -1)
-    return Energy(*((scale * term).astype(np.int32).astype(np.int64)
-                    for term in (unary, *(weight.cpu().numpy() for weight in weights))))
+    unary = np.stack(
+        [
+            (1 - step) * kept + step * lost + settings.eta * prior / grid**2
+            for step, prior in zip(steps, _prior(lam, settings.labels), strict=True)
+        ],
+        -1,
+    )
+    return Energy(
+        *(
+            (scale * term).astype(np.int32).astype(np.int64)
+            for term in (unary, *(weight.cpu().numpy() for weight in weights))
+        )
+    )
 
 
 def _sides(blocks: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -60,8 +60,16 @@ class Images(NamedTuple):
 @lru_cache(2)
 def decoded(folder: str, size: int, device: str) -> Images:
     """All images of a class folder, decoded by `create_loader`."""
-    with create_loader(folder, batch_size=500, input_size=size, is_training=False, crop_pct=1.0, dtype="uint8",
-                       channels_last=True, device=device) as loader:
+    with create_loader(
+        folder,
+        batch_size=500,
+        input_size=size,
+        is_training=False,
+        crop_pct=1.0,
+        dtype="uint8",
+        channels_last=True,
+        device=device,
+    ) as loader:
         parts = [(images.permute(0, 2, 3, 1).cpu(), labels.cpu()) for images, labels in loader]
     return Images(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
@@ -72,11 +80,14 @@ def splits(root: str) -> list[str]:
     Raises:
         ValueError: one is missing.
     """
-    found = [next((str(Path(root, name)) for name in names if Path(root, name).is_dir()), None)
-             for names in (("train",), ("val", "validation", "test"))]
+    found = [
+        next((str(Path(root, name)) for name in names if Path(root, name).is_dir()), None)
+        for names in (("train",), ("val", "validation", "test"))
+    ]
     if None in found:
-        raise ValueError(f"--data {root}: it needs the folders train and val (or validation, test), each with a "
-                         "folder a class")
+        raise ValueError(
+            f"--data {root}: it needs the folders train and val (or validation, test), each with a folder a class"
+        )
     return [folder for folder in found if folder]
 
 
@@ -95,12 +106,18 @@ def subset(labels: np.ndarray, images_per_class: int, seed: int) -> np.ndarray:
 def batches(source: Callable, *, size: int, scale: Sequence[float], hflip: float, method: str, patch: int):
     """Random resized crop, flip, and the method of mixing; uint8 HWC, then the fields of `MixTarget`."""
     # The operators before the method are the same for all rows, in number too: each gets its seed by its place.
-    images, labels = fn.external_source(source, num_outputs=2, batch=True, batch_info=True,
-                                        dtype=[types.UINT8, types.INT64], ndim=[3, 0], layout=["HWC", ""])
+    images, labels = fn.external_source(
+        source,
+        num_outputs=2,
+        batch=True,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64],
+        ndim=[3, 0],
+        layout=["HWC", ""],
+    )
     if Pipeline.current().device_id is not None:
         images = images.gpu()
-    images = fn.random_resized_crop(
-        images, size=[size, size], random_area=list(scale), interp_type=types.INTERP_CUBIC)
+    images = fn.random_resized_crop(images, size=[size, size], random_area=list(scale), interp_type=types.INTERP_CUBIC)
     images = fn.flip(images, horizontal=fn.random.coin_flip(probability=hflip))
     images, target = METHODS[method](images, labels, size=(size, size), patch=patch)
     return images, *target
@@ -124,9 +141,17 @@ def from_memory(args: argparse.Namespace, row: Row, seed: int) -> tuple[int, Ite
 
     device = torch.device(args.device)
     pipe = batches(
-        source, size=args.img_size, scale=args.scale, hflip=args.hflip, method=row.method, patch=args.patch,
-        batch_size=args.batch_size, num_threads=args.threads,
-        device_id=device.index if device.type == "cuda" else None, seed=seed)
+        source,
+        size=args.img_size,
+        scale=args.scale,
+        hflip=args.hflip,
+        method=row.method,
+        patch=args.patch,
+        batch_size=args.batch_size,
+        num_threads=args.threads,
+        device_id=device.index if device.type == "cuda" else None,
+        seed=seed,
+    )
 
     def stream() -> Iterator[Batch]:
         while True:
@@ -150,9 +175,18 @@ def from_files(args: argparse.Namespace, row: Row, seed: int) -> tuple[int, Iter
     chosen = subset(samples.labels, args.images_per_class, seed)
     samples = Files(samples.root, [samples.names[i] for i in chosen], samples.labels[chosen], samples.classes)
     loader = create_loader(
-        samples, batch_size=args.batch_size, input_size=args.img_size, device=args.device, scale=args.scale,
-        hflip=args.hflip, dtype="uint8", channels_last=True, seed=seed, num_threads=args.threads,
-        **alphas[row.method])
+        samples,
+        batch_size=args.batch_size,
+        input_size=args.img_size,
+        device=args.device,
+        scale=args.scale,
+        hflip=args.hflip,
+        dtype="uint8",
+        channels_last=True,
+        seed=seed,
+        num_threads=args.threads,
+        **alphas[row.method],
+    )
 
     def stream() -> Iterator[Batch]:
         with closing(loader):
@@ -183,8 +217,12 @@ class Training:
         self.criterion = LUMixLoss(smoothing=args.smoothing, **row.loss)
         self.optimizer = create_optimizer_v2(self.model, "adamw", lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler = CosineLRScheduler(
-            self.optimizer, t_initial=epochs * self.steps, warmup_t=args.warmup * self.steps,
-            warmup_lr_init=1e-6, t_in_epochs=False)
+            self.optimizer,
+            t_initial=epochs * self.steps,
+            warmup_t=args.warmup * self.steps,
+            warmup_lr_init=1e-6,
+            t_in_epochs=False,
+        )
         self.updates, self.weights = 0, LabelWeights()
 
     def batch(self) -> Batch:
@@ -251,8 +289,11 @@ class Training:
         self.model.train()
         every = torch.cat(logits)
         ece = multiclass_calibration_error(every.softmax(1), labels, every.size(1), n_bins=15, norm="l1")
-        return dict(top1=100 * (every.argmax(1) == labels).double().mean().item(),
-                    nll=F.cross_entropy(every, labels).item(), ece=100 * ece.item())
+        return dict(
+            top1=100 * (every.argmax(1) == labels).double().mean().item(),
+            nll=F.cross_entropy(every, labels).item(),
+            ece=100 * ece.item(),
+        )
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -265,15 +306,18 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     model: Any = timm.create_model(args.model, num_classes=int(num_classes), **args.model_kwargs)
     if args.small_stem:
         if not (isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")):
-            raise ValueError(f"--small-stem: {args.model} has no stem of one convolution and a pooling; give a "
-                             "ResNet such as resnet18, or leave it out")
+            raise ValueError(
+                f"--small-stem: {args.model} has no stem of one convolution and a pooling; give a "
+                "ResNet such as resnet18, or leave it out"
+            )
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     return model
 
 
-def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[], object] | None = None
-          ) -> dict[str, Any]:
+def train(
+    args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[], object] | None = None
+) -> dict[str, Any]:
     """Trains a row with a seed.
 
     Args:
@@ -289,8 +333,9 @@ def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Call
     """
     start, cpu = time.perf_counter(), time.process_time()
     training, found, weights = Training(args, row, seed, epochs), [], []
-    validated = [epoch for epoch in range(1, epochs + 1)
-                 if epoch == epochs or (args.val_every and epoch % args.val_every == 0)]
+    validated = [
+        epoch for epoch in range(1, epochs + 1) if epoch == epochs or (args.val_every and epoch % args.val_every == 0)
+    ]
     for epoch in range(1, epochs + 1):
         loss = sum(training.step() for _ in range(training.steps))
         if not np.isfinite(float(loss)):
@@ -301,8 +346,14 @@ def train(args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Call
             weights.append(training.weights.summary())
         if tick:
             tick()
-    return dict(seed=seed, validated=validated, **columns(found), lam=columns(weights),
-                seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+    return dict(
+        seed=seed,
+        validated=validated,
+        **columns(found),
+        lam=columns(weights),
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu,
+    )
 
 
 def columns(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:

@@ -25,10 +25,19 @@ from .checkpoint import SUMS, Run
 from .flags import ratios
 
 # The flags behind `create_loader`'s arguments, for its errors.
-LOADER_FLAGS = {"mixup_alpha": "--mixup", "cutmix_alpha": "--cutmix", "prob": "--mixup-prob",
-                "switch_prob": "--mixup-switch-prob", "mode": "--mixup-mode", "num_threads": "--workers",
-                "re_prob": "--reprob", "re_mode": "--remode", "re_count": "--recount", "auto_augment": "--aa",
-                "num_aug_repeats": "--aug-repeats"}
+LOADER_FLAGS = {
+    "mixup_alpha": "--mixup",
+    "cutmix_alpha": "--cutmix",
+    "prob": "--mixup-prob",
+    "switch_prob": "--mixup-switch-prob",
+    "mode": "--mixup-mode",
+    "num_threads": "--workers",
+    "re_prob": "--reprob",
+    "re_mode": "--remode",
+    "re_count": "--recount",
+    "auto_augment": "--aa",
+    "num_aug_repeats": "--aug-repeats",
+}
 
 
 def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
@@ -37,16 +46,21 @@ def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
     Raises:
         ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
     """
+
     def split(*names: str) -> Source:
         for name in names:
             if Path(args.data_dir, name).is_dir():
                 data = load(Path(args.data_dir, name))
                 if data.classes is None:
-                    raise ValueError(f"--data-dir {args.data_dir}: nothing says which classes the shards in "
-                                     f"{name} have; write them with `lumix-dali convert`")
+                    raise ValueError(
+                        f"--data-dir {args.data_dir}: nothing says which classes the shards in "
+                        f"{name} have; write them with `lumix-dali convert`"
+                    )
                 return data
-        raise ValueError(f"--data-dir {args.data_dir}: no folder {' or '.join(names)} in it; "
-                         "images belong in train/CLASS/ and val/CLASS/")
+        raise ValueError(
+            f"--data-dir {args.data_dir}: no folder {' or '.join(names)} in it; "
+            "images belong in train/CLASS/ and val/CLASS/"
+        )
 
     if not Path(args.data_dir).is_dir():
         raise ValueError(f"--data-dir {args.data_dir}: no such folder; give one that holds train/ and val/")
@@ -54,8 +68,10 @@ def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
     val = split(args.val_split) if args.val_split else split("val", "validation")
     if train.classes != val.classes:
         odd = sorted(set(train.classes or ()) ^ set(val.classes or ()))
-        raise ValueError(f"--data-dir {args.data_dir}: training and validation differ in the classes "
-                         f"{odd[:5]}; give both the same class folders")
+        raise ValueError(
+            f"--data-dir {args.data_dir}: training and validation differ in the classes "
+            f"{odd[:5]}; give both the same class folders"
+        )
     return train, val
 
 
@@ -63,7 +79,7 @@ class TimmBCE(LUMixLoss):
     """timm's BinaryCrossEntropy on the dense target at λ0, for what LUMix has no meaning with: a threshold."""
 
     def __init__(self, bce: BinaryCrossEntropy, smoothing: float):
-        super().__init__(0., 0., 0., smoothing=smoothing)
+        super().__init__(0.0, 0.0, 0.0, smoothing=smoothing)
         self.bce = bce
 
     def forward(self, logits: torch.Tensor, target: Any, lam_r: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,13 +89,23 @@ class TimmBCE(LUMixLoss):
 def build_criterion(args: argparse.Namespace) -> LUMixLoss:
     """The LUMix loss; `--no-lumix` is its plain special case, soft cross entropy at λ0."""
     if args.bce_target_thresh is not None or args.bce_pos_weight is not None:
-        return TimmBCE(BinaryCrossEntropy(target_threshold=args.bce_target_thresh, pos_weight=args.bce_pos_weight,
-                                          sum_classes=args.bce_sum), args.smoothing)
-    eta = 0. if args.no_lumix else args.eta
-    return LUMixLoss(*ratios(args), eta, noise=args.noise, smoothing=args.smoothing,
-                     base="bce" if args.bce_loss else "softmax",
-                     bce_reduction="sum" if args.bce_sum else "mean",
-                     detach_lam_s=not args.attach_lam_s, apply_to=args.apply_to)
+        return TimmBCE(
+            BinaryCrossEntropy(
+                target_threshold=args.bce_target_thresh, pos_weight=args.bce_pos_weight, sum_classes=args.bce_sum
+            ),
+            args.smoothing,
+        )
+    eta = 0.0 if args.no_lumix else args.eta
+    return LUMixLoss(
+        *ratios(args),
+        eta,
+        noise=args.noise,
+        smoothing=args.smoothing,
+        base="bce" if args.bce_loss else "softmax",
+        bce_reduction="sum" if args.bce_sum else "mean",
+        detach_lam_s=not args.attach_lam_s,
+        apply_to=args.apply_to,
+    )
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -89,21 +115,33 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         ValueError: `--num-classes` is smaller than the number of classes in the data, or timm cannot make it.
     """
     if args.num_classes is not None and args.num_classes < num_classes:
-        raise ValueError(f"--num-classes {args.num_classes}: the training folder has {num_classes} classes, "
-                         f"more classes than the model has; give at least {num_classes}, or leave it out")
+        raise ValueError(
+            f"--num-classes {args.num_classes}: the training folder has {num_classes} classes, "
+            f"more classes than the model has; give at least {num_classes}, or leave it out"
+        )
     for flag in ("initial_checkpoint", "pretrained_path"):
         if (path := getattr(args, flag)) and not Path(path).is_file():
             raise ValueError(f"--{flag.replace('_', '-')} {path}: no such file")
     if args.fast_norm:
         set_fast_norm()
-    overlay: dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1)) \
-        if args.pretrained_path else {}
+    overlay: dict[str, Any] = (
+        dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1)) if args.pretrained_path else {}
+    )
     try:
         model: Any = timm.create_model(
-            args.model, pretrained=args.pretrained or bool(args.pretrained_path),
-            checkpoint_path=args.initial_checkpoint, num_classes=args.num_classes or num_classes,
-            drop_rate=args.drop, drop_path_rate=args.drop_path, drop_block_rate=args.drop_block,
-            global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps, **overlay, **args.model_kwargs)
+            args.model,
+            pretrained=args.pretrained or bool(args.pretrained_path),
+            checkpoint_path=args.initial_checkpoint,
+            num_classes=args.num_classes or num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            drop_block_rate=args.drop_block,
+            global_pool=args.gp,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+            **overlay,
+            **args.model_kwargs,
+        )
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
         size = args.input_size[1:] if args.input_size else args.img_size
@@ -133,14 +171,34 @@ def similar(name: str, known: Sequence[str]) -> str:
 
 def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data_config: dict):
     """The training and the validation loader, with the input that timm's `data_config` describes."""
-    common = dict(data_config, device=args.device, channels_last=args.channels_last, num_threads=args.workers,
-                  seed=args.seed, rank=args.rank, world_size=args.world_size, max_bad=args.max_bad)
-    mixing = dict(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
-                  prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode)
+    common = dict(
+        data_config,
+        device=args.device,
+        channels_last=args.channels_last,
+        num_threads=args.workers,
+        seed=args.seed,
+        rank=args.rank,
+        world_size=args.world_size,
+        max_bad=args.max_bad,
+    )
+    mixing = dict(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+    )
     val_batch = args.validation_batch_size or args.batch_size
     try:
-        train = create_loader(train_data, batch_size=args.batch_size, is_training=True,
-                              num_aug_repeats=int(args.aug_repeats), **mixing, **common | augmentation(args))
+        train = create_loader(
+            train_data,
+            batch_size=args.batch_size,
+            is_training=True,
+            num_aug_repeats=int(args.aug_repeats),
+            **mixing,
+            **common | augmentation(args),
+        )
         return train, create_loader(val_data, batch_size=val_batch, is_training=False, **common)
     except ValueError as error:
         argument = re.match(r"\w+", str(error))
@@ -152,13 +210,20 @@ def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data
 def augmentation(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the training loader for what is done to an image before it is mixed."""
     if args.no_aug:
-        return dict(scale=(1., 1.), ratio=(1., 1.), hflip=0.)
+        return dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
     jitter = args.color_jitter  # a list, but a number in timm's YAML
     found = dict(
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, auto_augment=args.aa,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        auto_augment=args.aa,
         color_jitter=jitter[0] if isinstance(jitter, list) and len(jitter) == 1 else jitter,
-        color_jitter_prob=1. if args.color_jitter_prob is None else args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob or 0., re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+        color_jitter_prob=1.0 if args.color_jitter_prob is None else args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.0,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
     if args.train_interpolation:
         found["interpolation"] = args.train_interpolation
     return found
@@ -169,8 +234,9 @@ def updates_per_epoch(loader: Any, args: argparse.Namespace) -> int:
     return -(-len(loader) // args.grad_accum_steps)
 
 
-def build_run(args: argparse.Namespace, model: nn.Module, train: Any, val: Any, size: tuple[int, ...],
-              folder: Path) -> Run:
+def build_run(
+    args: argparse.Namespace, model: nn.Module, train: Any, val: Any, size: tuple[int, ...], folder: Path
+) -> Run:
     """Moves the model to the device and gives it its optimiser, schedule, scaler, average and ranks."""
     device = train.device
     model.to(device)
@@ -185,7 +251,8 @@ def build_run(args: argparse.Namespace, model: nn.Module, train: Any, val: Any, 
         raise ValueError(f"--opt {args.opt}: {error}{similar(args.opt, known)}") from error
     try:
         scheduler, epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args))
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch(train, args)
+        )
     except (ValueError, AssertionError) as error:
         raise ValueError(f"--sched {args.sched}: {error}") from error
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")

@@ -21,11 +21,34 @@ from .ranks import gathered
 FORMAT = "pipelines.train/1"
 # Flags that may differ between a run and its continuation: they do not touch what is computed. The loaders
 # compare the data themselves, wherever they lie.
-FREE = {"config", "resume", "data_dir", "train_split", "val_split", "workers", "max_bad", "device", "output",
-        "experiment", "pretrained", "pretrained_path", "initial_checkpoint", "checkpoint_hist",
-        "checkpoint_interval",
-        "save_epochs", "stop_epoch", "overwrite", "cached_batches", "log_interval", "log_tensorboard", "log_wandb",
-        "wandb_project", "wandb_tags", "wandb_resume_id", "rank"}
+FREE = {
+    "config",
+    "resume",
+    "data_dir",
+    "train_split",
+    "val_split",
+    "workers",
+    "max_bad",
+    "device",
+    "output",
+    "experiment",
+    "pretrained",
+    "pretrained_path",
+    "initial_checkpoint",
+    "checkpoint_hist",
+    "checkpoint_interval",
+    "save_epochs",
+    "stop_epoch",
+    "overwrite",
+    "cached_batches",
+    "log_interval",
+    "log_tensorboard",
+    "log_wandb",
+    "wandb_project",
+    "wandb_tags",
+    "wandb_resume_id",
+    "rank",
+}
 # What is summed over an epoch: over all samples, and over those of every --log-interval batches that LUMix
 # applies to.
 SUMS = ("loss", "lam0", "applied", "lumix_lam0", "lumix_lam_s", "lumix_lam", "lumix_clamped")
@@ -90,11 +113,15 @@ def read_checkpoint(args: argparse.Namespace) -> Found | None:
             found = [torch.load(path, map_location="cpu", weights_only=True), written]
         except Exception as error:  # what a damaged file raises is anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"--resume: {path} cannot be read ({reason}); give the path of a whole checkpoint, "
-                             "or leave --resume out to start anew") from error
+            raise ValueError(
+                f"--resume: {path} cannot be read ({reason}); give the path of a whole checkpoint, "
+                "or leave --resume out to start anew"
+            ) from error
         if not isinstance(found[0], dict) or found[0].get("run_format") != FORMAT:
-            raise ValueError(f"--resume: {path} is no checkpoint of this program's ({FORMAT}) to go on from; "
-                             f"give --initial-checkpoint {path} to start from its weights")
+            raise ValueError(
+                f"--resume: {path} is no checkpoint of this program's ({FORMAT}) to go on from; "
+                f"give --initial-checkpoint {path} to start from its weights"
+            )
     if dist.is_initialized():
         dist.broadcast_object_list(found)
     return Found(path, *found) if found[0] is not None else None
@@ -211,24 +238,43 @@ def save(run: Run, args: argparse.Namespace, *names: str) -> None:
 def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]]) -> dict[str, Any]:
     """The run in timm's checkpoint format; plain types only, so that `weights_only=True` loads it."""
     row = run.rows[-1] if run.rows else {"epoch": -1}
-    state = {"version": 2, "arch": args.model, "epoch": row["epoch"], "metric": row.get(metric_name(args)),
-             "run_format": FORMAT, "args": vars(args), "classes": list(run.train.classes),
-             "state_dict": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-             "amp_scaler": run.scaler.state_dict()}
+    state = {
+        "version": 2,
+        "arch": args.model,
+        "epoch": row["epoch"],
+        "metric": row.get(metric_name(args)),
+        "run_format": FORMAT,
+        "args": vars(args),
+        "classes": list(run.train.classes),
+        "state_dict": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "amp_scaler": run.scaler.state_dict(),
+    }
     if run.ema:
         state["state_dict_ema"] = run.ema.module.state_dict()
     # timm's schedules are functions of epoch or update, but for plateau, which wraps PyTorch's.
     plateau = getattr(run.scheduler, "lr_scheduler", None)
-    state["run"] = {"updates": run.updates, "epoch": run.epoch, "step": run.step, "rows": run.rows,
-                    "ranks": states, "plateau": plateau and plateau.state_dict()}
+    state["run"] = {
+        "updates": run.updates,
+        "epoch": run.epoch,
+        "step": run.step,
+        "rows": run.rows,
+        "ranks": states,
+        "plateau": plateau and plateau.state_dict(),
+    }
     return state
 
 
 def rank_state(run: Run) -> dict[str, Any]:
     """What each rank has of its own: places of its loaders, generators (of λ_r and dropout) and sums."""
     cuda = run.train.device if run.train.device.type == "cuda" else None
-    return {"train": run.train.state_dict(), "val": run.val.state_dict(), "sums": run.sums.cpu(),
-            "rng": torch.get_rng_state(), "cuda_rng": cuda and torch.cuda.get_rng_state(cuda)}
+    return {
+        "train": run.train.state_dict(),
+        "val": run.val.state_dict(),
+        "sums": run.sums.cpu(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": cuda and torch.cuda.get_rng_state(cuda),
+    }
 
 
 def metric_name(args: argparse.Namespace) -> str:

@@ -24,9 +24,9 @@ from lumix_dali.cli import show
 from . import train
 
 SIZE = 32
-MEAN = STD = (.5, .5, .5)
-SCALE, HFLIP = (.6, 1.), 0.  # a mirrored 2 or 5 is no digit
-GOAL = 95.
+MEAN = STD = (0.5, 0.5, 0.5)
+SCALE, HFLIP = (0.6, 1.0), 0.0  # a mirrored 2 or 5 is no digit
+GOAL = 95.0
 
 
 def write_digits(root: Path) -> None:
@@ -58,19 +58,21 @@ def curves(log: Path, out: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
     right.plot(epochs, [row["top1"] for row in rows], color="C2")
-    right.annotate(f"{rows[-1]['top1']:.1f} %", (epochs[-1], rows[-1]["top1"]), (-4, -14),
-                   textcoords="offset points", ha="right")
+    right.annotate(
+        f"{rows[-1]['top1']:.1f} %", (epochs[-1], rows[-1]["top1"]), (-4, -14), textcoords="offset points", ha="right"
+    )
     right.set(xlabel="epoch", ylabel="validation top-1, %", ylim=(None, 100.5))
     for axes in (left, right):
-        axes.grid(alpha=.3)
+        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status, 1 where top-1 stays under the goal."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
@@ -82,20 +84,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_digits(args.data)
     if args.data_only:
         return 0
-    summary = train.main([
-        "--data-dir", str(args.data), "--model", "resnet10t", "--img-size", str(SIZE), "--crop-pct", "1",
-        "--mean", *map(str, MEAN), "--std", *map(str, STD), "--scale", *map(str, SCALE),
-        "--hflip", str(HFLIP), "--cutmix", "1", "--mixup-mode", "elem",
-        "--opt", "adamw", "--lr", "2e-3", "--weight-decay", ".05", "--warmup-epochs", "2",
-        "--batch-size", "64", "--epochs", str(args.epochs), "--seed", str(args.seed), "--device", args.device,
-        "--output", str(args.output.parent), "--experiment", args.output.name, "--overwrite"])
+    summary = train.main(
+        [
+            "--data-dir",
+            str(args.data),
+            "--model",
+            "resnet10t",
+            "--img-size",
+            str(SIZE),
+            "--crop-pct",
+            "1",
+            "--mean",
+            *map(str, MEAN),
+            "--std",
+            *map(str, STD),
+            "--scale",
+            *map(str, SCALE),
+            "--hflip",
+            str(HFLIP),
+            "--cutmix",
+            "1",
+            "--mixup-mode",
+            "elem",
+            "--opt",
+            "adamw",
+            "--lr",
+            "2e-3",
+            "--weight-decay",
+            ".05",
+            "--warmup-epochs",
+            "2",
+            "--batch-size",
+            "64",
+            "--epochs",
+            str(args.epochs),
+            "--seed",
+            str(args.seed),
+            "--device",
+            args.device,
+            "--output",
+            str(args.output.parent),
+            "--experiment",
+            args.output.name,
+            "--overwrite",
+        ]
+    )
     curves(args.output / "log.jsonl", args.output / "curves.png")
-    show(str(args.data / "train"), str(args.output / "mixed.png"), input_size=SIZE, cutmix_alpha=1.,
-         seed=args.seed, scale=SCALE, hflip=HFLIP)
+    show(
+        str(args.data / "train"),
+        str(args.output / "mixed.png"),
+        input_size=SIZE,
+        cutmix_alpha=1.0,
+        seed=args.seed,
+        scale=SCALE,
+        hflip=HFLIP,
+    )
 
     verdict = "reached" if summary["top1"] >= GOAL else "missed"
-    print(f"top-1 of the last epoch: {summary['top1']:.2f} %, the goal of {GOAL:g} % is {verdict}\n"
-          f"see {args.output}/mixed.png, {args.output}/curves.png and {args.output}/summary.json")
+    print(
+        f"top-1 of the last epoch: {summary['top1']:.2f} %, the goal of {GOAL:g} % is {verdict}\n"
+        f"see {args.output}/mixed.png, {args.output}/curves.png and {args.output}/summary.json"
+    )
     return int(summary["top1"] < GOAL)
 
 

@@ -49,10 +49,14 @@ Variant = tuple[tuple[str, str | int], int, torch.Tensor]  # key, number of the 
 IMAGENET = "the validation set of ImageNet-1k (https://image-net.org) as DIR/WNID/IMAGE.JPEG or DIR/val/WNID/..."
 BENCHMARK = "from https://github.com/hendrycks/natural-adv-examples, unpacked: 200 folders DIR/WNID/IMAGE.jpg"
 EXPECTED = {
-    "top1": IMAGENET, "shuffle": IMAGENET, "occlusion": IMAGENET, "wsol": IMAGENET,
-    "imagenet-a": f"ImageNet-A {BENCHMARK}", "imagenet-o": f"ImageNet-O {BENCHMARK}",
+    "top1": IMAGENET,
+    "shuffle": IMAGENET,
+    "occlusion": IMAGENET,
+    "wsol": IMAGENET,
+    "imagenet-a": f"ImageNet-A {BENCHMARK}",
+    "imagenet-o": f"ImageNet-O {BENCHMARK}",
     "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
-            "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
+    "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
 }
 # What a run of pipelines.train passes on: its size but for wsas, which has its own, and how it validated for top1
 # alone, which then repeats the run's own number.
@@ -103,8 +107,9 @@ class Subject:
         """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` concern resize and crop."""
         # A damaged image is an error: a substitute would falsify the result.
         options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
-        loader = create_loader(samples, batch_size=self.args.batch_size, device=self.device,
-                               num_threads=self.args.workers, **options)
+        loader = create_loader(
+            samples, batch_size=self.args.batch_size, device=self.device, num_threads=self.args.workers, **options
+        )
         with loader, progress(len(samples), self.args.protocol) as bar:
             for images, labels in loader:
                 yield images, labels
@@ -118,12 +123,21 @@ class Subject:
 
 def progress(total: int, what: str) -> tqdm:
     """A bar; in a log file it speaks once a minute."""
-    interval = .1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit="img", unit_scale=True, leave=False, dynamic_ncols=True,
-                mininterval=interval, delay=interval)
+    interval = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=interval,
+    )
 
 
 # Protocols: each takes the subject and gives its values.
+
 
 def top1(subject: Subject) -> Values:
     """Table 1."""
@@ -174,12 +188,16 @@ def imagenet_a(subject: Subject) -> Values:
     """Table 8, upper part."""
     samples, outputs = subset(subject)
     confidence, correct = confidences(subject, samples, outputs)
-    calibration = [100 * metrics.rms_calibration_error(confidence, correct, subject.args.bin_size, skip_last)
-                   for skip_last in (True, False)]
-    return {("", "top-1"): [100 * float(correct.mean())],
-            ("", "calibration error"): [calibration[0]],
-            ("", "calibration error, last bin too"): [calibration[1]],
-            ("", "AURRA"): [100 * float(metrics.response_rate_accuracy(confidence, correct).mean())]}
+    calibration = [
+        100 * metrics.rms_calibration_error(confidence, correct, subject.args.bin_size, skip_last)
+        for skip_last in (True, False)
+    ]
+    return {
+        ("", "top-1"): [100 * float(correct.mean())],
+        ("", "calibration error"): [calibration[0]],
+        ("", "calibration error, last bin too"): [calibration[1]],
+        ("", "AURRA"): [100 * float(metrics.response_rate_accuracy(confidence, correct).mean())],
+    }
 
 
 def imagenet_o(subject: Subject) -> Values:
@@ -203,8 +221,9 @@ def wsas(subject: Subject) -> Values:
     except (RuntimeError, OSError) as error:
         raise missing(args, "--data-dir", args.data_dir, EXPECTED["wsas"], error) from error
     attend, scores = class_attention(subject, subject.model), []
-    for images, numbers in subject.batches(numbered(Files("", voc.images, np.zeros(len(voc), int), [""])),
-                                           crop_mode="squash", crop_pct=1.):
+    for images, numbers in subject.batches(
+        numbered(Files("", voc.images, np.zeros(len(voc), int), [""])), crop_mode="squash", crop_pct=1.0
+    ):
         masks = metrics.enlarge(metrics.top_mass(attend(images), args.mass), subject.size)
         for mask, number in zip(masks, numbers.tolist(), strict=True):
             # The public protocol resizes the truth, too; class numbers cannot be interpolated.
@@ -222,7 +241,7 @@ def wsol(subject: Subject) -> Values:
     annotations = find_boxes(args, samples)
     attend, best = class_attention(subject, subject.model), []
     # The whole image is squashed into the input, so that no object is cut off.
-    for images, numbers in subject.batches(samples, crop_mode="squash", crop_pct=1.):
+    for images, numbers in subject.batches(samples, crop_mode="squash", crop_pct=1.0):
         masks = metrics.top_mass(one_head(attend(images), args.head), args.mass)
         for mask, number in zip(masks, numbers.tolist(), strict=True):
             box = metrics.mask_box(mask, args.component == "largest", args.connectivity == 8)
@@ -232,12 +251,18 @@ def wsol(subject: Subject) -> Values:
 
 
 PROTOCOLS: dict[str, Callable[[Subject], Values]] = {
-    "top1": top1, "shuffle": shuffle, "occlusion": occlusion, "imagenet-a": imagenet_a, "imagenet-o": imagenet_o,
-    "wsas": wsas, "wsol": wsol,
+    "top1": top1,
+    "shuffle": shuffle,
+    "occlusion": occlusion,
+    "imagenet-a": imagenet_a,
+    "imagenet-o": imagenet_o,
+    "wsas": wsas,
+    "wsol": wsol,
 }
 
 
 # What protocols share.
+
 
 def accuracies(subject: Subject, variants: Callable[[torch.Tensor], Iterable[Variant]]) -> Values:
     """Top-1 on every variant of every image; the data are read once."""
@@ -271,8 +296,10 @@ def check_grids(flag: str, grids: Iterable[tuple[int, int]], size: tuple[int, in
     """Raises ValueError where cells would not be equal."""
     for rows, columns in grids:
         if size[0] % rows or size[1] % columns:
-            raise ValueError(f"{flag} {rows}x{columns}: it does not divide images of {size[0]}x{size[1]}; give a "
-                             "grid that does, or another --img-size")
+            raise ValueError(
+                f"{flag} {rows}x{columns}: it does not divide images of {size[0]}x{size[1]}; give a "
+                "grid that does, or another --img-size"
+            )
 
 
 def permutations(batch: int, cells: int, perm: str, generator: torch.Generator) -> torch.Tensor:
@@ -311,7 +338,7 @@ def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], to
     def attend(images: torch.Tensor) -> torch.Tensor:
         with subject.autocast:
             attention = extract(images)[layer]
-        return attention[:, :, 0, model.num_prefix_tokens:].float().unflatten(-1, model.patch_embed.grid_size)
+        return attention[:, :, 0, model.num_prefix_tokens :].float().unflatten(-1, model.patch_embed.grid_size)
 
     return attend
 
@@ -336,6 +363,7 @@ def one_head(attention: torch.Tensor, head: str) -> torch.Tensor:
 
 # Data.
 
+
 def missing(args: argparse.Namespace, flag: str, path: str | None, expected: str, reason: object) -> ValueError:
     """An error that says where data come from and how they lie."""
     return ValueError(f"{flag} {path}: {reason}. {args.protocol} needs {expected}")
@@ -357,8 +385,10 @@ def labelled(subject: Subject, samples: Files) -> Files:
         names = samples.classes
     if names is None or (unknown := set(samples.classes) - set(names)):
         what = "their names are not known" if names is None else f"{min(unknown)!r} is none of them"
-        raise ValueError(f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders, a model of "
-                         f"{subject.model.num_classes} classes, and {what}; name the folders as its classes")
+        raise ValueError(
+            f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders, a model of "
+            f"{subject.model.num_classes} classes, and {what}; name the folders as its classes"
+        )
     return relabelled(samples, names)
 
 
@@ -376,11 +406,18 @@ def subset(subject: Subject) -> tuple[Files, list[int]]:
     samples = read(args, "--data-dir", args.data_dir)
     known = ImageNetInfo().label_names()
     if len(samples.classes) != 200 or not set(samples.classes) <= set(known):
-        raise missing(args, "--data-dir", args.data_dir, EXPECTED[args.protocol],
-                      f"it has {len(samples.classes)} class folders, {samples.classes[0]!r} first")
+        raise missing(
+            args,
+            "--data-dir",
+            args.data_dir,
+            EXPECTED[args.protocol],
+            f"it has {len(samples.classes)} class folders, {samples.classes[0]!r} first",
+        )
     if subject.names != known:
-        raise ValueError(f"--model {args.model}: {args.protocol} needs a model of ImageNet's 1000 classes, in the "
-                         f"order of their WordNet ids; this one has {subject.model.num_classes} outputs")
+        raise ValueError(
+            f"--model {args.model}: {args.protocol} needs a model of ImageNet's 1000 classes, in the "
+            f"order of their WordNet ids; this one has {subject.model.num_classes} outputs"
+        )
     outputs = sorted(known.index(name) for name in samples.classes)
     return relabelled(samples, [known[number] for number in outputs]), outputs
 
@@ -401,8 +438,10 @@ def find_boxes(args: argparse.Namespace, samples: Files) -> list[Path]:
 
 def true_boxes(annotation: Path, image: str) -> torch.Tensor:
     """float64 [n, 4] (x0, y0, x1, y1) in units of the image's width and height."""
-    boxes = [[float(box.findtext(name, "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
-             for box in ElementTree.parse(annotation).iter("bndbox")]
+    boxes = [
+        [float(box.findtext(name, "nan")) for name in ("xmin", "ymin", "xmax", "ymax")]
+        for box in ElementTree.parse(annotation).iter("bndbox")
+    ]
     if not boxes:
         raise ValueError(f"{annotation}: no bndbox in it; leave the image out, or give its boxes")
     with Image.open(image) as opened:  # reads the header alone; some annotations have another size
@@ -411,6 +450,7 @@ def true_boxes(annotation: Path, image: str) -> torch.Tensor:
 
 
 # The model.
+
 
 def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | None = None, **options: Any) -> Any:
     """A timm model with the weights of a checkpoint, made for images of `size`, or without one with timm's own.
@@ -425,8 +465,10 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
         try:
             return timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # whatever a hub and a network raise
-            raise ValueError(f"{model_flag} {name}: timm could not get its weights ({first_line(error)}); "
-                             f"without a network, fetch them elsewhere and give {flag} FILE") from error
+            raise ValueError(
+                f"{model_flag} {name}: timm could not get its weights ({first_line(error)}); "
+                f"without a network, fetch them elsewhere and give {flag} FILE"
+            ) from error
     model: Any = timm.create_model(name, **options)
     if size and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=size)
@@ -435,8 +477,10 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
     except FileNotFoundError as error:
         raise ValueError(f"{flag} {checkpoint}: no such file; give a checkpoint of {name}") from error
     except Exception as error:  # what a foreign or damaged file raises is anything
-        raise ValueError(f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give its model, "
-                         "--num-classes and --model-kwargs") from error
+        raise ValueError(
+            f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give its model, "
+            "--num-classes and --model-kwargs"
+        ) from error
     return model
 
 
@@ -451,15 +495,18 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
     if patches is None or not hasattr(model, "set_input_size") or tuple(patches.img_size) == tuple(size):
         return
     if any(side % patch for side, patch in zip(size, patches.patch_size, strict=True)):
-        raise ValueError(f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; "
-                         "give another --img-size")
+        raise ValueError(
+            f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; "
+            "give another --img-size"
+        )
     before, grid = getattr(model, "pos_embed", None), patches.grid_size
     model.set_input_size(img_size=size)
     if isinstance(model, VisionTransformer) and before is not None:
         # timm's way has antialiasing, and with it another kernel.
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        model.pos_embed = nn.Parameter(resample_abs_pos_embed(
-            before.data, list(patches.grid_size), list(grid), prefix, antialias=False))
+        model.pos_embed = nn.Parameter(
+            resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix, antialias=False)
+        )
 
 
 def build_subject(args: argparse.Namespace) -> Subject:
@@ -469,8 +516,10 @@ def build_subject(args: argparse.Namespace) -> Subject:
     model = build(args.model, args.checkpoint, "--checkpoint", size=saved.get("size"), **options)
     wanted: dict[str, Any] = {"img_size": 512 if args.protocol == "wsas" else None}
     if not (args.protocol == "top1" and saved):  # which is validated as it was in training
-        wanted |= {"crop_pct": 1. if args.model.startswith("xcit") else .875,  # as the paper
-                   "interpolation": "bicubic" if args.protocol == "top1" else "bilinear"}
+        wanted |= {
+            "crop_pct": 1.0 if args.model.startswith("xcit") else 0.875,  # as the paper
+            "interpolation": "bicubic" if args.protocol == "top1" else "bilinear",
+        }
     given = {key: value for key, value in vars(args).items() if value is not None}
     data = resolve_data_config({**wanted, **given}, model=model)
     set_size(model, data["input_size"][1:], f"--model {args.model}")
@@ -518,6 +567,7 @@ def saved_run(args: argparse.Namespace) -> dict[str, Any]:
 
 # The command line.
 
+
 def grid(text: str) -> tuple[int, int]:
     """An argparse type: 4x8 for 4 rows and 8 columns."""
     sides = text.split("x")
@@ -528,8 +578,9 @@ def grid(text: str) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag; a group that has the names of protocols for its title is theirs alone."""
-    parser = argparse.ArgumentParser("python -m pipelines.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m pipelines.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("protocol", choices=PROTOCOLS)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="timm's name of it; None: the checkpoint's")
@@ -548,25 +599,47 @@ def build_parser() -> argparse.ArgumentParser:
     add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
 
     add = parser.add_argument_group("shuffle").add_argument
-    add("--grids", type=grid, nargs="+", default=[(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)], metavar="RxC",
-        help="rows and columns of cells (1x1 2x2 2x4 4x4 4x8 8x8)")
+    add(
+        "--grids",
+        type=grid,
+        nargs="+",
+        default=[(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)],
+        metavar="RxC",
+        help="rows and columns of cells (1x1 2x2 2x4 4x4 4x8 8x8)",
+    )
     add = parser.add_argument_group("shuffle, occlusion").add_argument
-    add("--perm", choices=("batch", "sample"), default="batch",
-        help="one draw a batch, as the public code (default), or one an image")
+    add(
+        "--perm",
+        choices=("batch", "sample"),
+        default="batch",
+        help="one draw a batch, as the public code (default), or one an image",
+    )
     add("--seeds", type=int, default=3, metavar="N", help="draws, whose spread is reported (3)")
     add("--seed", type=int, default=0, help="of the first draw (0)")
     add = parser.add_argument_group("occlusion").add_argument
-    add("--drop", nargs="+", choices=("random", "salient", "non-salient"), metavar="MODE",
-        default=["random", "salient", "non-salient"], help="what is dropped (random salient non-salient)")
-    add("--losses", type=int, nargs="+", default=list(range(0, 100, 10)), metavar="PERCENT",
-        help="how much: of the cells, or of the attention for the salient modes (0 10 ... 90)")
+    add(
+        "--drop",
+        nargs="+",
+        choices=("random", "salient", "non-salient"),
+        metavar="MODE",
+        default=["random", "salient", "non-salient"],
+        help="what is dropped (random salient non-salient)",
+    )
+    add(
+        "--losses",
+        type=int,
+        nargs="+",
+        default=list(range(0, 100, 10)),
+        metavar="PERCENT",
+        help="how much: of the cells, or of the attention for the salient modes (0 10 ... 90)",
+    )
     add("--drop-grid", type=grid, default=(14, 14), metavar="RxC", help="cells of random drops (14x14)")
     add("--dino-model", default="vit_small_patch16_224.dino", help="whose attention is saliency (%(default)s)")
     add("--dino-checkpoint", metavar="FILE", help="its weights; None: timm's")
     add = parser.add_argument_group("occlusion, wsol").add_argument
     add("--head", help="number, mean or max; None: for occlusion 1, the second, as the public code, for wsol mean")
     add = parser.add_argument_group("wsas, wsol").add_argument
-    add("--mass", type=float, default=.9, help="share of the attention that is foreground (.9)")
+    add("--mass", type=float, default=0.9, help="share of the attention that is foreground (.9)")
     add = parser.add_argument_group("wsol").add_argument
     add("--boxes", metavar="DIR", help="bounding boxes of ImageNet's validation set")
     add("--component", choices=("largest", "all"), default="largest", help="what the box is drawn about (largest)")

@@ -16,10 +16,26 @@ from . import timm_flags
 # Of one call, not of the run: args.yaml leaves them out.
 ONCE = {"config", "resume", "overwrite", "stop_epoch", "cached_batches", "rank", "world_size"}
 ALIASES = {"recovery_interval": "checkpoint_interval"}  # keys of timm's args.yaml
-LEAST = {"epochs": 1, "log_interval": 1, "checkpoint_hist": 0, "checkpoint_interval": 0, "seed": 0, "max_bad": 0,
-         "grad_accum_steps": 1, "lumix_warmup_epochs": 0, "batch_size": 1, "validation_batch_size": 1,
-         "workers": 1, "val_interval": 1, "stop_epoch": 1, "cached_batches": 1, "num_classes": 1, "img_size": 1,
-         "cooldown_epochs": 0, "warmup_epochs": 0}
+LEAST = {
+    "epochs": 1,
+    "log_interval": 1,
+    "checkpoint_hist": 0,
+    "checkpoint_interval": 0,
+    "seed": 0,
+    "max_bad": 0,
+    "grad_accum_steps": 1,
+    "lumix_warmup_epochs": 0,
+    "batch_size": 1,
+    "validation_batch_size": 1,
+    "workers": 1,
+    "val_interval": 1,
+    "stop_epoch": 1,
+    "cached_batches": 1,
+    "num_classes": 1,
+    "img_size": 1,
+    "cooldown_epochs": 0,
+    "warmup_epochs": 0,
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -29,11 +45,22 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Every flag, with its default."""
     parser = argparse.ArgumentParser(
-        "python -m pipelines.train", usage="%(prog)s DIR [FLAG ...]; --help lists the flags",
-        description=description, formatter_class=Help)
+        "python -m pipelines.train",
+        usage="%(prog)s DIR [FLAG ...]; --help lists the flags",
+        description=description,
+        formatter_class=Help,
+    )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML of defaults for what follows, as args.yaml")
-    for add_group in (_add_data, _add_augmentation, _add_loss, _add_model, _add_optimiser, _add_schedule, _add_run,
-                      _add_logging):
+    for add_group in (
+        _add_data,
+        _add_augmentation,
+        _add_loss,
+        _add_model,
+        _add_optimiser,
+        _add_schedule,
+        _add_run,
+        _add_logging,
+    ):
         add_group(parser)
     timm_flags.add_to(parser)
     return parser
@@ -61,16 +88,21 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("augmentation").add_argument
     add("--no-aug", action="store_true", help="no crop, flip, jitter, RandAugment or erasing; mixing stays")
-    add("--scale", type=float, nargs=2, default=(.08, 1.), help="area of the random resized crop")
+    add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of the random resized crop")
     add("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), help="aspect ratio of that crop")
-    add("--hflip", type=float, default=.5, help="probability of a horizontal flip")
+    add("--hflip", type=float, default=0.5, help="probability of a horizontal flip")
     add("--aa", metavar="SPEC", help="RandAugment, such as rand-m9-mstd0.5-inc1; None: off")
-    add("--color-jitter", type=float, nargs="+", metavar="X",
+    add(
+        "--color-jitter",
+        type=float,
+        nargs="+",
+        metavar="X",
         help="brightness, contrast, saturation and hue, or one number for the first three; not used with --aa; "
-             "None, where timm has .4: off")
+        "None, where timm has .4: off",
+    )
     add("--color-jitter-prob", type=float, help="probability that an image is jittered; None: always")
     add("--grayscale-prob", type=float, help="probability that an image loses its colours; None: 0")
-    add("--reprob", type=float, default=0., help="probability of random erasing, before mixing")
+    add("--reprob", type=float, default=0.0, help="probability of random erasing, before mixing")
     add("--remode", default="pixel", help="what is erased becomes: pixel (noise), rand (one colour) or const")
     add("--recount", type=int, default=1, help="max regions erased in an image")
     add("--aug-repeats", type=int, default=0, metavar="N", help="repeated augmentation; 0: off")
@@ -79,26 +111,36 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("mixing and loss").add_argument
-    add("--mixup", type=float, default=0., help="alpha of Mixup; 0 is off")
-    add("--cutmix", type=float, default=1., help="alpha of CutMix; 0, timm's default, is off")
+    add("--mixup", type=float, default=0.0, help="alpha of Mixup; 0 is off")
+    add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0, timm's default, is off")
     add("--cutmix-minmax", type=float, nargs=2, help="share of the box's sides instead of alpha")
-    add("--mixup-prob", type=float, default=1., help="share of the samples or batches that are mixed")
-    add("--mixup-switch-prob", type=float, default=.5, help="share of CutMix where both are on")
+    add("--mixup-prob", type=float, default=1.0, help="share of the samples or batches that are mixed")
+    add("--mixup-switch-prob", type=float, default=0.5, help="share of CutMix where both are on")
     add("--mixup-mode", default="batch", help="one draw per batch, or one per sample: batch or elem")
     add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixing from epoch N on; 0 is never")
-    add("--smoothing", type=float, default=.1, help="label smoothing")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--bce-loss", action="store_true", help="sigmoid BCE instead of softmax cross entropy")
     add("--bce-sum", action="store_true", help="sum the BCE over classes instead of the mean")
     add("--bce-target-thresh", type=float, metavar="T", help="labels above T become 1, others 0; with --no-lumix")
     add("--bce-pos-weight", type=float, metavar="W", help="weight of the positive labels; with --no-lumix")
     add("--no-lumix", action="store_true", help="plain CutMix/Mixup: soft cross entropy at λ0")
-    add("--r-r", type=float, default=.4, help="ratio of the noise λ_r in λ")
-    add("--r-s", type=float, default=.1, help="ratio of the saliency λ_s in λ")
-    add("--lumix-warmup-epochs", type=float, default=0, metavar="N",
-        help="both ratios grow from 0 over the first N epochs")
-    add("--eta", type=float, default=1., help="weight of the regulariser R")
-    add("--noise", nargs="+", default=["beta", "2.0"], metavar="LAW",
-        help="law of λ_r: beta ALPHA, normal MEAN STD, or uniform")
+    add("--r-r", type=float, default=0.4, help="ratio of the noise λ_r in λ")
+    add("--r-s", type=float, default=0.1, help="ratio of the saliency λ_s in λ")
+    add(
+        "--lumix-warmup-epochs",
+        type=float,
+        default=0,
+        metavar="N",
+        help="both ratios grow from 0 over the first N epochs",
+    )
+    add("--eta", type=float, default=1.0, help="weight of the regulariser R")
+    add(
+        "--noise",
+        nargs="+",
+        default=["beta", "2.0"],
+        metavar="LAW",
+        help="law of λ_r: beta ALPHA, normal MEAN STD, or uniform",
+    )
     add("--attach-lam-s", action="store_true", help="let the gradient through λ_s")
     add("--apply-to", choices=("cutmix", "all"), default="cutmix", help="kinds of samples LUMix changes")
 
@@ -111,7 +153,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--pretrained-path", metavar="PATH", help="a file to take for timm's weights; its head may differ")
     add("--initial-checkpoint", default="", metavar="PATH", help="start from these weights")
     add("--gp", metavar="POOL", help="global pooling; None: the model's")
-    add("--drop", type=float, default=0., help="dropout")
+    add("--drop", type=float, default=0.0, help="dropout")
     add("--drop-path", type=float, help="stochastic depth; None: the model's")
     add("--drop-block", type=float, help="DropBlock; None: the model's")
     add("--bn-momentum", type=float, help="of batch norm; None: the model's")
@@ -121,9 +163,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the model")
     add("--grad-checkpointing", action="store_true", help="compute activations again in backward, to save memory")
     add("--fast-norm", action="store_true", help="timm's layer norm in low precision under --amp")
-    add("--model-ema", action="store_true",
-        help="keep an average of the weights; it is what model_best is best in, and evaluation loads")
-    add("--model-ema-decay", type=float, default=.9998, help="of that average")
+    add(
+        "--model-ema",
+        action="store_true",
+        help="keep an average of the weights; it is what model_best is best in, and evaluation loads",
+    )
+    add("--model-ema-decay", type=float, default=0.9998, help="of that average")
     add("--model-ema-warmup", action="store_true", help="let the decay grow; for runs of few updates")
     add("--channels-last", action="store_true", help="memory format of images and model")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
@@ -136,16 +181,16 @@ def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     add("--opt-eps", type=float, help="None: the optimiser's")
     add("--opt-betas", type=float, nargs="+", help="None: the optimiser's")
     add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the optimiser")
-    add("--momentum", type=float, default=.9, help="where the optimiser has one")
+    add("--momentum", type=float, default=0.9, help="where the optimiser has one")
     add("--weight-decay", type=float, default=2e-5, help="not applied to biases and norms")
     add("--layer-decay", type=float, metavar="X", help="learning rate times X per layer below the head")
-    add("--layer-decay-min-scale", type=float, default=0., metavar="X", help="min of that factor")
+    add("--layer-decay-min-scale", type=float, default=0.0, metavar="X", help="min of that factor")
     add("--layer-decay-no-opt-scale", type=float, metavar="X", help="layers with a smaller factor are frozen")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches per update")
     add("--clip-grad", type=float, metavar="NORM", help="None: no clipping")
     add("--clip-mode", choices=("norm", "value", "agc"), default="norm", help="what is clipped")
     add("--lr", type=float, help="None: --lr-base, scaled by the batch size")
-    add("--lr-base", type=float, default=.1, help="learning rate at --lr-base-size")
+    add("--lr-base", type=float, default=0.1, help="learning rate at --lr-base-size")
     add("--lr-base-size", type=int, default=256, help="batch size of --lr-base, over all ranks and batches")
     add("--lr-base-scale", choices=("linear", "sqrt"), help="None: sqrt for adaptive optimisers")
 
@@ -160,18 +205,18 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     add("--warmup-lr", type=float, default=1e-5, help="where the warm-up starts")
     add("--warmup-prefix", action="store_true", help="start the schedule after the warm-up")
     add("--cooldown-epochs", type=int, default=0, help="epochs at --min-lr after the schedule")
-    add("--min-lr", type=float, default=0., help="where the schedule ends")
+    add("--min-lr", type=float, default=0.0, help="where the schedule ends")
     add("--decay-epochs", type=float, help="between two decays; None: 90, for wsd and rsqrt the last fifth")
     add("--decay-milestones", type=int, nargs="+", default=(90, 180, 270), help="for multistep")
-    add("--decay-rate", "--dr", type=float, default=.1, help="factor of a decay")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="factor of a decay")
     add("--patience-epochs", type=int, default=10, help="for plateau")
     add("--lr-noise", type=float, nargs="+", help="noise from and to these parts of the schedule")
-    add("--lr-noise-pct", type=float, default=.67, help="max of that noise")
-    add("--lr-noise-std", type=float, default=1., help="its standard deviation")
-    add("--lr-cycle-mul", type=float, default=1., help="length of a cycle over that of the one before")
-    add("--lr-cycle-decay", type=float, default=.5, help="peak of a cycle over that of the one before")
+    add("--lr-noise-pct", type=float, default=0.67, help="max of that noise")
+    add("--lr-noise-std", type=float, default=1.0, help="its standard deviation")
+    add("--lr-cycle-mul", type=float, default=1.0, help="length of a cycle over that of the one before")
+    add("--lr-cycle-decay", type=float, default=0.5, help="peak of a cycle over that of the one before")
     add("--lr-cycle-limit", type=int, default=1, help="number of cycles")
-    add("--lr-k-decay", type=float, default=1., help="for cosine and poly")
+    add("--lr-k-decay", type=float, default=1.0, help="for cosine and poly")
     add("--lr-decay-fn", help="for wsd and rsqrt; None: the schedule's")
     add("--lr-stable-timescale", type=float, help="for rsqrt; None: --warmup-epochs")
 
@@ -190,20 +235,39 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--eval-metric", choices=("top1", "top5", "loss"), default="top1", help="what model_best is best in")
     add("--checkpoint-hist", type=int, default=0, metavar="N", help="best epochs kept besides model_best")
     add("--save-epochs", type=int, nargs="+", default=[], metavar="N", help="keep milestone-N after N epochs")
-    add("--checkpoint-interval", "--recovery-interval", type=int, default=0, metavar="N",
-        help="updates between two writes of last.pth.tar; 0: after each epoch only")
-    add("--resume", nargs="?", const=True, metavar="PATH",
-        help="resume from that checkpoint or run folder; auto, or no PATH: from OUTPUT/EXPERIMENT, if any")
-    add("--smoke", action="store_true",
-        help="two steps on generated images instead of --data-dir, to see that the command works to its end")
-    add("--cached-batches", type=int, metavar="N",
-        help="do not train, but measure: the speed on N batches from the loader and on the same ones replayed")
+    add(
+        "--checkpoint-interval",
+        "--recovery-interval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="updates between two writes of last.pth.tar; 0: after each epoch only",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="PATH",
+        help="resume from that checkpoint or run folder; auto, or no PATH: from OUTPUT/EXPERIMENT, if any",
+    )
+    add(
+        "--smoke",
+        action="store_true",
+        help="two steps on generated images instead of --data-dir, to see that the command works to its end",
+    )
+    add(
+        "--cached-batches",
+        type=int,
+        metavar="N",
+        help="do not train, but measure: the speed on N batches from the loader and on the same ones replayed",
+    )
 
 
 def _add_logging(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("logging").add_argument
-    add("--log-interval", type=int, default=50, metavar="N",
-        help="batches between two looks at the loss shown and at λ")
+    add(
+        "--log-interval", type=int, default=50, metavar="N", help="batches between two looks at the loss shown and at λ"
+    )
     add("--log-tensorboard", action="store_true", help="each epoch's numbers to TensorBoard, in the run's folder")
     add("--log-wandb", action="store_true", help="each epoch's numbers to Weights & Biases")
     add("--wandb-project", metavar="NAME", help="of --log-wandb")
@@ -230,7 +294,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args.lr = learning_rate(args) if args.lr is None else args.lr
     if args.decay_epochs is None:
-        args.decay_epochs = .2 if args.sched in ("wsd", "rsqrt") else 90.
+        args.decay_epochs = 0.2 if args.sched in ("wsd", "rsqrt") else 90.0
     return args
 
 
@@ -247,8 +311,10 @@ def contradiction(args: argparse.Namespace) -> str:
         return "--overwrite replaces a run, and --resume continues one: give either"
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     if not args.no_lumix and not cutmix and (args.apply_to == "cutmix" or not args.mixup):
-        return (f"--cutmix {args.cutmix:g} leaves LUMix no sample to apply to: give --cutmix 1.0, "
-                "--mixup .8 with --apply-to all, or --no-lumix")
+        return (
+            f"--cutmix {args.cutmix:g} leaves LUMix no sample to apply to: give --cutmix 1.0, "
+            "--mixup .8 with --apply-to all, or --no-lumix"
+        )
     for flag in ("bce_target_thresh", "bce_pos_weight"):
         if getattr(args, flag) is not None and not (args.bce_loss and args.no_lumix):
             return f"--{flag.replace('_', '-')} is timm's own BCE, without LUMix: give --bce-loss --no-lumix too"
@@ -285,10 +351,10 @@ def learning_rate(args: argparse.Namespace) -> float:
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
     scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
-    return args.lr_base * (ratio ** .5 if scale == "sqrt" else ratio)
+    return args.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
 def ratios(args: argparse.Namespace, epochs: float = math.inf) -> tuple[float, float]:
     """r_r and r_s once so many epochs, and parts of one, are done."""
-    share = min(1., epochs / args.lumix_warmup_epochs) if args.lumix_warmup_epochs else 1.
-    return (0., 0.) if args.no_lumix else (share * args.r_r, share * args.r_s)
+    share = min(1.0, epochs / args.lumix_warmup_epochs) if args.lumix_warmup_epochs else 1.0
+    return (0.0, 0.0) if args.no_lumix else (share * args.r_r, share * args.r_s)

@@ -13,8 +13,17 @@ from typing import Any
 
 from .checkpoint import Found
 
-OF_A_RUN = ("last.pth.tar", "model_best.pth.tar", "checkpoint-*.pth.tar", "milestone-*.pth.tar", "summary.json",
-            "summary.csv", "log.jsonl", "args.yaml", "tmp.*")
+OF_A_RUN = (
+    "last.pth.tar",
+    "model_best.pth.tar",
+    "checkpoint-*.pth.tar",
+    "milestone-*.pth.tar",
+    "summary.json",
+    "summary.csv",
+    "log.jsonl",
+    "args.yaml",
+    "tmp.*",
+)
 
 
 @contextmanager
@@ -33,14 +42,16 @@ def claimed(folder: Path, args: argparse.Namespace, found: Found | None) -> Iter
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"{folder}: it cannot be written ({error.strerror}); give --output a folder that can") \
-            from error
+        raise ValueError(
+            f"{folder}: it cannot be written ({error.strerror}); give --output a folder that can"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder}: another run is writing there; wait for its end, or give another "
-                             "--experiment") from None
+            raise ValueError(
+                f"{folder}: another run is writing there; wait for its end, or give another --experiment"
+            ) from None
         except OSError as error:  # some network file systems have no locks
             print(f"{folder}: no lock ({error.strerror}); start no other run there meanwhile", flush=True)
         if found:
@@ -53,11 +64,16 @@ def claimed(folder: Path, args: argparse.Namespace, found: Found | None) -> Iter
 def _make_room(folder: Path, args: argparse.Namespace) -> None:
     old = sorted(path for pattern in OF_A_RUN for path in folder.glob(pattern))
     # A run that ended before its first checkpoint left settings and empty logs.
-    worth = [path.name for path in old if not path.match("tmp.*")
-             and (path.match("*.pth.tar") or (path.name == "log.jsonl" and path.stat().st_size))]
+    worth = [
+        path.name
+        for path in old
+        if not path.match("tmp.*") and (path.match("*.pth.tar") or (path.name == "log.jsonl" and path.stat().st_size))
+    ]
     if worth and not args.overwrite:
-        raise ValueError(f"{folder}: a run is there already ({', '.join(worth[:3])}); continue it with --resume, "
-                         "give another --experiment, or replace it with --overwrite")
+        raise ValueError(
+            f"{folder}: a run is there already ({', '.join(worth[:3])}); continue it with --resume, "
+            "give another --experiment, or replace it with --overwrite"
+        )
     for path in old:
         path.unlink()
 

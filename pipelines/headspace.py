@@ -17,9 +17,11 @@ from .ranks import Stop
 
 ROUNDS = 7
 AHEAD = 4  # batches that a loader may have prepared while others were replayed
-ADVICE = ("the model waits for its data: give more --workers if there are CPUs left, try "
-          "`python -m benchmarks.tune`, store smaller images, or augment less; --cached-batches 50 measures how "
-          "fast the model could go")
+ADVICE = (
+    "the model waits for its data: give more --workers if there are CPUs left, try "
+    "`python -m benchmarks.tune`, store smaller images, or augment less; --cached-batches 50 measures how "
+    "fast the model could go"
+)
 
 
 class DataWait:
@@ -81,8 +83,9 @@ def headspace(run: Run, step: Callable[..., torch.Tensor], args: argparse.Namesp
         return count * args.batch_size * args.world_size / (time.perf_counter() - start)
 
     run.model.train()
-    kept = [(images.clone(), MixTarget(*(field.clone() for field in target))) for images, target in
-            islice(source, count)]
+    kept = [
+        (images.clone(), MixTarget(*(field.clone() for field in target))) for images, target in islice(source, count)
+    ]
     speed(kept)  # compiles, tunes and allocates
     loaded, replayed = [], []
     for _ in tqdm(range(ROUNDS), "rounds", leave=False, disable=args.rank > 0):
@@ -123,6 +126,8 @@ def reading(found: dict[str, Any], count: int) -> str:
     elif middle < 1:
         lines.append("Replayed batches are not faster: something else slows the run; measure on a quiet machine.")
     else:
-        lines.append(f"Without its loader the model would train {middle:.2f} times as fast: the loader costs "
-                     f"{1 - 1 / middle:.0%} of the time." + (f"\n{ADVICE}" if middle > 1.1 else ""))
+        lines.append(
+            f"Without its loader the model would train {middle:.2f} times as fast: the loader costs "
+            f"{1 - 1 / middle:.0%} of the time." + (f"\n{ADVICE}" if middle > 1.1 else "")
+        )
     return "\n".join(lines)

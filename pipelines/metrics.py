@@ -33,8 +33,10 @@ def rms_calibration_error(
     gap = (confidence - correct)[np.argsort(confidence, kind="stable")]
     bins = max(1, len(gap) // bin_size)
     if skip_last and bins == 1:
-        raise ValueError(f"bin_size={bin_size}: {len(gap)} samples make one bin, and the last one is left out; "
-                         f"give a bin_size of at most {len(gap) // 2}")
+        raise ValueError(
+            f"bin_size={bin_size}: {len(gap)} samples make one bin, and the last one is left out; "
+            f"give a bin_size of at most {len(gap) // 2}"
+        )
     starts = np.arange(bins) * bin_size
     sizes = np.diff(starts, append=len(gap))
     squares = np.add.reduceat(gap, starts) ** 2 / sizes / len(gap)

@@ -25,8 +25,10 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     if cuda:
         place = int(os.environ["LOCAL_RANK"])
         if place >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: local rank {place} has no GPU, {torch.cuda.device_count()} are "
-                             "here; start one rank a GPU, or give --device cpu")
+            raise ValueError(
+                f"--nproc_per_node: local rank {place} has no GPU, {torch.cuda.device_count()} are "
+                "here; start one rank a GPU, or give --device cpu"
+            )
         torch.cuda.set_device(place)
         args.device = f"cuda:{place}"
     elif args.sync_bn:
@@ -74,8 +76,11 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self._terminals = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream.isatty()]
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS
-                        if signal.getsignal(number) != signal.SIG_IGN}
+        self._before = {
+            number: signal.signal(number, self._note)
+            for number in SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def _note(self, number: int, _frame: Any) -> None:

@@ -16,9 +16,18 @@ def shrink(args: argparse.Namespace) -> None:
     write_images(images / "train", STEPS * BATCH * args.world_size)
     write_images(images / "val", BATCH)
     vars(args).update(
-        data_dir=str(images), train_split="train", val_split="val", num_classes=args.num_classes or 1000,
-        batch_size=BATCH, validation_batch_size=BATCH, grad_accum_steps=1, epochs=1, experiment=folder.name,
-        resume=None, overwrite=True)
+        data_dir=str(images),
+        train_split="train",
+        val_split="val",
+        num_classes=args.num_classes or 1000,
+        batch_size=BATCH,
+        validation_batch_size=BATCH,
+        grad_accum_steps=1,
+        epochs=1,
+        experiment=folder.name,
+        resume=None,
+        overwrite=True,
+    )
     args.warmup_prefix = False  # with it, the warm-up adds its own epochs
 
 

@@ -1,6 +1,6 @@
 """What becomes of the flags of timm's train.py: which have no effect here, which are refused, and why.
 
-    python -m pipelines.timm_flags > docs/timm_flags.md
+python -m pipelines.timm_flags > docs/timm_flags.md
 """
 
 import argparse
@@ -42,12 +42,14 @@ WITHOUT_EFFECT = {
 SPLITS = "augmentation splits are not built; a batch has one version of each image (or --aug-repeats)"
 DISTILL = "distillation is not built; train with timm's train.py, which takes this loader (README)"
 NAFLEX = "NaFlex's loader is not built; use timm's train.py"
-SIZES = "a loader has one image size; timm draws one for every batch. Train in steps: --epochs, --img-size, " \
-        "--initial-checkpoint"
+SIZES = (
+    "a loader has one image size; timm draws one for every batch. Train in steps: --epochs, --img-size, "
+    "--initial-checkpoint"
+)
 FOLDER = "data come from a class folder, a list or shards (README); make one of them"
 MULTILABEL = "one label per image: mixing and LUMix are defined for it"
 REFUSED = {
-    "vflip": Flag(0., "the loader flips horizontally only"),
+    "vflip": Flag(0.0, "the loader flips horizontally only"),
     "gaussian_blur_prob": Flag(None, "the loader does not blur"),
     "train_crop_mode": Flag(None, "the crop is timm's rrc; leave it out"),
     "aug_splits": Flag(0, SPLITS),
@@ -67,14 +69,14 @@ REFUSED = {
     "model_dtype": Flag(None, "weights stay float32; use --amp"),
     "no_resume_opt": Flag(False, "--resume restores everything; --initial-checkpoint takes the weights only"),
     "start_epoch": Flag(None, "--resume knows its epoch; --initial-checkpoint starts at 0"),
-    "epoch_repeats": Flag(0., "an epoch is each image once; give more --epochs, or --aug-repeats"),
+    "epoch_repeats": Flag(0.0, "an epoch is each image once; give more --epochs, or --aug-repeats"),
     "tta": Flag(0, "validation sees each image once"),
     "train_img_sizes": Flag(None, SIZES, "+"),
     "train_batch_sizes": Flag(None, SIZES, "+"),
     "train_size_probs": Flag(None, SIZES, "+"),
     "train_size_schedule": Flag("constant", SIZES),
-    "train_size_schedule_spread": Flag(.65, SIZES),
-    "train_size_random_mix": Flag(.1, SIZES),
+    "train_size_schedule_spread": Flag(0.65, SIZES),
+    "train_size_random_mix": Flag(0.1, SIZES),
     "train_batches_per_epoch": Flag(None, "an epoch is each image once"),
     "variable_batch_loss_scale": Flag("none", SIZES),
     "naflex_loader": Flag(False, NAFLEX),
@@ -89,7 +91,7 @@ REFUSED = {
     "kd_loss_type": Flag("kl", DISTILL),
     "distill_loss_weight": Flag(None, DISTILL),
     "task_loss_weight": Flag(None, DISTILL),
-    "kd_temperature": Flag(4., DISTILL),
+    "kd_temperature": Flag(4.0, DISTILL),
     "kd_student_feature_dim": Flag(None, DISTILL),
     "kd_teacher_feature_dim": Flag(None, DISTILL),
     "kd_token_distill_type": Flag("soft", DISTILL),
@@ -98,15 +100,16 @@ FOREIGN = WITHOUT_EFFECT | REFUSED
 
 # Built here with another default than timm's, and why; what means the same (None for "") is not listed.
 DIFFERENT = {
-    "cutmix": Flag(0., "LUMix needs it"),
-    "color_jitter": Flag(.4, "off by default, as all augmentation but crop and flip"),
+    "cutmix": Flag(0.0, "LUMix needs it"),
+    "color_jitter": Flag(0.4, "off by default, as all augmentation but crop and flip"),
     "train_interpolation": Flag("random", "the model's, as in validation"),
     "val_split": Flag("validation", "`val` or `validation`, whichever is there"),
     "workers": Flag(4, "threads, not processes: the CPUs that the process may use"),
     "device": Flag("cuda", "a GPU if there is one"),
     "output": Flag("", "timm: output/train"),
-    "checkpoint_hist": Flag(10, "`model_best` and `last` are always kept; each more is a file of gigabytes for a "
-                                "large model"),
+    "checkpoint_hist": Flag(
+        10, "`model_best` and `last` are always kept; each more is a file of gigabytes for a large model"
+    ),
     "decay_epochs": Flag(90, "90, but the last fifth for wsd and rsqrt, as in timm from 1.0.31 on"),
 }
 SAME_NAME = {  # built with a meaning that differs in something
@@ -123,8 +126,20 @@ SAME_NAME = {  # built with a meaning that differs in something
     "val_interval": "`last.pth.tar` is written after every epoch all the same",
 }
 OWN = {  # not timm's
-    "no_lumix", "r_r", "r_s", "lumix_warmup_epochs", "eta", "noise", "attach_lam_s", "apply_to", "max_bad",
-    "checkpoint_interval", "overwrite", "smoke", "cached_batches", "log_tensorboard",
+    "no_lumix",
+    "r_r",
+    "r_s",
+    "lumix_warmup_epochs",
+    "eta",
+    "noise",
+    "attach_lam_s",
+    "apply_to",
+    "max_bad",
+    "checkpoint_interval",
+    "overwrite",
+    "smoke",
+    "cached_batches",
+    "log_tensorboard",
 }
 
 
@@ -169,28 +184,51 @@ def table(parser: argparse.ArgumentParser) -> str:
         return f"| `{name(dest)}` | {' | '.join(cells)} |"
 
     lines = [
-        "# timm's training flags", "",
+        "# timm's training flags",
+        "",
         "`python -m pipelines.train` takes the flags of timm's train.py. `python -m pipelines.timm_flags` writes",
-        "this page, and a test compares it with timm's own parser, to notice the flags of a new release.", "",
-        "## Built", "",
-        "They have the same meaning as in timm, and the same default unless the next table has them:", "",
+        "this page, and a test compares it with timm's own parser, to notice the flags of a new release.",
+        "",
+        "## Built",
+        "",
+        "They have the same meaning as in timm, and the same default unless the next table has them:",
+        "",
         ", ".join(f"`{name(dest)}`" for dest in sorted(built)) + ", and the data folder as a positional argument.",
-        "", "| flag | default in timm | here |", "|---|---|---|",
-        *(row(dest, f"`{flag.default or 'empty'}`", flag.why) for dest, flag in DIFFERENT.items() if
-          dest != "cutmix"),
-        row("cutmix", "`0`", f"`1`: {DIFFERENT['cutmix'].why}"), "",
-        "| flag | what differs |", "|---|---|", *(row(dest, why) for dest, why in SAME_NAME.items()), "",
-        "## Accepted, without effect", "",
-        "A command line or a config may have them; a line on stderr says that they do nothing.", "",
-        "| flag | why |", "|---|---|", *(row(dest, flag.why) for dest, flag in WITHOUT_EFFECT.items()), "",
-        "## Refused", "",
-        "They would change what is trained: asking for them, other than by timm's default, ends the program.", "",
-        "| flag | why, and what to do |", "|---|---|",
-        *(row(dest, flag.why) for dest, flag in REFUSED.items()), "",
-        "## Only here", "",
-        "| flag | default | meaning |", "|---|---|---|",
-        *(row(dest, f"`{_shown(option.default)}`", str(option.help)) for dest, option in options.items()
-          if dest in OWN),
+        "",
+        "| flag | default in timm | here |",
+        "|---|---|---|",
+        *(row(dest, f"`{flag.default or 'empty'}`", flag.why) for dest, flag in DIFFERENT.items() if dest != "cutmix"),
+        row("cutmix", "`0`", f"`1`: {DIFFERENT['cutmix'].why}"),
+        "",
+        "| flag | what differs |",
+        "|---|---|",
+        *(row(dest, why) for dest, why in SAME_NAME.items()),
+        "",
+        "## Accepted, without effect",
+        "",
+        "A command line or a config may have them; a line on stderr says that they do nothing.",
+        "",
+        "| flag | why |",
+        "|---|---|",
+        *(row(dest, flag.why) for dest, flag in WITHOUT_EFFECT.items()),
+        "",
+        "## Refused",
+        "",
+        "They would change what is trained: asking for them, other than by timm's default, ends the program.",
+        "",
+        "| flag | why, and what to do |",
+        "|---|---|",
+        *(row(dest, flag.why) for dest, flag in REFUSED.items()),
+        "",
+        "## Only here",
+        "",
+        "| flag | default | meaning |",
+        "|---|---|---|",
+        *(
+            row(dest, f"`{_shown(option.default)}`", str(option.help))
+            for dest, option in options.items()
+            if dest in OWN
+        ),
     ]
     return "\n".join(lines) + "\n"
 

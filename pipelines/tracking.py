@@ -31,9 +31,16 @@ def tracking(args: argparse.Namespace, folder: Path, epoch: int) -> Iterator[Cal
         if args.log_wandb and args.rank == 0:
             import wandb
 
-            run = stack.enter_context(wandb.init(
-                project=args.wandb_project, name=folder.name, tags=args.wandb_tags, config=vars(args),
-                id=args.wandb_resume_id or None, resume="must" if args.wandb_resume_id else None))
+            run = stack.enter_context(
+                wandb.init(
+                    project=args.wandb_project,
+                    name=folder.name,
+                    tags=args.wandb_tags,
+                    config=vars(args),
+                    id=args.wandb_resume_id or None,
+                    resume="must" if args.wandb_resume_id else None,
+                )
+            )
             sinks.append(lambda row, number: run.log({"epoch": number, **row}))
 
         def track(row: dict[str, Any]) -> None:

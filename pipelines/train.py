@@ -60,14 +60,18 @@ from .smoke import shrink
 from .tracking import tracking
 
 SCORES = ("val_loss", "top1", "top5")
-MUCH_WAITING = .1  # share of an epoch
+MUCH_WAITING = 0.1  # share of an epoch
 
 
 def leave(run: Run, args: argparse.Namespace, number: int) -> None:
     """Ends the program as a signal asks, saying how to go on."""
     if args.rank == 0:
-        print(f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: go on with --resume "
-              f"{run.folder / 'last.pth.tar'}", file=sys.stderr, flush=True)
+        print(
+            f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: go on with --resume "
+            f"{run.folder / 'last.pth.tar'}",
+            file=sys.stderr,
+            flush=True,
+        )
     raise SystemExit(128 + number)
 
 
@@ -104,11 +108,15 @@ def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, st
     check_finite(run)  # it waits for the device, too
     seconds, done = time.perf_counter() - start, (len(loader) - first) * everywhere
     sums, count = dict(zip(SUMS, summed(run.sums), strict=True)), len(loader) * everywhere
-    waited = max(gathered(wait.seconds() / seconds), default=0.)
-    return {"train_loss": sums["loss"] / count, "lam0_mean": sums["lam0"] / count,
-            **{name: sums[name] / sums["applied"] if sums["applied"] else None for name in SUMS[3:]},
-            "lr": learning_rate_now(run), "images_per_second": done / seconds if done else None,
-            "data_wait": waited if done else None}
+    waited = max(gathered(wait.seconds() / seconds), default=0.0)
+    return {
+        "train_loss": sums["loss"] / count,
+        "lam0_mean": sums["lam0"] / count,
+        **{name: sums[name] / sums["applied"] if sums["applied"] else None for name in SUMS[3:]},
+        "lr": learning_rate_now(run),
+        "images_per_second": done / seconds if done else None,
+        "data_wait": waited if done else None,
+    }
 
 
 def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, MixTarget]]:
@@ -119,8 +127,9 @@ def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor
         yield from run.train
 
 
-def train_step(run: Run, images: torch.Tensor, target: MixTarget, criterion: LUMixLoss,
-               args: argparse.Namespace) -> torch.Tensor:
+def train_step(
+    run: Run, images: torch.Tensor, target: MixTarget, criterion: LUMixLoss, args: argparse.Namespace
+) -> torch.Tensor:
     """One batch, and an update where it is the last of --grad-accum-steps; returns its loss."""
     steps, accum = updates_per_epoch(run.train, args), args.grad_accum_steps
     group = min(accum, len(run.train) - run.step // accum * accum)  # an epoch's last update may have fewer
@@ -144,8 +153,7 @@ def train_step(run: Run, images: torch.Tensor, target: MixTarget, criterion: LUM
     return loss.detach()
 
 
-def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget,
-             lam_r: torch.Tensor | None) -> torch.Tensor:
+def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget, lam_r: torch.Tensor | None) -> torch.Tensor:
     """SUMS[2:] of a batch: number of samples that LUMix applies to, their λ0, λ_s and λ, and the clamped ones."""
     lam = criterion.lam(logits, target, lam_r)
     pair = logits.to(lam.dtype).gather(1, torch.stack([target.partner_labels, target.labels], 1))
@@ -181,8 +189,10 @@ def learning_rate_now(run: Run) -> float:
 def check_finite(run: Run) -> None:
     """Stops a run that has gone astray, before its weights take the place of good ones."""
     if not math.isfinite(run.sums[0].item()):
-        raise FloatingPointError(f"the training loss of epoch {run.epoch} is {run.sums[0].item()}: lower --lr, "
-                                 "give --clip-grad, or with --amp try --amp-dtype bfloat16")
+        raise FloatingPointError(
+            f"the training loss of epoch {run.epoch} is {run.sums[0].item()}: lower --lr, "
+            "give --clip-grad, or with --amp try --amp-dtype bfloat16"
+        )
 
 
 def share_statistics(run: Run, args: argparse.Namespace) -> None:
@@ -217,30 +227,47 @@ def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]
                 leave(run, args, stop.signal)
     *values, total = summed(torch.cat([sums.flatten(), count[None]]))
     names = [(prefix, name) for prefix in models for name in SCORES]
-    return {prefix + name: value / total * (1 if name == "val_loss" else 100)
-            for (prefix, name), value in zip(names, values, strict=True)}
+    return {
+        prefix + name: value / total * (1 if name == "val_loss" else 100)
+        for (prefix, name), value in zip(names, values, strict=True)
+    }
 
 
 def progress(total: int, what: str, args: argparse.Namespace, initial: int = 0) -> tqdm:
     """Rank 0's bar, with the images/s of all; in a log file it speaks once a minute."""
-    interval = .1 if sys.stderr.isatty() else 60
-    return tqdm(total=total, desc=what, unit="img", unit_scale=True, leave=False, dynamic_ncols=True,
-                mininterval=interval, delay=interval, initial=initial, disable=args.rank > 0)
+    interval = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(
+        total=total,
+        desc=what,
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=interval,
+        initial=initial,
+        disable=args.rank > 0,
+    )
 
 
 def best_epochs(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
     """All epochs that were validated, the best first; of two equals the earlier."""
     sign, name = 1 if args.eval_metric == "loss" else -1, metric_name(args)
-    return [int(row["epoch"]) for row in sorted((row for row in rows if row.get(name) is not None),
-                                                key=lambda row: sign * row[name])]
+    return [
+        int(row["epoch"])
+        for row in sorted((row for row in rows if row.get(name) is not None), key=lambda row: sign * row[name])
+    ]
 
 
 def save_epoch(run: Run, args: argparse.Namespace) -> None:
     """Writes last.pth.tar, and model_best, checkpoint-E and milestone-N where the epoch earns it, and the log."""
     epoch, best = int(run.rows[-1]["epoch"]), best_epochs(run.rows, args)
-    keep, drop = best[:args.checkpoint_hist], best[args.checkpoint_hist:]
-    earned = {"model_best": epoch in best[:1], f"checkpoint-{epoch}": epoch in keep,
-              f"milestone-{epoch + 1}": epoch + 1 in args.save_epochs}
+    keep, drop = best[: args.checkpoint_hist], best[args.checkpoint_hist :]
+    earned = {
+        "model_best": epoch in best[:1],
+        f"checkpoint-{epoch}": epoch in keep,
+        f"milestone-{epoch + 1}": epoch + 1 in args.save_epochs,
+    }
     save(run, args, *(name for name in earned if earned[name]))
     if args.rank == 0:
         for old in drop:
@@ -248,8 +275,9 @@ def save_epoch(run: Run, args: argparse.Namespace) -> None:
         write_log(run.folder, run.rows)
 
 
-def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop,
-        track: Callable[[dict[str, Any]], None]) -> None:
+def fit(
+    run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop, track: Callable[[dict[str, Any]], None]
+) -> None:
     """Trains, validates, logs and saves every epoch that is left."""
     last = min(run.epochs, args.stop_epoch or run.epochs)
     while run.epoch < last:
@@ -273,6 +301,7 @@ def fit(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop,
 
 def report(row: dict[str, Any]) -> None:
     """Prints an epoch's numbers, and what to do where it waited for data."""
+
     def shown(name: str, form: str) -> str:
         return "-" if row[name] is None else format(row[name], form)
 
@@ -280,10 +309,12 @@ def report(row: dict[str, Any]) -> None:
     if "model_top1" in row:
         scores += f" (without averaging {row['model_top1']:.2f})"
     lumix = f"λ0 {shown('lumix_lam0', '.3f')} λ_s {shown('lumix_lam_s', '.3f')} λ {shown('lumix_lam', '.3f')}"
-    print(f"epoch {row['epoch']:3}  train loss {row['train_loss']:.4f}  val loss {shown('val_loss', '.4f')}  "
-          f"{scores}  mean λ0 {row['lam0_mean']:.3f}; of LUMix {lumix}  "
-          f"{shown('images_per_second', ',.0f')} img/s, {shown('data_wait', '.0%')} of the time waiting for data",
-          flush=True)
+    print(
+        f"epoch {row['epoch']:3}  train loss {row['train_loss']:.4f}  val loss {shown('val_loss', '.4f')}  "
+        f"{scores}  mean λ0 {row['lam0_mean']:.3f}; of LUMix {lumix}  "
+        f"{shown('images_per_second', ',.0f')} img/s, {shown('data_wait', '.0%')} of the time waiting for data",
+        flush=True,
+    )
     if (row["data_wait"] or 0) > MUCH_WAITING and row["epoch"] == 0:
         print(ADVICE, flush=True)
 
@@ -297,15 +328,31 @@ def replaced_files(run: Run) -> list[str]:
 def summarise(run: Run, args: argparse.Namespace, replaced: list[str]) -> dict[str, Any]:
     """The last epoch's scores, which are those of last.pth.tar, the best epoch's, and what ran."""
     last, best = run.rows[-1], best_epochs(run.rows, args)[0]
-    versions = {"lumix_dali": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
-                "timm": timm.__version__, "dali": dali.__version__}
-    return {"top1": last["top1"], "top5": last["top5"], "val_loss": last["val_loss"],
-            "best": run.rows[best][metric_name(args)], "best_epoch": best, "eval_metric": args.eval_metric,
-            "images_per_second": median(run.rows, "images_per_second"), "data_wait": median(run.rows, "data_wait"),
-            "lam0_mean": statistics.fmean(row["lam0_mean"] for row in run.rows), "replaced": len(replaced),
-            "device": torch.cuda.get_device_name(run.train.device) if run.train.device.type == "cuda" else "cpu",
-            "ranks": args.world_size, "model": args.model, "epochs": len(run.rows), "seed": args.seed,
-            "versions": versions}
+    versions = {
+        "lumix_dali": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "dali": dali.__version__,
+    }
+    return {
+        "top1": last["top1"],
+        "top5": last["top5"],
+        "val_loss": last["val_loss"],
+        "best": run.rows[best][metric_name(args)],
+        "best_epoch": best,
+        "eval_metric": args.eval_metric,
+        "images_per_second": median(run.rows, "images_per_second"),
+        "data_wait": median(run.rows, "data_wait"),
+        "lam0_mean": statistics.fmean(row["lam0_mean"] for row in run.rows),
+        "replaced": len(replaced),
+        "device": torch.cuda.get_device_name(run.train.device) if run.train.device.type == "cuda" else "cpu",
+        "ranks": args.world_size,
+        "model": args.model,
+        "epochs": len(run.rows),
+        "seed": args.seed,
+        "versions": versions,
+    }
 
 
 def median(rows: list[dict[str, Any]], name: str) -> float | None:
@@ -325,8 +372,10 @@ def start(run: Run, args: argparse.Namespace, found: Found | None) -> None:
     write_text(run.folder / "args.yaml", yaml.safe_dump(settings))
     write_log(run.folder, run.rows)
     size = "x".join(map(str, run.input_size[1:]))
-    print(f"{args.model}: {len(run.train.dataset)} images of {len(run.train.classes)} classes at {size}, "
-          f"{args.world_size} rank(s) on {run.train.device}, {run.epochs} epochs, into {run.folder}")
+    print(
+        f"{args.model}: {len(run.train.dataset)} images of {len(run.train.classes)} classes at {size}, "
+        f"{args.world_size} rank(s) on {run.train.device}, {run.epochs} epochs, into {run.folder}"
+    )
     if found:
         print(f"resumes from {found.path}, epoch {run.epoch}, batch {run.step}", flush=True)
     elif args.resume:
@@ -376,8 +425,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 return train_to_the_end(run, criterion, args, stop, found)
 
 
-def train_to_the_end(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop,
-                     found: Found | None) -> dict[str, Any]:
+def train_to_the_end(
+    run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop, found: Found | None
+) -> dict[str, Any]:
     """The run in its folder, which is this process's; returns its summary."""
     start(run, args, found)
     with tracking(args, run.folder, run.epoch) as track:

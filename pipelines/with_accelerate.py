@@ -20,8 +20,11 @@ from lumix_dali import LUMixLoss, create_loader
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Trains, and gives the losses of this process's steps."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.with_accelerate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.with_accelerate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("root", help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument("--epochs", type=int, default=20)
@@ -31,11 +34,17 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     args = parser.parse_args(argv)
     set_seed(0)
     accelerator = Accelerator()
-    loader = create_loader(f"{args.root}/train", batch_size=64, input_size=32, cutmix_alpha=1.,
-                           device=accelerator.device, rank=accelerator.process_index,
-                           world_size=accelerator.num_processes)
+    loader = create_loader(
+        f"{args.root}/train",
+        batch_size=64,
+        input_size=32,
+        cutmix_alpha=1.0,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     model = timm.create_model(args.model, num_classes=loader.num_classes)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=.05))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05))
     criterion, losses, step = LUMixLoss(), [], 0
     # Not register_for_checkpointing, which saves rank 0's place alone; the others are at other images.
     place = f"loader_{accelerator.process_index}.pt"
@@ -55,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             if step % args.save_every == 0:
                 accelerator.save_state(args.output)
                 torch.save({"step": step, "loader": loader.state_dict()}, Path(args.output, place))
-        accelerator.print(f"step {step:6}  loss {sum(losses[-len(loader):]) / len(losses[-len(loader):]):.4f}")
+        accelerator.print(f"step {step:6}  loss {sum(losses[-len(loader) :]) / len(losses[-len(loader) :]):.4f}")
     return losses
 
 

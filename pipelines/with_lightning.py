@@ -1,7 +1,7 @@
 """Loader and loss in Lightning: validated every epoch, and resumed in the middle of one.
 
-    python -m pipelines.with_lightning data/digits
-    python -m pipelines.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
+python -m pipelines.with_lightning data/digits
+python -m pipelines.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
 """
 
 import argparse
@@ -33,12 +33,18 @@ class Classifier(lightning.LightningModule):
 
     def loader(self, samples: Any, **options: Any) -> Any:
         """Each rank has its own; Lightning sets its epoch, and wraps nothing but a DataLoader."""
-        return create_loader(samples, batch_size=self.hparams["batch_size"], input_size=self.hparams["size"],
-                             device=self.trainer.strategy.root_device, rank=self.global_rank,
-                             world_size=self.trainer.world_size, **options)
+        return create_loader(
+            samples,
+            batch_size=self.hparams["batch_size"],
+            input_size=self.hparams["size"],
+            device=self.trainer.strategy.root_device,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            **options,
+        )
 
     def train_dataloader(self) -> Any:
-        return self.loader(self.train_data, cutmix_alpha=1.)
+        return self.loader(self.train_data, cutmix_alpha=1.0)
 
     def val_dataloader(self) -> Any:
         return self.loader(self.val_data, is_training=False)
@@ -53,7 +59,7 @@ class Classifier(lightning.LightningModule):
         self.log("top1", self.top1, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=.05)
+        return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.05)
 
     # Lightning saves the loader's place, but of rank 0 alone; the others are at other images.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -67,8 +73,11 @@ class Classifier(lightning.LightningModule):
 
 def main(argv: Sequence[str] | None = None) -> lightning.Trainer:
     """Trains, and gives the trainer."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.with_lightning", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.with_lightning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("root", help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--model", default="resnet10t")
     parser.add_argument("--epochs", type=int, default=20)
@@ -80,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> lightning.Trainer:
     args = parser.parse_args(argv)
     lightning.seed_everything(0)
     saver = ModelCheckpoint(args.output, every_n_train_steps=args.save_every, save_top_k=-1, save_last=True)
-    trainer = lightning.Trainer(accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs,
-                                callbacks=saver, logger=False)
+    trainer = lightning.Trainer(
+        accelerator=args.accelerator, devices=args.devices, max_epochs=args.epochs, callbacks=saver, logger=False
+    )
     trainer.fit(Classifier(args.root, args.model), ckpt_path=args.resume)
     return trainer
 

@@ -44,8 +44,9 @@ def int_feature(*values, packed=True):
 
 def example(features):
     """A tf.train.Example of {key: content of a Feature}."""
-    return message(1, b"".join(
-        message(1, message(1, key.encode()) + message(2, feature)) for key, feature in features.items()))
+    return message(
+        1, b"".join(message(1, message(1, key.encode()) + message(2, feature)) for key, feature in features.items())
+    )
 
 
 def masked(content):

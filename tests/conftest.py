@@ -78,13 +78,22 @@ def _build(operation, batch_size, device, seed, conditionals, options):
     """
     from nvidia.dali import fn, pipeline_def
 
-    required = [p.name for p in inspect.signature(operation).parameters.values()
-                if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    required = [
+        p.name
+        for p in inspect.signature(operation).parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
     further = [name for name in required[2:] if name not in options]
 
     # a depth of one lets `run` be fed batch by batch
-    @pipeline_def(batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None, seed=seed,
-                  prefetch_queue_depth=1, enable_conditionals=conditionals)
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=2,
+        device_id=0 if device == "gpu" else None,
+        seed=seed,
+        prefetch_queue_depth=1,
+        enable_conditionals=conditionals,
+    )
     def define():
         images = fn.external_source(name="images", layout="HWC")
         images = images.gpu() if device == "gpu" else images

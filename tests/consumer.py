@@ -16,8 +16,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Without annotations of their own; what they call is checked all the same.
-OPTIONS = ["--strict", "--follow-imports=silent", "--allow-untyped-defs", "--allow-incomplete-defs",
-           "--allow-untyped-decorators", "--allow-untyped-calls", "--allow-any-generics"]
+OPTIONS = [
+    "--strict",
+    "--follow-imports=silent",
+    "--allow-untyped-defs",
+    "--allow-incomplete-defs",
+    "--allow-untyped-decorators",
+    "--allow-untyped-calls",
+    "--allow-any-generics",
+]
 CONFIG = """[mypy]
 ignore_missing_imports = true
 [mypy-nvidia.*]
@@ -64,8 +71,9 @@ def check(pages):
                 files.append(Path(folder, f"{page.stem.lower()}_line_{line}.py"))
                 files[-1].write_text(module(block))
         command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", *OPTIONS, *(file.name for file in files)]
-        done = subprocess.run(command, cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            command, cwd=folder, env={"MYPYPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
+        )
     return done.returncode, done.stdout + done.stderr
 
 

@@ -39,10 +39,13 @@ def ramps(height, width, blue=0):
 def ramp_samples(root, count, size=(40, 48)):
     """`Files` of `ramps` whose label and blue tell the file; crop, flip and mixing show in the pixels."""
     for number in range(count):
-        write(ramps(size[0] + number % 4, size[1] - number % 3) * [4, 5, 0] + [0, 0, 9 * number],
-              root / f"{number:02}.png")
-    return sources.Files(str(root), sorted(f.name for f in root.iterdir()), np.arange(count),
-                           [str(k) for k in range(count)])
+        write(
+            ramps(size[0] + number % 4, size[1] - number % 3) * [4, 5, 0] + [0, 0, 9 * number],
+            root / f"{number:02}.png",
+        )
+    return sources.Files(
+        str(root), sorted(f.name for f in root.iterdir()), np.arange(count), [str(k) for k in range(count)]
+    )
 
 
 def write(pixels, path, **options):

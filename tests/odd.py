@@ -157,9 +157,7 @@ def _foreign() -> dict[str, Odd]:
         text=b"This is not an image.\n" * 20,
         text_of_UTF_16="not an image".encode("utf-16"),
         json=b'{"error": {"code": 403, "message": "Forbidden"}}',
-        pointer_of_Git_LFS=b"version https://git-lfs.github.com/spec/v1\noid sha256:"
-        + b"0" * 64
-        + b"\nsize 12345\n",
+        pointer_of_Git_LFS=b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
         zeros=ZEROS,
         ones=b"\xff" * 2000,
         noise=noise,
@@ -283,9 +281,7 @@ def _jpeg_rare() -> dict[str, Odd]:
     jpeg, cmyk = encoded("JPEG", quality=90), encoded("JPEG", "CMYK")
     comment = b"\xff\xfe\xff\xff" + b"c" * 65533
     adobe = _segment(cmyk, 0xEE)
-    claim = Odd(
-        _sized(jpeg, 9000, 9000), "either"
-    )  # below the limit of pixels; whether it is cut is a matter of taste
+    claim = Odd(_sized(jpeg, 9000, 9000), "either")  # below the limit of pixels; whether it is cut is a matter of taste
     return {"jpeg, claims 9000x9000": claim} | _exact(
         "pillow",
         {
@@ -424,13 +420,9 @@ def _png_good() -> dict[str, Odd]:
             "dali",
             red,
         ),
-        "png, grey of 16 bits": Odd(
-            encoded("PNG", "I;16", Image.fromarray(levels)), "dali", grey(levels / 257), 0.6
-        ),
+        "png, grey of 16 bits": Odd(encoded("PNG", "I;16", Image.fromarray(levels)), "dali", grey(levels / 257), 0.6),
         "png, white, 1x60000": Odd(sparse, "dali", np.full((HEIGHT, WIDTH, 3), 255, np.uint8)),
-        "png, false checksum of a text": Odd(
-            png(header(), rows, chunk(b"tEXt", b"Comment\0a", crc=1)), "dali", base()
-        ),
+        "png, false checksum of a text": Odd(png(header(), rows, chunk(b"tEXt", b"Comment\0a", crc=1)), "dali", base()),
         "png, text that inflates to 64 MB": Odd(png(header(), rows, bomb), "dali", base()),
     }
 
@@ -465,9 +457,7 @@ def _png_bad() -> dict[str, Odd]:
     data = content.index(b"IDAT") - 4
     huge = {
         "png, EXIF of 2 GB": content[:33] + struct.pack(">I4s", 0x7FFFFFF0, b"eXIf") + b"\0" * 12,
-        "png, EXIF of 2 GB, then the image": content[:33]
-        + struct.pack(">I4s", 0x7FFFFFF0, b"eXIf")
-        + content[33:],
+        "png, EXIF of 2 GB, then the image": content[:33] + struct.pack(">I4s", 0x7FFFFFF0, b"eXIf") + content[33:],
         "png, chunk of 4 GB": content[:33] + struct.pack(">I4s", 0xFFFFFFFF, b"tEXt") + content[33:],
     }
     damaged = {
@@ -647,10 +637,7 @@ def _bmp() -> dict[str, Odd]:
 def _os2() -> bytes:
     data = np.ascontiguousarray(base()[::-1, :, ::-1]).tobytes()
     return (
-        b"BM"
-        + struct.pack("<IHHI", 26 + len(data), 0, 0, 26)
-        + struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 24)
-        + data
+        b"BM" + struct.pack("<IHHI", 26 + len(data), 0, 0, 26) + struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 24) + data
     )
 
 
@@ -890,9 +877,7 @@ def _rare() -> dict[str, Odd]:
 
 def _ico(image: bytes) -> bytes:
     """An icon whose directory says 96x64, whatever `image` says."""
-    return (
-        struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", WIDTH, HEIGHT, 0, 0, 1, 32, len(image), 22) + image
-    )
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", WIDTH, HEIGHT, 0, 0, 1, 32, len(image), 22) + image
 
 
 def _icns() -> bytes:

@@ -75,11 +75,15 @@ def in_child(case, good):
         code = os.waitstatus_to_exitcode(status)
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
         out.seek(0)
-        return dict(error="") | json.loads(out.read() or "{}") | dict(
-            case=case,
-            died=signal.Signals(-code).name if code < 0 else f"exit status {code}" * bool(code),
-            memory=usage.ru_maxrss * 1024,
-            printed=printed.read().decode(errors="replace"),
+        return (
+            dict(error="")
+            | json.loads(out.read() or "{}")
+            | dict(
+                case=case,
+                died=signal.Signals(-code).name if code < 0 else f"exit status {code}" * bool(code),
+                memory=usage.ru_maxrss * 1024,
+                printed=printed.read().decode(errors="replace"),
+            )
         )
 
 
@@ -181,8 +185,17 @@ def load(case, source, kinds):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with create_loader(source, batch_size=GOOD, input_size=(64, 96), is_training=training, device="cpu",
-                               dtype="uint8", num_threads=case["threads"], max_bad=1000, **crop) as loader:
+            with create_loader(
+                source,
+                batch_size=GOOD,
+                input_size=(64, 96),
+                is_training=training,
+                device="cpu",
+                dtype="uint8",
+                num_threads=case["threads"],
+                max_bad=1000,
+                **crop,
+            ) as loader:
                 for images, target in loader:
                     labels = (target.labels if training else target).tolist()
                     answer["labels"] += labels
@@ -214,8 +227,15 @@ def check(case, source, kinds):
     from lumix_dali.data.check import scan
 
     report = scan(source, full=case["mode"] == "check --full", workers=case["threads"])
-    return dict(names=list(report.bad), reasons=list(report.bad.values()), labels=report.samples.labels.tolist(),
-                error="", warnings=[], bad={}, differences={})
+    return dict(
+        names=list(report.bad),
+        reasons=list(report.bad.values()),
+        labels=report.samples.labels.tolist(),
+        error="",
+        warnings=[],
+        bad={},
+        differences={},
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,20 @@ from experiments.training import Training, subset  # noqa: E402
 from lumix_dali import LUMixLoss, MixTarget  # noqa: E402
 from tests.images import write  # noqa: E402
 
-LIGHT = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=8",
-         "depth=1", "num_heads=1", "--batch-size", "4", "--epochs", "2"]
+LIGHT = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--model-kwargs",
+    "img_size=16",
+    "patch_size=4",
+    "embed_dim=8",
+    "depth=1",
+    "num_heads=1",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,9 +55,24 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, out, *more, table=2):
-    return ablations.parse_args([
-        "--table", str(table), "--data", str(folder), "--out", str(out), "--device", "cpu",
-        "--images-per-class", "4", "--seeds", "2", *LIGHT, *more])
+    return ablations.parse_args(
+        [
+            "--table",
+            str(table),
+            "--data",
+            str(folder),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            "--images-per-class",
+            "4",
+            "--seeds",
+            "2",
+            *LIGHT,
+            *more,
+        ]
+    )
 
 
 # --- what is compared
@@ -53,26 +80,28 @@ def arguments(folder, out, *more, table=2):
 
 def test_tables_are_the_papers():
     """Ratios and accuracies as the paper's tables have them; each with one row of plain CutMix."""
-    loss = {number: [(row.loss["r_r"], row.loss["r_s"], row.loss["eta"]) for row in rows]
-            for number, rows in TABLES.items()}
+    loss = {
+        number: [(row.loss["r_r"], row.loss["r_s"], row.loss["eta"]) for row in rows] for number, rows in TABLES.items()
+    }
     paper = {number: [row.paper for row in rows if row.paper] for number, rows in TABLES.items()}
-    assert loss["2"] == [(0, 0, 0), (0, .5, 0), (.5, 0, 0), (.4, .1, 0), (.4, .1, 1)]
+    assert loss["2"] == [(0, 0, 0), (0, 0.5, 0), (0.5, 0, 0), (0.4, 0.1, 0), (0.4, 0.1, 1)]
     assert paper["2"] == [79.8, 80.3, 80.3, 80.4, 80.5]
-    assert loss["3"] == [(0, 0, 0), (1, 0, 0), (.5, 0, 0), (.4, .1, 0), (.3, .2, 0), (0, .5, 0)]
+    assert loss["3"] == [(0, 0, 0), (1, 0, 0), (0.5, 0, 0), (0.4, 0.1, 0), (0.3, 0.2, 0), (0, 0.5, 0)]
     assert paper["3"] == [79.8, 79.7, 80.3, 80.4, 80.3, 80.3]
     assert paper["6"] == [78.6, 79.8, 79.2, 79.8, 80.7, 80.6]
     assert next(row.method for row in TABLES["6"] if row.paper == 78.6) == "mixup"  # §4.5
     assert paper["10"] == [79.8, 80.4, 80.4, 80.3, 80.6, 80.4]
     assert paper["11"] == [79.8, 80.6, 79.9, 79.6]
     assert paper["12"] == [79.8, 80.6, 80.4, 79.1]
-    assert loss["components"] == [(0, 0, 0), (0, 0, 0), (.4, .1, 1), (0, .1, 1), (.4, 0, 1), (.4, .1, 0)]
+    assert loss["components"] == [(0, 0, 0), (0, 0, 0), (0.4, 0.1, 1), (0, 0.1, 1), (0.4, 0, 1), (0.4, 0.1, 0)]
     for rows in TABLES.values():
         (reference,) = (row for row in rows if row.name == "CutMix")
         assert reference[2:] == (PLAIN, "cutmix")
 
 
-@pytest.mark.parametrize("method", ["cutmix", "mixup", "resizemix", "patch mixup", "saliencymix", "puzzlemix",
-                                    "shuffled"])
+@pytest.mark.parametrize(
+    "method", ["cutmix", "mixup", "resizemix", "patch mixup", "saliencymix", "puzzlemix", "shuffled"]
+)
 def test_rows_of_a_seed_share_weights_order_and_crops(folder, tmp_path, method):
     if method == "saliencymix":
         pytest.importorskip("cv2")
@@ -131,7 +160,7 @@ def test_a_seed_has_its_own_images_of_each_class():
 
 def runs(*values):
     """The last epoch counts; the one before was better."""
-    return [dict(seed=seed, top1=[99. + seed % 2, value]) for seed, value in enumerate(values)]
+    return [dict(seed=seed, top1=[99.0 + seed % 2, value]) for seed, value in enumerate(values)]
 
 
 def test_statistics_by_hand():
@@ -139,30 +168,34 @@ def test_statistics_by_hand():
 
     t = 2√3 = 3.464102, and with two degrees of freedom p = 1 - t / √(t² + 2) = .074180.
     """
-    assert paired.moments([91., 94., 97.]) == (3, 94., 3., pytest.approx(3 / 3**.5))
-    found = paired.difference(runs(91., 94., 97.), runs(90., 92., 94.))
-    assert found[:2] == (3, 2.)
+    assert paired.moments([91.0, 94.0, 97.0]) == (3, 94.0, 3.0, pytest.approx(3 / 3**0.5))
+    found = paired.difference(runs(91.0, 94.0, 97.0), runs(90.0, 92.0, 94.0))
+    assert found[:2] == (3, 2.0)
     assert found.interval == pytest.approx([2 - 2.484138, 2 + 2.484138], abs=1e-6)
-    assert found.p == pytest.approx(1 - 2 * 3**.5 / 14**.5, abs=1e-9)
+    assert found.p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5, abs=1e-9)
 
 
 def test_only_seeds_that_both_have_are_compared():
-    assert paired.difference(runs(91., 94.), runs(90.)) == (1, 1., None, None)
-    assert paired.difference([], runs(90.)) == (0, None, None, None)
+    assert paired.difference(runs(91.0, 94.0), runs(90.0)) == (1, 1.0, None, None)
+    assert paired.difference([], runs(90.0)) == (0, None, None, None)
 
 
 def test_holm_by_hand():
     """Sorted .01, .02, .04 times 3, 2, 1 are .03, .04, .04; .7 stays above .6, and both are 1 at most."""
-    corrected = paired.holm([.04, .01, None, .02])
+    corrected = paired.holm([0.04, 0.01, None, 0.02])
     assert corrected.pop(2) is None
-    assert corrected == pytest.approx([.04, .03, .04])
-    assert paired.holm([.6, .7]) == [1., 1.]
-    assert paired.holm([.02, .0201]) == pytest.approx([.04, .04])
+    assert corrected == pytest.approx([0.04, 0.03, 0.04])
+    assert paired.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert paired.holm([0.02, 0.0201]) == pytest.approx([0.04, 0.04])
 
 
 def test_comparisons_are_corrected_over_their_table():
-    rows = [dict(name="CutMix", runs=runs(90., 92., 94.)), dict(name="a", runs=runs(91., 94., 97.)),
-            dict(name="b", runs=runs(90., 93., 95.)), dict(name="none", runs=[])]
+    rows = [
+        dict(name="CutMix", runs=runs(90.0, 92.0, 94.0)),
+        dict(name="a", runs=runs(91.0, 94.0, 97.0)),
+        dict(name="b", runs=runs(90.0, 93.0, 95.0)),
+        dict(name="none", runs=[]),
+    ]
     found = paired.compare(rows, "CutMix")
     assert list(found) == ["a", "b"]  # p = .0742 and .1835
     assert found["a"][1] == pytest.approx(2 * found["a"][0].p) and found["b"][1] == pytest.approx(found["b"][0].p)
@@ -173,32 +206,38 @@ def test_comparisons_are_corrected_over_their_table():
 
 def test_label_weights_by_hand():
     """λ_s = σ(z_a - z_b); λ = .5·λ0 + .4·λ_r + .1·λ_s; the second -.24 is clamped, the third is not mixed."""
-    target = MixTarget(torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1]), torch.tensor([.2, .5, 0.]),
-                       torch.tensor([[0, 0, 2, 4], [0, 0, 4, 5], [0, 0, 0, 0]], dtype=torch.int32),
-                       torch.tensor([2, 2, 0], dtype=torch.int32), torch.tensor([1, 0, 1]))
-    logits = torch.tensor([[0., np.log(3)], [0., 0.], [0., 9.]])
+    target = MixTarget(
+        torch.tensor([0, 1, 0]),
+        torch.tensor([1, 0, 1]),
+        torch.tensor([0.2, 0.5, 0.0]),
+        torch.tensor([[0, 0, 2, 4], [0, 0, 4, 5], [0, 0, 0, 0]], dtype=torch.int32),
+        torch.tensor([2, 2, 0], dtype=torch.int32),
+        torch.tensor([1, 0, 1]),
+    )
+    logits = torch.tensor([[0.0, np.log(3)], [0.0, 0.0], [0.0, 9.0]])
     weights = LabelWeights()
-    weights.add(LUMixLoss(.4, .1), logits, target, torch.tensor([.5, -1.35, 0.]))
+    weights.add(LUMixLoss(0.4, 0.1), logits, target, torch.tensor([0.5, -1.35, 0.0]))
     found = weights.summary()
-    lam = [.5 * .2 + .4 * .5 + .1 * .75, 0]
-    assert found["lam_s_mean"] == pytest.approx((.75 + .5) / 2, abs=1e-5)
-    assert found["lam0_mean"] == pytest.approx(.35) and found["lam_mean"] == pytest.approx(sum(lam) / 2)
+    lam = [0.5 * 0.2 + 0.4 * 0.5 + 0.1 * 0.75, 0]
+    assert found["lam_s_mean"] == pytest.approx((0.75 + 0.5) / 2, abs=1e-5)
+    assert found["lam0_mean"] == pytest.approx(0.35) and found["lam_mean"] == pytest.approx(sum(lam) / 2)
     assert found["lam_q50"] == pytest.approx(sum(lam) / 2)
     assert found["lam_q25"] == pytest.approx(lam[0] / 4, abs=1e-5)
-    assert found["moved"] == pytest.approx((lam[0] - .2 + .5) / 2, abs=1e-5) and found["clamped"] == .5
-    weights.add(LUMixLoss(.4, .1), logits, target._replace(kind=target.kind * 0), None)
+    assert found["moved"] == pytest.approx((lam[0] - 0.2 + 0.5) / 2, abs=1e-5) and found["clamped"] == 0.5
+    weights.add(LUMixLoss(0.4, 0.1), logits, target._replace(kind=target.kind * 0), None)
     assert weights.summary() == {}
 
 
 def test_validation_by_hand(folder, tmp_path):
     """Logits of ±l on eight images, six of them right: p = σ(2l), all in one bin."""
     training = Training(arguments(folder, tmp_path / "x.json"), TABLES["2"][0], 0, 1)
-    logits = torch.where(torch.from_numpy(training.val.labels)[:, None] == torch.arange(2), 1., -1.)
+    logits = torch.where(torch.from_numpy(training.val.labels)[:, None] == torch.arange(2), 1.0, -1.0)
     logits[[0, 7]] *= -1
     training.logits = lambda images: logits
     p = 1 / (1 + np.exp(-2))
     assert training.validate() == pytest.approx(
-        dict(top1=75., nll=-(6 * np.log(p) + 2 * np.log(1 - p)) / 8, ece=100 * (p - .75)))
+        dict(top1=75.0, nll=-(6 * np.log(p) + 2 * np.log(1 - p)) / 8, ece=100 * (p - 0.75))
+    )
 
 
 # --- a run
@@ -206,7 +245,7 @@ def test_validation_by_hand(folder, tmp_path):
 
 def test_it_learns_colours(folder, tmp_path):
     args = arguments(folder, tmp_path / "x.json", "--epochs", "10", "--lr", "1e-2")
-    assert training.train(args, TABLES["2"][-1], 0, 10)["top1"][-1] == 100.
+    assert training.train(args, TABLES["2"][-1], 0, 10)["top1"][-1] == 100.0
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +282,9 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
     assert ablations.run(args, "none") == result and len(calls) == 11
 
 
-@pytest.mark.parametrize(("more", "named"), [
-    (["--lr", "1e-4"], "lr was 0.002 and is 0.0001"), (["--seeds", "3"], "seeds was 2 and is 3")])
+@pytest.mark.parametrize(
+    ("more", "named"), [(["--lr", "1e-4"], "lr was 0.002 and is 0.0001"), (["--seeds", "3"], "seeds was 2 and is 3")]
+)
 def test_another_run_is_refused(folder, tmp_path, whole, more, named):
     (tmp_path / "x.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=named):
@@ -286,36 +326,76 @@ def test_seeds_side_by_side_and_a_time_limit(folder, tmp_path, whole):
 
 
 def test_table_by_hand():
-    speed = dict(ratio=dict(median=.987, quartiles=[.97, 1.01]))
+    speed = dict(ratio=dict(median=0.987, quartiles=[0.97, 1.01]))
+
     def row(name, *values):
-        return dict(name=name, paper=80.6, error=None, speed=speed,
-                    runs=[dict(run, seconds=100., cpu_seconds=1200.) for run in runs(*values)])
-    rows = [row("CutMix", 90., 92., 94.), row("LUMix", 91., 94., 97.)]
+        return dict(
+            name=name,
+            paper=80.6,
+            error=None,
+            speed=speed,
+            runs=[dict(run, seconds=100.0, cpu_seconds=1200.0) for run in runs(*values)],
+        )
+
+    rows = [row("CutMix", 90.0, 92.0, 94.0), row("LUMix", 91.0, 94.0, 97.0)]
     result = dict(settings=dict(device="cpu", jobs=2), rows=rows)
     assert plot.table_accuracy(result)[2] == [
-        "LUMix", "80.6", "3", "94.00 ± 3.00", "+2.00 (-0.48 to +4.48; 0.074)", "1.000", "0.99 (0.97 – 1.01)"]
+        "LUMix",
+        "80.6",
+        "3",
+        "94.00 ± 3.00",
+        "+2.00 (-0.48 to +4.48; 0.074)",
+        "1.000",
+        "0.99 (0.97 – 1.01)",
+    ]
     result["settings"]["device"] = "cuda:0"  # two models shared it for 300 seconds
     assert plot.table_accuracy(result)[2][5] == "0.042"
 
 
 def components(*rows):
     """A result with three metrics, no speed, and label weights: name, and top-1 of each seed."""
-    weights = dict(moved=[.2, .1], clamped=[0., .25], **{
-        f"{name}_q{q}": [.4, .5] for name in ("lam0", "lam_s", "lam") for q in (25, 50, 75)})
+    weights = dict(
+        moved=[0.2, 0.1],
+        clamped=[0.0, 0.25],
+        **{f"{name}_q{q}": [0.4, 0.5] for name in ("lam0", "lam_s", "lam") for q in (25, 50, 75)},
+    )
     return dict(
-        kind="accuracy", settings=dict(device="cpu", jobs=1),
+        kind="accuracy",
+        settings=dict(device="cpu", jobs=1),
         meta=dict(commit="abc", clean=True, date="2026", command="x", machine=dict(affinity=2, cpu="CPU")),
-        rows=[dict(name=name, paper=None, error=None, runs=[
-            dict(seed=seed, top1=[value], nll=[-value / 100], ece=[9.], lam=weights, seconds=1., cpu_seconds=36.)
-            for seed, value in enumerate(values)]) for name, values in rows])
+        rows=[
+            dict(
+                name=name,
+                paper=None,
+                error=None,
+                runs=[
+                    dict(
+                        seed=seed,
+                        top1=[value],
+                        nll=[-value / 100],
+                        ece=[9.0],
+                        lam=weights,
+                        seconds=1.0,
+                        cpu_seconds=36.0,
+                    )
+                    for seed, value in enumerate(values)
+                ],
+            )
+            for name, values in rows
+        ],
+    )
 
 
 def test_metrics_side_by_side_and_what_holds():
     """Differences 2, 2.1, 1.9 hold after a correction by 2; the other row's, -1, 1, 0, do not; ECE is equal."""
     result = components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]), ("other", [89, 93, 94]))
     head, _, lumix, _ = plot.table_accuracy(result)
-    assert head == ["row", "n", *[cell for title in plot.METRICS.values()
-                                  for cell in (title, "− CutMix (95 %; p, Holm)")], "CPU hours"]
+    assert head == [
+        "row",
+        "n",
+        *[cell for title in plot.METRICS.values() for cell in (title, "− CutMix (95 %; p, Holm)")],
+        "CPU hours",
+    ]
     assert lumix[:3] == ["LUMix", "3", "94.00 ± 1.95"] and lumix[4] == "-0.940 ± 0.020"
     assert lumix[7:] == ["+0.00", "0.030"]
     assert "top-1: LUMix (+2.00); NLL: LUMix (-0.020); ECE: none." in plot.table(result)
@@ -330,7 +410,7 @@ def test_figure_of_differences():
     assert mean.get_xdata() == pytest.approx([2]) and np.mean(interval.get_xdata()) == pytest.approx(2)
     assert [line.get_label() for line in fan.lines] == ["λ0", "λ_s", "λ"]
     assert len(opinion.lines) == len(moved.lines) == 2
-    np.testing.assert_allclose(moved.lines[0].get_ydata(), [.2, .1])
+    np.testing.assert_allclose(moved.lines[0].get_ydata(), [0.2, 0.1])
 
 
 def test_figure_has_every_seed_and_the_mean(whole):

@@ -63,6 +63,7 @@ def drawing(monkeypatch, outcomes):
 
 def ours(monkeypatch, images, outcomes, spec, device="cpu", **options):
     """Every row of `outcomes` [N, layers] done to every image: uint8 [N, images, H, W, 3]."""
+
     def define(images, outcomes):
         with monkeypatch.context() as patch:
             drawing(patch, outcomes)
@@ -103,13 +104,26 @@ def test_there_are_timms_operations():
         assert {name.removesuffix("Increasing") for name in known} == set(NAMES)
 
 
-@pytest.mark.parametrize(("increasing", "magnitude", "interpolation"), [
-    (True, 9, "LINEAR"), (True, 9, "CUBIC"), (True, 3, "LINEAR"), (False, 9, "LINEAR"), (False, 3, "LINEAR"),
-])
+@pytest.mark.parametrize(
+    ("increasing", "magnitude", "interpolation"),
+    [
+        (True, 9, "LINEAR"),
+        (True, 9, "CUBIC"),
+        (True, 3, "LINEAR"),
+        (False, 9, "LINEAR"),
+        (False, 3, "LINEAR"),
+    ],
+)
 def test_operations_are_timms(monkeypatch, device, photographs, increasing, magnitude, interpolation):
     pillows = {"LINEAR": Image.BILINEAR, "CUBIC": Image.BICUBIC}[interpolation]
-    found = ours(monkeypatch, photographs, [[k] for k in range(31)], f"rand-m{magnitude}-n1-inc{int(increasing)}",
-                 device, interpolation=getattr(types, f"INTERP_{interpolation}"))
+    found = ours(
+        monkeypatch,
+        photographs,
+        [[k] for k in range(31)],
+        f"rand-m{magnitude}-n1-inc{int(increasing)}",
+        device,
+        interpolation=getattr(types, f"INTERP_{interpolation}"),
+    )
     np.testing.assert_array_equal(found[0], photographs)
     for name in NAMES:
         for sign in (1, -1):
@@ -118,14 +132,20 @@ def test_operations_are_timms(monkeypatch, device, photographs, increasing, magn
             assert_close(name, found[outcome(name, sign)], wanted)
 
 
-@pytest.mark.parametrize("operation", [
-    partial(augment.rand_augment, spec="rand-m9-p1-n2-mstd0.5"), partial(augment.erase, prob=0.7, count=2),
-    partial(augment.erase, prob=0.7, mode="rand"),
-], ids=["rand_augment", "pixel", "rand"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        partial(augment.rand_augment, spec="rand-m9-p1-n2-mstd0.5"),
+        partial(augment.erase, prob=0.7, count=2),
+        partial(augment.erase, prob=0.7, mode="rand"),
+    ],
+    ids=["rand_augment", "pixel", "rand"],
+)
 def test_a_known_size_changes_nothing(device, photographs, operation):
     images = np.tile(photographs, (16, 1, 1, 1))
-    (read,), (known,) = (run(partial(operation, **size), 64, device, images=images)
-                         for size in ({}, {"size": images.shape[1:3]}))
+    (read,), (known,) = (
+        run(partial(operation, **size), 64, device, images=images) for size in ({}, {"size": images.shape[1:3]})
+    )
     np.testing.assert_allclose(known.astype(int), read, atol=1)
     assert (known != read).mean() < 1e-3
 
@@ -226,8 +246,9 @@ def test_draws_follow_timms_law(spec):
     count = 20000
     theirs, (mine, negative) = timms_draws(spec, count), our_draws(spec, count)
     lengths = [np.bincount([len(row) for row in drawn], minlength=4) for drawn in (theirs, mine)]
-    names = [np.bincount([NAMES.index(name) for row in drawn for name, _ in row], minlength=15)
-             for drawn in (theirs, mine)]
+    names = [
+        np.bincount([NAMES.index(name) for row in drawn for name, _ in row], minlength=15) for drawn in (theirs, mine)
+    ]
     for table in (np.array(lengths), np.array(names)):
         assert stats.chi2_contingency(table[:, table.any(0)]).pvalue > 1e-3
     theirs, mine = (np.array([m for row in drawn for _, m in row if m is not None]) for drawn in (theirs, mine))
@@ -243,22 +264,39 @@ def test_layers_are_drawn_apart():
     assert stats.chi2_contingency(both).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("spec", "wanted"), [
-    (SPEC, (2, 0.5, 9, 0.5, 10, True)),
-    ("rand", (2, 0.5, 10, 0.0, 10, False)),
-    ("rand-inc0-p1-n4-mmax12-m3", (4, 1.0, 3, 0.0, 12, False)),
-    ("rand-mstd101-mmax0", (2, 0.5, 10, np.inf, 10, False)),
-])
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        (SPEC, (2, 0.5, 9, 0.5, 10, True)),
+        ("rand", (2, 0.5, 10, 0.0, 10, False)),
+        ("rand-inc0-p1-n4-mmax12-m3", (4, 1.0, 3, 0.0, 12, False)),
+        ("rand-mstd101-mmax0", (2, 0.5, 10, np.inf, 10, False)),
+    ],
+)
 def test_parse(spec, wanted):
     assert augment.parse(spec) == wanted
 
 
-@pytest.mark.parametrize(("spec", "part"), [
-    ("augmix-m3", "augmix"), ("original", "original"), ("3a", "3a"), ("", ""), ("rand-m9-tweights", "tweights"),
-    ("rand-m9.5", "m9.5"), ("rand-m", "m"), ("rand-n0", "n0"), ("rand-p1.5", "p1.5"), ("rand-inc2", "inc2"),
-    ("rand-w0", "w0"), ("rand-p.5", "p.5"), ("rand-mstdinf", "mstdinf"),
-    ("rand-m9 -inc1", "m9 "), (9, "9"),
-])
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ("augmix-m3", "augmix"),
+        ("original", "original"),
+        ("3a", "3a"),
+        ("", ""),
+        ("rand-m9-tweights", "tweights"),
+        ("rand-m9.5", "m9.5"),
+        ("rand-m", "m"),
+        ("rand-n0", "n0"),
+        ("rand-p1.5", "p1.5"),
+        ("rand-inc2", "inc2"),
+        ("rand-w0", "w0"),
+        ("rand-p.5", "p.5"),
+        ("rand-mstdinf", "mstdinf"),
+        ("rand-m9 -inc1", "m9 "),
+        (9, "9"),
+    ],
+)
 def test_what_is_not_supported_is_named(spec, part):
     with pytest.raises(ValueError) as error:
         augment.parse(spec)

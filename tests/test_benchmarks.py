@@ -154,8 +154,11 @@ def test_candidates_take_turns_and_the_first_round_is_not_counted(tmp_path):
 
 
 def test_ratios_are_made_within_equal_conditions(tmp_path):
-    candidates = [Candidate(name, lambda v=v * count: v, where={"count": count})
-                  for count in (1, 2) for name, v in (("a", 1.0), ("b", 3.0 * count))]
+    candidates = [
+        Candidate(name, lambda v=v * count: v, where={"count": count})
+        for count in (1, 2)
+        for name, v in (("a", 1.0), ("b", 3.0 * count))
+    ]
     rows = run(candidates, tmp_path / "x.json", rounds=1, references=["a"])["rows"]
     assert [row["ratios"]["a"]["median"] for row in rows] == [1, 3, 1, 6]
 
@@ -174,8 +177,12 @@ def test_a_failing_candidate_does_not_stop_the_run_and_keeps_its_error(where, tm
         fail("first turn" if number == 0 else "later turn" if number == 2 else "")
         return 1.0
 
-    rows = run([Candidate("bad", turn, lambda: fail("prepare")), Candidate("good", lambda: 2.0)],
-               tmp_path / "x.json", rounds=3, references=["bad"])["rows"]
+    rows = run(
+        [Candidate("bad", turn, lambda: fail("prepare")), Candidate("good", lambda: 2.0)],
+        tmp_path / "x.json",
+        rounds=3,
+        references=["bad"],
+    )["rows"]
     assert rows[0]["error"] == "RuntimeError: last line"
     assert not rows[0]["excused"]
     assert rows[0]["values"] == ([1.0] if where == "later turn" else [])
@@ -218,8 +225,9 @@ def test_a_result_of_uncommitted_code_is_refused(tmp_path, monkeypatch):
 
 def test_results_and_figures_do_not_make_a_tree_dirty_but_code_does(tmp_path, monkeypatch):
     def git(*command):
-        subprocess.run(["git", "-c", "user.name=n", "-c", "user.email=e", *command], cwd=tmp_path, check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=n", "-c", "user.email=e", *command], cwd=tmp_path, check=True, capture_output=True
+        )
 
     package = tmp_path / "lumix_dali" / "__init__.py"
     package.parent.mkdir()
@@ -266,8 +274,10 @@ def calls(name):
 
 def test_no_other_thread_can_fail_a_capture():
     """DALI's threads allocate and synchronise while a loader lives, which the default mode does not allow."""
-    modes = [(file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
-             for file, call in calls("torch.cuda.graph")]
+    modes = [
+        (file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
+        for file, call in calls("torch.cuda.graph")
+    ]
     assert modes
     assert {mode for _, mode in modes} == {"'thread_local'"}, modes
 
@@ -318,8 +328,24 @@ def loaders():
 
 
 def quick(loaders, folder, out, *more):
-    loaders.main(["--data", str(folder), "--quick", "--batch-size", "8", "--input-size", "32", "--workers", "1",
-                  "--device", "cpu", "--out", str(out), *more])
+    loaders.main(
+        [
+            "--data",
+            str(folder),
+            "--quick",
+            "--batch-size",
+            "8",
+            "--input-size",
+            "32",
+            "--workers",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
     return json.loads(out.read_text())
 
 
@@ -339,7 +365,11 @@ def test_thread_counts_get_a_row_each(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/read,lumix/none", "--threads", "1,2")
     assert result["kind"] == "loaders-threads"
     assert [(row["name"], row["count"], row["threads"]) for row in result["rows"]] == [
-        ("dali/read", 1, 1), ("lumix/none", 1, 1), ("dali/read", 2, 2), ("lumix/none", 2, 2)]
+        ("dali/read", 1, 1),
+        ("lumix/none", 1, 1),
+        ("dali/read", 2, 2),
+        ("lumix/none", 2, 2),
+    ]
 
 
 @pytest.mark.slow
@@ -366,8 +396,13 @@ def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
     from benchmarks.contenders import Entry
 
     delays = {1: 0.03, 2: 0.01, 3: 0.02}
-    entry = Entry("x", lambda s, workers, batches: Delayed(delays[workers], batches),
-                  ahead=lambda workers: workers, swept=True, whole=False)
+    entry = Entry(
+        "x",
+        lambda s, workers, batches: Delayed(delays[workers], batches),
+        ahead=lambda workers: workers,
+        swept=True,
+        whole=False,
+    )
     turn = loaders.Turn(entry, SimpleNamespace(batch_size=10, device="cpu"), list(delays), images=70)
     prepared = turn.prepare()
     assert prepared["workers"] == 2
@@ -382,8 +417,12 @@ def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_
 
     s = Setting(load(folder), 2, 8, "cpu", tmp_path)
     s.check((torch.zeros(2, 3, 8, 8), None))
-    wrong = [torch.zeros(2, 3, 8, 9), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.full((2, 3, 8, 8), 255.0),
-             torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)]
+    wrong = [
+        torch.zeros(2, 3, 8, 9),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        torch.full((2, 3, 8, 8), 255.0),
+        torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last),
+    ]
     for images in wrong:
         with pytest.raises(ValueError, match="batch: "):
             s.check((images, None))
@@ -402,12 +441,15 @@ def test_spdls_crop_follows_the_law(loaders):
                 assert 0.72 < w / h < 1.36
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--only", "nobody"], "--only nobody: no such candidate"),
-    (["--threads", "0"], "give a whole number >= 1"),
-    (["--workers", "1,x"], "'x': give a whole number"),
-    (["--device", "cuda:99"], "--device cuda:99"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "nobody"], "--only nobody: no such candidate"),
+        (["--threads", "0"], "give a whole number >= 1"),
+        (["--workers", "1,x"], "'x': give a whole number"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ],
+)
 def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         loaders.main(["--out", str(tmp_path / "x.json"), *arguments])
@@ -421,8 +463,21 @@ def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys
 def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
-    arguments = ["--data", str(folder), "--quick", "--batch-size", "4", "--input-size", "32", "--model",
-                 "test_vit", "--device", "cpu", "--out", str(out)]
+    arguments = [
+        "--data",
+        str(folder),
+        "--quick",
+        "--batch-size",
+        "4",
+        "--input-size",
+        "32",
+        "--model",
+        "test_vit",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     cost.main([*arguments, "--parts", "step", "--only", "lumix replayed,cutmix"])
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["cutmix replayed", "cutmix loaded", "lumix replayed"]
@@ -432,7 +487,8 @@ def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cost.main([*arguments, "--parts", "loader", "--only", "lumix replayed"])
     assert "--only lumix replayed: no such candidate; give the beginning of one of read, decode" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
 
 
 @pytest.fixture
@@ -461,7 +517,8 @@ def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
     assert found == dict(cpu=6, mixed=0, gpu=2, copies_to_gpu=3, read_from_gpu=["_Shape"])
     monkeypatch.setattr(cost, "build", lambda *args, **options: define())
     assert cost.executor_statistics(cost_on("cuda:0"), 1) == {
-        "skipped": "this executor allows no CPU operator to read from the GPU: _Shape"}
+        "skipped": "this executor allows no CPU operator to read from the GPU: _Shape"
+    }
 
 
 @pytest.mark.parametrize("stages", range(1, 6))
@@ -498,9 +555,27 @@ def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
 def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
-    cost.main(["--data", str(folder), "--quick", "--batch-size", "4", "--input-size", "32", "--model", "test_vit",
-               "--device", "cpu", "--out", str(out), "--parts", "epoch,handover",
-               "--only", "build,checkpoint,dlpack,copied"])
+    cost.main(
+        [
+            "--data",
+            str(folder),
+            "--quick",
+            "--batch-size",
+            "4",
+            "--input-size",
+            "32",
+            "--model",
+            "test_vit",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+            "--parts",
+            "epoch,handover",
+            "--only",
+            "build,checkpoint,dlpack,copied",
+        ]
+    )
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["build", "checkpoint", "dlpack", "copied"]
@@ -535,8 +610,7 @@ def test_the_fastest_value_of_each_knob_is_chosen_if_it_is_no_noise(monkeypatch)
     assert saved == [3] * 10 + [5] * 11
 
 
-@pytest.mark.parametrize(("median", "lower", "chosen"), [
-    (1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
+@pytest.mark.parametrize(("median", "lower", "chosen"), [(1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
 def test_a_value_has_to_beat_the_default_in_most_rounds(median, lower, chosen):
     from benchmarks import tune
 
@@ -547,12 +621,27 @@ def test_tuning_runs_to_its_end(folder, tmp_path, capsys):
     from benchmarks import tune
 
     out = tmp_path / "tune.json"
-    tune.main(["--data", str(folder), "--device", "cpu", "--batch-size", "4", "--input-size", "16",
-               "--batches", "1", "--rounds", "1", "--out", str(out)])
+    tune.main(
+        [
+            "--data",
+            str(folder),
+            "--device",
+            "cpu",
+            "--batch-size",
+            "4",
+            "--input-size",
+            "16",
+            "--batches",
+            "1",
+            "--rounds",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
     result = json.loads(out.read_text())
     assert result["complete"]
-    assert {row["knob"] for row in result["rows"]} == set(result["chosen"]) == {
-        "num_threads", "prefetch_queue_depth"}
+    assert {row["knob"] for row in result["rows"]} == set(result["chosen"]) == {"num_threads", "prefetch_queue_depth"}
     assert "--batch-size 4" in result["meta"]["command"]
     given = ", ".join(f"{name}={value}" for name, value in result["chosen"].items())
     assert capsys.readouterr().out.splitlines()[-1] == f"create_loader(..., {given})"
@@ -575,32 +664,73 @@ def test_operations_differ_from_timms_by_no_more_than_interpolation(folder, tmp_
 
 # --- plot
 
-META = {"command": "python -m benchmarks.loaders --out x", "commit": "0123456789abcdef", "clean": True,
-        "date": "2030-01-02T03:04:05+00:00", "machine": {"affinity": 2, "cpu": "A CPU", "gpu": None}}
+META = {
+    "command": "python -m benchmarks.loaders --out x",
+    "commit": "0123456789abcdef",
+    "clean": True,
+    "date": "2030-01-02T03:04:05+00:00",
+    "machine": {"affinity": 2, "cpu": "A CPU", "gpu": None},
+}
 
 
 def row(name, median, **more):
     if median is None:
         return {"name": name, "median": None, "quartiles": None, "values": [], "ratios": {}, "error": "E: a | b"}
     ratio = {"dali/+normalise": {"median": median / 400}}
-    return {"name": name, "median": median, "quartiles": [median - 10, median + 5.5], "values": [median],
-            "ratios": ratio, "error": None, **more}
+    return {
+        "name": name,
+        "median": median,
+        "quartiles": [median - 10, median + 5.5],
+        "values": [median],
+        "ratios": ratio,
+        "error": None,
+        **more,
+    }
 
 
-LOADERS = {"kind": "loaders", "rounds": 5, "meta": META, "rows": [
-    row("dali/read", 9000.0), row("dali/+normalise", 400.0), row("lumix/cutmix elem", 390.0, mixing="CutMix"),
-    row("ffcv", None)]}
-THREADS = {"kind": "loaders-threads", "rounds": 5, "meta": META, "rows": [
-    row(name, 100.0 * n, count=n) for n in (1, 2) for name in ("dali/+normalise", "spdl")]}
-COST = {"kind": "cost", "meta": META, "rows": [
-    {"name": "read", "part": "loader", "values": [1.0, 2.0, 3.0]},
-    {"name": "decode", "part": "loader", "values": [11.0, 14.0, 13.0]},
-    {"name": "forward", "part": "model", "values": [5.0, 5.0, 5.0]},
-    {"name": "lumix replayed", "part": "step", "values": [19.0, 20.0, 19.0], "median": 19.0,
-     "quartiles": [19.0, 19.5], "ratios": {"cutmix replayed": {"median": 1.0056}}}]}
-LOSS = {"kind": "loss", "meta": META, "rows": [
-    {"name": name, "B": 128, "K": classes, "dtype": "float32", "ms": ms * classes, "ratio": ms}
-    for name, ms in (("LUMix", 0.5), ("timm", 1.0)) for classes in (10, 1000)]}
+LOADERS = {
+    "kind": "loaders",
+    "rounds": 5,
+    "meta": META,
+    "rows": [
+        row("dali/read", 9000.0),
+        row("dali/+normalise", 400.0),
+        row("lumix/cutmix elem", 390.0, mixing="CutMix"),
+        row("ffcv", None),
+    ],
+}
+THREADS = {
+    "kind": "loaders-threads",
+    "rounds": 5,
+    "meta": META,
+    "rows": [row(name, 100.0 * n, count=n) for n in (1, 2) for name in ("dali/+normalise", "spdl")],
+}
+COST = {
+    "kind": "cost",
+    "meta": META,
+    "rows": [
+        {"name": "read", "part": "loader", "values": [1.0, 2.0, 3.0]},
+        {"name": "decode", "part": "loader", "values": [11.0, 14.0, 13.0]},
+        {"name": "forward", "part": "model", "values": [5.0, 5.0, 5.0]},
+        {
+            "name": "lumix replayed",
+            "part": "step",
+            "values": [19.0, 20.0, 19.0],
+            "median": 19.0,
+            "quartiles": [19.0, 19.5],
+            "ratios": {"cutmix replayed": {"median": 1.0056}},
+        },
+    ],
+}
+LOSS = {
+    "kind": "loss",
+    "meta": META,
+    "rows": [
+        {"name": name, "B": 128, "K": classes, "dtype": "float32", "ms": ms * classes, "ratio": ms}
+        for name, ms in (("LUMix", 0.5), ("timm", 1.0))
+        for classes in (10, 1000)
+    ],
+}
 
 
 @pytest.fixture
@@ -634,7 +764,11 @@ def test_tables_are_made_from_the_results(report):
     assert "| LUMix | 128 | 1000 | float32 | 500 | 0.50 |" in lines
     assert "2 × A CPU, 2030-01-02, commit 0123456789: `python -m benchmarks.loaders --out x`" in lines
     assert {path.name for path in (report.root / "figures").iterdir()} == {
-        "loaders.svg", "threads.svg", "cost.svg", "loss.svg"}
+        "loaders.svg",
+        "threads.svg",
+        "cost.svg",
+        "loss.svg",
+    }
 
 
 def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
@@ -645,9 +779,14 @@ def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
 
     rows = [{"name": "ours", "B": b, "ratios": ratios(median)} for b, median in ((1, 0.8), (2, 0.5), (3, None))]
     (tmp_path / "run.json").write_text(json.dumps({"rows": rows}))
-    monkeypatch.setattr(plot, "TARGETS", [
-        (f"bound {bound}, B = {b}", bound, "run", "ours", "other", {"B": b})
-        for bound, b in ((0.8, 1), (0.81, 1), (-0.5, 2), (-0.49, 2), (0.1, 3))])
+    monkeypatch.setattr(
+        plot,
+        "TARGETS",
+        [
+            (f"bound {bound}, B = {b}", bound, "run", "ours", "other", {"B": b})
+            for bound, b in ((0.8, 1), (0.81, 1), (-0.5, 2), (-0.49, 2), (0.1, 3))
+        ],
+    )
     assert plot.table_targets(tmp_path).splitlines()[2:] == [
         "| bound 0.8, B = 1 | ≥ 0.8 | 0.800 | 0.700 – 0.900 | yes |",
         "| bound 0.81, B = 1 | ≥ 0.81 | 0.800 | 0.700 – 0.900 | no |",
@@ -686,11 +825,14 @@ def test_figures_are_the_same_for_the_same_result(report):
     assert [figure.read_bytes() for figure in figures] == before
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("<!-- begin: nothing -->\n<!-- end: nothing -->\n", "begin: nothing -->: no .*nothing.json; measure it"),
-    ("<!-- begin: loaders -->\n", "markers: one stands alone"),
-    ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin: nothing -->\n<!-- end: nothing -->\n", "begin: nothing -->: no .*nothing.json; measure it"),
+        ("<!-- begin: loaders -->\n", "markers: one stands alone"),
+        ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
+    ],
+)
 def test_wrong_markers_are_named(report, text, message, capsys):
     report.text.write_text(text)
     with pytest.raises(SystemExit):

@@ -30,8 +30,15 @@ def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options
     """The outputs of `steps` batches in NumPy; the files are read over and over, labelled by their place."""
     batch_size, transform = batch_size or len(files), TRANSFORMS[define](**options)
     feed = SmallFeed(files, transform.size, training=define is pipelines.train_pipeline, batch_sizes=(batch_size,))
-    pipe = define(feed, transform, batch_size=batch_size, num_threads=2, device_id=0 if device == "gpu" else None,
-                  seed=seed, prefetch_queue_depth=1)
+    pipe = define(
+        feed,
+        transform,
+        batch_size=batch_size,
+        num_threads=2,
+        device_id=0 if device == "gpu" else None,
+        seed=seed,
+        prefetch_queue_depth=1,
+    )
     batches = []
     for _ in range(steps):
         images, *outputs = (torch.tensor(np.array(output.as_cpu().as_array())) for output in pipe.run())
@@ -64,16 +71,21 @@ def photographs(tmp_path_factory):
     return images
 
 
-@pytest.mark.parametrize(("size", "options"), [
-    ((96, 96), {}),
-    ((63, 63), {"crop_pct": 1.0}),
-    ((72, 105), {"crop_pct": 0.95}),
-    ((72, 105), {"crop_mode": "squash"}),
-], ids=["square", "small", "non-square", "squash"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        ((96, 96), {}),
+        ((63, 63), {"crop_pct": 1.0}),
+        ((72, 105), {"crop_pct": 0.95}),
+        ((72, 105), {"crop_mode": "squash"}),
+    ],
+    ids=["square", "small", "non-square", "squash"],
+)
 @pytest.mark.parametrize("interpolation", get_args(pipelines.Interpolation))
 def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
-    ours, labels = run(pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation,
-                       mean=MEAN, std=STD, **options)
+    ours, labels = run(
+        pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation, mean=MEAN, std=STD, **options
+    )
     transform = create_transform((3, *size), interpolation=interpolation, mean=MEAN, std=STD, **options)
     theirs = torch.stack([*map(transform, photographs.values())]).numpy()
     assert ours.shape == theirs.shape
@@ -85,8 +97,9 @@ def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interp
 @pytest.mark.gpu
 def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
     lossless = [file for file in photographs if file.suffix == ".png"]
-    ours, theirs = (run(pipelines.val_pipeline, lossless, device, dtype="uint8")[0].astype(int)
-                    for device in ("gpu", "cpu"))
+    ours, theirs = (
+        run(pipelines.val_pipeline, lossless, device, dtype="uint8")[0].astype(int) for device in ("gpu", "cpu")
+    )
     assert np.abs(ours - theirs).mean((1, 2, 3)).max() < 0.3
 
 
@@ -132,8 +145,9 @@ def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
     (tmp_path / "plain").write_bytes(encoded(pixels, kind))
     (tmp_path / "turned").write_bytes(encoded(pixels, kind, exif=exif))
     assert Image.open(tmp_path / "turned").getexif()[0x0112] == 6
-    plain, turned = (run(PIPELINES[name], [tmp_path / file], device, size=(20, 20), dtype="uint8")[0]
-                     for file in ("plain", "turned"))
+    plain, turned = (
+        run(PIPELINES[name], [tmp_path / file], device, size=(20, 20), dtype="uint8")[0] for file in ("plain", "turned")
+    )
     np.testing.assert_array_equal(turned, plain)
 
 
@@ -154,8 +168,17 @@ def crops(tmp_path, size, count, seed, **options):
     """int [count, 4]: (y, x, height, width) of each crop, to a pixel, and whether it was mirrored."""
     file = tmp_path / "ramps.ppm"
     write(ramps(*size) * 2, file)
-    images, *_ = run(pipelines.train_pipeline, [file], batch_size=200, steps=count // 200, seed=seed,
-                     size=(64, 64), interpolation="bilinear", dtype="uint8", **options)
+    images, *_ = run(
+        pipelines.train_pipeline,
+        [file],
+        batch_size=200,
+        steps=count // 200,
+        seed=seed,
+        size=(64, 64),
+        interpolation="bilinear",
+        dtype="uint8",
+        **options,
+    )
     middle = np.arange(6, 58)  # edges are blurred differently
     rows, columns = images[:, 1].mean(2)[:, middle] / 2, images[:, 0].mean(1)[:, middle] / 2
     slope = (middle - middle.mean()) / ((middle - middle.mean()) ** 2).sum()
@@ -186,13 +209,16 @@ def assert_same_law(ours, theirs, size):
         assert stats.ks_2samp(our, their).pvalue > 1e-3
 
 
-@pytest.mark.parametrize(("size", "options", "seed"), [
-    ((100, 125), {}, 1),
-    ((100, 125), {}, 2),
-    ((100, 125), {}, 3),
-    ((126, 63), {}, 1),  # large draws do not fit and are drawn again
-    ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
-])
+@pytest.mark.parametrize(
+    ("size", "options", "seed"),
+    [
+        ((100, 125), {}, 1),
+        ((100, 125), {}, 2),
+        ((100, 125), {}, 3),
+        ((126, 63), {}, 1),  # large draws do not fit and are drawn again
+        ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
+    ],
+)
 def test_the_training_crop_follows_timms_law(tmp_path, size, options, seed):
     from scipy import stats
 
@@ -212,8 +238,10 @@ def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
 
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
     options = {"size": (48, 48), "scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "dtype": "uint8"}
-    images = {name: run(pipelines.train_pipeline, [tmp_path / "noise.png"], batch_size=400,
-                        interpolation=name, **options)[0] for name in get_args(pipelines.TrainInterpolation)}
+    images = {
+        name: run(pipelines.train_pipeline, [tmp_path / "noise.png"], batch_size=400, interpolation=name, **options)[0]
+        for name in get_args(pipelines.TrainInterpolation)
+    }
     cubic, linear = ((images["random"] == images[name]).all((1, 2, 3)) for name in ("bicubic", "bilinear"))
     assert (cubic ^ linear).all()
     assert stats.binomtest(int(cubic.sum()), 400, 0.5).pvalue > 1e-3
@@ -224,15 +252,15 @@ def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
     write(np.zeros((40, 40, 3)), tmp_path / "black.png")
     calls = []
     for name in ("rand_augment", "color_jitter"):
-        monkeypatch.setattr(pipelines.augment, name, lambda images, *a, name=name, **k: calls.append(
-            (name, a, k)) or images)
+        monkeypatch.setattr(
+            pipelines.augment, name, lambda images, *a, name=name, **k: calls.append((name, a, k)) or images
+        )
     options = {"color_jitter": 0.4, "mean": (0.485, 0.456, 0.406)}
     for spec in (None, "rand-m9"):
         run(pipelines.train_pipeline, [tmp_path / "black.png"], auto_augment=spec, **options)
     (first, _, _), (second, arguments, keywords) = calls
     assert (first, second, arguments) == ("color_jitter", "rand_augment", ("rand-m9",))
-    assert keywords == {"fill": [124, 116, 104], "interpolation": types.INTERP_CUBIC,
-                        "size": (224, 224)}
+    assert keywords == {"fill": [124, 116, 104], "interpolation": types.INTERP_CUBIC, "size": (224, 224)}
 
 
 @pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])
@@ -268,18 +296,21 @@ def gpu_graph(define, mixing=None, **options):
     return pipe
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("train", {}),
-    ("train", {"mixing": {"cutmix_alpha": 1.0}}),
-    ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
-    ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "channels_last": True}),
-    ("train", {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"cutmix_alpha": 1.0}}),
-    ("train", {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "rand"}),
-    ("train", {"interpolation": "random", "re_prob": 0.25, "re_mode": "const", "re_count": 2}),
-    ("val", {}),
-    ("val", {"size": (96, 128), "dtype": "uint8"}),
-    ("val", {"crop_mode": "squash"}),
-])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", {}),
+        ("train", {"mixing": {"cutmix_alpha": 1.0}}),
+        ("train", {"mixing": {"cutmix_alpha": 1.0, "mixup_alpha": 0.8, "prob": 0.5}, "dtype": "float16"}),
+        ("train", {"mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}, "channels_last": True}),
+        ("train", {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"cutmix_alpha": 1.0}}),
+        ("train", {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "rand"}),
+        ("train", {"interpolation": "random", "re_prob": 0.25, "re_mode": "const", "re_count": 2}),
+        ("val", {}),
+        ("val", {"size": (96, 128), "dtype": "uint8"}),
+        ("val", {"crop_mode": "squash"}),
+    ],
+)
 def test_decoded_images_stay_on_the_gpu(name, options):
     pipe = gpu_graph(PIPELINES[name], **options)
     assert {node.device for node in pipe._graph_outputs} == {"gpu"}

@@ -35,8 +35,10 @@ def gpu_paste(images, in_anchors, out_anchors, shapes, size):
     """
     stops = out_anchors + shapes
     ys, xs = (sorted({0, size[d], *out_anchors[:, d].tolist(), *stops[:, d].tolist()}) for d in (0, 1))
-    regions = {i: (ys.index(top), ys.index(bottom), xs.index(left), xs.index(right))
-               for i, ((top, left), (bottom, right)) in enumerate(zip(out_anchors, stops, strict=True))}
+    regions = {
+        i: (ys.index(top), ys.index(bottom), xs.index(left), xs.index(right))
+        for i, ((top, left), (bottom, right)) in enumerate(zip(out_anchors, stops, strict=True))
+    }
     regions[-1] = 0, len(ys) - 1, 0, len(xs) - 1
     pitch = images[0].shape[1]
     mixed = np.zeros((*size, images[0].shape[2]), np.uint8)
@@ -99,8 +101,10 @@ def recording(monkeypatch, operation, batch_size, names, seed=0):
     pipe.build()
 
     def run(**inputs):
-        found = [[np.array(sample) for sample in output]
-                 for output in pipe.run(**{name: list(values) for name, values in inputs.items()})]
+        found = [
+            [np.array(sample) for sample in output]
+            for output in pipe.run(**{name: list(values) for name, values in inputs.items()})
+        ]
         outputs, rest, pastes = found[: count[0]], iter(found[count[0] :]), []
         for images, arguments, _ in calls:
             batches = [next(rest) for _ in images]
@@ -141,6 +145,7 @@ BATCHES = (8, 3, 8, 1, 2)
 @pytest.mark.parametrize("size", SIZES)
 def test_pastes_of_a_mix(monkeypatch, size, name, mode, known):
     """In the one graph the size is known, in the other it is read off the images."""
+
     def operation(images, labels):
         mixed, target = mixfn.mix(images, labels, mode=mode, size=size if known else None, **OPTIONS[name])
         return mixed, *target
@@ -200,11 +205,19 @@ def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
         np.testing.assert_array_equal(mixed[i], images[i])
 
 
-@pytest.mark.parametrize(("box", "spills"), [
-    ((2, 3, 7, 11), False), ((0, 0, 9, 20), False), ((0, 0, 1, 1), False),
-    ((0, 0, 0, 0), True), ((4, 5, 4, 9), True), ((4, 5, 8, 5), True), ((4, 5, 4, 5), True),
-    ((9, 20, 9, 20), False),
-])
+@pytest.mark.parametrize(
+    ("box", "spills"),
+    [
+        ((2, 3, 7, 11), False),
+        ((0, 0, 9, 20), False),
+        ((0, 0, 1, 1), False),
+        ((0, 0, 0, 0), True),
+        ((4, 5, 4, 9), True),
+        ((4, 5, 8, 5), True),
+        ((4, 5, 4, 5), True),
+        ((9, 20, 9, 20), False),
+    ],
+)
 def test_an_empty_region_spills_on_a_gpu(box, spills):
     """The emulation has the kernel's fault: it gives the partner's pixels to samples without a box."""
     (own, partner), _ = batch_of(2, (9, 20))
@@ -239,7 +252,7 @@ def planned(monkeypatch, size, options, batch_sizes=BATCHES):
     @pipeline_def(batch_size=8, num_threads=2, device_id=None, seed=0, prefetch_queue_depth=1)
     def define():
         outputs = pipelines.train_pipeline.__wrapped__(feed, transform)
-        ((images,), arguments, mixed), = calls
+        (((images,), arguments, mixed),) = calls
         return images, mixed, *(arguments[name] for name in ("in_ids", *Paste._fields[1:4])), *outputs
 
     pipe = define()
@@ -262,6 +275,7 @@ def test_pastes_of_the_loaders_graph(monkeypatch, size, name, mode):
 
 def test_labels_that_are_not_one_integer_are_an_error(graph):
     """Summed up, each one-hot vector would be the class 1."""
+
     def mixed(images, labels):
         return mixfn.mix(images, fn.one_hot(labels, num_classes=10))
 
@@ -313,16 +327,30 @@ def test_pastes_of_erasing_images_of_many_sizes(monkeypatch):
 def offenders(pipe):
     """Names of the CPU operators that read GPU data, in a graph that is defined and not built."""
     pipe._build_graph()
-    return [type(op._op).__name__ for op in pipe._ops
-            if op._op.device == "cpu" and any(node.device == "gpu" for node in op.inputs)]
+    return [
+        type(op._op).__name__
+        for op in pipe._ops
+        if op._op.device == "cpu" and any(node.device == "gpu" for node in op.inputs)
+    ]
 
 
 TRAINING = [
     {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "mixing": {"mixup_alpha": 0.8, "prob": 0.9}},
-    {"auto_augment": "rand-m9-n3", "interpolation": "random", "re_prob": 0.5, "re_count": 3, "re_mode": "rand",
-     "mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"}},
-    {"color_jitter": (0.4, 0.4, 0.4, 0.1), "grayscale_prob": 0.1, "re_prob": 0.25, "re_mode": "const",
-     "mixing": {"correct_lam": False}},
+    {
+        "auto_augment": "rand-m9-n3",
+        "interpolation": "random",
+        "re_prob": 0.5,
+        "re_count": 3,
+        "re_mode": "rand",
+        "mixing": {"cutmix_minmax": (0.2, 0.8), "mode": "batch"},
+    },
+    {
+        "color_jitter": (0.4, 0.4, 0.4, 0.1),
+        "grayscale_prob": 0.1,
+        "re_prob": 0.25,
+        "re_mode": "const",
+        "mixing": {"correct_lam": False},
+    },
     {"mixing": {"cutmix_alpha": 0.0, "mixup_alpha": 0.8}},
     {},
 ]
@@ -346,13 +374,18 @@ def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, paths):
     assert offenders(pipelines.val_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0)) == []
 
 
-@pytest.mark.parametrize("operation", [
-    mixfn.mix,
-    lambda images, labels: augment.erase(images),
-    lambda images, labels: augment.rand_augment(images),
-], ids=["mix", "erase", "rand_augment"])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        mixfn.mix,
+        lambda images, labels: augment.erase(images),
+        lambda images, labels: augment.rand_augment(images),
+    ],
+    ids=["mix", "erase", "rand_augment"],
+)
 def test_an_unknown_size_is_read_by_the_cpu(operation):
     """What the tests above look for is there without `size`."""
+
     @pipeline_def(batch_size=8, num_threads=1, device_id=0)
     def define():
         images = fn.external_source(name="images", layout="HWC").gpu()
@@ -384,10 +417,17 @@ def operators(mixing, on_gpu):
 MIXUPS_PIXELS = {"Split": 4, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2, "Merge": 1}
 
 
-@pytest.mark.parametrize(("mixing", "on_cpu", "on_gpu"), [
-    ({}, 4, 1), ({"cutmix_minmax": (0.2, 0.8)}, 4, 1), ({"correct_lam": False}, 1, 1), ({"mixup_alpha": 0.8}, 4, 4),
-    ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 1, 4),
-], ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"])
+@pytest.mark.parametrize(
+    ("mixing", "on_cpu", "on_gpu"),
+    [
+        ({}, 4, 1),
+        ({"cutmix_minmax": (0.2, 0.8)}, 4, 1),
+        ({"correct_lam": False}, 1, 1),
+        ({"mixup_alpha": 0.8}, 4, 4),
+        ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 1, 4),
+    ],
+    ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"],
+)
 def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
     """At most 4 to a CPU's graph and to a GPU graph's CPU part, and 8 with the copies of the target to a GPU.
 

@@ -17,10 +17,20 @@ def photographs(n, seed=0):
 
 
 @pytest.mark.parametrize("n", [1, 2, 16])
-@pytest.mark.parametrize("options", [
-    {}, {"mixup_alpha": 0.8}, {"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, {"prob": 0.5}, {"mode": "batch"},
-    {"cutmix_minmax": (0.2, 0.8)}, {"correct_lam": False}, {"cutmix_alpha": 0.05},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixup_alpha": 0.8},
+        {"mixup_alpha": 0.8, "cutmix_alpha": 0.0},
+        {"prob": 0.5},
+        {"mode": "batch"},
+        {"cutmix_minmax": (0.2, 0.8)},
+        {"correct_lam": False},
+        {"cutmix_alpha": 0.05},
+    ],
+    ids=str,
+)
 def test_pixels_and_target(options, n):
     images, labels, mixing = photographs(n), np.arange(n) * 3, Mixing(**options)
     mixed, target = dynamic.mix(ndd.batch(list(images), layout="HWC"), labels, mixing, np.random.default_rng(5))
@@ -30,8 +40,9 @@ def test_pixels_and_target(options, n):
     assert (difference.reshape(n, -1).max(1) <= (drawn.kind == 1)).all()
     counted = reference.count_lam0(drawn.box, SIZE).astype(np.float32) if mixing.counts_lam0 else drawn.weight
     np.testing.assert_array_equal(target.lam0, np.where(drawn.kind == 2, counted, drawn.weight))
-    for field, value in dict(box=drawn.box, kind=drawn.kind, partner=drawn.partner, labels=labels,
-                             partner_labels=labels[drawn.partner]).items():
+    for field, value in dict(
+        box=drawn.box, kind=drawn.kind, partner=drawn.partner, labels=labels, partner_labels=labels[drawn.partner]
+    ).items():
         found = getattr(target, field)
         assert isinstance(found, torch.Tensor)
         np.testing.assert_array_equal(found, value)

@@ -81,8 +81,9 @@ class Workers:
     @staticmethod
     def _start(folder):
         command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.odd_worker", str(folder)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                cwd=Path(__file__).parents[1])
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
 
     def run(self, cases):
         """Their answers, in order."""
@@ -157,8 +158,11 @@ def problems(answer, orders, kinds=None, labels=None):
     found = {label_named(name, labels) for name in answer["names"]} | {labels[int(i)] for i in answer["bad"]}
     verdicts = {label: odd()[kind].verdict for label, kind in kinds.items()}
     texts = answer.get("reasons") or answer["warnings"]
-    wrong = [f"{kinds.get(label, 'a good file')} is bad: {[text for text in texts if f'{label:03}' in text][:1]}"
-             for label in found if verdicts.get(label) not in ("bad", "either")]
+    wrong = [
+        f"{kinds.get(label, 'a good file')} is bad: {[text for text in texts if f'{label:03}' in text][:1]}"
+        for label in found
+        if verdicts.get(label) not in ("bad", "either")
+    ]
     wrong += [f"{kinds[label]} is not bad" for label in kinds if verdicts[label] == "bad" and label not in found]
     if answer["ghostscript"]:
         wrong.append("a program was run on what the file says")
@@ -195,9 +199,19 @@ def test_a_wrong_answer_is_seen():
     labels = list(range(GOOD))
     orders = {("folder", "evaluation"): dict(labels=labels, memory=10**8)}
     case = dict(kinds=["html"], label=3, source="folder", mode="evaluation", threads=1)
-    right = dict(case=case, died="", error="", printed="", ghostscript=False, memory=10**8, names=[],
-                 differences={}, bad={"3": 4}, warnings=["'image 003.jpg' is bad; 'image 004.jpg'"],
-                 labels=[0, 1, 2, 4, *labels[4:]])
+    right = dict(
+        case=case,
+        died="",
+        error="",
+        printed="",
+        ghostscript=False,
+        memory=10**8,
+        names=[],
+        differences={},
+        bad={"3": 4},
+        warnings=["'image 003.jpg' is bad; 'image 004.jpg'"],
+        labels=[0, 1, 2, 4, *labels[4:]],
+    )
     assert problems(right, orders) == []
     for change in (
         *(dict(died="SIGSEGV"), dict(error="x"), dict(ghostscript=True), dict(memory=2 * 10**9)),
@@ -228,9 +242,14 @@ def test_each_cause_in_a_process_of_its_own(workers, orders):
     assert_right(answers, orders)
 
 
-@pytest.mark.parametrize(("source", "mode"), [
-    pytest.param(source, mode, marks=[pytest.mark.slow] * ((source, mode) not in FAST))
-    for source in SOURCES for mode in (*MODES, "check --full")])
+@pytest.mark.parametrize(
+    ("source", "mode"),
+    [
+        pytest.param(source, mode, marks=[pytest.mark.slow] * ((source, mode) not in FAST))
+        for source in SOURCES
+        for mode in (*MODES, "check --full")
+    ],
+)
 def test_all_kinds_in_one_data_set(workers, orders, source, mode):
     kinds = dict(enumerate(odd(), GOOD))
     case = dict(kinds=list(kinds.values()), source=source, mode=mode, threads=2)
@@ -252,7 +271,8 @@ def test_what_is_no_file_is_named_and_replaced(workers, orders):
     """A folder, a FIFO, a device, a socket, a broken link, nothing at all, in a list of files."""
     answers = workers.run(
         dict(kinds=[], path=path, label=2, source="list", mode=mode, threads=2)
-        for path in PATHS if path != "unreadable" or os.geteuid()  # root reads everything
+        for path in PATHS
+        if path != "unreadable" or os.geteuid()  # root reads everything
         for mode in [*MODES, "check"]
     )
     wrong = [f"{answer['case']}: {found}" for answer in answers if (found := of_path(answer))]
@@ -277,8 +297,28 @@ def test_labels_of_a_tar(tmp_path, text):
         assert not loader.bad
 
 
-@pytest.mark.parametrize("text", [" %d", "\n%d", "1 %d", "%d 2", "\t%d\n", "%d\0", "", "\n", "-%d", "+%d", "%d.0",
-                                  "0x%d", "1_%d", "٣", "a%d", "%d\n1", "9" * 11])
+@pytest.mark.parametrize(
+    "text",
+    [
+        " %d",
+        "\n%d",
+        "1 %d",
+        "%d 2",
+        "\t%d\n",
+        "%d\0",
+        "",
+        "\n",
+        "-%d",
+        "+%d",
+        "%d.0",
+        "0x%d",
+        "1_%d",
+        "٣",
+        "a%d",
+        "%d\n1",
+        "9" * 11,
+    ],
+)
 def test_a_wrong_label_of_a_tar_is_named(tmp_path, text):
     """An error or a replaced sample, never another label."""
     with warnings.catch_warnings(record=True) as caught:
@@ -332,8 +372,10 @@ def test_every_kind_everywhere(workers, orders, kind):
 @pytest.mark.parametrize("kind", odd())
 def test_every_kind_in_the_full_check(workers, orders, kind):
     first, places = list(odd()).index(kind), list(PLACES)
-    cases = [case_of(kind, source, "check --full", places[n % 3], THREADS[n // 3 % 3], orders)
-             for n, source in enumerate(SOURCES, first)]
+    cases = [
+        case_of(kind, source, "check --full", places[n % 3], THREADS[n // 3 % 3], orders)
+        for n, source in enumerate(SOURCES, first)
+    ]
     assert_right(workers.run(cases), orders)
 
 

@@ -16,7 +16,7 @@ from pipelines import evaluate, metrics, report, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WNIDS = ImageNetInfo().label_names()
-MEAN = STD = (.5, .5, .5)  # of timm's test models
+MEAN = STD = (0.5, 0.5, 0.5)  # of timm's test models
 SIZE = 64
 
 
@@ -66,7 +66,7 @@ def loaded(checkpoint):
 
 def pixels(folder, labels=False, **options):
     """uint8 images of a folder, in order, as the protocols resize and crop them."""
-    options = dict(crop_pct=.875, interpolation="bilinear", input_size=SIZE) | options
+    options = dict(crop_pct=0.875, interpolation="bilinear", input_size=SIZE) | options
     options |= dict(batch_size=1000, is_training=False, device="cpu", dtype="uint8")
     with create_loader(folder, **options) as loader:
         images, numbers = next(iter(loader))
@@ -91,14 +91,31 @@ def attention_of(model, images):
     logits(model, images)
     handle.remove()
     query, key, _ = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in kept[0].chunk(3, 2))
-    weight = (query[:, :, :1] @ key.transpose(2, 3) / key.shape[3] ** .5).softmax(3)[:, :, 0, 1:]
+    weight = (query[:, :, :1] @ key.transpose(2, 3) / key.shape[3] ** 0.5).softmax(3)[:, :, 0, 1:]
     return weight.unflatten(2, (4, 4))
 
 
 def argv(protocol, data, checkpoint, *more):
-    return [protocol, "--data-dir", str(data), "--checkpoint", str(checkpoint), "--model", "test_vit",
-            "--model-kwargs", f"img_size={SIZE}", "--img-size", str(SIZE), "--device", "cpu",
-            "-j", "2", "-b", "10", *map(str, more)]
+    return [
+        protocol,
+        "--data-dir",
+        str(data),
+        "--checkpoint",
+        str(checkpoint),
+        "--model",
+        "test_vit",
+        "--model-kwargs",
+        f"img_size={SIZE}",
+        "--img-size",
+        str(SIZE),
+        "--device",
+        "cpu",
+        "-j",
+        "2",
+        "-b",
+        "10",
+        *map(str, more),
+    ]
 
 
 def values(result):
@@ -113,10 +130,11 @@ def test_top1_by_the_names_of_the_folders(imagenet, checkpoint):
     """The folders are some of the model's classes, so their own numbers are not the outputs'."""
     _, labels = pixels(imagenet / "val", labels=True)
     bilinear = evaluate.main(argv("top1", imagenet, checkpoint, "--interpolation", "bilinear"))
-    assert values(bilinear) == {("", "top-1"): [100.]}  # the labels are the guesses
+    assert values(bilinear) == {("", "top-1"): [100.0]}  # the labels are the guesses
     bicubic = pixels(imagenet / "val", interpolation="bicubic")
-    assert values(evaluate.main(argv("top1", imagenet / "val", checkpoint))) == \
-        {("", "top-1"): [pytest.approx(top1(loaded(checkpoint), bicubic, labels))]}
+    assert values(evaluate.main(argv("top1", imagenet / "val", checkpoint))) == {
+        ("", "top-1"): [pytest.approx(top1(loaded(checkpoint), bicubic, labels))]
+    }
 
 
 @pytest.mark.parametrize("perm", ["batch", "sample"])
@@ -124,7 +142,7 @@ def test_shuffle(imagenet, checkpoint, perm):
     command = argv("shuffle", imagenet, checkpoint, "--perm", perm, "--seeds", 2, "--seed", 5)
     result = values(evaluate.main(command))
     images, labels = pixels(imagenet / "val", labels=True)
-    model, expected = loaded(checkpoint), {1: [100.]}
+    model, expected = loaded(checkpoint), {1: [100.0]}
     for seed in (5, 6):
         generator = torch.Generator().manual_seed(seed)
         right = dict.fromkeys((1, 4, 8, 16, 32, 64), 0)
@@ -139,7 +157,7 @@ def test_shuffle(imagenet, checkpoint, perm):
                     lines = batch[b].split(SIZE // rows, 1)
                     cells = [cell for line in lines for cell in line.split(SIZE // columns, 2)]
                     chosen = [cells[i] for i in draw[b if perm == "sample" else 0]]
-                    lines = [torch.cat(chosen[r * columns:(r + 1) * columns], 2) for r in range(rows)]
+                    lines = [torch.cat(chosen[r * columns : (r + 1) * columns], 2) for r in range(rows)]
                     changed[b] = torch.cat(lines, 1)
                 right[n] += (logits(model, changed).argmax(1) == guess).sum().item()
         for n in (4, 8, 16, 32, 64):
@@ -155,9 +173,25 @@ def test_occlusion(imagenet, checkpoint, tmp_path):
     resampled = vit(num_classes=0)
     resampled.load_state_dict(dino.state_dict() | {"pos_embed": resample(dino.pos_embed.data, 10, 4)})
     losses = (0, 30, 90)
-    result = values(evaluate.main(argv(
-        "occlusion", imagenet, checkpoint, "--dino-model", "test_vit", "--dino-checkpoint", tmp_path / "dino.pth",
-        "--drop-grid", "8x8", "--losses", *losses, "--seeds", 2)))
+    result = values(
+        evaluate.main(
+            argv(
+                "occlusion",
+                imagenet,
+                checkpoint,
+                "--dino-model",
+                "test_vit",
+                "--dino-checkpoint",
+                tmp_path / "dino.pth",
+                "--drop-grid",
+                "8x8",
+                "--losses",
+                *losses,
+                "--seeds",
+                2,
+            )
+        )
+    )
     images, labels = pixels(imagenet / "val", labels=True)
     model, share = loaded(checkpoint), attention_of(resampled, images)[:, 1].double()
     share = share / share.sum((1, 2), keepdim=True)
@@ -165,13 +199,14 @@ def test_occlusion(imagenet, checkpoint, tmp_path):
     def accuracy(dropped):
         return top1(model, images * ~dropped.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None], labels)
 
-    weaker = torch.stack([(share * (share <= share[:, y, x, None, None])).sum((1, 2))
-                          for y in range(4) for x in range(4)], 1).view(-1, 4, 4)
+    weaker = torch.stack(
+        [(share * (share <= share[:, y, x, None, None])).sum((1, 2)) for y in range(4) for x in range(4)], 1
+    ).view(-1, 4, 4)
     for loss in losses:
         # the public code's words: the cells above 1 - mass of the cumulated attention
         assert result["salient", loss] == [pytest.approx(accuracy(weaker > 1 + 1e-9 - loss / 100))]
         assert result["non-salient", loss] == [pytest.approx(accuracy(weaker <= loss / 100))]
-    assert result["random", 0] == [100.]
+    assert result["random", 0] == [100.0]
     assert len(result["random", 30]) == 2
     for mode in ("random", "salient", "non-salient"):
         assert result[mode, "average"][0] == pytest.approx(np.mean([result[mode, loss][0] for loss in losses]))
@@ -195,8 +230,26 @@ def test_randomly_dropped_patches(imagenet, checkpoint, perm, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(metrics, "drop_cells", spy)
-    evaluate.main(argv("occlusion", imagenet, checkpoint, "--img-size", 112, "--drop", "random", "--perm", perm,
-                       "--seeds", 1, "--losses", 0, 10, 50, 90))
+    evaluate.main(
+        argv(
+            "occlusion",
+            imagenet,
+            checkpoint,
+            "--img-size",
+            112,
+            "--drop",
+            "random",
+            "--perm",
+            perm,
+            "--seeds",
+            1,
+            "--losses",
+            0,
+            10,
+            50,
+            90,
+        )
+    )
     for number, (before, after) in enumerate(seen):
         black = (after == 0).unflatten(2, (14, 8)).unflatten(4, (14, 8)).all(1).all(4).all(2)
         assert black.flatten(1).sum(1).tolist() == [196 * (0, 1, 5, 9)[number % 4] // 10] * len(before)
@@ -227,13 +280,15 @@ def test_imagenet_a(benchmarks, checkpoint):
     share = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     right = share.argmax(1) == [classes.index(label) for label in labels.tolist()]
     order = np.argsort(share.max(1))
-    bins = [order[i * 30:(i + 1) * 30 if i < 5 else None] for i in range(6)]
+    bins = [order[i * 30 : (i + 1) * 30 if i < 5 else None] for i in range(6)]
     terms = [len(b) / 200 * (share.max(1)[b].mean() - right[b].mean()) ** 2 for b in bins]
     rate = [right[order[::-1][:k]].mean() for k in range(1, 201)]
-    assert result == {("", "top-1"): [pytest.approx(100 * right.mean())],
-                      ("", "calibration error"): [pytest.approx(100 * sum(terms[:-1]) ** .5, rel=1e-4)],
-                      ("", "calibration error, last bin too"): [pytest.approx(100 * sum(terms) ** .5, rel=1e-4)],
-                      ("", "AURRA"): [pytest.approx(100 * np.mean(rate), rel=1e-4)]}
+    assert result == {
+        ("", "top-1"): [pytest.approx(100 * right.mean())],
+        ("", "calibration error"): [pytest.approx(100 * sum(terms[:-1]) ** 0.5, rel=1e-4)],
+        ("", "calibration error, last bin too"): [pytest.approx(100 * sum(terms) ** 0.5, rel=1e-4)],
+        ("", "AURRA"): [pytest.approx(100 * np.mean(rate), rel=1e-4)],
+    }
 
 
 def test_imagenet_o(benchmarks, checkpoint):
@@ -243,8 +298,10 @@ def test_imagenet_o(benchmarks, checkpoint):
     inside, others = pixels(benchmarks / "val", labels=True)
     inside = inside[torch.isin(others, classes)]
     assert len(inside) == 200
-    score = [-logits(loaded(checkpoint), images)[:, sorted(classes.tolist())].softmax(1).amax(1)
-             for images in (outside, inside)]
+    score = [
+        -logits(loaded(checkpoint), images)[:, sorted(classes.tolist())].softmax(1).amax(1)
+        for images in (outside, inside)
+    ]
     expected = average_precision_score([1] * 200 + [0] * 200, torch.cat(score).numpy())
     assert result == {("", "AUPR"): [pytest.approx(100 * expected, rel=1e-4)]}
 
@@ -252,8 +309,11 @@ def test_imagenet_o(benchmarks, checkpoint):
 def test_the_slice_of_imagenet_a_is_timm_s(benchmarks, checkpoint, tmp_path):
     """With ImageNet-A's real folders the outputs are those that timm keeps a list of."""
     import pkgutil
-    synsets, indices = (pkgutil.get_data("timm.data", f"_info/imagenet_a_{what}.txt").decode().split()
-                        for what in ("synsets", "indices"))
+
+    synsets, indices = (
+        pkgutil.get_data("timm.data", f"_info/imagenet_a_{what}.txt").decode().split()
+        for what in ("synsets", "indices")
+    )
     for name in synsets:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").symlink_to(next((benchmarks / "set").glob("*/a.png")))
@@ -284,30 +344,35 @@ def test_wsas(voc, checkpoint):
     base = voc / "VOCdevkit" / "VOC2012"
     scores = {False: [], True: []}
     (voc / "list.txt").write_text("".join(f"{path} 0\n" for path in sorted((base / "JPEGImages").iterdir())))
-    images = pixels(voc / "list.txt", crop_mode="squash", crop_pct=1.)
-    for weight, path in zip(attention_of(loaded(checkpoint), images), sorted((base / "JPEGImages").iterdir()),
-                            strict=True):
+    images = pixels(voc / "list.txt", crop_mode="squash", crop_pct=1.0)
+    for weight, path in zip(
+        attention_of(loaded(checkpoint), images), sorted((base / "JPEGImages").iterdir()), strict=True
+    ):
         truth = Image.open(base / "SegmentationClass" / f"{path.stem}.png")
         assert truth.mode == "P"
         truth = np.array(truth)[nearest(70)][:, nearest(90)]
-        masks = [np.kron(fewest(head, .6), np.ones((16, 16))).astype(bool) for head in weight.double().numpy()]
+        masks = [np.kron(fewest(head, 0.6), np.ones((16, 16))).astype(bool) for head in weight.double().numpy()]
         for ignore in scores:
             seen = truth != 255 if ignore else np.ones_like(truth, bool)
-            best = [max(jaccard_score((truth == c)[seen], mask[seen]) for mask in masks)
-                    for c in set(truth.flatten()) - {0, 255}]
+            best = [
+                max(jaccard_score((truth == c)[seen], mask[seen]) for mask in masks)
+                for c in set(truth.flatten()) - {0, 255}
+            ]
             scores[ignore].append(np.mean(best))
-    assert result == {("", "Jaccard index"): [pytest.approx(100 * np.mean(scores[False]))],
-                      ("", "Jaccard index, void left out"): [pytest.approx(100 * np.mean(scores[True]))]}
+    assert result == {
+        ("", "Jaccard index"): [pytest.approx(100 * np.mean(scores[False]))],
+        ("", "Jaccard index, void left out"): [pytest.approx(100 * np.mean(scores[True]))],
+    }
 
 
 def nearest(side):
     """Which of `side` pixels lies under the middle of each of SIZE."""
-    return np.floor((np.arange(SIZE) + .5) * side / SIZE).astype(int)
+    return np.floor((np.arange(SIZE) + 0.5) * side / SIZE).astype(int)
 
 
 def fewest(attention, mass):
     """Takes cells, strongest first, until they hold `mass`."""
-    taken, held = np.zeros(attention.shape), 0.
+    taken, held = np.zeros(attention.shape), 0.0
     for cell in np.argsort(-attention, axis=None):
         if held < mass * attention.sum():
             taken.flat[cell] = 1
@@ -319,7 +384,7 @@ def test_wsas_at_512(voc, checkpoint):
     """The default: 512 x 512, 32 x 32 patches, whose position embedding is resampled without antialiasing."""
     command = argv("wsas", voc, checkpoint)
     place = command.index("--img-size")
-    subject = evaluate.build_subject(evaluate.parse_args(command[:place] + command[place + 2:]))
+    subject = evaluate.build_subject(evaluate.parse_args(command[:place] + command[place + 2 :]))
     assert subject.size == (512, 512) and subject.model.patch_embed.grid_size == (32, 32)
     expected = resample(vit().pos_embed.data, 4, 32)
     assert torch.allclose(subject.model.pos_embed.data, expected, atol=1e-6)
@@ -328,11 +393,14 @@ def test_wsas_at_512(voc, checkpoint):
 OBJECT = "<object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
 
-@pytest.mark.parametrize(("flags", "reduce", "join"), [
-    ([], lambda weight: weight.mean(0), max),
-    (["--head", "max", "--component", "all", "--boxes-per-image", "mean"], lambda weight: weight.max(0), np.mean),
-    (["--head", "1", "--component", "all"], lambda weight: weight[1], max),
-])
+@pytest.mark.parametrize(
+    ("flags", "reduce", "join"),
+    [
+        ([], lambda weight: weight.mean(0), max),
+        (["--head", "max", "--component", "all", "--boxes-per-image", "mean"], lambda weight: weight.max(0), np.mean),
+        (["--head", "1", "--component", "all"], lambda weight: weight[1], max),
+    ],
+)
 def test_wsol(imagenet, checkpoint, tmp_path, flags, reduce, join):
     rng, folder = np.random.default_rng(3), tmp_path / "annotations" / "val"
     folder.mkdir(parents=True)
@@ -347,9 +415,9 @@ def test_wsol(imagenet, checkpoint, tmp_path, flags, reduce, join):
     result = values(evaluate.main(argv("wsol", imagenet, checkpoint, "--boxes", tmp_path, "--mass", ".5", *flags)))
     scores = []
     paths = sorted((imagenet / "val").rglob("*.png"))
-    images = pixels(imagenet / "val", crop_mode="squash", crop_pct=1.)
+    images = pixels(imagenet / "val", crop_mode="squash", crop_pct=1.0)
     for weight, path in zip(attention_of(loaded(checkpoint), images), paths, strict=True):
-        mask = fewest(reduce(weight.double().numpy()), .5)
+        mask = fewest(reduce(weight.double().numpy()), 0.5)
         cells = set(zip(*np.nonzero(mask), strict=True)) if "all" in flags else largest(mask)
         top, left = map(min, zip(*cells, strict=True))
         bottom, right = map(max, zip(*cells, strict=True))
@@ -387,34 +455,79 @@ def run(request, tmp_path_factory):
         for name in ("2", "10", "cat"):  # in the order of the outputs; by letters 10 comes first
             for number in range(count):
                 picture(rng, root / "data" / split / name / f"{number}.png")
-    summary = train.main(["--data-dir", str(root / "data"), "--output", str(root), "--experiment", "run",
-                          "--model", request.param, "--img-size", "48", "--crop-pct", ".7",
-                          "--mean", ".4", ".5", ".6", "-b", "8", "--epochs", "1", "--warmup-epochs", "0",
-                          "--opt", "adamw", "--lr", "1e-3",
-                          "--device", "cpu", "--workers", "2", "--model-ema", "--model-ema-decay", ".5"])
+    summary = train.main(
+        [
+            "--data-dir",
+            str(root / "data"),
+            "--output",
+            str(root),
+            "--experiment",
+            "run",
+            "--model",
+            request.param,
+            "--img-size",
+            "48",
+            "--crop-pct",
+            ".7",
+            "--mean",
+            ".4",
+            ".5",
+            ".6",
+            "-b",
+            "8",
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+            "--opt",
+            "adamw",
+            "--lr",
+            "1e-3",
+            "--device",
+            "cpu",
+            "--workers",
+            "2",
+            "--model-ema",
+            "--model-ema-decay",
+            ".5",
+        ]
+    )
     return root / "run" / "last.pth.tar", root / "data", summary, request.param
 
 
 def test_a_run_s_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
     """Its model, its classes, its average of the weights, its input: all from the file."""
     checkpoint, data, summary, model = run
-    result = evaluate.main(["top1", "--data-dir", str(data), "--checkpoint", str(checkpoint), "--device", "cpu",
-                            "-j", "2", "--out", str(tmp_path / "new" / "result.json")])
+    result = evaluate.main(
+        [
+            "top1",
+            "--data-dir",
+            str(data),
+            "--checkpoint",
+            str(checkpoint),
+            "--device",
+            "cpu",
+            "-j",
+            "2",
+            "--out",
+            str(tmp_path / "new" / "result.json"),
+        ]
+    )
     assert values(result) == {("", "top-1"): [pytest.approx(summary["top1"])]}
-    assert result["model"] == model and result["input"]["crop_pct"] == .7
-    assert result["input"]["input_size"] == (3, 48, 48) and result["input"]["mean"] == (.4, .5, .6)
+    assert result["model"] == model and result["input"]["crop_pct"] == 0.7
+    assert result["input"]["input_size"] == (3, 48, 48) and result["input"]["mean"] == (0.4, 0.5, 0.6)
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert written["rows"] == json.loads(json.dumps(result["rows"]))
     assert written["meta"]["command"].startswith("python -m pipelines.evaluate top1 --data-dir")
     assert written["meta"]["versions"]["timm"] == timm.__version__ and "commit" in written["meta"]
 
 
-@pytest.mark.parametrize(("protocol", "size", "crop_pct"), [("shuffle", 48, .875), ("wsas", 512, .875)])
+@pytest.mark.parametrize(("protocol", "size", "crop_pct"), [("shuffle", 48, 0.875), ("wsas", 512, 0.875)])
 def test_protocols_keep_their_own_input(run, protocol, size, crop_pct):
     """A run's checkpoint brings size, mean and std, but neither the crop nor, for wsas, the size."""
     command = [protocol, "--data-dir", "x", "--checkpoint", str(run[0]), "--device", "cpu"]
     data = evaluate.build_subject(evaluate.parse_args(command)).data
-    assert data["input_size"] == (3, size, size) and data["crop_pct"] == crop_pct and data["mean"] == (.4, .5, .6)
+    assert data["input_size"] == (3, size, size) and data["crop_pct"] == crop_pct and data["mean"] == (0.4, 0.5, 0.6)
     assert data["interpolation"] == "bilinear"
 
 
@@ -424,8 +537,9 @@ def test_folders_are_told_apart_by_name(run, tmp_path):
     accuracy = {}
     for name in ("2", "10", "cat"):
         shutil.copytree(data / "val" / name, tmp_path / name / name)
-        result = evaluate.main(["top1", "--data-dir", str(tmp_path / name), "--checkpoint", str(checkpoint),
-                                "--device", "cpu", "-j", "2"])
+        result = evaluate.main(
+            ["top1", "--data-dir", str(tmp_path / name), "--checkpoint", str(checkpoint), "--device", "cpu", "-j", "2"]
+        )
         accuracy[name] = values(result)["", "top-1"][0]
     assert sum(accuracy.values()) / 3 == pytest.approx(summary["top1"])
 
@@ -447,7 +561,7 @@ def test_the_paper_s_numbers_agree_with_each_other():
     for table in (report.TABLE_7, report.TABLE_9):
         for which in (0, 1):
             points = [pair[which] for name, pair in table.items() if name != "average"]
-            assert np.mean(points) == pytest.approx(table["average"][which], abs=.051)
+            assert np.mean(points) == pytest.approx(table["average"][which], abs=0.051)
 
 
 def test_an_average_over_other_points_is_not_the_paper_s(imagenet, checkpoint):
@@ -455,11 +569,14 @@ def test_an_average_over_other_points_is_not_the_paper_s(imagenet, checkpoint):
     assert [row["paper"] for row in result["rows"]] == [(79.9, 80.5), (75.6, 76.3), None]
 
 
-@pytest.mark.parametrize(("protocol", "more", "message"), [
-    ("top1", [], "--data-dir .*/no: .*no such folder.*image-net.org.*DIR/WNID"),
-    ("imagenet-a", [], "--data-dir .*natural-adv-examples.*200 folders"),
-    ("wsas", [], "--data-dir .*host.robots.ox.ac.uk.*VOCdevkit/VOC2012"),
-])
+@pytest.mark.parametrize(
+    ("protocol", "more", "message"),
+    [
+        ("top1", [], "--data-dir .*/no: .*no such folder.*image-net.org.*DIR/WNID"),
+        ("imagenet-a", [], "--data-dir .*natural-adv-examples.*200 folders"),
+        ("wsas", [], "--data-dir .*host.robots.ox.ac.uk.*VOCdevkit/VOC2012"),
+    ],
+)
 def test_missing_data(protocol, more, message, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=message):
         evaluate.main(argv(protocol, tmp_path / "no", checkpoint, *more))
@@ -488,12 +605,13 @@ def test_a_model_without_class_token(voc, tmp_path):
     command = argv("wsas", voc, tmp_path / "resnet.pth", "--model", "test_resnet")
     place = command.index("--model-kwargs")
     with pytest.raises(ValueError, match=r"resnet: it has no attention from a class token.*deit"):
-        evaluate.main(command[:place] + command[place + 2:])
+        evaluate.main(command[:place] + command[place + 2 :])
 
 
 def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
     """As without a network, for the model and for DINO."""
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"vit_small_patch16_224.dino: timm could not.*--dino-checkpoint FILE"):
         evaluate.main(argv("occlusion", imagenet, checkpoint, "--drop", "salient"))
@@ -501,16 +619,19 @@ def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
         evaluate.main(["top1", "--data-dir", str(imagenet), "--model", "deit_small_patch16_224", "--pretrained"])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["top1", "--perm", "sample"], "--perm is for shuffle, occlusion: leave it out with top1"),
-    (["wsas", "--grids", "2x2"], "--grids is for shuffle"),
-    (["shuffle", "--grids", "4"], "'4': give ROWSxCOLUMNS"),
-    (["shuffle", "--seeds", "0"], "--seeds 0: give at least 1"),
-    (["wsol", "--mass", "0"], "--mass 0.0: give a share"),
-    (["wsol", "--head", "first"], "--head first: give a number, mean or max"),
-    (["occlusion", "--losses", "100"], "--losses 100: give percents"),
-    (["top1", "--pretrained"], "give either --checkpoint FILE or --pretrained"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["top1", "--perm", "sample"], "--perm is for shuffle, occlusion: leave it out with top1"),
+        (["wsas", "--grids", "2x2"], "--grids is for shuffle"),
+        (["shuffle", "--grids", "4"], "'4': give ROWSxCOLUMNS"),
+        (["shuffle", "--seeds", "0"], "--seeds 0: give at least 1"),
+        (["wsol", "--mass", "0"], "--mass 0.0: give a share"),
+        (["wsol", "--head", "first"], "--head first: give a number, mean or max"),
+        (["occlusion", "--losses", "100"], "--losses 100: give percents"),
+        (["top1", "--pretrained"], "give either --checkpoint FILE or --pretrained"),
+    ],
+)
 def test_wrong_flags(arguments, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args([*arguments, "--data-dir", "x", "--checkpoint", "y"])
@@ -531,14 +652,31 @@ def test_deit(imagenet, benchmarks, voc, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "model.pth")
     torch.save(timm.create_model("vit_small_patch16_224", num_classes=0).state_dict(), tmp_path / "dino.pth")
-    for protocol, data, more in (("shuffle", imagenet, []),
-                                 ("occlusion", imagenet, ["--dino-checkpoint", str(tmp_path / "dino.pth")]),
-                                 ("imagenet-a", benchmarks / "set", []), ("wsas", voc, [])):
-        result = evaluate.main([protocol, "--data-dir", str(data), "--checkpoint", str(tmp_path / "model.pth"),
-                                "--model", "deit_tiny_patch16_224", "--device", "cpu", "-b", "24", *more])
+    for protocol, data, more in (
+        ("shuffle", imagenet, []),
+        ("occlusion", imagenet, ["--dino-checkpoint", str(tmp_path / "dino.pth")]),
+        ("imagenet-a", benchmarks / "set", []),
+        ("wsas", voc, []),
+    ):
+        result = evaluate.main(
+            [
+                protocol,
+                "--data-dir",
+                str(data),
+                "--checkpoint",
+                str(tmp_path / "model.pth"),
+                "--model",
+                "deit_tiny_patch16_224",
+                "--device",
+                "cpu",
+                "-b",
+                "24",
+                *more,
+            ]
+        )
         points = [row for row in result["rows"] if row["name"] != "average"]
         assert len(points) == {"shuffle": 6, "occlusion": 30, "imagenet-a": 4, "wsas": 2}[protocol]
         assert result["input"]["input_size"] == ((3, 512, 512) if protocol == "wsas" else (3, 224, 224))
         if protocol in ("shuffle", "occlusion"):  # every number is a count of the 24 images
-            counts = [value * .24 for row in points for value in row["values"]]
+            counts = [value * 0.24 for row in points for value in row["values"]]
             assert counts == pytest.approx(np.round(counts))

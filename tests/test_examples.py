@@ -21,8 +21,9 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("way", [
-    "generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))])
+@pytest.mark.parametrize(
+    "way", ["generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))]
+)
 def test_batches_of_ones_own_pipeline_arrive(folder, way):
     command = [sys.executable, "examples/own_pipeline.py", str(folder), way]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)
@@ -58,9 +59,13 @@ def test_the_pages_own_source_and_multi_hot_labels(folder):
     table, multi_hot = blocks("data.md")[2:]
     images = [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
     names = {"ROWS": [(image, i % 2) for i, image in enumerate([*images, None])]}
-    exec(table.replace('Table([(b"...", 0), (b"...", 1)]), batch_size=2', "SOURCE, batch_size=4, input_size=32, "
-                       "device='cpu', return_index=True").replace("\n\nloader", "\n\nSOURCE = Table(ROWS)\nloader"),
-         names)
+    exec(
+        table.replace(
+            'Table([(b"...", 0), (b"...", 1)]), batch_size=2',
+            "SOURCE, batch_size=4, input_size=32, device='cpu', return_index=True",
+        ).replace("\n\nloader", "\n\nSOURCE = Table(ROWS)\nloader"),
+        names,
+    )
     exec(multi_hot, names)
     with pytest.warns(UserWarning, match="row 16 cannot be used .the row is empty.; row 0 takes its place"):
         batches = [batch for _ in range(4) for batch in names["loader"]]

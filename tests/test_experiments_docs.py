@@ -29,7 +29,7 @@ def compared(name, metric):
         pairs = [(value, base[seed]) for seed, value in values[row].items() if seed in base]
         if len(pairs) > 1:
             gaps = np.subtract(*np.transpose(pairs))
-            half = stats.t.ppf(.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps)**.5
+            half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
             found[row] = (gaps.mean(), half, stats.ttest_rel(*np.transpose(pairs)).pvalue)
     found = {row: found[row] for row in values if row in found}
     ascending = sorted(found, key=lambda row: found[row][2])
@@ -46,8 +46,9 @@ def test_every_accuracy_is_in_the_text():
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_its_result(name):
     """Means, deviations, intervals, p after Holm's correction, and the sentence below."""
-    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]]
-                       for line in TABLES[name].splitlines() if line.startswith("|")]
+    head, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in TABLES[name].splitlines() if line.startswith("|")
+    ]
     holding = []
     for title, (metric, digits) in METRICS.items():
         if title not in head:
@@ -62,9 +63,8 @@ def test_a_table_is_its_result(name):
             if line[0] in differences:
                 mean, half, p = differences[line[0]]
                 low, high = mean - half, mean + half
-                assert line[column + 1] == (
-                    f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}; {p:.2g})")
-        rows = [f"{row} ({mean:+.{digits}f})" for row, (mean, _, p) in differences.items() if p < .05]
+                assert line[column + 1] == (f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}; {p:.2g})")
+        rows = [f"{row} ({mean:+.{digits}f})" for row, (mean, _, p) in differences.items() if p < 0.05]
         holding.append(f"{title.split(',')[0]}: {', '.join(rows) or 'none'}")
     assert f"within the table. {'; '.join(holding)}." in TABLES[name]
 
@@ -72,14 +72,14 @@ def test_a_table_is_its_result(name):
 def test_intervals_on_digits_are_wider_than_the_papers_effects():
     digits = [name for name in TABLES if "cifar" not in name]
     assert len(digits) >= 5
-    assert min(half for name in digits for _, half, _ in compared(name, "top1").values()) > .5
+    assert min(half for name in digits for _, half, _ in compared(name, "top1").values()) > 0.5
     assert "The half-widths of the 95 % intervals below are larger than that" in TEXT
 
 
 def test_the_validation_sets_own_error():
     p = np.mean([*last("accuracy-table2", "top1")["CutMix"].values()]) / 100
-    assert f"{100 * (p * (1 - p) / 360)**.5:.1f} points at the CutMix row's accuracy" in TEXT
-    assert f"{100 * (.45 * .55 / 10_000)**.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
+    assert f"{100 * (p * (1 - p) / 360) ** 0.5:.1f} points at the CutMix row's accuracy" in TEXT
+    assert f"{100 * (0.45 * 0.55 / 10_000) ** 0.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
 
 
 def test_table_7s_seventh_column_is_inferred_from_both_averages():
@@ -88,9 +88,9 @@ def test_table_7s_seventh_column_is_inferred_from_both_averages():
     assert len(rows) == 2
     for printed, inferred, six, seven in rows:
         printed = [float(cell) for cell in printed.split("|")]
-        assert np.mean(printed) == pytest.approx(float(six), abs=.05)
+        assert np.mean(printed) == pytest.approx(float(six), abs=0.05)
         assert 7 * float(seven) - sum(printed) == pytest.approx(float(inferred), abs=1e-9)
-        low, high = (7 * (float(seven) + side) - sum(printed) for side in (-.05, .05))
+        low, high = (7 * (float(seven) + side) - sum(printed) for side in (-0.05, 0.05))
         assert f"{inferred} ({low:.2f} to\n{high:.2f})" in TEXT or f"{inferred} ({low:.2f} to {high:.2f})" in TEXT
 
 

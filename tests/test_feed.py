@@ -53,24 +53,39 @@ def webp(kind, content):
 # The look
 
 
-@pytest.mark.parametrize("content", [
-    encoded(PIXELS, "JPEG"), encoded(PIXELS, "JPEG", progressive=True), encoded(PIXELS[..., 0], "JPEG"),
-    jpeg(marker=0xC1),
-    jpeg(b"\xff\xe1\xff\xff" + bytes(65533), b"\xff\xff\xff\xe0\x00\x04ab"), png(), png(depth=16),
-    png(chunk(b"tEXt", bytes(9000))), encoded(PIXELS, "WEBP"), encoded(PIXELS, "WEBP", lossless=True),
-    webp(b"VP8X", bytes([0x10, 0, 0, 0, 17, 0, 0, 11, 0, 0])),
-], ids=lambda content: f"{content[:4]}{len(content)}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(PIXELS, "JPEG"),
+        encoded(PIXELS, "JPEG", progressive=True),
+        encoded(PIXELS[..., 0], "JPEG"),
+        jpeg(marker=0xC1),
+        jpeg(b"\xff\xe1\xff\xff" + bytes(65533), b"\xff\xff\xff\xe0\x00\x04ab"),
+        png(),
+        png(depth=16),
+        png(chunk(b"tEXt", bytes(9000))),
+        encoded(PIXELS, "WEBP"),
+        encoded(PIXELS, "WEBP", lossless=True),
+        webp(b"VP8X", bytes([0x10, 0, 0, 0, 17, 0, 0, 11, 0, 0])),
+    ],
+    ids=lambda content: f"{content[:4]}{len(content)}",
+)
 def test_what_dali_decodes(content):
     assert formats.look(io.BytesIO(content))[::2] == (Decoder.DALI, 12)
     assert formats.look(io.BytesIO(content)).width == 18
 
 
-@pytest.mark.parametrize("content", [
-    *(encoded(PIXELS, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "DDS", "PCX")),
-    encoded(PIXELS, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
-    png(chunk(b"acTL", struct.pack(">II", 2, 0))), png(end=False),
-    encoded(np.dstack([PIXELS, PIXELS[..., 0]]), "TIFF"),
-], ids=lambda content: f"{content[:4]}{len(content)}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(encoded(PIXELS, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "DDS", "PCX")),
+        encoded(PIXELS, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+        png(chunk(b"acTL", struct.pack(">II", 2, 0))),
+        png(end=False),
+        encoded(np.dstack([PIXELS, PIXELS[..., 0]]), "TIFF"),
+    ],
+    ids=lambda content: f"{content[:4]}{len(content)}",
+)
 def test_what_pillow_decodes(content):
     assert formats.look(io.BytesIO(content))[0] == Decoder.PILLOW
     with Image.open(io.BytesIO(content)) as image:
@@ -78,25 +93,43 @@ def test_what_pillow_decodes(content):
     np.testing.assert_array_equal(np.array(formats.pillow_pixels(io.BytesIO(content))), expected)
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"", "not an image that DALI or Pillow can read"),
-    (b"<html></html>", "not an image that DALI or Pillow can read"),
-    (b"\xff\xd8\xff", "not an image"), (b"RIFF", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image"),
-    (encoded(PIXELS, "EPS"), "not an image that DALI or Pillow can read"),
-    (png(width=60_000, height=60_000), "60000x60000 pixels, the limit is 100000000"),
-    (encoded(np.zeros((10_001, 10_000)), "TIFF", compression="tiff_lzw"), "10000x10001 pixels, the limit is"),
-], ids=["empty", "html", "jpeg", "riff", "png", "eps", "claim", "tiff claim"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an image that DALI or Pillow can read"),
+        (b"<html></html>", "not an image that DALI or Pillow can read"),
+        (b"\xff\xd8\xff", "not an image"),
+        (b"RIFF", "not an image"),
+        (b"\x89PNG\r\n\x1a\n", "not an image"),
+        (encoded(PIXELS, "EPS"), "not an image that DALI or Pillow can read"),
+        (png(width=60_000, height=60_000), "60000x60000 pixels, the limit is 100000000"),
+        (encoded(np.zeros((10_001, 10_000)), "TIFF", compression="tiff_lzw"), "10000x10001 pixels, the limit is"),
+    ],
+    ids=["empty", "html", "jpeg", "riff", "png", "eps", "claim", "tiff claim"],
+)
 def test_what_is_bad(content, reason):
     with pytest.raises(BadImage, match=reason):
         formats.look(io.BytesIO(content))
 
 
-@pytest.mark.parametrize("content", [
-    jpeg(components=4), jpeg(bits=12), jpeg(marker=0xC3), jpeg(marker=0xC9), b"\xff\xd8\xff\xd9",
-    b"\xff\xd8\xff\xda\0\4ab", b"\xff\xd8\xff\xe0\0\1" + jpeg()[2:], b"\xff\xd8" + b"\xff" * 5000, png(depth=3),
-    png(width=0), webp(b"VP8 ", bytes(20)),
-    encoded(PIXELS, "WEBP")[:-20],
-], ids=lambda content: f"{content[:4]}{len(content)}")
+@pytest.mark.parametrize(
+    "content",
+    [
+        jpeg(components=4),
+        jpeg(bits=12),
+        jpeg(marker=0xC3),
+        jpeg(marker=0xC9),
+        b"\xff\xd8\xff\xd9",
+        b"\xff\xd8\xff\xda\0\4ab",
+        b"\xff\xd8\xff\xe0\0\1" + jpeg()[2:],
+        b"\xff\xd8" + b"\xff" * 5000,
+        png(depth=3),
+        png(width=0),
+        webp(b"VP8 ", bytes(20)),
+        encoded(PIXELS, "WEBP")[:-20],
+    ],
+    ids=lambda content: f"{content[:4]}{len(content)}",
+)
 def test_dali_gets_no_odd_header(content):
     assert formats._dali(io.BytesIO(content)) is None
 
@@ -115,9 +148,14 @@ def behind(name, makers):
 
 
 @pytest.mark.parametrize("device_id", [None, 0], ids=["cpu", "gpu"])
-@pytest.mark.parametrize(("define", "transform"), [
-    (pipelines.train_pipeline, pipelines.TrainTransform()), (pipelines.val_pipeline, pipelines.EvalTransform()),
-], ids=["train", "val"])
+@pytest.mark.parametrize(
+    ("define", "transform"),
+    [
+        (pipelines.train_pipeline, pipelines.TrainTransform()),
+        (pipelines.val_pipeline, pipelines.EvalTransform()),
+    ],
+    ids=["train", "val"],
+)
 def test_every_decoder_waits_for_a_peek_at_the_same_image(define, transform, device_id, tmp_path):
     faults = Faults(write_files(tmp_path / "a", {"0.png": png()}), 0, 10**8)
     plan = Plan(0, 0, 0, transform.size, None, training=define is pipelines.train_pipeline)
@@ -129,8 +167,7 @@ def test_every_decoder_waits_for_a_peek_at_the_same_image(define, transform, dev
     encoded_image, *regions = (edge.name for edge in decoder.inputs)
     assert len(regions) == 2
     for region in regions:
-        peeks = [operator for operator in behind(region, makers)
-                 if type(operator._op).__name__ == "PeekImageShape"]
+        peeks = [operator for operator in behind(region, makers) if type(operator._op).__name__ == "PeekImageShape"]
         assert [edge.name for peek in peeks for edge in peek.inputs] == [encoded_image]
 
 
@@ -139,8 +176,11 @@ def test_one_function_makes_every_decoder():
     for path in Path(lumix_dali.__file__).parent.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):
-                names = [node.value.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)
-                         and isinstance(node.value, ast.Attribute)]
+                names = [
+                    node.value.attr
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
+                ]
                 found += [(path.name, function.name)] * names.count("decoders")
     assert found == [("decoding.py", "decode")]
 
@@ -239,8 +279,10 @@ def test_a_claim_of_too_many_pixels_is_bad_at_run_time(tmp_path, is_training):
 SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000, 10_000), "1x60000": (1, 60_000)}
 
 
-@pytest.mark.parametrize("shape", [
-    pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "2x30000")) for name, shape in SHAPES.items()])
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "2x30000")) for name, shape in SHAPES.items()],
+)
 def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
     """White stays white to the corners, in less than half a GB more than an ordinary image takes."""
     (tmp_path / "a").mkdir()
@@ -259,6 +301,10 @@ def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         print((peaks[1] - peaks[0]) / 2**20)
     """
-    done = subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.split("\n"))],
-                          capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(line[8:] for line in code.split("\n"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(done.stdout) < 0.5

@@ -137,17 +137,20 @@ def test_other_numbers_of_channels(graph, channels):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("options", "kinds"), [
-    ({"prob": 0.0}, {0}),
-    ({"prob": 0.0, "mixup_alpha": 0.8}, {0}),
-    ({"prob": 0.5}, {0, 2}),
-    ({"prob": 0.5, "cutmix_alpha": 0.0, "mixup_alpha": 0.8}, {0, 1}),
-    ({"prob": 0.5, "mixup_alpha": 0.8}, {0, 1, 2}),
-    ({"mixup_alpha": 0.8}, {1, 2}),
-    ({"mixup_alpha": 0.8, "switch_prob": 1.0}, {2}),
-    ({"mixup_alpha": 0.8, "switch_prob": 0.0}, {1}),
-    ({"cutmix_alpha": 0.0, "cutmix_minmax": (0.2, 0.8)}, {2}),
-])
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"prob": 0.0}, {0}),
+        ({"prob": 0.0, "mixup_alpha": 0.8}, {0}),
+        ({"prob": 0.5}, {0, 2}),
+        ({"prob": 0.5, "cutmix_alpha": 0.0, "mixup_alpha": 0.8}, {0, 1}),
+        ({"prob": 0.5, "mixup_alpha": 0.8}, {0, 1, 2}),
+        ({"mixup_alpha": 0.8}, {1, 2}),
+        ({"mixup_alpha": 0.8, "switch_prob": 1.0}, {2}),
+        ({"mixup_alpha": 0.8, "switch_prob": 0.0}, {1}),
+        ({"cutmix_alpha": 0.0, "cutmix_minmax": (0.2, 0.8)}, {2}),
+    ],
+)
 def test_kinds_that_occur(graph, mode, options, kinds):
     run, seen = graph(mixfn.mix, mode=mode, **options), set()
     for step in range(30):
@@ -212,8 +215,16 @@ def apply_given(images, labels, partner, kind, box, weight):
 def given_batch(size=(9, 20)):
     """Eight samples of every kind, with boxes at every edge, and partners that are no permutation."""
     height, width = size
-    box = [[2, 3, 7, 11], [0, 0, 0, 0], [0, 0, height, width], [4, 5, 4, 9], [height - 1, 0, height, width],
-           [1, 2, 3, 4], [0, 0, height, width], [3, width, 6, width]]
+    box = [
+        [2, 3, 7, 11],
+        [0, 0, 0, 0],
+        [0, 0, height, width],
+        [4, 5, 4, 9],
+        [height - 1, 0, height, width],
+        [1, 2, 3, 4],
+        [0, 0, height, width],
+        [3, width, 6, width],
+    ]
     return {
         "partner": np.int32([3, 3, 3, 0, 4, 7, 6, 2]),
         "kind": np.int32([2, 2, 2, 2, 2, 1, 0, 2]),
@@ -231,7 +242,8 @@ def test_given_draws(graph):
     box = drawn["box"] * is_cutmix[:, None]
     lam0 = reference.count_lam0(box, size) + drawn["weight"] * (drawn["kind"] == Kind.MIXUP)
     expected = MixTarget(
-        labels, labels[drawn["partner"]], lam0.astype(np.float32), box, drawn["kind"], drawn["partner"])
+        labels, labels[drawn["partner"]], lam0.astype(np.float32), box, drawn["kind"], drawn["partner"]
+    )
     for field, wanted in zip(target, expected, strict=True):
         np.testing.assert_allclose(field, wanted, rtol=1e-6)
     assert_pixels(images, drawn["partner"], mixed, target)
@@ -304,8 +316,14 @@ def checkpointed(device, seed, checkpoint=None, **options):
         step = info.iteration + 100 * info.epoch_idx
         return batch_of(8, (6, 7), seed=step)
 
-    @pipeline_def(batch_size=8, num_threads=2, device_id=0 if device == "gpu" else None, seed=seed,
-                  enable_checkpointing=True, checkpoint=checkpoint)
+    @pipeline_def(
+        batch_size=8,
+        num_threads=2,
+        device_id=0 if device == "gpu" else None,
+        seed=seed,
+        enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )
     def define():
         images, labels = fn.external_source(source=source, num_outputs=2, batch_info=True, layout=("HWC", ""))
         mixed, target = mixfn.mix(images.gpu() if device == "gpu" else images, labels, **options)
@@ -321,9 +339,15 @@ def run_steps(pipe, steps):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-@pytest.mark.parametrize("options", [
-    {"mixup_alpha": 0.8, "prob": 0.7}, {"mode": "batch"}, {"cutmix_minmax": (0.2, 0.8)},
-], ids=["mix", "batch", "minmax"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixup_alpha": 0.8, "prob": 0.7},
+        {"mode": "batch"},
+        {"cutmix_minmax": (0.2, 0.8)},
+    ],
+    ids=["mix", "batch", "minmax"],
+)
 def test_checkpoints_restore_bit_exactly(device, options, steps):
     pipe = checkpointed(device, 1, **options)
     run_steps(pipe, steps)
@@ -357,9 +381,15 @@ def gpu_graph(operation, **options):
     return devices, names, {name: node.device for name, node in outputs.items()}
 
 
-@pytest.mark.parametrize(("alphas", "unknown", "known"), [
-    ({}, 26, 24), ({"mixup_alpha": 0.8}, 35, 33), ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7),
-], ids=["cutmix", "mix", "mixup"])
+@pytest.mark.parametrize(
+    ("alphas", "unknown", "known"),
+    [
+        ({}, 26, 24),
+        ({"mixup_alpha": 0.8}, 35, 33),
+        ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7),
+    ],
+    ids=["cutmix", "mix", "mixup"],
+)
 def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known):
     """What is delivered is made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
@@ -370,11 +400,14 @@ def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known):
         assert devices["gpu"]
 
 
-@pytest.mark.parametrize("options", [
-    {"mode": "batch", "mixup_alpha": 0.8},
-    {"cutmix_minmax": (0.2, 0.8)},
-    {"mixup_alpha": 0.8, "correct_lam": False},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "batch", "mixup_alpha": 0.8},
+        {"cutmix_minmax": (0.2, 0.8)},
+        {"mixup_alpha": 0.8, "correct_lam": False},
+    ],
+)
 def test_every_gpu_graph_delivers_from_the_gpu(options):
     assert gpu_graph(mixfn.mix, **options)[2] == dict.fromkeys(ON_GPU, "gpu")
 
@@ -429,10 +462,13 @@ def test_nothing_given_is_an_error():
         gpu_graph(nothing)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("cutmix", "must have the same shape.*16 x 16 and 16 x 17|must have the same shape.*16 x 17 and 16 x 16"),
-    ("mixup", "(?s)broadcast shapes.*16 x 1[67] x 3.*16 x 1[67] x 3"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cutmix", "must have the same shape.*16 x 16 and 16 x 17|must have the same shape.*16 x 17 and 16 x 16"),
+        ("mixup", "(?s)broadcast shapes.*16 x 1[67] x 3.*16 x 1[67] x 3"),
+    ],
+)
 def test_images_of_unequal_size_are_an_error(graph, name, message):
     images = [np.zeros((16, width, 3), np.uint8) for width in (16, 17)]
     with pytest.raises(RuntimeError, match=message):

@@ -23,12 +23,15 @@ SEEDS = (11, 12, 13)
 ODD_AND_EVEN, LARGE = (6, 5), (48, 64)
 P = 1e-3
 
-both_modes = pytest.mark.parametrize(("mode", "draws", "seed"), [
-    *(("elem", DRAWS, seed) for seed in SEEDS),
-    # one draw a batch costs as much as a batch: a few here, all of them with -m slow
-    ("batch", 500, SEEDS[0]),
-    *(pytest.param("batch", DRAWS, seed, marks=pytest.mark.slow) for seed in SEEDS),
-])
+both_modes = pytest.mark.parametrize(
+    ("mode", "draws", "seed"),
+    [
+        *(("elem", DRAWS, seed) for seed in SEEDS),
+        # one draw a batch costs as much as a batch: a few here, all of them with -m slow
+        ("batch", 500, SEEDS[0]),
+        *(pytest.param("batch", DRAWS, seed, marks=pytest.mark.slow) for seed in SEEDS),
+    ],
+)
 
 
 @cache
@@ -80,8 +83,13 @@ def minmax_law(size, minmax):
     axes = []
     for length in size:
         sides = range(*(int(length * limit) for limit in minmax))
-        axes.append({(start, start + side): 1 / len(sides) / (length - side + 1)
-                     for side in sides for start in range(length - side + 1)})
+        axes.append(
+            {
+                (start, start + side): 1 / len(sides) / (length - side + 1)
+                for side in sides
+                for start in range(length - side + 1)
+            }
+        )
     return {(y[0], x[0], y[1], x[1]): axes[0][y] * axes[1][x] for y, x in product(*axes)}
 
 
@@ -109,8 +117,9 @@ def test_minmax_boxes(mode, draws, seed):
 @both_modes
 def test_kinds_and_drawn_weights(mode, draws, seed):
     """Each kind has its own α, and its weight does not depend on the coin that chose it."""
-    target = emitted(ODD_AND_EVEN, seed, draws, mode, mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8,
-                     switch_prob=0.3, correct_lam=False)
+    target = emitted(
+        ODD_AND_EVEN, seed, draws, mode, mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8, switch_prob=0.3, correct_lam=False
+    )
     assert_frequencies(target.kind.tolist(), {0: 0.2, 1: 0.8 * 0.7, 2: 0.8 * 0.3})
     for kind, alpha in ((Kind.MIXUP, 0.4), (Kind.CUTMIX, 2.0)):
         lam0 = target.lam0[target.kind == kind]

@@ -31,7 +31,7 @@ def losses(name, flags):
 
     class Recorded(LUMixLoss):
         def __init__(self):
-            super().__init__(0., .5)
+            super().__init__(0.0, 0.5)
 
         def forward(self, *inputs):
             loss = super().forward(*inputs)
@@ -52,8 +52,18 @@ def root(tmp_path_factory):
 
 def flags(name, root, output, devices=1):
     lightning = ["--accelerator", "cpu", "--devices", str(devices)] if name == "lightning" else []
-    return [root, "--model", "test_resnet", "--epochs", "2", "--save-every", str(10 // devices), "--output",
-            str(output), *lightning]
+    return [
+        root,
+        "--model",
+        "test_resnet",
+        "--epochs",
+        "2",
+        "--save-every",
+        str(10 // devices),
+        "--output",
+        str(output),
+        *lightning,
+    ]
 
 
 def saved(name, output, step):
@@ -78,12 +88,34 @@ def test_two_processes(name, root, tmp_path):
 
     def run(*more):
         (tmp_path / "rank.py").write_text(RANK)
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-                       "TOLD": str(tmp_path)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                   "localhost:0", "--nproc-per-node", "2", str(tmp_path / "rank.py"), name, *more]
-        done = subprocess.run(command, cwd=tmp_path, text=True, timeout=300, capture_output=True, check=False,
-                              env=os.environ | environment)
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "TOLD": str(tmp_path),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "rank.py"),
+            name,
+            *more,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            text=True,
+            timeout=300,
+            capture_output=True,
+            check=False,
+            env=os.environ | environment,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
 

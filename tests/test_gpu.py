@@ -85,8 +85,17 @@ def model_of(where, dtype=torch.float32, seed=0):
 def oracle(logits, target, lam_r, **options):
     """Float64 losses and gradients of the logits, of the mean over the batch."""
     labels, partner_labels, lam0, box, kind, _ = (field.cpu().numpy() for field in target)
-    loss, grad = reference.lumix_loss(logits.detach().double().cpu().numpy(), labels, partner_labels, lam0, kind,
-                                      lam_r.cpu().numpy(), box=box, smoothing=0.1, **options)
+    loss, grad = reference.lumix_loss(
+        logits.detach().double().cpu().numpy(),
+        labels,
+        partner_labels,
+        lam0,
+        kind,
+        lam_r.cpu().numpy(),
+        box=box,
+        smoothing=0.1,
+        **options,
+    )
     return loss.mean(), grad / len(loss)
 
 
@@ -150,6 +159,7 @@ TRAINING_KERNELS = ("at::native", "gemm", "nvjet")
 
 def copies(events):
     """Copies of a Chrome trace on the streams on which PyTorch's kernels ran, and these streams."""
+
     def on_gpu(category):
         return [(event["name"], event["args"]["stream"]) for event in events if event.get("cat") == category]
 
@@ -157,14 +167,22 @@ def copies(events):
     return [name for name, stream in on_gpu("gpu_memcpy") if stream in streams], streams
 
 
-@pytest.mark.parametrize("kernel", [
-    "ampere_sgemm_32x32_sliced1x4_nn", "nvjet_tst_128x64_64x6_2x1_v_bz_TNT",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "ampere_sgemm_32x32_sliced1x4_nn",
+        "nvjet_tst_128x64_64x6_2x1_v_bz_TNT",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)",
+    ],
+)
 def test_copies_are_found_in_a_trace(kernel):
     """On the training stream, whichever of its kernels are seen there, and not on DALI's."""
-    events = [{"cat": "kernel", "name": kernel, "args": {"stream": 7}}, {"cat": "cpu_op", "name": "mm"},
-              {"cat": "kernel", "name": "void dali::SliceKernel<float>()", "args": {"stream": 20}},
-              {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "args": {"stream": 20}}]
+    events = [
+        {"cat": "kernel", "name": kernel, "args": {"stream": 7}},
+        {"cat": "cpu_op", "name": "mm"},
+        {"cat": "kernel", "name": "void dali::SliceKernel<float>()", "args": {"stream": 20}},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "args": {"stream": 20}},
+    ]
     assert copies(events) == ([], {7})
     events.append({"cat": "gpu_memcpy", "name": "Memcpy DtoD", "args": {"stream": 7}})
     assert copies(events) == (["Memcpy DtoD"], {7})
@@ -204,16 +222,27 @@ def test_another_stream_gets_the_same_batches(files, where):
 AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": "const"}
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, {"cutmix_alpha": 1.0}, {**MIX, "prob": 0.5},
-    {**MIX, **AUGMENTED}, {"color_jitter": 0.4, "grayscale_prob": 0.2}, {"is_training": False},
-], ids=["plain", "mixup", "cutmix", "mix", "augmented", "jitter", "evaluation"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixup_alpha": 0.8, "cutmix_alpha": 0.0},
+        {"cutmix_alpha": 1.0},
+        {**MIX, "prob": 0.5},
+        {**MIX, **AUGMENTED},
+        {"color_jitter": 0.4, "grayscale_prob": 0.2},
+        {"is_training": False},
+    ],
+    ids=["plain", "mixup", "cutmix", "mix", "augmented", "jitter", "evaluation"],
+)
 def test_a_batch_is_the_cpus(files, where, options):
     """Draws are made on the CPU on either backend: targets are equal, and pixels but for interpolation."""
-    ours, theirs = (next(iter(make(files, device, batch_size=CLASSES, dtype="uint8", **options)))
-                    for device in (where, "cpu"))
+    ours, theirs = (
+        next(iter(make(files, device, batch_size=CLASSES, dtype="uint8", **options))) for device in (where, "cpu")
+    )
     (images, *target), (expected, *expected_target) = (
-        [batch[0], *(batch[1] if isinstance(batch[1], MixTarget) else [batch[1]])] for batch in (ours, theirs))
+        [batch[0], *(batch[1] if isinstance(batch[1], MixTarget) else [batch[1]])] for batch in (ours, theirs)
+    )
     assert {field.device for field in (images, *target)} == {where}
     for field, wanted in zip(target, expected_target, strict=True):
         torch.testing.assert_close(field.cpu(), wanted, rtol=1e-6, atol=0)
@@ -314,6 +343,7 @@ def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
 
 def test_a_step_is_captured_while_a_loader_works(files, where):
     """DALI's threads allocate and synchronise during the capture: neither may fail the other."""
+
     def step():
         logits.grad = None
         LUMixLoss()(logits, target, lam_r).backward()
@@ -379,8 +409,7 @@ def test_compiled_it_is_the_oracles(where):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_channels_last_batches_give_the_same_logits(files, where, dtype):
     model = model_of(where)
-    images = {last: next(iter(make(files, where, channels_last=last, dtype=dtype, **MIX)))[0]
-              for last in (False, True)}
+    images = {last: next(iter(make(files, where, channels_last=last, dtype=dtype, **MIX)))[0] for last in (False, True)}
     assert torch.equal(*images.values())
     assert images[True].is_contiguous(memory_format=torch.channels_last)
     last = model.to(memory_format=torch.channels_last)(images[True].float())

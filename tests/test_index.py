@@ -41,8 +41,11 @@ def members(path):
 def theirs(path):
     """(name, offset, size) of the regular, unhidden members, as tarfile sees them."""
     with tarfile.open(path) as archive:
-        return [(info.name, info.offset_data, info.size) for info in archive
-                if info.isreg() and not info.sparse and not os.path.basename(info.name).startswith(".")]
+        return [
+            (info.name, info.offset_data, info.size)
+            for info in archive
+            if info.isreg() and not info.sparse and not os.path.basename(info.name).startswith(".")
+        ]
 
 
 def rows(path):
@@ -126,14 +129,23 @@ def test_sparse_members_links_and_devices_are_passed_over(tmp_path):
     head[148:156] = b"%06o\0 " % sum(head)
     more = bytearray(512)
     more[504] = 1
-    good = [info(name, size=len(text)).tobuf() + text.ljust(512, b"\0") for name, text in [
-        ("a.jpg", b"abc"), ("a.cls", b"7")]]
+    good = [
+        info(name, size=len(text)).tobuf() + text.ljust(512, b"\0")
+        for name, text in [("a.jpg", b"abc"), ("a.cls", b"7")]
+    ]
     sparse = bytes(head) + bytes(more) + bytes(512) + b"x" * 512
     (tmp_path / "a.tar").write_bytes(good[0] + sparse + good[1] + bytes(1024))
     assert [member.name for member in members(tmp_path / "a.tar")] == ["a.jpg", "a.cls"]
     pax = info("GNUSparseFile.0/b.jpg", size=600, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "b.jpg"})
-    links = [info(name, kind, size=5000, linkname="a.jpg") for name, kind in [
-        ("hard", tarfile.LNKTYPE), ("soft", tarfile.SYMTYPE), ("device", tarfile.BLKTYPE), ("pipe", tarfile.FIFOTYPE)]]
+    links = [
+        info(name, kind, size=5000, linkname="a.jpg")
+        for name, kind in [
+            ("hard", tarfile.LNKTYPE),
+            ("soft", tarfile.SYMTYPE),
+            ("device", tarfile.BLKTYPE),
+            ("pipe", tarfile.FIFOTYPE),
+        ]
+    ]
     content = pax.tobuf(format=tarfile.PAX_FORMAT) + bytes(1024) + b"".join(link.tobuf() for link in links)
     (tmp_path / "b.tar").write_bytes(content + good[0] + info("c", tarfile.CONTTYPE, size=1).tobuf() + b"c".ljust(512))
     assert [member.name for member in members(tmp_path / "b.tar")] == ["a.jpg", "c"]
@@ -161,8 +173,10 @@ def test_a_damaged_header_is_an_error(tmp_path, place):
         scan(tmp_path / "a.tar")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"30 path=", b"9 path=ab\n", b"999 path=a\n", b"x", b"12 size=abc\n", b"11 size=-1\n", b"0 path=a\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"30 path=", b"9 path=ab\n", b"999 path=a\n", b"x", b"12 size=abc\n", b"11 size=-1\n", b"0 path=a\n"],
+)
 def test_a_damaged_extended_header_is_an_error(tmp_path, content):
     pack(tmp_path / "a.tar", ("a.jpg", b"x"))
     head = info("pax", tarfile.XHDTYPE, size=len(content)).tobuf()
@@ -183,8 +197,14 @@ def test_what_follows_the_end_mark_is_not_read(tmp_path, garbage):
     assert len(rows(path)) == 1
 
 
-SAMPLES = [("0.jpg", os.urandom(700)), ("0.cls", b"0"), ("folder/" * 20 + "1.jpg", b"y" * 512),
-           ("folder/" * 20 + "1.cls", b"1"), ("2.jpg", b"z" * 30), ("2.cls", b"2")]
+SAMPLES = [
+    ("0.jpg", os.urandom(700)),
+    ("0.cls", b"0"),
+    ("folder/" * 20 + "1.jpg", b"y" * 512),
+    ("folder/" * 20 + "1.cls", b"1"),
+    ("2.jpg", b"z" * 30),
+    ("2.cls", b"2"),
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -237,32 +257,38 @@ def test_rows_of_records_are_what_was_written(tmp_path):
     found, content = rows(path), path.read_bytes()
     assert [content[offset : offset + size] for _, offset, size, _ in found] == images
     assert [(row.name, row.label) for row in found] == [
-        ("record 0", 0), ("record 1 (a b.JPEG)", 300), ("record 2", 999_999)]
+        ("record 0", 0),
+        ("record 1 (a b.JPEG)", 300),
+        ("record 2", 999_999),
+    ]
     assert scan(path) == [list(row[1:]) for row in found]
 
 
 IMAGE, LABEL = {index.IMAGE: bytes_feature(b"image")}, {index.LABEL: int_feature(4)}
 
 
-@pytest.mark.parametrize(("content", "label"), [
-    (example(IMAGE | LABEL), 4),
-    (example(LABEL | IMAGE), 4),
-    (example({"image/width": int_feature(1, 2, 3), "x": message(2, message(1, b"1234"))} | IMAGE | LABEL), 4),
-    (example(IMAGE | {index.LABEL: int_feature(4, packed=False)}), 4),
-    (example(IMAGE) + example(LABEL), 4),  # protocol buffers merge them
-    (b"\x20\x07" + example(IMAGE | LABEL) + b"\x29" + bytes(8) + b"\x35" + bytes(4), 4),  # unknown fields
-    (example(IMAGE), index.Fault.RECORD),
-    (example(LABEL), index.Fault.RECORD),
-    (example(IMAGE | {index.LABEL: int_feature(4, 5)}), index.Fault.RECORD),
-    (example(IMAGE | {index.LABEL: bytes_feature(b"4")}), index.Fault.RECORD),
-    (example(IMAGE | {index.LABEL: int_feature(10**9)}), index.Fault.RECORD),
-    (example(LABEL | {index.IMAGE: bytes_feature(b"a", b"b")}), index.Fault.RECORD),
-    (example(LABEL | {index.IMAGE: int_feature(3)}), index.Fault.RECORD),
-    (example(IMAGE | {index.LABEL: message(3, b"\x08" + b"\xff" * 9 + b"\x01")}), index.Fault.RECORD),  # -1
-    (b"", index.Fault.RECORD),
-    (b"\x0b", index.Fault.RECORD),
-    (example(IMAGE | LABEL)[:-1], index.Fault.RECORD),
-])
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [
+        (example(IMAGE | LABEL), 4),
+        (example(LABEL | IMAGE), 4),
+        (example({"image/width": int_feature(1, 2, 3), "x": message(2, message(1, b"1234"))} | IMAGE | LABEL), 4),
+        (example(IMAGE | {index.LABEL: int_feature(4, packed=False)}), 4),
+        (example(IMAGE) + example(LABEL), 4),  # protocol buffers merge them
+        (b"\x20\x07" + example(IMAGE | LABEL) + b"\x29" + bytes(8) + b"\x35" + bytes(4), 4),  # unknown fields
+        (example(IMAGE), index.Fault.RECORD),
+        (example(LABEL), index.Fault.RECORD),
+        (example(IMAGE | {index.LABEL: int_feature(4, 5)}), index.Fault.RECORD),
+        (example(IMAGE | {index.LABEL: bytes_feature(b"4")}), index.Fault.RECORD),
+        (example(IMAGE | {index.LABEL: int_feature(10**9)}), index.Fault.RECORD),
+        (example(LABEL | {index.IMAGE: bytes_feature(b"a", b"b")}), index.Fault.RECORD),
+        (example(LABEL | {index.IMAGE: int_feature(3)}), index.Fault.RECORD),
+        (example(IMAGE | {index.LABEL: message(3, b"\x08" + b"\xff" * 9 + b"\x01")}), index.Fault.RECORD),  # -1
+        (b"", index.Fault.RECORD),
+        (b"\x0b", index.Fault.RECORD),
+        (example(IMAGE | LABEL)[:-1], index.Fault.RECORD),
+    ],
+)
 def test_examples(tmp_path, content, label):
     (tmp_path / "a.tfrecord").write_bytes(record(content))
     (row,) = rows(tmp_path / "a.tfrecord")
@@ -307,8 +333,14 @@ def shards(tmp_path):
 
 
 def write_tar(path, labels):
-    return pack(path, *(member for label in labels for member in (
-        (f"{label}.jpg", b"image %d" % label), (f"{label}.cls", b"%d" % label))))
+    return pack(
+        path,
+        *(
+            member
+            for label in labels
+            for member in ((f"{label}.jpg", b"image %d" % label), (f"{label}.cls", b"%d" % label))
+        ),
+    )
 
 
 def labels(source):
@@ -404,8 +436,13 @@ from lumix_dali.data import index, sources
 index.scan = None  # none in this process
 print(len(sources.load({str(many)!r})))
 """)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     assert (done.stdout, done.stderr) == ("once\n31\n", "")
 
 
@@ -438,8 +475,10 @@ def test_the_name_of_a_sample(shards):
 
 
 def test_a_lock_of_another_process_is_waited_for(tmp_path):
-    code = ("import sys, time; from lumix_dali.data import storage\n"
-            "with storage.locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(.5)")
+    code = (
+        "import sys, time; from lumix_dali.data import storage\n"
+        "with storage.locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(.5)"
+    )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE) as other:
         assert other.stdout.read(4) == b"held"
         with pytest.raises(BlockingIOError), storage.locked(str(tmp_path / "lock"), wait=False):

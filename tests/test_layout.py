@@ -10,14 +10,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
-    "target": 0, "reference": 0, "checks": 0, "progress": 0,
+    "target": 0,
+    "reference": 0,
+    "checks": 0,
+    "progress": 0,
     "mixing": 1,
     "dynamic": 3,
-    "loss": 2, "fn": 2, "decoding": 2, "augment": 2,
-    "data.storage": 3, "data.formats": 4, "data.index": 5, "data.order": 5, "data.sources": 6, "data.check": 7,
+    "loss": 2,
+    "fn": 2,
+    "decoding": 2,
+    "augment": 2,
+    "data.storage": 3,
+    "data.formats": 4,
+    "data.index": 5,
+    "data.order": 5,
+    "data.sources": 6,
+    "data.check": 7,
     "data.convert": 7,
-    "loading.plan": 8, "loading.feed": 9, "loading.pipelines": 10, "loading.loader": 11,
-    "cli": 12, "__main__": 13,
+    "loading.plan": 8,
+    "loading.feed": 9,
+    "loading.pipelines": 10,
+    "loading.loader": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 PROGRAMS = ("pipelines", "benchmarks", "experiments", "examples")
 MODULES = [p for p in sorted((ROOT / "lumix_dali").rglob("*.py")) if p.name != "__init__.py"]
@@ -74,9 +89,15 @@ def test_imports_point_down(path):
 def test_floors_are_told_apart():
     """Names as `imports` gives them, of modules, of their contents and of the package's lazy names."""
     loader = FLOORS["loading.loader"]
-    names = {"lumix_dali.loading.loader.Loader": loader, f"lumix_dali.{lazy()['create_loader']}": loader,
-             "lumix_dali.data.formats.BadImage": FLOORS["data.formats"], "lumix_dali.fn": FLOORS["fn"],
-             "lumix_dali.__version__": None, "numpy": None, "benchmarks.mix": max(FLOORS.values()) + 1}
+    names = {
+        "lumix_dali.loading.loader.Loader": loader,
+        f"lumix_dali.{lazy()['create_loader']}": loader,
+        "lumix_dali.data.formats.BadImage": FLOORS["data.formats"],
+        "lumix_dali.fn": FLOORS["fn"],
+        "lumix_dali.__version__": None,
+        "numpy": None,
+        "benchmarks.mix": max(FLOORS.values()) + 1,
+    }
     assert {name: floor(name) for name in names} == names
 
 
@@ -95,10 +116,15 @@ def test_programs_import_only_the_package_and_their_own(path):
     assert not {name.partition(".")[0] for name in imports(path)} & others
 
 
-@pytest.mark.parametrize(("module", "top_level_only", "allowed"), [
-    ("reference", False, {"numpy"}), ("target", True, set()), ("checks", False, {"numpy"}),
-    ("mixing", False, {"numpy", "lumix_dali"}),
-])
+@pytest.mark.parametrize(
+    ("module", "top_level_only", "allowed"),
+    [
+        ("reference", False, {"numpy"}),
+        ("target", True, set()),
+        ("checks", False, {"numpy"}),
+        ("mixing", False, {"numpy", "lumix_dali"}),
+    ],
+)
 def test_ground_floors_need_nothing_else(module, top_level_only, allowed):
     names = imports(ROOT / "lumix_dali" / f"{module}.py", top_level_only)
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= allowed
@@ -107,11 +133,19 @@ def test_ground_floors_need_nothing_else(module, top_level_only, allowed):
 DALI, TORCH = "nvidia.dali", "torch"
 
 
-@pytest.mark.parametrize(("module", "unwanted"), [
-    ("lumix_dali", (TORCH, DALI)), ("lumix_dali.loss", (DALI,)), ("lumix_dali.target", (TORCH, DALI)),
-    ("lumix_dali.mixing", (TORCH, DALI)), ("lumix_dali.fn", (TORCH,)), ("lumix_dali.augment", (TORCH,)),
-    ("lumix_dali.data.sources", (TORCH, DALI)), ("lumix_dali.loading.plan", (TORCH, DALI)),
-])
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("lumix_dali", (TORCH, DALI)),
+        ("lumix_dali.loss", (DALI,)),
+        ("lumix_dali.target", (TORCH, DALI)),
+        ("lumix_dali.mixing", (TORCH, DALI)),
+        ("lumix_dali.fn", (TORCH,)),
+        ("lumix_dali.augment", (TORCH,)),
+        ("lumix_dali.data.sources", (TORCH, DALI)),
+        ("lumix_dali.loading.plan", (TORCH, DALI)),
+    ],
+)
 def test_import_does_not_pull_in(module, unwanted):
     code = f"import sys, {module}; sys.exit(not sys.modules.keys().isdisjoint({unwanted!r}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -130,8 +164,11 @@ def lines(function):
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_functions_can_be_read_without_scrolling(path):
-    long = {f"{function.name}: {lines(function)} lines" for function in functions(path)
-            if lines(function) > LONGEST and (path.name, function.name) not in LONG}
+    long = {
+        f"{function.name}: {lines(function)} lines"
+        for function in functions(path)
+        if lines(function) > LONGEST and (path.name, function.name) not in LONG
+    }
     assert not long
 
 

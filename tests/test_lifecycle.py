@@ -140,21 +140,30 @@ def run(program, folder, **options):
     code = "import sys\nfrom lumix_dali import create_loader\nloader = create_loader(sys.argv[1], batch_size=4, "
     code += "input_size=32, device='cpu', num_threads=2, cutmix_alpha=1.0)\n" + textwrap.dedent(program)
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
     assert process.stdout.readline() == "ready\n", process.communicate(timeout=60)[1]
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_the_process_and_leave_no_orphan(folder, number):
-    process = run("""
+    process = run(
+        """
         next(iter(loader))
         print("ready", flush=True)
         while True:
             for batch in loader:
                 pass
-    """, folder)
+    """,
+        folder,
+    )
     os.kill(process.pid, number)
     process.communicate(timeout=30)
     assert process.returncode in (-number, 128 + number, 1)
@@ -163,7 +172,8 @@ def test_signals_end_the_process_and_leave_no_orphan(folder, number):
 
 
 def test_use_after_a_fork_is_an_error_not_a_hang(folder):
-    process = run("""
+    process = run(
+        """
         import os
         batches = iter(loader)
         next(batches)
@@ -176,7 +186,9 @@ def test_use_after_a_fork_is_an_error_not_a_hang(folder):
                     print(error, flush=True)
             os._exit(0)
         os.wait()
-    """, folder)
+    """,
+        folder,
+    )
     out, _ = process.communicate(timeout=60)
     assert out.count("make a loader of its own in each process") == 2
 

@@ -36,8 +36,14 @@ AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "interpolat
 @pytest.fixture
 def make(device):
     """`make(source, …)`: `create_loader` on the device under test, small and with one thread."""
-    defaults = {"batch_size": 4, "input_size": SIZE, "num_threads": 1, "mean": MEAN, "std": STD,
-                "device": "cuda:0" if device == "gpu" else "cpu"}
+    defaults = {
+        "batch_size": 4,
+        "input_size": SIZE,
+        "num_threads": 1,
+        "mean": MEAN,
+        "std": STD,
+        "device": "cuda:0" if device == "gpu" else "cpu",
+    }
     with contextlib.ExitStack() as stack:
         yield lambda source, **options: stack.enter_context(create_loader(source, **defaults | options))
 
@@ -106,7 +112,13 @@ def assert_types(loader, images, target, dtype, channels_last):
     assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert isinstance(target, MixTarget)
     assert [field.dtype for field in target] == [
-        torch.int64, torch.int64, torch.float32, torch.int32, torch.int32, torch.int64]
+        torch.int64,
+        torch.int64,
+        torch.float32,
+        torch.int32,
+        torch.int32,
+        torch.int64,
+    ]
     assert [tuple(field.shape) for field in target] == [(count,), (count,), (count,), (count, 4), (count,), (count,)]
     assert {field.device for field in (images, *target)} == {loader.device}
 
@@ -164,16 +176,19 @@ def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, k
     assert seen == kinds
 
 
-@pytest.mark.parametrize(("options", "kinds"), [
-    ({}, {0}),
-    ({"cutmix_alpha": 1.0, "prob": 0.5}, {0, 2}),
-    ({"mixup_alpha": 0.8, "switch_prob": 0.0}, {1}),
-    ({**MIX, "mode": "batch"}, {1, 2}),
-    ({"cutmix_minmax": (0.2, 0.8)}, {2}),
-    ({**MIX, "batch_size": 7, "drop_last": False}, {1, 2}),
-    ({**MIX, "batch_size": 23, "drop_last": False}, {0, 1, 2}),  # the last batch holds one sample
-    ({**MIX, "batch_size": 1}, {0}),
-])
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({}, {0}),
+        ({"cutmix_alpha": 1.0, "prob": 0.5}, {0, 2}),
+        ({"mixup_alpha": 0.8, "switch_prob": 0.0}, {1}),
+        ({**MIX, "mode": "batch"}, {1, 2}),
+        ({"cutmix_minmax": (0.2, 0.8)}, {2}),
+        ({**MIX, "batch_size": 7, "drop_last": False}, {1, 2}),
+        ({**MIX, "batch_size": 23, "drop_last": False}, {0, 1, 2}),  # the last batch holds one sample
+        ({**MIX, "batch_size": 1}, {0}),
+    ],
+)
 def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, options, kinds):
     root, colours, labels = colour_files
     options = {"batch_size": 8, **options}
@@ -189,8 +204,9 @@ def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, option
 def test_erasing_comes_before_mixing(make, colour_files):
     """Where a partner's region lies in a box, it is the partner's: λ0 counts it, and it is seen there too."""
     root, colours, _ = colour_files
-    loader = make(root, batch_size=8, dtype="uint8", mean=(0.0, 0.0, 0.0), cutmix_alpha=1.0, re_prob=1.0,
-                  re_mode="const")
+    loader = make(
+        root, batch_size=8, dtype="uint8", mean=(0.0, 0.0, 0.0), cutmix_alpha=1.0, re_prob=1.0, re_mode="const"
+    )
     seen = 0
     for batch, (images, target) in zip(Order(COUNT, 8).epoch(0).reshape(-1, 8), loader, strict=True):
         levels, inside = grey_levels(images), np.zeros((8, *SIZE), bool)
@@ -495,32 +511,35 @@ def state(make, ramp_files):
     return loader.state_dict()
 
 
-@pytest.mark.parametrize(("changed", "named"), [
-    ({"batch_size": 3}, "batch_size was 2 and is 3"),
-    ({"seed": 4}, "seed was 3 and is 4"),
-    ({"rank": 1}, "rank was 0 and is 1"),
-    ({"world_size": 3}, "world_size was 2 and is 3"),
-    ({"drop_last": False}, "drop_last was True and is False"),
-    ({"input_size": 12}, r"size was \(12, 18\) and is \(12, 12\)"),
-    ({"interpolation": "bilinear"}, "interpolation was 'bicubic' and is 'bilinear'"),
-    ({"mean": (0.5, 0.5, 0.5)}, "mean was "),
-    ({"std": (0.5, 0.5, 0.5)}, "std was "),
-    ({"dtype": "float16"}, "dtype was 'float32' and is 'float16'"),
-    ({"channels_last": True}, "channels_last was False and is True"),
-    ({"scale": (0.5, 1)}, r"scale was \(0.08, 1.0\) and is \(0.5, 1.0\)"),
-    ({"ratio": (1, 1)}, "ratio was "),
-    ({"hflip": 0}, "hflip was 0.5 and is 0.0"),
-    ({"mixup_alpha": 0.0}, "mixup_alpha was 0.8 and is 0.0"),
-    ({"cutmix_alpha": 2.0}, "cutmix_alpha was 1.0 and is 2.0"),
-    ({"cutmix_minmax": (0.1, 0.2)}, r"cutmix_minmax was None and is \(0.1, 0.2\)"),
-    ({"prob": 0.5}, "prob was 1.0 and is 0.5"),
-    ({"switch_prob": 0.7}, "switch_prob was 0.5 and is 0.7"),
-    ({"mode": "batch"}, "mode was 'elem' and is 'batch'"),
-    ({"correct_lam": False}, "correct_lam was True and is False"),
-    ({"decoder": {"jpeg_fancy_upsampling": True}}, "decoder was 'None' and is "),
-    ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, "cutmix_alpha was 1.0 and is None"),
-    ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "is_training": False}, "shuffle was True and is False"),
-])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"batch_size": 3}, "batch_size was 2 and is 3"),
+        ({"seed": 4}, "seed was 3 and is 4"),
+        ({"rank": 1}, "rank was 0 and is 1"),
+        ({"world_size": 3}, "world_size was 2 and is 3"),
+        ({"drop_last": False}, "drop_last was True and is False"),
+        ({"input_size": 12}, r"size was \(12, 18\) and is \(12, 12\)"),
+        ({"interpolation": "bilinear"}, "interpolation was 'bicubic' and is 'bilinear'"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean was "),
+        ({"std": (0.5, 0.5, 0.5)}, "std was "),
+        ({"dtype": "float16"}, "dtype was 'float32' and is 'float16'"),
+        ({"channels_last": True}, "channels_last was False and is True"),
+        ({"scale": (0.5, 1)}, r"scale was \(0.08, 1.0\) and is \(0.5, 1.0\)"),
+        ({"ratio": (1, 1)}, "ratio was "),
+        ({"hflip": 0}, "hflip was 0.5 and is 0.0"),
+        ({"mixup_alpha": 0.0}, "mixup_alpha was 0.8 and is 0.0"),
+        ({"cutmix_alpha": 2.0}, "cutmix_alpha was 1.0 and is 2.0"),
+        ({"cutmix_minmax": (0.1, 0.2)}, r"cutmix_minmax was None and is \(0.1, 0.2\)"),
+        ({"prob": 0.5}, "prob was 1.0 and is 0.5"),
+        ({"switch_prob": 0.7}, "switch_prob was 0.5 and is 0.7"),
+        ({"mode": "batch"}, "mode was 'elem' and is 'batch'"),
+        ({"correct_lam": False}, "correct_lam was True and is False"),
+        ({"decoder": {"jpeg_fancy_upsampling": True}}, "decoder was 'None' and is "),
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, "cutmix_alpha was 1.0 and is None"),
+        ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "is_training": False}, "shuffle was True and is False"),
+    ],
+)
 def test_a_state_of_another_loader_is_refused(make, ramp_files, state, changed, named):
     other = make(ramp_files, **STATE_OPTIONS | changed)
     with pytest.raises(ValueError, match=f"state: it is another loader's: .*{named}.*Make the loader as it was"):
@@ -587,9 +606,15 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
     for key in state:
         refusal(loader, {name: value for name, value in state.items() if name != key})
     epoch, iteration, checkpoint, *rest = state["place"]
-    for changed in [{"place": (epoch, iteration + 1, checkpoint, *rest)}, {"mixup_enabled": False},
-                    {"place": (epoch, iteration, checkpoint[:-1], *rest)}, {"bad": {0: (1, "a", "b")}}, {"new": 0},
-                    {"input_size": (8, 8)}, {1: 0}]:
+    for changed in [
+        {"place": (epoch, iteration + 1, checkpoint, *rest)},
+        {"mixup_enabled": False},
+        {"place": (epoch, iteration, checkpoint[:-1], *rest)},
+        {"bad": {0: (1, "a", "b")}},
+        {"new": 0},
+        {"input_size": (8, 8)},
+        {1: 0},
+    ]:
         refusal(loader, state | changed)
     loader.load_state_dict(state)
 
@@ -609,6 +634,7 @@ REPLACED = "takes its place"
 @pytest.fixture
 def spoilt(ramp_files, tmp_path):
     """(`Samples` of a copy, `spoil(index, …, content=…)`, which damages files of it)."""
+
     def spoil(*indices, content=b""):
         for index in indices:
             path = tmp_path / "copy" / ramp_files.names[index]
@@ -786,10 +812,17 @@ def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch
 # Arguments
 
 
-@pytest.mark.parametrize("name", [
-    "resnet50.a1_in1k", "deit_small_patch16_224.fb_in1k", "vit_base_patch16_384.augreg_in21k_ft_in1k",
-    "efficientnet_b0.ra_in1k", "convnext_tiny.fb_in22k", "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50.a1_in1k",
+        "deit_small_patch16_224.fb_in1k",
+        "vit_base_patch16_384.augreg_in21k_ft_in1k",
+        "efficientnet_b0.ra_in1k",
+        "convnext_tiny.fb_in22k",
+        "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
+    ],
+)
 def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
     config = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     for is_training in (True, False):
@@ -797,64 +830,71 @@ def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
         assert images.shape == (1, *config["input_size"])
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"batch_size": 0}, "batch_size=0: give a whole number >= 1"),
-    ({"batch_size": 4.0}, "batch_size=4.0: give a whole number >= 1"),
-    ({"batch_size": 21}, r"batch_size=21: 20 samples do not fill a batch on each of 1 rank\(s\); give a smaller"),
-    ({"batch_size": 11, "world_size": 2}, r"batch_size=11: 20 samples do not fill a batch on each of 2 rank\(s\)"),
-    ({"input_size": 0}, r"input_size=0: give a side, \(H, W\) or \(3, H, W\)"),
-    ({"input_size": (1, 28, 28)}, r"input_size=\(1, 28, 28\): give a side"),
-    ({"input_size": 22.5}, r"input_size=22.5: give a side"),
-    ({"input_size": None}, r"input_size=None: give a side"),
-    ({"dtype": "bfloat16"}, "dtype='bfloat16': give one of 'float32', 'float16', 'uint8'"),
-    ({"interpolation": "lanczos"}, "interpolation='lanczos': give one of 'bilinear', 'bicubic', 'random'"),
-    ({"is_training": False, "interpolation": "random"},
-     "interpolation='random': give one of 'bilinear', 'bicubic'$"),
-    ({"auto_augment": "augmix-m3"}, "auto_augment='augmix-m3': 'augmix' is not supported"),
-    ({"color_jitter": (0.4, 0.4)}, r"color_jitter=\(0.4, 0.4\): give a number >= 0, or three or four"),
-    ({"color_jitter": 0.4, "color_jitter_prob": 2}, r"color_jitter_prob=2: give a number in \[0, 1\]"),
-    ({"re_prob": -0.1}, r"re_prob=-0.1: give a number in \[0, 1\]"),
-    ({"re_prob": 0.1, "re_mode": "noise"}, "re_mode='noise': give one of 'const', 'rand', 'pixel'"),
-    ({"re_prob": 0.1, "re_count": 0}, "re_count=0: give a whole number >= 1"),
-    ({"num_aug_repeats": -1}, "num_aug_repeats=-1: give a whole number >= 0"),
-    ({"is_training": False, "re_prob": 0.25, "num_aug_repeats": 3},
-     "is_training=False: evaluation augments nothing; leave out re_prob, num_aug_repeats"),
-    ({"scale": (0, 1)}, r"scale=\(0, 1\): give \(low, high\) with 0 < low <= high <= 1"),
-    ({"scale": (0.5, 0.2)}, r"scale=\(0.5, 0.2\): give \(low, high\)"),
-    ({"scale": (0.5, 2)}, r"scale=\(0.5, 2\): give \(low, high\)"),
-    ({"scale": 0.08}, r"scale=0.08: give \(low, high\)"),
-    ({"ratio": (0, 1)}, r"ratio=\(0, 1\): give \(low, high\) with 0 < low <= high"),
-    ({"hflip": 1.5}, r"hflip=1.5: give a number in \[0, 1\]"),
-    ({"hflip": "often"}, r"hflip='often': give a number in \[0, 1\]"),
-    ({"mean": 0.5}, "mean=0.5: give three numbers"),
-    ({"std": (1, 1)}, r"std=\(1, 1\): give three numbers"),
-    ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\): give three numbers.*above 0"),
-    ({"device": "tpu"}, "device='tpu': give 'auto', 'cpu', 'cuda' or 'cuda:N'"),
-    ({"device": "cuda:99"}, r"device='cuda:99': torch sees \d+ GPU\(s\) here; give 'cpu' or 'auto'"),
-    ({"device": "mps"}, "device='mps'"),
-    ({"cutmix_alpha": -1}, "cutmix_alpha=-1: give a finite number > 0"),
-    ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: give a finite number > 0"),
-    ({"cutmix_alpha": 1.0, "prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
-    ({"prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
-    ({"cutmix_alpha": 1.0, "switch_prob": -1}, r"switch_prob=-1: give a number in \[0, 1\]"),
-    ({"cutmix_alpha": 1.0, "mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
-    ({"mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
-    ({"cutmix_minmax": (0.5, 0.2)}, r"cutmix_minmax=\(0.5, 0.2\): give \(low, high\)"),
-    ({"cutmix_minmax": ()}, r"cutmix_minmax=\(\): give \(low, high\)"),
-    ({"is_training": False, "cutmix_alpha": 1.0}, "is_training=False: evaluation mixes nothing; leave"),
-    ({"is_training": False, "crop_mode": "border"}, "crop_mode='border': give one of 'center', 'squash'"),
-    ({"is_training": False, "crop_pct": 0}, "crop_pct=0: give a number in"),
-    ({"is_training": False, "crop_pct": 1.5}, "crop_pct=1.5: give a number in"),
-    ({"seed": -1}, "seed=-1: give a whole number >= 0"),
-    ({"seed": None}, "seed=None: give a whole number >= 0"),
-    ({"rank": 1}, r"rank=1: give a rank in \[0, world_size\), world_size=1"),
-    ({"rank": "0"}, "rank='0': give a whole number >= 0"),
-    ({"world_size": 0}, "world_size=0: give a whole number >= 1"),
-    ({"num_threads": 0}, "num_threads=0: give a whole number >= 1"),
-    ({"prefetch_queue_depth": 0}, "prefetch_queue_depth=0: give a whole number >= 1"),
-    ({"on_bad_sample": "skip"}, "on_bad_sample='skip': give one of 'replace', 'raise'"),
-    ({"max_bad": -1}, "max_bad=-1: give a whole number >= 0"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0: give a whole number >= 1"),
+        ({"batch_size": 4.0}, "batch_size=4.0: give a whole number >= 1"),
+        ({"batch_size": 21}, r"batch_size=21: 20 samples do not fill a batch on each of 1 rank\(s\); give a smaller"),
+        ({"batch_size": 11, "world_size": 2}, r"batch_size=11: 20 samples do not fill a batch on each of 2 rank\(s\)"),
+        ({"input_size": 0}, r"input_size=0: give a side, \(H, W\) or \(3, H, W\)"),
+        ({"input_size": (1, 28, 28)}, r"input_size=\(1, 28, 28\): give a side"),
+        ({"input_size": 22.5}, r"input_size=22.5: give a side"),
+        ({"input_size": None}, r"input_size=None: give a side"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16': give one of 'float32', 'float16', 'uint8'"),
+        ({"interpolation": "lanczos"}, "interpolation='lanczos': give one of 'bilinear', 'bicubic', 'random'"),
+        (
+            {"is_training": False, "interpolation": "random"},
+            "interpolation='random': give one of 'bilinear', 'bicubic'$",
+        ),
+        ({"auto_augment": "augmix-m3"}, "auto_augment='augmix-m3': 'augmix' is not supported"),
+        ({"color_jitter": (0.4, 0.4)}, r"color_jitter=\(0.4, 0.4\): give a number >= 0, or three or four"),
+        ({"color_jitter": 0.4, "color_jitter_prob": 2}, r"color_jitter_prob=2: give a number in \[0, 1\]"),
+        ({"re_prob": -0.1}, r"re_prob=-0.1: give a number in \[0, 1\]"),
+        ({"re_prob": 0.1, "re_mode": "noise"}, "re_mode='noise': give one of 'const', 'rand', 'pixel'"),
+        ({"re_prob": 0.1, "re_count": 0}, "re_count=0: give a whole number >= 1"),
+        ({"num_aug_repeats": -1}, "num_aug_repeats=-1: give a whole number >= 0"),
+        (
+            {"is_training": False, "re_prob": 0.25, "num_aug_repeats": 3},
+            "is_training=False: evaluation augments nothing; leave out re_prob, num_aug_repeats",
+        ),
+        ({"scale": (0, 1)}, r"scale=\(0, 1\): give \(low, high\) with 0 < low <= high <= 1"),
+        ({"scale": (0.5, 0.2)}, r"scale=\(0.5, 0.2\): give \(low, high\)"),
+        ({"scale": (0.5, 2)}, r"scale=\(0.5, 2\): give \(low, high\)"),
+        ({"scale": 0.08}, r"scale=0.08: give \(low, high\)"),
+        ({"ratio": (0, 1)}, r"ratio=\(0, 1\): give \(low, high\) with 0 < low <= high"),
+        ({"hflip": 1.5}, r"hflip=1.5: give a number in \[0, 1\]"),
+        ({"hflip": "often"}, r"hflip='often': give a number in \[0, 1\]"),
+        ({"mean": 0.5}, "mean=0.5: give three numbers"),
+        ({"std": (1, 1)}, r"std=\(1, 1\): give three numbers"),
+        ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\): give three numbers.*above 0"),
+        ({"device": "tpu"}, "device='tpu': give 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": "cuda:99"}, r"device='cuda:99': torch sees \d+ GPU\(s\) here; give 'cpu' or 'auto'"),
+        ({"device": "mps"}, "device='mps'"),
+        ({"cutmix_alpha": -1}, "cutmix_alpha=-1: give a finite number > 0"),
+        ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: give a finite number > 0"),
+        ({"cutmix_alpha": 1.0, "prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
+        ({"prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
+        ({"cutmix_alpha": 1.0, "switch_prob": -1}, r"switch_prob=-1: give a number in \[0, 1\]"),
+        ({"cutmix_alpha": 1.0, "mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
+        ({"mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
+        ({"cutmix_minmax": (0.5, 0.2)}, r"cutmix_minmax=\(0.5, 0.2\): give \(low, high\)"),
+        ({"cutmix_minmax": ()}, r"cutmix_minmax=\(\): give \(low, high\)"),
+        ({"is_training": False, "cutmix_alpha": 1.0}, "is_training=False: evaluation mixes nothing; leave"),
+        ({"is_training": False, "crop_mode": "border"}, "crop_mode='border': give one of 'center', 'squash'"),
+        ({"is_training": False, "crop_pct": 0}, "crop_pct=0: give a number in"),
+        ({"is_training": False, "crop_pct": 1.5}, "crop_pct=1.5: give a number in"),
+        ({"seed": -1}, "seed=-1: give a whole number >= 0"),
+        ({"seed": None}, "seed=None: give a whole number >= 0"),
+        ({"rank": 1}, r"rank=1: give a rank in \[0, world_size\), world_size=1"),
+        ({"rank": "0"}, "rank='0': give a whole number >= 0"),
+        ({"world_size": 0}, "world_size=0: give a whole number >= 1"),
+        ({"num_threads": 0}, "num_threads=0: give a whole number >= 1"),
+        ({"prefetch_queue_depth": 0}, "prefetch_queue_depth=0: give a whole number >= 1"),
+        ({"on_bad_sample": "skip"}, "on_bad_sample='skip': give one of 'replace', 'raise'"),
+        ({"max_bad": -1}, "max_bad=-1: give a whole number >= 0"),
+    ],
+)
 def test_a_bad_argument_is_named(ramp_files, options, message):
     with pytest.raises(ValueError, match=message):
         create_loader(ramp_files, **{"batch_size": 4, "device": "cpu"} | options)

@@ -134,9 +134,7 @@ def test_lam_of_labels_is_zero():
     assert LUMixLoss().lam(torch.zeros(3, 4), torch.tensor([0, 1, 2])).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"detach_lam_s": False}, {"r_s": 0.0}, {"detach_lam_s": False, "base": "bce"}]
-)
+@pytest.mark.parametrize("options", [{"detach_lam_s": False}, {"r_s": 0.0}, {"detach_lam_s": False, "base": "bce"}])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradcheck(options, smoothing):
     logits, target, _ = random_case(batch=12, spread=1.0)
@@ -784,9 +782,7 @@ def test_wrong_tensors_are_named(logits, target, lam_r, message, method):
 
 
 def rows(**fields):
-    return GOOD._replace(
-        **{name: torch.tensor(rows, dtype=getattr(GOOD, name).dtype) for name, rows in fields.items()}
-    )
+    return GOOD._replace(**{name: torch.tensor(rows, dtype=getattr(GOOD, name).dtype) for name, rows in fields.items()})
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from torchvision.ops import box_iou
 
 from pipelines import metrics
 
-CONFIDENCE, CORRECT = [.2, .4, .6, .8], [0, 1, 0, 1]
+CONFIDENCE, CORRECT = [0.2, 0.4, 0.6, 0.8], [0, 1, 0, 1]
 
 
 def test_calibration_error_by_hand():
     # bins (.2, .4) and (.6, .8): confidence .3 and .7, accuracy .5 both
-    assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2) == pytest.approx(.02 ** .5)
-    assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2, skip_last=False) == pytest.approx(.2)
+    assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2) == pytest.approx(0.02**0.5)
+    assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2, skip_last=False) == pytest.approx(0.2)
     # bins of one sample each, sorted: gaps .9 and .4, and .3 in the last
-    assert metrics.rms_calibration_error([.7, .1, .4], [1, 1, 0], 1) == pytest.approx((.81 / 3 + .16 / 3) ** .5)
+    assert metrics.rms_calibration_error([0.7, 0.1, 0.4], [1, 1, 0], 1) == pytest.approx((0.81 / 3 + 0.16 / 3) ** 0.5)
 
 
 @pytest.mark.parametrize("n", [20, 25, 29, 30])
@@ -29,9 +29,9 @@ def test_calibration_error_of_a_loop(n):
         size = 10 if len(pairs) >= 20 else len(pairs)
         taken, pairs = pairs[:size], pairs[size:]
         gap = sum(c for c, _ in taken) / size - sum(r for _, r in taken) / size
-        terms.append(size / n * gap ** 2)
-    assert metrics.rms_calibration_error(confidence, correct, 10) == pytest.approx(sum(terms[:-1]) ** .5)
-    assert metrics.rms_calibration_error(confidence, correct, 10, False) == pytest.approx(sum(terms) ** .5)
+        terms.append(size / n * gap**2)
+    assert metrics.rms_calibration_error(confidence, correct, 10) == pytest.approx(sum(terms[:-1]) ** 0.5)
+    assert metrics.rms_calibration_error(confidence, correct, 10, False) == pytest.approx(sum(terms) ** 0.5)
 
 
 def test_a_single_bin_is_refused():
@@ -42,8 +42,8 @@ def test_a_single_bin_is_refused():
 
 def test_aurra():
     curve = metrics.response_rate_accuracy(CONFIDENCE, CORRECT)
-    assert curve.tolist() == pytest.approx([1, .5, 2 / 3, .5])
-    assert curve.mean() == pytest.approx(.666667, abs=1e-6)
+    assert curve.tolist() == pytest.approx([1, 0.5, 2 / 3, 0.5])
+    assert curve.mean() == pytest.approx(0.666667, abs=1e-6)
     rng = np.random.default_rng(0)
     confidence, correct = rng.random(40), rng.integers(0, 2, 40)
     slow = [correct[confidence >= threshold].mean() for threshold in sorted(confidence, reverse=True)]
@@ -52,7 +52,7 @@ def test_aurra():
 
 def test_aupr_of_the_specification():
     """The library's average precision is the one meant: in (.9, .6), out (.7, .3), score -confidence."""
-    assert average_precision_score([0, 0, 1, 1], [-.9, -.6, -.7, -.3]) == pytest.approx(.833333, abs=1e-6)
+    assert average_precision_score([0, 0, 1, 1], [-0.9, -0.6, -0.7, -0.3]) == pytest.approx(0.833333, abs=1e-6)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 4), (4, 3)])
@@ -68,8 +68,9 @@ def test_shuffled_cells(grid, each):
         for to in range(rows * columns):
             fro = int(order[b if each else 0, to])
             y, x, v, u = to // columns, to % columns, fro // columns, fro % columns
-            expected[b, :, y * height:(y + 1) * height, x * width:(x + 1) * width] = \
-                images[b, :, v * height:(v + 1) * height, u * width:(u + 1) * width]
+            expected[b, :, y * height : (y + 1) * height, x * width : (x + 1) * width] = images[
+                b, :, v * height : (v + 1) * height, u * width : (u + 1) * width
+            ]
     assert torch.equal(metrics.shuffle_cells(images, order, grid), expected)
 
 
@@ -85,19 +86,19 @@ def test_dropped_cells():
 
 
 def test_top_mass_by_hand():
-    attention = torch.tensor([[.1, .5], [.1, .3]])
+    attention = torch.tensor([[0.1, 0.5], [0.1, 0.3]])
 
     def taken(mass):
         return metrics.top_mass(attention, mass).int().flatten().tolist()
 
-    assert taken(0.) == [0, 0, 0, 0]
-    assert taken(.3) == taken(.49) == [0, 1, 0, 0]
-    assert taken(.51) == taken(.79) == [0, 1, 0, 1]
-    assert taken(1.) == [1, 1, 1, 1]
-    assert metrics.top_mass(torch.tensor([[0., 2.]]), 1.).tolist() == [[False, True]]
+    assert taken(0.0) == [0, 0, 0, 0]
+    assert taken(0.3) == taken(0.49) == [0, 1, 0, 0]
+    assert taken(0.51) == taken(0.79) == [0, 1, 0, 1]
+    assert taken(1.0) == [1, 1, 1, 1]
+    assert metrics.top_mass(torch.tensor([[0.0, 2.0]]), 1.0).tolist() == [[False, True]]
 
 
-@pytest.mark.parametrize("mass", [.1, .37, .9, 1.])
+@pytest.mark.parametrize("mass", [0.1, 0.37, 0.9, 1.0])
 def test_top_mass_is_the_fewest_cells(mass):
     """As the public code words it: cells whose cumulated share, from the weakest on, is above 1 - mass."""
     attention = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -112,8 +113,8 @@ def test_top_mass_is_the_fewest_cells(mass):
 @pytest.mark.parametrize("ignore_void", [False, True])
 def test_best_jaccard(ignore_void):
     rng = np.random.default_rng(0)
-    target = rng.choice([0, 3, 7, 255], (6, 8), p=[.4, .25, .25, .1])
-    masks = rng.random((4, 6, 8)) < .5
+    target = rng.choice([0, 3, 7, 255], (6, 8), p=[0.4, 0.25, 0.25, 0.1])
+    masks = rng.random((4, 6, 8)) < 0.5
     seen = target != 255 if ignore_void else np.ones_like(target, bool)
     best = [max(jaccard_score((target == c)[seen], mask[seen]) for mask in masks) for c in (3, 7)]
     found = metrics.best_jaccard(torch.from_numpy(masks), torch.from_numpy(target), ignore_void)
@@ -131,9 +132,9 @@ def test_best_jaccard_by_hand():
 
 def test_mask_box():
     mask = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    assert metrics.mask_box(mask).tolist() == pytest.approx([.25, .2, .75, .4])  # the first of two equals
-    assert metrics.mask_box(mask, corners=True).tolist() == pytest.approx([0, 0, .75, .4])
-    assert metrics.mask_box(mask, largest=False).tolist() == pytest.approx([0, 0, .75, .8])
+    assert metrics.mask_box(mask).tolist() == pytest.approx([0.25, 0.2, 0.75, 0.4])  # the first of two equals
+    assert metrics.mask_box(mask, corners=True).tolist() == pytest.approx([0, 0, 0.75, 0.4])
+    assert metrics.mask_box(mask, largest=False).tolist() == pytest.approx([0, 0, 0.75, 0.8])
 
 
 def test_a_box_holds_its_pixels():

@@ -43,7 +43,7 @@ def test_resizemix_pastes_the_whole_partner_into_the_box(graph):
     for i, (y0, x0, y1, x1) in enumerate(target.box):
         height, width = y1 - y0, x1 - x0
         assert 0 <= y0 and y1 <= 40 and 0 <= x0 and x1 <= 60
-        assert math.floor(.1 * 40) <= height <= .8 * 40
+        assert math.floor(0.1 * 40) <= height <= 0.8 * 40
         assert abs(height / 40 - width / 60) < 1 / 40 + 1 / 60  # one τ for both sides, each rounded down
         taus.append(width / 60)
         inside = np.zeros(size, bool)
@@ -52,13 +52,13 @@ def test_resizemix_pastes_the_whole_partner_into_the_box(graph):
         patch = mixed[i, y0:y1, x0:x1].astype(float)
         np.testing.assert_array_equal(patch[..., 2], 3 * other[i])
         # The smaller ramp, at the centres of its own pixels; resizing may bend it at its ends.
-        ramp_x = 250 - 4 * ((np.arange(width) + .5) * 60 / width - .5)
-        ramp_y = 240 - 5 * ((np.arange(height) + .5) * 40 / height - .5)
+        ramp_x = 250 - 4 * ((np.arange(width) + 0.5) * 60 / width - 0.5)
+        ramp_y = 240 - 5 * ((np.arange(height) + 0.5) * 40 / height - 0.5)
         np.testing.assert_allclose(patch[..., 0].mean(0)[1:-1], ramp_x[1:-1], atol=2)
         np.testing.assert_allclose(patch[..., 1].mean(1)[1:-1], ramp_y[1:-1], atol=2)
         np.testing.assert_allclose(target.lam0[i], inside.mean(), rtol=1e-6)
     assert (target.kind == 2).all()
-    assert min(taus) < .25 and max(taus) > .65 and abs(np.mean(taus) - .45) < .1  # U(.1, .8)
+    assert min(taus) < 0.25 and max(taus) > 0.65 and abs(np.mean(taus) - 0.45) < 0.1  # U(.1, .8)
 
 
 def test_resizemix_puts_the_box_anywhere(graph):
@@ -67,7 +67,7 @@ def test_resizemix_puts_the_box_anywhere(graph):
     boxes = np.concatenate([run(images, labels)[1].box for _ in range(20)])
     free = 20 - (boxes[:, 2:] - boxes[:, :2])
     assert (boxes[:, :2] == 0).any(0).all() and (boxes[:, :2] == free).any(0).all()
-    np.testing.assert_allclose((boxes[:, :2] / free).mean(0), .5, atol=.05)
+    np.testing.assert_allclose((boxes[:, :2] / free).mean(0), 0.5, atol=0.05)
 
 
 # --- the input space's ablations
@@ -95,7 +95,7 @@ def test_patches_are_permuted_whole_and_differently_for_each_sample(graph):
     assert len(np.unique(found[:COUNT], axis=0)) > COUNT / 2
     for place in range(rows * columns):  # each patch comes to each place equally often
         share = np.bincount(found[:, place], minlength=rows * columns) / len(found)
-        np.testing.assert_allclose(share, 1 / (rows * columns), atol=.04)
+        np.testing.assert_allclose(share, 1 / (rows * columns), atol=0.04)
 
 
 def cut(images, patch):
@@ -106,7 +106,7 @@ def cut(images, patch):
 
 
 def test_equal_draws_still_give_a_permutation(graph, monkeypatch):
-    constant = lambda **options: mixing.types.Constant(np.full(options["shape"], .5, np.float32))  # noqa: E731
+    constant = lambda **options: mixing.types.Constant(np.full(options["shape"], 0.5, np.float32))  # noqa: E731
     monkeypatch.setattr(mixing.fn.random, "uniform", constant)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     mixed, _ = graph(shuffled, 4, size=(8, 8), patch=4)(images, np.arange(4))
@@ -127,10 +127,10 @@ def test_each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean(graph):
         assert (values == values[:, :1]).all()  # one weight a patch
         if abs(theirs - own) > 150:
             weights = (values[:, 0] - own) / (theirs - own)
-            np.testing.assert_allclose(target.lam0[i], weights.mean(), atol=.5 / abs(theirs - own) + 1e-6)
+            np.testing.assert_allclose(target.lam0[i], weights.mean(), atol=0.5 / abs(theirs - own) + 1e-6)
             all_weights.extend(weights)
     assert len(all_weights) > 60 and len(np.unique(np.round(all_weights, 2))) > 30
-    assert abs(np.mean(all_weights) - .5) < .12 and abs(np.var(all_weights) - 1 / 12) < .04  # Beta(1, 1)
+    assert abs(np.mean(all_weights) - 0.5) < 0.12 and abs(np.var(all_weights) - 1 / 12) < 0.04  # Beta(1, 1)
 
 
 def test_images_that_cannot_be_cut_are_refused():
@@ -158,13 +158,13 @@ def test_saliencymix_pastes_around_the_partners_point(monkeypatch):
     drawn = np.random.default_rng(1)
     drawn.permutation(6)
     for i, lam in enumerate(drawn.beta(1, 1, 6)):
-        (cy, cx), height, width = points[3 * other[i]], int(10 * lam**.5), int(20 * lam**.5)
+        (cy, cx), height, width = points[3 * other[i]], int(10 * lam**0.5), int(20 * lam**0.5)
         y0, x0 = cy - height // 2, cx - width // 2
         box = max(y0, 0), max(x0, 0), min(y0 + height, 10), min(x0 + width, 20)
         assert tuple(target.box[i]) == box
         inside = mixed[i, ..., 0] == 3 * other[i]
         assert inside.sum() == (box[2] - box[0]) * (box[3] - box[1])
-        assert inside[box[0]:box[2], box[1]:box[3]].all()
+        assert inside[box[0] : box[2], box[1] : box[3]].all()
         np.testing.assert_array_equal(mixed[i][~inside], images[i][~inside])
         np.testing.assert_allclose(target.lam0[i], inside.mean(), rtol=1e-6)
     types = ["int64", "int64", "float32", "int32", "int32", "int64"]
@@ -178,22 +178,28 @@ def boxes(*rows, kind=2):
     box = torch.tensor(rows, dtype=torch.int32)
     lam0 = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])).float() / 64
     n = len(rows)
-    return MixTarget(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64), lam0, box,
-                     torch.full((n,), kind, dtype=torch.int32), torch.zeros(n, dtype=torch.int64))
+    return MixTarget(
+        torch.zeros(n, dtype=torch.int64),
+        torch.ones(n, dtype=torch.int64),
+        lam0,
+        box,
+        torch.full((n,), kind, dtype=torch.int32),
+        torch.zeros(n, dtype=torch.int64),
+    )
 
 
 def test_transmix_by_hand():
     """8x8 pixels, 2x2 tokens: nearest-neighbour resampling looks at rows and columns 0 and 4."""
-    attention = torch.tensor([[.1, .2, .3, .4]]).repeat(4, 1) * torch.tensor([[1.], [1.], [1.], [.5]])
+    attention = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).repeat(4, 1) * torch.tensor([[1.0], [1.0], [1.0], [0.5]])
     target = boxes((0, 0, 4, 4), (0, 0, 8, 5), (1, 1, 4, 4), (4, 4, 8, 8))
     lam0 = mixing.transmix(target, attention, (8, 8)).lam0
     # area 16/64 and .1; 40/64 and all; 9/64 and nothing; 16/64 and .2/.5
-    np.testing.assert_allclose(lam0, [(.25 + .1) / 2, (.625 + 1) / 2, (9 / 64) / 2, (.25 + .4) / 2], rtol=1e-6)
+    np.testing.assert_allclose(lam0, [(0.25 + 0.1) / 2, (0.625 + 1) / 2, (9 / 64) / 2, (0.25 + 0.4) / 2], rtol=1e-6)
 
 
 def test_transmix_leaves_other_kinds_alone():
     target = boxes((0, 0, 4, 4), kind=1)
-    assert mixing.transmix(target, torch.tensor([[.7, .1, .1, .1]]), (8, 8)).lam0.tolist() == [.25]
+    assert mixing.transmix(target, torch.tensor([[0.7, 0.1, 0.1, 0.1]]), (8, 8)).lam0.tolist() == [0.25]
 
 
 def test_transmix_equals_a_loop_in_numpy():

@@ -78,8 +78,10 @@ def test_sides_and_centres_at_size(seed):
     side = (size * np.sqrt(rng.beta(0.5, 0.5, size=(count, 1)))).astype(int)
     low = rng.integers(0, size, size=(count, 2)) - side // 2
     box = np.concatenate([np.clip(low, 0, size), np.clip(low + side, 0, size)], axis=1)
-    for ours, theirs in [*zip(found.box.T, box.T, strict=True), ((found.box[:, 2:] - found.box[:, :2]).prod(1),
-                                                                 (box[:, 2:] - box[:, :2]).prod(1))]:
+    for ours, theirs in [
+        *zip(found.box.T, box.T, strict=True),
+        ((found.box[:, 2:] - found.box[:, :2]).prod(1), (box[:, 2:] - box[:, :2]).prod(1)),
+    ]:
         assert stats.ks_2samp(ours, theirs).pvalue > P
 
 
@@ -99,9 +101,16 @@ def test_every_derangement_of_four_alike():
     assert_frequencies([tuple(derangement(rng, 4).tolist()) for _ in range(5000)], dict.fromkeys(law, 1 / 9))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"mixup_alpha": 0.8, "prob": 0.7, "switch_prob": 0.4}, {"cutmix_minmax": (0.2, 0.8)}, {"cutmix_alpha": 0.3},
-], ids=["cutmix", "mix", "minmax", "small alpha"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixup_alpha": 0.8, "prob": 0.7, "switch_prob": 0.4},
+        {"cutmix_minmax": (0.2, 0.8)},
+        {"cutmix_alpha": 0.3},
+    ],
+    ids=["cutmix", "mix", "minmax", "small alpha"],
+)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_graph_draws_from_the_same_law(options, seed):
     """`fn.mix` against `draw`: kinds, drawn weights, and each edge of the box."""
@@ -137,12 +146,19 @@ def test_a_huge_alpha_gives_halves():
     assert np.isin(found.box[inner, 2] - found.box[inner, 0], (706, 707)).all()
 
 
-@pytest.mark.parametrize(("options", "kinds"), [
-    ({"prob": 0.0}, {0}), ({"mixup_alpha": 1.0, "prob": 0.0}, {0}),
-    ({"mixup_alpha": 1.0, "switch_prob": 0.0}, {1}), ({"mixup_alpha": 1.0, "switch_prob": 1.0}, {2}),
-    ({"mixup_alpha": 1.0, "cutmix_alpha": 0.0, "switch_prob": 1.0}, {1}), ({"switch_prob": 0.0}, {2}),
-    ({"cutmix_alpha": 0.0, "cutmix_minmax": (0.0, 1.0)}, {2}), ({"prob": 0.5}, {0, 2}),
-])
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"prob": 0.0}, {0}),
+        ({"mixup_alpha": 1.0, "prob": 0.0}, {0}),
+        ({"mixup_alpha": 1.0, "switch_prob": 0.0}, {1}),
+        ({"mixup_alpha": 1.0, "switch_prob": 1.0}, {2}),
+        ({"mixup_alpha": 1.0, "cutmix_alpha": 0.0, "switch_prob": 1.0}, {1}),
+        ({"switch_prob": 0.0}, {2}),
+        ({"cutmix_alpha": 0.0, "cutmix_minmax": (0.0, 1.0)}, {2}),
+        ({"prob": 0.5}, {0, 2}),
+    ],
+)
 def test_kinds_that_occur(options, kinds):
     found = drawn((6, 5), 0, 500, **options)
     assert set(found.kind.tolist()) == kinds
@@ -253,9 +269,14 @@ def assert_patches(found, patches, size):
 
 BATCHES = (8, 8, 3, 1, 2)
 GRAPHS = {
-    "cutmix": {}, "batch": {"mode": "batch"}, "prob": {"prob": 0.5}, "mix": {"mixup_alpha": 0.8, "prob": 0.8},
-    "minmax": {"cutmix_minmax": (0.0, 1.0)}, "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 0.0},
-    "uncorrected": {"mixup_alpha": 0.8, "correct_lam": False}, "uncorrected cutmix": {"correct_lam": False},
+    "cutmix": {},
+    "batch": {"mode": "batch"},
+    "prob": {"prob": 0.5},
+    "mix": {"mixup_alpha": 0.8, "prob": 0.8},
+    "minmax": {"cutmix_minmax": (0.0, 1.0)},
+    "mixup": {"mixup_alpha": 0.8, "cutmix_alpha": 0.0},
+    "uncorrected": {"mixup_alpha": 0.8, "correct_lam": False},
+    "uncorrected cutmix": {"correct_lam": False},
     "small boxes": {"cutmix_alpha": 0.05, "mixup_alpha": 0.05},
 }
 
@@ -270,8 +291,9 @@ def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
 
     transform = pipelines.TrainTransform(size=size, dtype="uint8", channels_last=True, hflip=0.0, scale=(1.0, 1.0))
     feed = SmallFeed(contents(), transform.size, mixing, batch_sizes=batch_sizes, paths=False, on_gpu=on_gpu)
-    pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=None, seed=0,
-                                    prefetch_queue_depth=1)
+    pipe = pipelines.train_pipeline(
+        feed, transform, batch_size=8, num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
+    )
     for step in range(len(batch_sizes)):
         images, *outputs = (torch.tensor(np.array(output.as_array())) for output in pipe.run())
         target, index = unpack(outputs, True)

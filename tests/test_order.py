@@ -22,8 +22,10 @@ def epochs_of(n, batch_size, world_size, drop_last, shuffle=True, epochs=4, seed
 
 def assert_fair_training(n, batch_size, world_size, drop_last):
     if drop_last and n < world_size * batch_size:
-        message = (rf"batch_size={batch_size}: {n} samples do not fill a batch on each of {world_size} rank\(s\); "
-                   "give a smaller batch, or drop_last=False")
+        message = (
+            rf"batch_size={batch_size}: {n} samples do not fill a batch on each of {world_size} rank\(s\); "
+            "give a smaller batch, or drop_last=False"
+        )
         with pytest.raises(ValueError, match=message):
             Order(n, batch_size, True, drop_last, world_size=world_size)
         return
@@ -48,8 +50,13 @@ def assert_exact_evaluation(n, batch_size, world_size):
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
-CASES = [*itertools.product([1, 2, 3, 5, 7, 8, 9, 16, 23, 24, 25, 31, 32, 33, 40], [1, 2, 3, 8], [1, 2, 3, 4]),
-         (97, 8, 4), (96, 8, 4), (127, 8, 4), (128, 8, 4)]
+CASES = [
+    *itertools.product([1, 2, 3, 5, 7, 8, 9, 16, 23, 24, 25, 31, 32, 33, 40], [1, 2, 3, 8], [1, 2, 3, 4]),
+    (97, 8, 4),
+    (96, 8, 4),
+    (127, 8, 4),
+    (128, 8, 4),
+]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
@@ -64,8 +71,7 @@ def test_evaluation_is_exact_by_brute_force():
 
 
 @settings(max_examples=100, deadline=None, database=None)
-@given(n=st.integers(1, 400), batch_size=st.integers(1, 50), world_size=st.integers(1, 12),
-       drop_last=st.booleans())
+@given(n=st.integers(1, 400), batch_size=st.integers(1, 50), world_size=st.integers(1, 12), drop_last=st.booleans())
 def test_any_order_is_fair(n, batch_size, world_size, drop_last):
     assert_fair_training(n, batch_size, world_size, drop_last)
     assert_exact_evaluation(n, batch_size, world_size)
@@ -133,8 +139,14 @@ def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
 def windows(draw):
     """Arguments of `Window`, of which every rank has some."""
     counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum))
-    return dict(n=sum(counts), counts=tuple(counts), window=draw(st.integers(1, 60)), seed=draw(st.integers(0, 5)),
-                batch_size=draw(st.integers(1, 6)), drop_last=False)
+    return dict(
+        n=sum(counts),
+        counts=tuple(counts),
+        window=draw(st.integers(1, 60)),
+        seed=draw(st.integers(0, 5)),
+        batch_size=draw(st.integers(1, 6)),
+        drop_last=False,
+    )
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -148,8 +160,10 @@ def test_a_window_covers_every_sample_and_deals_blocks(options, world_size, epoc
     assert dealt[n:] == list(itertools.islice(itertools.cycle(dealt[:n]), len(dealt) - n))
     assert len(dealt) - n < world_size
     for batch in range(1, 4):
-        dropped = [options | dict(batch_size=batch, drop_last=True, rank=rank, world_size=world_size)
-                   for rank in range(world_size)]
+        dropped = [
+            options | dict(batch_size=batch, drop_last=True, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
         if n < batch * world_size:
             continue
         ranks = [Window(**each).epoch(epoch).tolist() for each in dropped]

@@ -28,6 +28,7 @@ def encoded(kind, seed=0, size=(64, 48)):
 
 def claiming(side):
     """A PNG of a few bytes whose header says side x side."""
+
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -118,12 +119,16 @@ def test_the_manifest_is_what_the_loader_takes(root, tmp_path_factory):
     assert not loader.bad
 
 
-@pytest.mark.parametrize("change", [
-    lambda text: text.replace('"a/0.jpg"', '"a/9.jpg"'),
-    lambda text: text[:-20],
-    lambda text: text.replace('"labels": [0,', '"labels": [1,'),
-    lambda text: text.replace('"digest"', '"digests"'),
-], ids=["name", "cut", "label", "no digest"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"a/0.jpg"', '"a/9.jpg"'),
+        lambda text: text[:-20],
+        lambda text: text.replace('"labels": [0,', '"labels": [1,'),
+        lambda text: text.replace('"digest"', '"digests"'),
+    ],
+    ids=["name", "cut", "label", "no digest"],
+)
 def test_a_changed_manifest_is_refused(root, tmp_path_factory, change):
     manifest = tmp_path_factory.mktemp("out") / "train.json"
     sources.write_manifest(sources.folder(root), manifest)
@@ -161,16 +166,19 @@ def test_a_film_behind_a_photo_is_fine(root, full):
 def test_a_check_that_is_killed_takes_its_processes_along(root):
     for i in range(3000):
         os.link(root / "a" / "2.jpg", root / "a" / f"more {i}.jpg")
-    run = subprocess.Popen([sys.executable, "-m", "lumix_dali", "check", str(root), "--full", "--workers", "2"],
-                           stdout=subprocess.PIPE, start_new_session=True)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "lumix_dali", "check", str(root), "--full", "--workers", "2"],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     deadline = time.monotonic() + 60
     while len(found := children.read_text().split()) < 2:  # the pool's, and perhaps a resource tracker
         assert run.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(.02)
+        time.sleep(0.02)
     run.terminate()
     run.communicate(timeout=30)  # would wait for ever for a child that holds the pipe
     while any(os.path.exists(f"/proc/{child}") for child in found):
         assert time.monotonic() < deadline
-        time.sleep(.02)
+        time.sleep(0.02)

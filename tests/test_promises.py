@@ -44,8 +44,12 @@ def write_source(kind, root, bad=False):
             (root / name).write_bytes(image)
         (root / "list.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(names)))
         sources.write_manifest(sources.folder(root), root / "m.json")
-        given = {"folder": root, "list": root / "list.txt", "manifest": root / "m.json",
-                 "pairs": [(root / name, i) for i, name in enumerate(names)]}
+        given = {
+            "folder": root,
+            "list": root / "list.txt",
+            "manifest": root / "m.json",
+            "pairs": [(root / name, i) for i, name in enumerate(names)],
+        }
         return given[kind], f"'{root}/{names[BAD]}'"
     if kind == "rows":
         return [(image, i) for i, image in enumerate(content)], f"row {BAD}"
@@ -55,8 +59,10 @@ def write_source(kind, root, bad=False):
         if kind == "tfrecord":
             write_records(root / f"{k:02}.tfrecord", [(content[i], i, names[i]) for i in part])
         else:
-            pack(root / f"{k:02}.tar", *(member for i in part for member in (
-                (f"{i:02}.png", content[i]), (f"{i:02}.cls", str(i).encode()))))
+            pack(
+                root / f"{k:02}.tar",
+                *(member for i in part for member in ((f"{i:02}.png", content[i]), (f"{i:02}.cls", str(i).encode()))),
+            )
     if kind == "memory":
         fs = MemoryFileSystem()
         for path in root.glob("*.tar"):
@@ -103,8 +109,10 @@ def make(source, **options):
 
 def stream(batches):
     """[images, each field of the target, index] of each batch."""
-    return [[torch.clone(each) for part in batch for each in (part if isinstance(part, tuple) else (part,))]
-            for batch in batches]
+    return [
+        [torch.clone(each) for part in batch for each in (part if isinstance(part, tuple) else (part,))]
+        for batch in batches
+    ]
 
 
 def assert_same(ours, theirs):
@@ -133,9 +141,12 @@ def test_the_stream_is_that_of_every_source(source, reference):
 @pytest.mark.filterwarnings("ignore:.*cannot be used")
 def test_evaluation_gives_each_sample_once(source):
     ranks = [list(make(source, is_training=False, rank=rank, world_size=2, return_index=True)) for rank in range(2)]
-    found = [(label, index, int(image[2].float().mean().round()) // 12) for batches in ranks
-             for images, labels, indices in batches
-             for label, index, image in zip(labels.tolist(), indices.tolist(), images, strict=True)]
+    found = [
+        (label, index, int(image[2].float().mean().round()) // 12)
+        for batches in ranks
+        for images, labels, indices in batches
+        for label, index, image in zip(labels.tolist(), indices.tolist(), images, strict=True)
+    ]
     assert sorted(found) == [(i, i, i) for i in range(N)]
 
 

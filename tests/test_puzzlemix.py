@@ -168,7 +168,7 @@ def test_target_and_partners(rng):
     assert torch.equal(target.labels, labels) and (target.partner_labels != labels).all()
     assert sorted(target.partner_labels.tolist()) == labels.tolist()
     assert (target.kind == 3).all() and not target.box.any() and target.lam0.dtype == torch.float32
-    grids = {2 ** k for k in range(1, 5)}
+    grids = {2**k for k in range(1, 5)}
     halves = [2 * grid**2 * target.lam0 for grid in grids]
     assert any(torch.allclose(count, count.round(), atol=1e-3) for count in halves)
 
@@ -209,8 +209,23 @@ def test_the_authors_code_gives_the_same(rng, monkeypatch):
         images, salient, lam = images.clamp(0, 1) * 2 - 1, salient[:, 0].clamp(1e-3) ** 2, rng.beta(1, 1)
         masks.clear()
         pixels, ratio = theirs.mixup_graph(
-            images.clone(), salient, partner, grid, lam, 1.2, 0.5, 0.2, 2, 3, half, half, transport=True,
-            t_eps=0.8, t_size=-1, device="cpu")
+            images.clone(),
+            salient,
+            partner,
+            grid,
+            lam,
+            1.2,
+            0.5,
+            0.2,
+            2,
+            3,
+            half,
+            half,
+            transport=True,
+            t_eps=0.8,
+            t_size=-1,
+            device="cpu",
+        )
         mixed, own = puzzlemix.mix_pairs(images, salient, partner, lam, grid, 0.5, 0.5)
         share = torch.nn.functional.avg_pool2d(salient[:, None], size // grid)[:, 0]
         share = share / share.sum((1, 2), keepdim=True)
@@ -225,6 +240,8 @@ def test_the_authors_code_gives_the_same(rng, monkeypatch):
                 torch.testing.assert_close(mixed[i], pixels[i], rtol=0, atol=1e-6)
                 torch.testing.assert_close(own[i], ratio[i])
     higher = [value for value in excess if value]
-    print(f"{len(excess)} cuts, {same} with their mask, ratio and pixels; their energy is higher in "
-          f"{len(higher)}, by {100 * max(higher, default=0):.3f} % at most")
+    print(
+        f"{len(excess)} cuts, {same} with their mask, ratio and pixels; their energy is higher in "
+        f"{len(higher)}, by {100 * max(higher, default=0):.3f} % at most"
+    )
     assert min(excess) == 0 and max(excess) < 0.1 and same > 0.5 * len(excess)

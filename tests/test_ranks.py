@@ -77,10 +77,29 @@ def start(tmp_path):
         told = tmp_path / "told"
         told.mkdir(exist_ok=True)
         base = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOLD": str(told)}
-        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                   "localhost:0", "--nproc-per-node", str(ranks), str(tmp_path / "rank.py"), *flags]
-        agents.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | base | environment, text=True,
-                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            "--nproc-per-node",
+            str(ranks),
+            str(tmp_path / "rank.py"),
+            *flags,
+        ]
+        agents.append(
+            subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=os.environ | base | environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
         return agents[-1]
 
     yield run
@@ -111,14 +130,35 @@ def wait_for(file, agent, seconds=100):
     while not file.exists():
         assert agent.poll() is None, agent.communicate()[0]
         assert time.monotonic() < deadline, f"no {file}"
-        time.sleep(.002)
+        time.sleep(0.002)
 
 
 def test_two_ranks_train_what_one_process_trains(start, tmp_path):
     """Without noise, two ranks with two batches of 2 an update train like batches of 8, at the same rate."""
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
-    plain = ["--model", "test_vit", "--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1",
-             "--hflip", "0", "--opt", "sgd", "--lr-base", "3.2", "--clip-grad", "1", "--epochs", "1"]
+    plain = [
+        "--model",
+        "test_vit",
+        "--cutmix",
+        "0",
+        "--no-lumix",
+        "--scale",
+        "1",
+        "1",
+        "--ratio",
+        "1",
+        "1",
+        "--hflip",
+        "0",
+        "--opt",
+        "sgd",
+        "--lr-base",
+        "3.2",
+        "--clip-grad",
+        "1",
+        "--epochs",
+        "1",
+    ]
     flags = argv(data, tmp_path, *plain, "-b", "2", "--grad-accum-steps", "2")
     told, out = finished(start(2, without_lr(flags)), tmp_path, 2)
     assert told[0]["sha"] == told[1]["sha"]
@@ -127,14 +167,16 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
 
     whole = train.main(without_lr(argv(data, tmp_path / "whole", *plain, "-b", "8")))
     (row,) = told[0]["rows"]
-    assert row["lr"] == pytest.approx(.1)
+    assert row["lr"] == pytest.approx(0.1)
     assert all(row[key] == pytest.approx(whole[key], abs=1e-3) for key in ("top1", "top5", "val_loss"))
     assert row["train_loss"] == pytest.approx(rows(tmp_path / "whole" / "run")[0]["train_loss"], abs=1e-3)
-    states = [torch.load(folder / "run" / "last.pth.tar", weights_only=True)["state_dict"]
-              for folder in (tmp_path, tmp_path / "whole")]
+    states = [
+        torch.load(folder / "run" / "last.pth.tar", weights_only=True)["state_dict"]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
     loss, top1 = recomputed(tmp_path / "run", data, "test_vit", img_size=32)
-    assert row["val_loss"] == pytest.approx(loss, rel=.02)
+    assert row["val_loss"] == pytest.approx(loss, rel=0.02)
     assert row["top1"] == top1
 
 
@@ -160,7 +202,7 @@ def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
 
 def without_lr(flags):
     place = flags.index("--lr")
-    return flags[:place] + flags[place + 2:]
+    return flags[:place] + flags[place + 2 :]
 
 
 @pytest.mark.slow
@@ -168,12 +210,15 @@ def test_a_rank_without_validation_samples(start, tmp_path):
     """Three ranks, two validation images, batches of 8; batch norm and the average of the weights agree."""
     data = write_folder(tmp_path / "data", {"train": 25}, classes=["blue", "red"])
     write_folder(data, {"validation": 1}, classes=["blue", "red"])
-    told, _ = finished(start(3, argv(data, tmp_path, "--model-ema", "--model-ema-decay", ".9", "--drop", ".1",
-                                     "--epochs", "2")), tmp_path, 3)
+    told, _ = finished(
+        start(3, argv(data, tmp_path, "--model-ema", "--model-ema-decay", ".9", "--drop", ".1", "--epochs", "2")),
+        tmp_path,
+        3,
+    )
     assert told[0]["sha"] == told[1]["sha"] == told[2]["sha"]
     assert told[0]["sha"]["model"] != told[0]["sha"]["evaluated"]
     loss, top1 = recomputed(tmp_path / "run", data)
-    assert told[0]["rows"][-1]["val_loss"] == pytest.approx(loss, rel=.02)
+    assert told[0]["rows"][-1]["val_loss"] == pytest.approx(loss, rel=0.02)
     assert told[0]["rows"][-1]["top1"] == top1
 
 
@@ -189,12 +234,33 @@ def test_sync_bn_needs_gpus(monkeypatch, tmp_path):
 def test_sync_bn(start, tmp_path):
     """Two ranks with batches of 4 have the statistics, and the weights, of batches of 8."""
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
-    plain = ["--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0",
-             "--opt", "sgd", "--lr", ".01", "--device", "cuda", "--epochs", "1"]
+    plain = [
+        "--cutmix",
+        "0",
+        "--no-lumix",
+        "--scale",
+        "1",
+        "1",
+        "--ratio",
+        "1",
+        "1",
+        "--hflip",
+        "0",
+        "--opt",
+        "sgd",
+        "--lr",
+        ".01",
+        "--device",
+        "cuda",
+        "--epochs",
+        "1",
+    ]
     finished(start(2, argv(data, tmp_path, *plain, "-b", "4", "--sync-bn")), tmp_path, 2)
     train.main(argv(data, tmp_path / "whole", *plain, "-b", "8"))
-    states = [torch.load(folder / "run" / "last.pth.tar", weights_only=True, map_location="cpu")["state_dict"]
-              for folder in (tmp_path, tmp_path / "whole")]
+    states = [
+        torch.load(folder / "run" / "last.pth.tar", weights_only=True, map_location="cpu")["state_dict"]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]
     torch.testing.assert_close(*states, rtol=1e-2, atol=1e-3)
 
 
@@ -244,7 +310,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
     agent = start(2, [*flags, "--resume", "--checkpoint-interval", "1"])
     deadline = time.monotonic() + 100
     while digest(last) == before and time.monotonic() < deadline:
-        time.sleep(.05)
+        time.sleep(0.05)
     kill(agent)
     assert torch.load(last, weights_only=True)["run"]["updates"] > state["updates"]
 

@@ -17,21 +17,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FOLDER = Path(train.__file__).parent / "recipes"
 ROOT = FOLDER.parents[1]
-FIELDS = ("model", "params", "gflop", "epochs", "warmup_epochs", "drop_path", "aug_repeats", "clip_grad",
-          "crop_pct", "without", "top1")
+FIELDS = (
+    "model",
+    "params",
+    "gflop",
+    "epochs",
+    "warmup_epochs",
+    "drop_path",
+    "aug_repeats",
+    "clip_grad",
+    "crop_pct",
+    "without",
+    "top1",
+)
 PAPER = {  # Tables 1 and 6; millions of parameters; Table 6's "22M" of ResNet-50 is a slip
-    "convnext_tiny": ("convnext_tiny", 29, 4.5, 300, 20, .1, 0, None, .875, 82.1, 82.5),
-    "convnext_small": ("convnext_small", 50, 8.7, 300, 20, .4, 0, None, .875, 83.1, 83.3),
-    "convnext_base": ("convnext_base", 89, 15.4, 300, 20, .5, 0, None, .875, 83.8, 84.1),
-    "swin_tiny": ("swin_tiny_patch4_window7_224", 28, 4.5, 300, 20, .2, 0, 5., .875, 81.3, 81.7),
-    "swin_small": ("swin_small_patch4_window7_224", 50, 8.7, 300, 20, .3, 0, 5., .875, 83.0, 83.1),
-    "swin_base": ("swin_base_patch4_window7_224", 88, 15.4, 300, 20, .5, 0, 5., .875, 83.5, 83.6),
-    "deit_small": ("deit_small_patch16_224", 22, 4.7, 300, 5, .1, 3, None, .875, 79.8, 80.6),
-    "deit_base": ("deit_base_patch16_224", 87, 17.6, 300, 5, .1, 3, None, .875, 81.8, 82.2),
-    "xcit_small": ("xcit_small_12_p16_224", 26, 4.8, 400, 20, .05, 3, None, 1., 82.0, 82.3),
-    "xcit_medium": ("xcit_medium_24_p16_224", 84, 16.2, 400, 20, .15, 3, None, 1., 82.7, 83.2),
-    "xcit_large": ("xcit_large_24_p16_224", 189, 36.1, 400, 20, .25, 3, None, 1., 82.9, 83.6),
-    "resnet50": ("resnet50", 26, None, 300, 5, None, 0, None, .875, 78.6, 79.1),
+    "convnext_tiny": ("convnext_tiny", 29, 4.5, 300, 20, 0.1, 0, None, 0.875, 82.1, 82.5),
+    "convnext_small": ("convnext_small", 50, 8.7, 300, 20, 0.4, 0, None, 0.875, 83.1, 83.3),
+    "convnext_base": ("convnext_base", 89, 15.4, 300, 20, 0.5, 0, None, 0.875, 83.8, 84.1),
+    "swin_tiny": ("swin_tiny_patch4_window7_224", 28, 4.5, 300, 20, 0.2, 0, 5.0, 0.875, 81.3, 81.7),
+    "swin_small": ("swin_small_patch4_window7_224", 50, 8.7, 300, 20, 0.3, 0, 5.0, 0.875, 83.0, 83.1),
+    "swin_base": ("swin_base_patch4_window7_224", 88, 15.4, 300, 20, 0.5, 0, 5.0, 0.875, 83.5, 83.6),
+    "deit_small": ("deit_small_patch16_224", 22, 4.7, 300, 5, 0.1, 3, None, 0.875, 79.8, 80.6),
+    "deit_base": ("deit_base_patch16_224", 87, 17.6, 300, 5, 0.1, 3, None, 0.875, 81.8, 82.2),
+    "xcit_small": ("xcit_small_12_p16_224", 26, 4.8, 400, 20, 0.05, 3, None, 1.0, 82.0, 82.3),
+    "xcit_medium": ("xcit_medium_24_p16_224", 84, 16.2, 400, 20, 0.15, 3, None, 1.0, 82.7, 83.2),
+    "xcit_large": ("xcit_large_24_p16_224", 189, 36.1, 400, 20, 0.25, 3, None, 1.0, 82.9, 83.6),
+    "resnet50": ("resnet50", 26, None, 300, 5, None, 0, None, 0.875, 78.6, 79.1),
 }
 OWN = {*FIELDS, "model_ema", "model_ema_decay", "min_lr", "sched_on_updates", "warmup_prefix"}  # may differ
 
@@ -55,7 +66,7 @@ def test_what_the_paper_says(name, capsys):
     assert args["lr"] == 1e-3
     assert args["warmup_lr"] == 1e-6
     assert args["batch_size"] * int(re.search(r"--nproc_per_node (\d+)", text)[1]) == 1024
-    assert (args["r_r"], args["r_s"], args["eta"], args["noise"]) == (.4, .1, 1., ("beta", 2.))
+    assert (args["r_r"], args["r_s"], args["eta"], args["noise"]) == (0.4, 0.1, 1.0, ("beta", 2.0))
     assert f"{expected['top1']} % top-1 in the paper" in text
     assert f"{expected['without']} % without LUMix. Not run here.\n" in text
     assert f"--config {(FOLDER / f'{name}.yaml').relative_to(ROOT)} --data-dir" in text
@@ -70,10 +81,11 @@ def test_convnexts_schedule_is_its_repositorys(name):
     updates, warm, total = 1251, 20 * 1251, 300 * 1251
     weight = torch.nn.Parameter(torch.zeros(1))
     scheduler, epochs = create_scheduler_v2(
-        torch.optim.SGD([weight], lr=args.lr), **scheduler_kwargs(args), updates_per_epoch=updates)
+        torch.optim.SGD([weight], lr=args.lr), **scheduler_kwargs(args), updates_per_epoch=updates
+    )
     assert epochs == 300
     for step in (0, 1, 10_000, warm - 1, warm, 113 * updates, 207 * updates, total - 1):
-        cosine = 1e-6 + .5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+        cosine = 1e-6 + 0.5 * (1e-3 - 1e-6) * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
         expected = 1e-6 + (1e-3 - 1e-6) * step / warm if step < warm else cosine
         assert scheduler._get_lr(step) == [pytest.approx(expected, rel=1e-9)]
 
@@ -82,7 +94,7 @@ def test_convnexts_average_spans_as_many_images():
     """.9999 in its repository, at a batch of 4096: after as many images an average has forgotten as much."""
     for file in FOLDER.glob("convnext_*.yaml"):
         recipe = yaml.safe_load(file.read_text())
-        assert recipe["model_ema_decay"] ** 4 == pytest.approx(.9999, abs=1e-8)
+        assert recipe["model_ema_decay"] ** 4 == pytest.approx(0.9999, abs=1e-8)
 
 
 def test_the_rest_is_alike():
@@ -98,7 +110,7 @@ def test_smoke(name, tmp_path):
     folder = tmp_path / "smoke"
     train.main(["--config", str(FOLDER / f"{name}.yaml"), "--smoke", "--device", "cpu", "--output", str(tmp_path)])
     state = torch.load(folder / "last.pth.tar", weights_only=True)
-    row, = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+    (row,) = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
     shutil.rmtree(folder)  # up to 5 GB
     assert state["run"]["updates"] == 2
     assert round(sum(value.numel() for value in state["state_dict"].values()) / 1e6) == paper(name)["params"]
@@ -113,13 +125,41 @@ def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
     """What makes a run long is replaced, in flags and config alike; everything else stays."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setenv("RANK", str(ranks - 1))
-    plain = ["--model", "test_vit", "--img-size", "32", "--epochs", "300", "-b", "512", "--lr", ".1",
-             "--mixup", ".8", "--grad-accum-steps", "8", "--device", "cpu", "--output", str(tmp_path),
-             "--experiment", "mine"]
+    plain = [
+        "--model",
+        "test_vit",
+        "--img-size",
+        "32",
+        "--epochs",
+        "300",
+        "-b",
+        "512",
+        "--lr",
+        ".1",
+        "--mixup",
+        ".8",
+        "--grad-accum-steps",
+        "8",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "mine",
+    ]
     before, args = vars(train.parse_args([*plain, "--smoke"])), train.parse_args([*plain, "--smoke"])
     train.shrink(args)
-    short = {"data_dir", "val_split", "num_classes", "batch_size", "validation_batch_size", "grad_accum_steps",
-             "epochs", "experiment", "overwrite"}
+    short = {
+        "data_dir",
+        "val_split",
+        "num_classes",
+        "batch_size",
+        "validation_batch_size",
+        "grad_accum_steps",
+        "epochs",
+        "experiment",
+        "overwrite",
+    }
     assert {key for key, value in vars(args).items() if before[key] != value} == short
     assert len(train.load_data(args)[0]) == 4 * ranks
     if ranks == 1:

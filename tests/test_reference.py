@@ -12,14 +12,30 @@ P = (0.5, 0.3, 0.1, 0.1)
 # name: logits, (b, a), lam0, lam_r, options -> lam, loss, gradient (spec, "Worked examples")
 WORKED = {
     "1": (np.log(P), (1, 0), 0.25, 0.6, {}, 0.4275, 1.600095, (0.0515, -0.3286, 0.13855, 0.13855)),
-    "2 smoothing": (np.log(P), (1, 0), 0.25, 0.6, {"smoothing": 0.1}, 0.4275, 1.632643,
-                    (0.06885, -0.29224, 0.111695, 0.111695)),
+    "2 smoothing": (
+        np.log(P),
+        (1, 0),
+        0.25,
+        0.6,
+        {"smoothing": 0.1},
+        0.4275,
+        1.632643,
+        (0.06885, -0.29224, 0.111695, 0.111695),
+    ),
     "3 same class": (np.log(P), (0, 0), 0.25, 0.6, {}, None, 1.193147, (-0.75, 0.45, 0.15, 0.15)),
     "4 clamped": (np.log(P), (1, 0), 0.25, -1.2, {"r_r": 0.5, "r_s": 0.0}, 0.0, 1.903973, None),
     "5 flat": (np.zeros(4), (3, 2), 0.36, 0.5, {}, 0.43, 2.136294, None),
     "1 L0": (np.log(P), (1, 0), 0.25, 0.6, {"eta": 0.0}, 0.4275, 0.985595, None),
-    "1 BCE sum": (np.log(P), (1, 0), 0.25, 0.6, {"eta": 0.0, "base": "bce", "bce_reduction": "sum"}, 0.4275,
-                  1.844045, None),
+    "1 BCE sum": (
+        np.log(P),
+        (1, 0),
+        0.25,
+        0.6,
+        {"eta": 0.0, "base": "bce", "bce_reduction": "sum"},
+        0.4275,
+        1.844045,
+        None,
+    ),
     "1 BCE mean": (np.log(P), (1, 0), 0.25, 0.6, {"eta": 0.0, "base": "bce"}, 0.4275, 0.461011, None),
     "1 BCE mean and R": (np.log(P), (1, 0), 0.25, 0.6, {"base": "bce"}, 0.4275, 0.461011 + 0.6145, None),
 }
@@ -35,8 +51,14 @@ def random_batch(rng, size=24, num_classes=5):
     """Every kind, same classes, λ0 of 0 and 1, noise that clamps λ."""
     lam0 = rng.uniform(size=size)
     lam0[:3] = 0, 1, 0
-    return [rng.normal(size=(size, num_classes), scale=2), rng.integers(num_classes, size=size),
-            rng.integers(num_classes, size=size), lam0, np.arange(size) % 4, rng.normal(0.5, 1.5, size)]
+    return [
+        rng.normal(size=(size, num_classes), scale=2),
+        rng.integers(num_classes, size=size),
+        rng.integers(num_classes, size=size),
+        lam0,
+        np.arange(size) % 4,
+        rng.normal(0.5, 1.5, size),
+    ]
 
 
 def lam_of(batch, options):
@@ -74,8 +96,7 @@ def test_attached_gradient_of_case_1_adds_the_correction():
 @pytest.mark.parametrize(("r_r", "r_s"), [(0.4, 0.1), (0, 0.9), (0, 0)])
 def test_gradient_equals_central_differences(base, bce_reduction, detach, apply_to, smoothing, eta, r_r, r_s):
     logits, *rest = batch = random_batch(np.random.default_rng(0))
-    options = {"base": base, "bce_reduction": bce_reduction, "smoothing": smoothing, "eta": eta,
-               "apply_to": apply_to}
+    options = {"base": base, "bce_reduction": bce_reduction, "smoothing": smoothing, "eta": eta, "apply_to": apply_to}
     ratios = {"r_r": r_r, "r_s": r_s}
     grad = ref.lumix_loss(*batch, **options, **ratios, detach_lam_s=detach)[1]
     if detach:  # hold λ: as noise with ratio 1 it does not move with the logits
@@ -96,11 +117,19 @@ def test_random_batch_has_the_cases_that_matter():
 
 
 @pytest.mark.parametrize("base", ["softmax", "bce"])
-@pytest.mark.parametrize(("kind", "lam0", "box", "apply_to"), [
-    (0, 0.0, None, "all"), (1, 0.3, None, "cutmix"), (3, 0.3, None, "cutmix"), (2, 0.0, None, "cutmix"),
-    (2, 1.0, None, "cutmix"), (1, 1.0, None, "all"), (2, 0.3, (5, 5, 5, 9), "cutmix"),
-    (2, 0.3, (4, 6, 8, 6), "all"),
-])
+@pytest.mark.parametrize(
+    ("kind", "lam0", "box", "apply_to"),
+    [
+        (0, 0.0, None, "all"),
+        (1, 0.3, None, "cutmix"),
+        (3, 0.3, None, "cutmix"),
+        (2, 0.0, None, "cutmix"),
+        (2, 1.0, None, "cutmix"),
+        (1, 1.0, None, "all"),
+        (2, 0.3, (5, 5, 5, 9), "cutmix"),
+        (2, 0.3, (4, 6, 8, 6), "all"),
+    ],
+)
 def test_plain_cross_entropy_where_lumix_does_not_apply(base, kind, lam0, box, apply_to):
     batch = one(np.log(P), (1, 0), lam0, 0.9, kind)
     options = {"box": None if box is None else [box], "apply_to": apply_to}
@@ -117,10 +146,16 @@ def test_plain_cross_entropy_where_lumix_does_not_apply(base, kind, lam0, box, a
     assert lam_of(batch, options) == pytest.approx([lam0], abs=0)
 
 
-@pytest.mark.parametrize(("kind", "apply_to", "box"), [
-    (1, "all", None), (1, "all", (0, 0, 0, 0)), (3, "all", (0, 0, 0, 0)), (2, "all", (0, 0, 1, 1)),
-    (2, "cutmix", (0, 0, 1, 1)),
-])
+@pytest.mark.parametrize(
+    ("kind", "apply_to", "box"),
+    [
+        (1, "all", None),
+        (1, "all", (0, 0, 0, 0)),
+        (3, "all", (0, 0, 0, 0)),
+        (2, "all", (0, 0, 1, 1)),
+        (2, "cutmix", (0, 0, 1, 1)),
+    ],
+)
 def test_lumix_applies_to_every_chosen_kind(kind, apply_to, box):
     batch = one(np.log(P), (1, 0), 0.25, 0.6, kind)
     loss, _ = ref.lumix_loss(*batch, apply_to=apply_to, box=None if box is None else [box])
@@ -144,8 +179,9 @@ def test_same_class_does_not_depend_on_lam():
 def test_large_logits_stay_finite(base, detach):
     logits = [[1e4, -1e4, 0, 3], [-1e4, 1e4, 1e4, 1e4]]
     half = [0.5, 0.5]
-    loss, grad = ref.lumix_loss(logits, [0, 1], [1, 0], half, [2, 2], half, base=base, r_r=0, r_s=1,
-                                bce_reduction="sum", detach_lam_s=detach)
+    loss, grad = ref.lumix_loss(
+        logits, [0, 1], [1, 0], half, [2, 2], half, base=base, r_r=0, r_s=1, bce_reduction="sum", detach_lam_s=detach
+    )
     assert np.isfinite(loss).all() and np.isfinite(grad).all()
     # λ_s, r_s = 1: λ is 0 and the true class is certain
     assert loss[0] == pytest.approx(0 if base == "softmax" else 3.048587 + np.log(2), abs=1e-6)
@@ -166,14 +202,17 @@ def test_dense_weighs_the_partner(smoothing):
     np.testing.assert_allclose(y, np.array(expected) * span + off)
 
 
-@pytest.mark.parametrize(("size", "lam", "centre", "expected"), [
-    ((224, 224), 0.25, (20, 112), (0, 56, 76, 168)),    # the spec's example
-    ((100, 100), 0.49, (50, 50), (15, 15, 85, 85)),
-    ((30, 30), 0.25, (10, 20), (3, 13, 18, 28)),        # odd side 15: no pixel is lost
-    ((40, 60), 0.25, (39, 0), (29, 0, 40, 15)),         # not square, clipped below and left
-    ((8, 8), 1.0, (4, 4), (0, 0, 8, 8)),
-    ((8, 8), 1.0, (0, 7), (0, 3, 4, 8)),
-])
+@pytest.mark.parametrize(
+    ("size", "lam", "centre", "expected"),
+    [
+        ((224, 224), 0.25, (20, 112), (0, 56, 76, 168)),  # the spec's example
+        ((100, 100), 0.49, (50, 50), (15, 15, 85, 85)),
+        ((30, 30), 0.25, (10, 20), (3, 13, 18, 28)),  # odd side 15: no pixel is lost
+        ((40, 60), 0.25, (39, 0), (29, 0, 40, 15)),  # not square, clipped below and left
+        ((8, 8), 1.0, (4, 4), (0, 0, 8, 8)),
+        ((8, 8), 1.0, (0, 7), (0, 3, 4, 8)),
+    ],
+)
 def test_cut_box(size, lam, centre, expected):
     assert ref.cut_box(size, lam, centre) == expected
 
@@ -210,34 +249,41 @@ def test_mixing_by_hand_and_the_input_is_kept():
     images = [np.full((2, 3, 3), level, np.uint8) for level in (10, 21, 255)]
     mixed = ref.mix_images(images, [1, 0, 1], [[0] * 4, [0] * 4, [0, 1, 1, 3]], [1, 0, 2], [0.5, 0, 1 / 3])
     assert mixed.dtype == np.uint8
-    np.testing.assert_array_equal(mixed[0], 16)         # 15.5 rounds away from zero
+    np.testing.assert_array_equal(mixed[0], 16)  # 15.5 rounds away from zero
     np.testing.assert_array_equal(mixed[1], 21)
     np.testing.assert_array_equal(mixed[2, ..., 0], [[255, 21, 21], [255, 255, 255]])
     assert images[2].min() == 255
     quarter = ref.mix_images(images, [1, 2, 2], [[0] * 4] * 3, [1, 1, 1], [0.25, 0.25, 1])
-    assert quarter[:, 0, 0, 0].tolist() == [13, 80, 255]    # 12.75 and 79.5: lam0 weighs the partner
+    assert quarter[:, 0, 0, 0].tolist() == [13, 80, 255]  # 12.75 and 79.5: lam0 weighs the partner
 
 
-@pytest.mark.parametrize(("word", "call"), [
-    ("lam ", lambda: ref.cut_box((8, 8), 1.5, (0, 0))),
-    ("images", lambda: ref.mix_images([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], [1, 0],
-                                      [[0] * 4] * 2, [0, 0], [0, 0])),
-    ("images", lambda: ref.mix_images(np.zeros((1, 2, 2, 3)), [0], [[0] * 4], [0], [0])),
-    ("kind", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [0], [[0] * 4], [3], [0.5])),
-    ("partner", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [1], [[0] * 4], [0], [0])),
-    ("box", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [0], [0] * 4, [0], [0])),
-    ("labels", lambda: ref.dense([4], [0], [0.5], 4)),
-    ("partner_labels", lambda: ref.dense([0], [-1], [0.5], 4)),
-    ("smoothing", lambda: ref.dense([0], [0], [0.5], 4, 1.0)),
-    ("lam0", lambda: ref.dense([0], [0], [np.nan], 4)),
-    ("lam0", lambda: ref.dense([0, 1], [0, 1], [0.5], 4)),
-    ("r_r", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5), r_r=0.8, r_s=0.3)),
-    ("apply_to", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5), apply_to="mixup")),
-    ("kind", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5, kind=4))),
-    ("base", lambda: ref.lumix_loss(*one(P, (0, 1), 0.5, 0.5), base="hinge")),
-    ("bce_reduction", lambda: ref.lumix_loss(*one(P, (0, 1), 0.5, 0.5), bce_reduction="none")),
-    ("logits", lambda: ref.lumix_loss(P, [0], [1], [0.5], [2], [0.5])),
-])
+@pytest.mark.parametrize(
+    ("word", "call"),
+    [
+        ("lam ", lambda: ref.cut_box((8, 8), 1.5, (0, 0))),
+        (
+            "images",
+            lambda: ref.mix_images(
+                [np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], [1, 0], [[0] * 4] * 2, [0, 0], [0, 0]
+            ),
+        ),
+        ("images", lambda: ref.mix_images(np.zeros((1, 2, 2, 3)), [0], [[0] * 4], [0], [0])),
+        ("kind", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [0], [[0] * 4], [3], [0.5])),
+        ("partner", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [1], [[0] * 4], [0], [0])),
+        ("box", lambda: ref.mix_images(np.zeros((1, 2, 2, 3), np.uint8), [0], [0] * 4, [0], [0])),
+        ("labels", lambda: ref.dense([4], [0], [0.5], 4)),
+        ("partner_labels", lambda: ref.dense([0], [-1], [0.5], 4)),
+        ("smoothing", lambda: ref.dense([0], [0], [0.5], 4, 1.0)),
+        ("lam0", lambda: ref.dense([0], [0], [np.nan], 4)),
+        ("lam0", lambda: ref.dense([0, 1], [0, 1], [0.5], 4)),
+        ("r_r", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5), r_r=0.8, r_s=0.3)),
+        ("apply_to", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5), apply_to="mixup")),
+        ("kind", lambda: ref.lumix_lam(*one(P, (0, 1), 0.5, 0.5, kind=4))),
+        ("base", lambda: ref.lumix_loss(*one(P, (0, 1), 0.5, 0.5), base="hinge")),
+        ("bce_reduction", lambda: ref.lumix_loss(*one(P, (0, 1), 0.5, 0.5), bce_reduction="none")),
+        ("logits", lambda: ref.lumix_loss(P, [0], [1], [0.5], [2], [0.5])),
+    ],
+)
 def test_bad_arguments_are_named(word, call):
     with pytest.raises(ValueError, match=word):
         call()

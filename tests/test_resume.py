@@ -27,9 +27,32 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 # All that is drawn or averaged: λ_r, dropout, drop path, the mixing and the augmentation; 12 batches, 6 updates.
-NOISY = ["--drop", ".2", "--drop-path", ".2", "--model-ema", "--model-ema-decay", ".9", "--mixup", ".8",
-         "--grad-accum-steps", "2", "--lumix-warmup-epochs", "1.5", "--sched-on-updates", "--log-interval", "2",
-         "--checkpoint-hist", "1", "--mixup-off-epoch", "2", "--epochs", "3", "--checkpoint-interval", "1"]
+NOISY = [
+    "--drop",
+    ".2",
+    "--drop-path",
+    ".2",
+    "--model-ema",
+    "--model-ema-decay",
+    ".9",
+    "--mixup",
+    ".8",
+    "--grad-accum-steps",
+    "2",
+    "--lumix-warmup-epochs",
+    "1.5",
+    "--sched-on-updates",
+    "--log-interval",
+    "2",
+    "--checkpoint-hist",
+    "1",
+    "--mixup-off-epoch",
+    "2",
+    "--epochs",
+    "3",
+    "--checkpoint-interval",
+    "1",
+]
 
 
 def load(file):
@@ -99,9 +122,15 @@ def test_checkpoints_are_written_within_epochs(whole):
 
 
 # first update, within an epoch, its last update, behind its validation, where mixing goes off
-@pytest.mark.parametrize("place", [
-    (0, 2), (0, 12), (1, 8),
-    *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10)))])
+@pytest.mark.parametrize(
+    "place",
+    [
+        (0, 2),
+        (0, 12),
+        (1, 8),
+        *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10))),
+    ],
+)
 def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
     folder, kept = whole
     resumed = folder_with(kept[place], tmp_path)
@@ -122,7 +151,7 @@ def test_goes_on_after_kill_9(whole, data, tmp_path):
     while not last.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(.002)
+        time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert load(last)["run"]["epoch"] < 3
@@ -174,7 +203,7 @@ def test_names_of_a_checkpoint_are_links(whole):
     folder, _ = whole
     best = max(json.loads(line)["top1"] for line in (folder / "log.jsonl").read_text().splitlines())
     assert load(folder / "model_best.pth.tar")["metric"] == best
-    kept, = folder.glob("checkpoint-*.pth.tar")
+    (kept,) = folder.glob("checkpoint-*.pth.tar")
     assert kept.samefile(folder / "model_best.pth.tar")
 
 
@@ -215,11 +244,12 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, 
 @pytest.mark.slow
 def test_sigterm_ends_the_process_soon(data, tmp_path):
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY, "--epochs", "1000")]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 100
     while not (tmp_path / "run" / "last.pth.tar").exists() and time.monotonic() < deadline:
-        time.sleep(.05)
+        time.sleep(0.05)
     process.terminate()
     start = time.monotonic()
     _, err = process.communicate(timeout=30)
@@ -238,6 +268,7 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
         def signal_first(*inputs):
             os.kill(os.getpid(), signal.SIGTERM)
             return original(*inputs)
+
         return signal_first
 
     owner, name = {"validation": (train, "validate"), "saving": (torch, "save")}[moment]
@@ -274,16 +305,23 @@ def test_what_is_ignored_stays_ignored():
 def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
     """Writing to it is an error from then on, which must not come before the checkpoint."""
     ours, theirs = pty.openpty()
-    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import runpy; " \
-           "runpy.run_module('pipelines.train', run_name='__main__', alter_sys=True)"
+    code = (
+        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import runpy; "
+        "runpy.run_module('pipelines.train', run_name='__main__', alter_sys=True)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, *argv(data, tmp_path, *NOISY, "--epochs", "1000")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True)
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
     os.close(theirs)
     last, deadline = tmp_path / "run" / "last.pth.tar", time.monotonic() + 100
     while not last.exists() and time.monotonic() < deadline:
-        select.select([ours], [], [], .05)[0] and os.read(ours, 4096)
+        select.select([ours], [], [], 0.05)[0] and os.read(ours, 4096)
     os.close(ours)
     assert process.wait(timeout=30) == 128 + signal.SIGHUP
     assert load(last)["run"]["step"] > 0
@@ -296,7 +334,7 @@ def test_a_longer_run_has_the_new_schedule(data, tmp_path, capsys):
     train.main(argv(data, tmp_path, *plain[2:], "--epochs", "3", "--resume"))
     assert "--epochs was 2 and is 3" in capsys.readouterr().out
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([3e-3, 1.5e-3, 3e-3 * .25])
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([3e-3, 1.5e-3, 3e-3 * 0.25])
     with pytest.raises(ValueError, match="--epochs 2: 3 are done"):
         train.main(argv(data, tmp_path, *plain, "--resume"))
 
@@ -332,23 +370,41 @@ def test_some_things_may_change(whole, data, tmp_path):
     """The data may lie elsewhere; threads and what is kept do not matter; args.yaml says the rest."""
     folder_with(whole[1][2, 6], tmp_path)
     moved = shutil.copytree(data, tmp_path / "moved")
-    train.main(["--config", str(whole[0] / "args.yaml"), "--resume", "--data-dir", str(moved), "--workers", "1",
-                "--output", str(tmp_path), "--checkpoint-interval", "0", "--checkpoint-hist", "3"])
+    train.main(
+        [
+            "--config",
+            str(whole[0] / "args.yaml"),
+            "--resume",
+            "--data-dir",
+            str(moved),
+            "--workers",
+            "1",
+            "--output",
+            str(tmp_path),
+            "--checkpoint-interval",
+            "0",
+            "--checkpoint-hist",
+            "3",
+        ]
+    )
     assert digest(tmp_path / "run" / "last.pth.tar") == digest(whole[0] / "last.pth.tar")
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["-b", "16"], "--batch-size was 8 and is 16"),
-    (["--seed", "2"], "--seed was 1 and is 2"),
-    (["--model", "test_vit"], "--model was test_resnet and is test_vit"),
-    (["--lr", "1e-3"], "--lr was 0.003 and is 0.001"),
-    (["--cutmix", ".5"], r"--cutmix was 1\.0 and is 0\.5"),
-    (["--noise", "uniform"], r"--noise was \['beta', 2\.0\] and is \['uniform'\]"),
-    (["--r-s", ".2"], "--r-s was 0.1 and is 0.2"),
-    (["--scale", ".5", "1"], "--scale was "),
-    (["--grad-accum-steps", "1"], "--grad-accum-steps was 2 and is 1"),
-    (["--validation-batch-size", "2"], "--validation-batch-size was None and is 2"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-b", "16"], "--batch-size was 8 and is 16"),
+        (["--seed", "2"], "--seed was 1 and is 2"),
+        (["--model", "test_vit"], "--model was test_resnet and is test_vit"),
+        (["--lr", "1e-3"], "--lr was 0.003 and is 0.001"),
+        (["--cutmix", ".5"], r"--cutmix was 1\.0 and is 0\.5"),
+        (["--noise", "uniform"], r"--noise was \['beta', 2\.0\] and is \['uniform'\]"),
+        (["--r-s", ".2"], "--r-s was 0.1 and is 0.2"),
+        (["--scale", ".5", "1"], "--scale was "),
+        (["--grad-accum-steps", "1"], "--grad-accum-steps was 2 and is 1"),
+        (["--validation-batch-size", "2"], "--validation-batch-size was None and is 2"),
+    ],
+)
 def test_changed_flags_are_refused(flags, message, whole, data, tmp_path):
     folder = folder_with(whole[1][1, 4], tmp_path)
     before = {file.name: file.read_bytes() for file in folder.iterdir()} | {".lock": b""}
@@ -369,14 +425,17 @@ def test_other_data_are_refused(split, name, whole, data, tmp_path):
         train.main(argv(other, tmp_path, *NOISY, "--resume"))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state["args"].update(world_size=2), "--world-size was 2 and is 1"),
-    (lambda state: state["run"]["ranks"][0]["train"].update(place=(0, 1, None, None)), "training data.*checksum"),
-    (lambda state: state["run"].pop("ranks"), "does not fit this run: 'ranks'"),
-    (lambda state: state["state_dict"].popitem(), r"content, Error[^.]*Missing key"),
-    (lambda state: state["run"].update(updates="many"), "content, invalid literal"),
-    (lambda state: state.pop("run_format"), "no checkpoint of this program's"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["args"].update(world_size=2), "--world-size was 2 and is 1"),
+        (lambda state: state["run"]["ranks"][0]["train"].update(place=(0, 1, None, None)), "training data.*checksum"),
+        (lambda state: state["run"].pop("ranks"), "does not fit this run: 'ranks'"),
+        (lambda state: state["state_dict"].popitem(), r"content, Error[^.]*Missing key"),
+        (lambda state: state["run"].update(updates="many"), "content, invalid literal"),
+        (lambda state: state.pop("run_format"), "no checkpoint of this program's"),
+    ],
+)
 def test_a_changed_state_is_refused(change, message, whole, data, tmp_path):
     folder = folder_with(whole[1][1, 4], tmp_path)
     state = load(folder / "last.pth.tar")
@@ -460,7 +519,9 @@ def test_plateau_goes_on(data, tmp_path, monkeypatch):
         train.main(argv(data, tmp_path, *more))
     monkeypatch.undo()
     train.main(argv(data, tmp_path, *more, "--resume"))
-    rates, expected = ([json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
-                       for folder in (tmp_path / "run", tmp_path / "whole" / "run"))
+    rates, expected = (
+        [json.loads(line)["lr"] for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", tmp_path / "whole" / "run")
+    )
     assert rates == expected
-    assert set(rates) == {1e-6, .5e-6}
+    assert set(rates) == {1e-6, 0.5e-6}

@@ -15,11 +15,20 @@ from pipelines.folder import claimed, write_log, write_text
 NEW, REPLACED = SimpleNamespace(overwrite=False), SimpleNamespace(overwrite=True)
 
 
-@pytest.mark.parametrize(("name", "content", "worth"), [
-    ("last.pth.tar", "x", True), ("model_best.pth.tar", "x", True), ("checkpoint-3.pth.tar", "x", True),
-    ("milestone-3.pth.tar", "x", True), ("log.jsonl", "{}", True),
-    ("log.jsonl", "", False), ("args.yaml", "x", False), ("tmp.pth.tar", "x", False), ("notes.txt", "x", False),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "worth"),
+    [
+        ("last.pth.tar", "x", True),
+        ("model_best.pth.tar", "x", True),
+        ("checkpoint-3.pth.tar", "x", True),
+        ("milestone-3.pth.tar", "x", True),
+        ("log.jsonl", "{}", True),
+        ("log.jsonl", "", False),
+        ("args.yaml", "x", False),
+        ("tmp.pth.tar", "x", False),
+        ("notes.txt", "x", False),
+    ],
+)
 def test_a_run_is_not_replaced_unless_asked(name, content, worth, tmp_path):
     """What a run leaves before its first checkpoint is no loss; files of other names are never touched."""
     file = tmp_path / name
@@ -35,9 +44,11 @@ def test_a_run_is_not_replaced_unless_asked(name, content, worth, tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     folder = tmp_path / "a" / "b"
-    with claimed(folder, NEW, None), \
-            pytest.raises(ValueError, match=f"{folder}: another run is writing there.*--experiment"), \
-            claimed(folder, REPLACED, None):
+    with (
+        claimed(folder, NEW, None),
+        pytest.raises(ValueError, match=f"{folder}: another run is writing there.*--experiment"),
+        claimed(folder, REPLACED, None),
+    ):
         pytest.fail("it is shared")
     with claimed(folder, NEW, None):
         pass
@@ -61,16 +72,20 @@ def test_only_the_folder_that_is_resumed_may_have_a_run(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give --output"), \
-            claimed(tmp_path / "file" / "run", NEW, None):
+    with (
+        pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give --output"),
+        claimed(tmp_path / "file" / "run", NEW, None),
+    ):
         pytest.fail("it was written")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give --output"), \
-            claimed(tmp_path, NEW, None):
+    with (
+        pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give --output"),
+        claimed(tmp_path, NEW, None),
+    ):
         pytest.fail("it was written")
 
 
@@ -85,17 +100,19 @@ def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 def test_rows_of_unequal_columns(tmp_path):
     """As a run has them that was continued by a later version of the program, or is not validated each epoch."""
-    write_log(tmp_path, [{"epoch": 0, "a": None}, {"epoch": 1, "a": 2., "b": 3.}])
+    write_log(tmp_path, [{"epoch": 0, "a": None}, {"epoch": 1, "a": 2.0, "b": 3.0}])
     assert (tmp_path / "summary.csv").read_text().split() == ["epoch,a,b", "0,,", "1,2.0,3.0"]
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
-        {"epoch": 0, "a": None}, {"epoch": 1, "a": 2., "b": 3.}]
+        {"epoch": 0, "a": None},
+        {"epoch": 1, "a": 2.0, "b": 3.0},
+    ]
 
 
 class Clock:
     """perf_counter, which only `spend` moves."""
 
     def __init__(self, monkeypatch):
-        self.now = 0.
+        self.now = 0.0
         monkeypatch.setattr(headspace.time, "perf_counter", lambda: self.now)
 
     def spend(self, seconds):
@@ -110,9 +127,9 @@ class Clock:
 def test_waiting_is_what_lies_between_step_and_batch(monkeypatch):
     clock = Clock(monkeypatch)
     wait = headspace.DataWait(torch.device("cpu"))
-    for _ in wait.batches(clock.batches(.25, 8)):
-        clock.spend(1.)
-    assert wait.seconds() == 8 * .25
+    for _ in wait.batches(clock.batches(0.25, 8)):
+        clock.spend(1.0)
+    assert wait.seconds() == 8 * 0.25
 
 
 def test_headspace_by_hand(monkeypatch, capsys):
@@ -123,7 +140,7 @@ def test_headspace_by_hand(monkeypatch, capsys):
         device = torch.device("cpu")
 
         def __iter__(self):
-            return ((torch.zeros(2), (torch.zeros(2),) * 6) for _ in clock.batches(1., 3))
+            return ((torch.zeros(2), (torch.zeros(2),) * 6) for _ in clock.batches(1.0, 3))
 
         def __len__(self):
             return 3
@@ -131,7 +148,7 @@ def test_headspace_by_hand(monkeypatch, capsys):
     def step(run, *_):
         assert run.step < 3
         run.step += 1
-        clock.spend(3.)
+        clock.spend(3.0)
 
     args = SimpleNamespace(cached_batches=5, batch_size=6, world_size=2, rank=0)
     run = SimpleNamespace(train=Train(), model=torch.nn.Identity(), step=0)
@@ -146,21 +163,28 @@ def test_headspace_by_hand(monkeypatch, capsys):
         headspace.headspace(run, step, args, stop)
 
 
-@pytest.mark.parametrize(("ratio", "says"), [
-    ([.98, 1.02, 1.05], "the quartiles hold 1"), ([.8, .9, .95], "not faster"), ([1.01, 1.05, 1.1], "costs 5%"),
-])
+@pytest.mark.parametrize(
+    ("ratio", "says"),
+    [
+        ([0.98, 1.02, 1.05], "the quartiles hold 1"),
+        ([0.8, 0.9, 0.95], "not faster"),
+        ([1.01, 1.05, 1.1], "costs 5%"),
+    ],
+)
 def test_reading_of_a_measurement(ratio, says):
-    text = headspace.reading({"loaded": [1., 2., 3.], "replayed": [1., 2., 3.], "ratio": ratio}, 5)
+    text = headspace.reading({"loaded": [1.0, 2.0, 3.0], "replayed": [1.0, 2.0, 3.0], "ratio": ratio}, 5)
     assert says in text
     assert headspace.ADVICE not in text
 
 
-FLAGS = SimpleNamespace(log_tensorboard=False, log_wandb=False, rank=0, wandb_project="p", wandb_tags=["a"],
-                        wandb_resume_id="")
+FLAGS = SimpleNamespace(
+    log_tensorboard=False, log_wandb=False, rank=0, wandb_project="p", wandb_tags=["a"], wandb_resume_id=""
+)
 
 
 def test_wandb_gets_each_row(tmp_path, monkeypatch):
     """A stand-in for the package, which needs an account; its `init` and `log` as documented."""
+
     class Run:
         logged, finished = [], False
 
@@ -177,23 +201,23 @@ def test_wandb_gets_each_row(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: asked.update(given) or run))
     args = SimpleNamespace(**vars(FLAGS) | {"log_wandb": True, "wandb_resume_id": "x"})
     with tracking.tracking(args, tmp_path / "run", 3) as track:
-        track({"epoch": 3, "top1": 50., "val_loss": None})
-    assert run.logged == [{"epoch": 3, "top1": 50.}]
+        track({"epoch": 3, "top1": 50.0, "val_loss": None})
+    assert run.logged == [{"epoch": 3, "top1": 50.0}]
     assert run.finished
     assert (asked["project"], asked["name"], asked["tags"]) == ("p", "run", ["a"])
     assert (asked["id"], asked["resume"]) == ("x", "must")
     with tracking.tracking(SimpleNamespace(**vars(args) | {"rank": 1}), tmp_path, 0) as track:
-        track({"epoch": 4, "top1": 60.})
+        track({"epoch": 4, "top1": 60.0})
     assert len(run.logged) == 1  # rank 0 only
 
 
 def test_tensorboard_gets_each_row(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     args = SimpleNamespace(**vars(FLAGS) | {"log_tensorboard": True})
-    for first, value in ((0, 10.), (1, 20.)):  # resumed after epoch 0: what it had from there on is replaced
+    for first, value in ((0, 10.0), (1, 20.0)):  # resumed after epoch 0: what it had from there on is replaced
         with tracking.tracking(args, tmp_path, first) as track:
             for epoch in range(first, 3):
                 track({"epoch": epoch, "top1": value + epoch, "val_loss": None})
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["top1"]
-    assert [(event.step, event.value) for event in events.Scalars("top1")] == [(0, 10.), (1, 21.), (2, 22.)]
+    assert [(event.step, event.value) for event in events.Scalars("top1")] == [(0, 10.0), (1, 21.0), (2, 22.0)]

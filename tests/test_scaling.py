@@ -8,56 +8,59 @@ from scipy.special import lambertw
 
 from benchmarks import harness, plot, scaling
 
-CORE = {"decode": 200., "read": 5000., "kilobytes": 100.}
+CORE = {"decode": 200.0, "read": 5000.0, "kilobytes": 100.0}
 
 
 def args(*more):
     return scaling.parse_args(["--out", "unused", "--spread", "0", *more])
 
 
-@pytest.mark.parametrize(("ranks", "loader"), [(1, 300.), (8, 300.), (1000, 300.), (7, 900.)])
+@pytest.mark.parametrize(("ranks", "loader"), [(1, 300.0), (8, 300.0), (1000, 300.0), (7, 900.0)])
 def test_constant_times_are_the_slower_of_loader_and_gpu(ranks, loader):
-    assert scaling.simulate(loader, 500., ranks) == pytest.approx(min(loader, 500.), rel=1e-9)
+    assert scaling.simulate(loader, 500.0, ranks) == pytest.approx(min(loader, 500.0), rel=1e-9)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 16, 200])
 def test_the_slowest_of_n_exponential_times(ranks):
     """Without work ahead a step lasts as long as the longest of N: H_N times the mean."""
     harmonic = sum(1 / k for k in range(1, ranks + 1))
-    found = scaling.simulate(300., 1e12, ranks, spread=1., ahead=1, steps=20_000)
-    assert found == pytest.approx(300 / harmonic, rel=.02)
+    found = scaling.simulate(300.0, 1e12, ranks, spread=1.0, ahead=1, steps=20_000)
+    assert found == pytest.approx(300 / harmonic, rel=0.02)
 
 
 def test_an_exponential_loader_and_a_constant_gpu():
     """E[max(T, S)] = T + μ·exp(-T/μ)."""
     mean, step = 128 / 600, 128 / 500
-    found = scaling.simulate(600., 500., 1, spread=1., ahead=1, steps=40_000)
-    assert found == pytest.approx(128 / (step + mean * np.exp(-step / mean)), rel=.02)
+    found = scaling.simulate(600.0, 500.0, 1, spread=1.0, ahead=1, steps=40_000)
+    assert found == pytest.approx(128 / (step + mean * np.exp(-step / mean)), rel=0.02)
 
 
 def test_a_long_queue_hides_what_one_rank_varies():
-    found = [scaling.simulate(600., 500., 1, spread=.5, ahead=ahead) for ahead in (1, 2, 8, 64)]
+    found = [scaling.simulate(600.0, 500.0, 1, spread=0.5, ahead=ahead) for ahead in (1, 2, 8, 64)]
     assert found == sorted(found)
-    assert found[-1] == pytest.approx(500, rel=.01)
+    assert found[-1] == pytest.approx(500, rel=0.01)
 
 
 def test_headroom():
     """An exponential loader before one GPU gives r·e^r = 99; times that are all alike need .99 for 99 %."""
-    assert scaling.headroom(1, spread=1., ahead=1, steps=20_000) == pytest.approx(lambertw(99).real, rel=.03)
-    assert scaling.headroom(64) == pytest.approx(.99, abs=2e-3)
-    assert scaling.headroom(1000, spread=.2, steps=200) > scaling.headroom(8, spread=.2, steps=200) > 1
+    assert scaling.headroom(1, spread=1.0, ahead=1, steps=20_000) == pytest.approx(lambertw(99).real, rel=0.03)
+    assert scaling.headroom(64) == pytest.approx(0.99, abs=2e-3)
+    assert scaling.headroom(1000, spread=0.2, steps=200) > scaling.headroom(8, spread=0.2, steps=200) > 1
 
 
-@pytest.mark.parametrize(("ranks", "flags", "expected", "bound"), [
-    (16, ["--cores-per-gpu", "4"], 800, "decode"),  # 4 cores at 200 images/s
-    (16, ["--files", "8000"], 500, "read"),  # of 8000 files/s, a 16th
-    (1, ["--cores-per-gpu", "1", "--files", "8000"], 200, "decode"),
-    (16, ["--link", "4"], 625, "network"),  # 4 Gbit/s are 5000 images/s of 100 kB, over 8 GPUs
-    (4, ["--link", "4"], 1250, "network"),  # over the 4 of a node that is not full
-    (1000, ["--store", "80"], 100, "network"),  # 100 000 images/s, over 1000 GPUs
-    (1000, [], 500, "network"),  # the default store
-    (8, ["--gpu-rate", "900"], 900, "GPU"),
-])
+@pytest.mark.parametrize(
+    ("ranks", "flags", "expected", "bound"),
+    [
+        (16, ["--cores-per-gpu", "4"], 800, "decode"),  # 4 cores at 200 images/s
+        (16, ["--files", "8000"], 500, "read"),  # of 8000 files/s, a 16th
+        (1, ["--cores-per-gpu", "1", "--files", "8000"], 200, "decode"),
+        (16, ["--link", "4"], 625, "network"),  # 4 Gbit/s are 5000 images/s of 100 kB, over 8 GPUs
+        (4, ["--link", "4"], 1250, "network"),  # over the 4 of a node that is not full
+        (1000, ["--store", "80"], 100, "network"),  # 100 000 images/s, over 1000 GPUs
+        (1000, [], 500, "network"),  # the default store
+        (8, ["--gpu-rate", "900"], 900, "GPU"),
+    ],
+)
 def test_what_bounds_a_job(ranks, flags, expected, bound, monkeypatch):
     monkeypatch.setattr(scaling, "RANKS", (ranks,))
     local, shared = scaling.rows(CORE, args(*flags))
@@ -75,11 +78,17 @@ def test_what_a_job_needs():
 
 
 def loaders(tmp_path, **changes):
-    rows = [{"name": "dali/read", "median": 9000., "threads": 2},
-            {"name": "lumix/cutmix elem", "median": 420., "threads": 2},
-            {"name": "ffcv", "median": None, "error": "ImportError"}]
-    result = {"kind": "loaders", "settings": {"device": "cpu", "mean_kb": 110.}, "rows": rows,
-              "meta": {"machine": {"cpu": "a CPU"}, "commit": "abc", "date": "2026-01-01T00:00:00"}} | changes
+    rows = [
+        {"name": "dali/read", "median": 9000.0, "threads": 2},
+        {"name": "lumix/cutmix elem", "median": 420.0, "threads": 2},
+        {"name": "ffcv", "median": None, "error": "ImportError"},
+    ]
+    result = {
+        "kind": "loaders",
+        "settings": {"device": "cpu", "mean_kb": 110.0},
+        "rows": rows,
+        "meta": {"machine": {"cpu": "a CPU"}, "commit": "abc", "date": "2026-01-01T00:00:00"},
+    } | changes
     (tmp_path / "loaders.json").write_text(json.dumps(result))
     return tmp_path / "loaders.json"
 
@@ -108,8 +117,9 @@ def test_the_committed_result_has_the_committed_rates():
     assert json.loads(scaled.read_text())["measured"] == scaling.measured(measured)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "loss"}, {"rows": []},
-                                     {"settings": {"device": "cuda:0", "mean_kb": 1.}}])
+@pytest.mark.parametrize(
+    "changes", [{"kind": "loss"}, {"rows": []}, {"settings": {"device": "cuda:0", "mean_kb": 1.0}}]
+)
 def test_another_result_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"--results .*give a result of python -m benchmarks.loaders"):
         scaling.measured(loaders(tmp_path, **changes))

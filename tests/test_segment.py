@@ -28,8 +28,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "pipelines/recipes/segmentation/deit_small.yaml"
-SMALL = ["--model", "test_vit", "--num-classes", "4", "--img-size", "64", "--short-side", "72", "--stride", "48",
-         "-b", "4", "-j", "2", "--opt", "adamw", "--lr", "3e-3", "--device", "cpu"]
+SMALL = [
+    "--model",
+    "test_vit",
+    "--num-classes",
+    "4",
+    "--img-size",
+    "64",
+    "--short-side",
+    "72",
+    "--stride",
+    "48",
+    "-b",
+    "4",
+    "-j",
+    "2",
+    "--opt",
+    "adamw",
+    "--lr",
+    "3e-3",
+    "--device",
+    "cpu",
+]
 GREY, RED, BLUE, YELLOW = (90, 110, 90), (200, 60, 50), (60, 80, 200), (220, 200, 60)
 
 
@@ -57,8 +77,10 @@ def pascal_context(root, scenes):
     for split, pairs in scenes.items():
         names = [f"{split}_{number:03}" for number in range(len(pairs))]
         for name, (photograph, mask) in zip(names, pairs, strict=True):
-            for folder, ending, pixels in (("JPEGImages", "jpg", photograph),
-                                           ("SegmentationClassContext", "png", mask)):
+            for folder, ending, pixels in (
+                ("JPEGImages", "jpg", photograph),
+                ("SegmentationClassContext", "png", mask),
+            ):
                 (root / folder).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(root / folder / f"{name}.{ending}")
         (root / "ImageSets/SegmentationContext").mkdir(parents=True, exist_ok=True)
@@ -69,17 +91,20 @@ def pascal_context(root, scenes):
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
     rng = np.random.default_rng(0)
-    scenes = {split: [scene(rng, (96 - k % 4, 120) if k % 3 else (120, 96)) for k in range(count)]
-              for split, count in (("train", 24), ("val", 6))}
+    scenes = {
+        split: [scene(rng, (96 - k % 4, 120) if k % 3 else (120, 96)) for k in range(count)]
+        for split, count in (("train", 24), ("val", 6))
+    }
     return pascal_context(tmp_path_factory.mktemp("context"), scenes)
 
 
 # --- the decoder
 
+
 def by_hand(weights, tokens, grid):
     """The mask transformer of arXiv 2105.05633, in NumPy and double precision."""
     w = {key: value.double().numpy() for key, value in weights.items()}
-    gelu = np.vectorize(lambda x: x * (1 + erf(x / 2**.5)) / 2)
+    gelu = np.vectorize(lambda x: x * (1 + erf(x / 2**0.5)) / 2)
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
@@ -113,7 +138,7 @@ def test_decoder_is_the_mask_transformer():
     torch.manual_seed(0)
     decoder = model.MaskTransformer(5, 128).eval()
     for weight in decoder.parameters():  # fresh ones give nearly uniform attention, and biases of 0
-        weight.data += .1 * torch.randn_like(weight)
+        weight.data += 0.1 * torch.randn_like(weight)
     tokens = torch.randn(2, 12, 128)
     with torch.no_grad():
         masks = decoder(tokens, (3, 4))
@@ -121,8 +146,8 @@ def test_decoder_is_the_mask_transformer():
 
 
 def test_decoder_trains_all_its_weights():
-    decoder = model.MaskTransformer(5, 64, drop_path=.5)
-    assert [block.drop_path1.drop_prob for block in decoder.blocks[1:]] == [.5]
+    decoder = model.MaskTransformer(5, 64, drop_path=0.5)
+    assert [block.drop_path1.drop_prob for block in decoder.blocks[1:]] == [0.5]
     assert not hasattr(decoder.blocks[0].drop_path1, "drop_prob")
     decoder(torch.randn(8, 12, 64), (3, 4)).square().sum().backward()
     assert all(weight.grad.abs().max() > 0 for weight in decoder.parameters())
@@ -150,7 +175,7 @@ def official():
 
 def test_decoder_equals_the_official_one(official):
     torch.manual_seed(0)
-    theirs = official.decoder.MaskTransformer(60, 16, 384, 2, 6, 384, 1536, 0., .1).eval()
+    theirs = official.decoder.MaskTransformer(60, 16, 384, 2, 6, 384, 1536, 0.0, 0.1).eval()
     ours = model.MaskTransformer(60, 384).eval()
     ours.load_state_dict(theirs.state_dict())
     tokens = torch.randn(2, 900, 384)
@@ -163,11 +188,11 @@ def test_inference_equals_the_official_one(official):
     sizes = dict(image_size=(64, 64), patch_size=16, n_layers=3, d_model=128, d_ff=512, n_heads=2, n_cls=9)
     vit = official.vit.VisionTransformer(**sizes)
     theirs = official.segmenter.Segmenter(
-        vit, official.decoder.MaskTransformer(5, 16, 128, 2, 2, 128, 512, 0., .1), n_cls=5).eval()
+        vit, official.decoder.MaskTransformer(5, 16, 128, 2, 2, 128, 512, 0.0, 0.1), n_cls=5
+    ).eval()
     for weight in theirs.parameters():
-        weight.data += .05 * torch.randn_like(weight)
-    encoder = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=3, num_heads=2,
-                                num_classes=0)
+        weight.data += 0.05 * torch.randn_like(weight)
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=3, num_heads=2, num_classes=0)
     for layer in encoder.modules():
         if isinstance(layer, torch.nn.LayerNorm):
             layer.eps = 1e-5  # the official one
@@ -180,7 +205,8 @@ def test_inference_equals_the_official_one(official):
         found = evaluation.probabilities(ours, images, (90, 126), True, protocol)
         variants = [(x, False) for x in images] + [(x.flip(3), True) for x in images]
         expected = official.utils.inference(
-            theirs, [x for x, _ in variants], [{"flip": flip} for _, flip in variants], (90, 126), 64, 48, 3)
+            theirs, [x for x, _ in variants], [{"flip": flip} for _, flip in variants], (90, 126), 64, 48, 3
+        )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -188,7 +214,7 @@ def test_schedule_equals_the_official_one(official):
     args = cli.parse_args(["train", "--data-dir", "x", "--iterations", "50"])
     run = training.build_run(args, torch.nn.Linear(2, 2), torch.device("cpu"), Path())
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=args.lr)
-    theirs = official.scheduler.PolynomialLR(optimizer, 1, 0, 50, .9, 1e-5)
+    theirs = official.scheduler.PolynomialLR(optimizer, 1, 0, 50, 0.9, 1e-5)
     for update in range(1, 51):
         optimizer.step()
         theirs.step_update(update)
@@ -201,18 +227,20 @@ def test_schedule_is_polynomial():
     run = training.build_run(args, torch.nn.Linear(2, 2), torch.device("cpu"), Path())
     for update in range(50):
         run.scheduler.step_update(update)
-        expected = 1e-5 + (1e-3 - 1e-5) * (1 - update / 50) ** .9
+        expected = 1e-5 + (1e-3 - 1e-5) * (1 - update / 50) ** 0.9
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
 
 
 # --- the encoder
 
+
 def test_backbone_is_a_classifier_of_another_size(tmp_path):
     """A checkpoint of pipelines.train brings its model and normalisation; timm resizes its positions."""
     classifier = timm.create_model("test_vit", img_size=32, num_classes=7)
-    args = {"model": "test_vit", "model_kwargs": {}, "mean": [.1, .2, .3], "std": [.4, .5, .6]}
-    torch.save({"run_format": runs.FORMAT, "args": args, "state_dict": classifier.state_dict()},
-               tmp_path / "last.pth.tar")
+    args = {"model": "test_vit", "model_kwargs": {}, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    torch.save(
+        {"run_format": runs.FORMAT, "args": args, "state_dict": classifier.state_dict()}, tmp_path / "last.pth.tar"
+    )
     given = cli.parse_args(["train", "--data-dir", "x", "--backbone", str(tmp_path / "last.pth.tar")])
     weights = cli.backbone(given)
     assert (given.model, given.mean, given.std) == ("test_vit", args["mean"], args["std"])
@@ -230,17 +258,21 @@ def test_backbone_is_a_classifier_of_another_size(tmp_path):
 def test_backbone_prefers_the_average_of_the_weights(tmp_path):
     raw, average = (timm.create_model("test_vit", num_classes=7).state_dict() for _ in range(2))
     torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "run.pth.tar")
-    given = cli.parse_args(["train", "--data-dir", "x", "--model", "test_vit",
-                            "--backbone", str(tmp_path / "run.pth.tar")])
+    given = cli.parse_args(
+        ["train", "--data-dir", "x", "--model", "test_vit", "--backbone", str(tmp_path / "run.pth.tar")]
+    )
     assert torch.equal(cli.backbone(given)["norm.weight"], average["norm.weight"])
     assert torch.equal(cli.backbone(given)["cls_token"], average["cls_token"])
 
 
-@pytest.mark.parametrize(("name", "size", "weights", "message"), [
-    ("test_resnet", 64, None, "--model test_resnet: Segmenter needs a plain ViT"),
-    ("test_vit", 65, None, "--img-size 65: test_vit has patches of 16 pixels"),
-    ("test_vit", 64, {"cls_token": torch.zeros(1, 1, 7)}, "--backbone: its weights are of another model"),
-])
+@pytest.mark.parametrize(
+    ("name", "size", "weights", "message"),
+    [
+        ("test_resnet", 64, None, "--model test_resnet: Segmenter needs a plain ViT"),
+        ("test_vit", 65, None, "--img-size 65: test_vit has patches of 16 pixels"),
+        ("test_vit", 64, {"cls_token": torch.zeros(1, 1, 7)}, "--backbone: its weights are of another model"),
+    ],
+)
 def test_encoder_that_does_not_fit(name, size, weights, message):
     with pytest.raises(ValueError, match=message):
         model.build(name, 4, size, weights=weights)
@@ -248,10 +280,12 @@ def test_encoder_that_does_not_fit(name, size, weights, message):
 
 # --- photographs and masks
 
+
 def bilinear(pixels, window, size):
     """What a window of an image becomes at this size: interpolation between the centres of pixels, no filter."""
+
     def between(start, end, count, side):
-        place = (start + (np.arange(count) + .5) * (end - start) / count - .5).clip(0, side - 1)
+        place = (start + (np.arange(count) + 0.5) * (end - start) / count - 0.5).clip(0, side - 1)
         low = np.minimum(place.astype(int), side - 2)
         return low, (place - low)[:, None]
 
@@ -291,10 +325,13 @@ def test_photograph_and_mask_stay_together(ramps, device):
             assert (image[:, height:] == 0).all() and (image[:, :, width:] == 0).all()
             assert (mask[height:] == 255).all() and (mask[:, width:] == 255).all()
             expected = bilinear(photograph.astype(float), window.astype(float), (height, width))
-            np.testing.assert_allclose(255 * image[:, :height, :width].transpose(1, 2, 0), expected,
-                                       atol=.51 if device == "cpu" else 1.01)
-            y, x = (start + (np.arange(n) + .5) * (end - start) / n
-                    for (start, end), n in zip(window.T.astype(float), (height, width), strict=True))
+            np.testing.assert_allclose(
+                255 * image[:, :height, :width].transpose(1, 2, 0), expected, atol=0.51 if device == "cpu" else 1.01
+            )
+            y, x = (
+                start + (np.arange(n) + 0.5) * (end - start) / n
+                for (start, end), n in zip(window.T.astype(float), (height, width), strict=True)
+            )
             nearest = truth[np.ix_(y.astype(int), x.astype(int))]
             # A centre on the border of two pixels may round to either.
             clear = np.ix_(abs(y - y.round()) > 1e-4, abs(x - x.round()) > 1e-4)
@@ -305,11 +342,18 @@ def test_photograph_and_mask_stay_together(ramps, device):
     assert 5 < mirrored < 20 and padded > 2 and compared > 20_000
 
 
-@pytest.mark.parametrize(("define", "options", "kinds"), [
-    (data.train_pipeline, {"size": 64}, ["ImageSlice", "Resize", "Resize", "BrightnessContrast", "Hsv",
-                                         "CropMirrorNormalize", "Crop"]),
-    (data.eval_pipeline, {"scales": 2}, ["ImageSlice", *["Resize", "CropMirrorNormalize"] * 2]),
-], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("define", "options", "kinds"),
+    [
+        (
+            data.train_pipeline,
+            {"size": 64},
+            ["ImageSlice", "Resize", "Resize", "BrightnessContrast", "Hsv", "CropMirrorNormalize", "Crop"],
+        ),
+        (data.eval_pipeline, {"scales": 2}, ["ImageSlice", *["Resize", "CropMirrorNormalize"] * 2]),
+    ],
+    ids=["train", "eval"],
+)
 def test_pixels_stay_on_the_gpu(define, options, kinds):
     """In the graph for a GPU, which is defined without one; arguments of its operators stay on the CPU."""
     common = dict(mean=(0, 0, 0), std=(1, 1, 1), batch_size=4, num_threads=1, device_id=0)
@@ -342,8 +386,8 @@ def test_law_of_the_draw():
     extent = np.array([abs(d.window[1] - d.window[0]) for d in drawn])
     size = np.array([d.size for d in drawn])
     scale = (size / extent).mean(1) * 375 / 520
-    assert .5 <= scale.min() < .51 and 1.99 < scale.max() <= 2.01
-    assert np.mean(scale < 1.25) == pytest.approx(.5, abs=.04)
+    assert 0.5 <= scale.min() < 0.51 and 1.99 < scale.max() <= 2.01
+    assert np.mean(scale < 1.25) == pytest.approx(0.5, abs=0.04)
     assert np.array([d.window for d in drawn]).min() >= 0
     assert (np.array([d.window for d in drawn]).max((0, 1)) <= np.array([375, 500]) + 1e-3).all()
     whole = scale < 480 / 520
@@ -351,15 +395,19 @@ def test_law_of_the_draw():
     free = 375 - extent[:, 0]
     place = np.array([d.window.min(0)[0] for d in drawn])[free > 9]
     free = free[free > 9]
-    assert (place / free).mean() == pytest.approx(.5, abs=.02)
-    assert np.mean([d.window[0, 1] > d.window[1, 1] for d in drawn]) == pytest.approx(.5, abs=.04)
+    assert (place / free).mean() == pytest.approx(0.5, abs=0.02)
+    assert np.mean([d.window[0, 1] > d.window[1, 1] for d in drawn]) == pytest.approx(0.5, abs=0.04)
     contrast, shift, saturation, hue = np.array([d.colors for d in drawn]).T
-    for values, unchanged, low, high in ((contrast, 1, .5, 1.5), (saturation, 1, .5, 1.5), (hue, 0, -36, 36),
-                                         (shift / contrast, 0, -32 / 255, 32 / 255)):
+    for values, unchanged, low, high in (
+        (contrast, 1, 0.5, 1.5),
+        (saturation, 1, 0.5, 1.5),
+        (hue, 0, -36, 36),
+        (shift / contrast, 0, -32 / 255, 32 / 255),
+    ):
         changed = values[values != unchanged]
-        assert len(changed) / len(values) == pytest.approx(.5, abs=.04)
-        assert low - 1e-3 <= changed.min() < low + .02 * (high - low)
-        assert changed.mean() == pytest.approx((low + high) / 2, abs=.05 * (high - low))
+        assert len(changed) / len(values) == pytest.approx(0.5, abs=0.04)
+        assert low - 1e-3 <= changed.min() < low + 0.02 * (high - low)
+        assert changed.mean() == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
 
 
 def test_crops_of_one_class_are_drawn_again():
@@ -369,9 +417,9 @@ def test_crops_of_one_class_are_drawn_again():
     for start, end in ((0, 90), (250, 340), (290, 380), (310, 400), (210, 330)):
         region = mask[5:95, start:end]
         _, counts = np.unique(region[region != 255], return_counts=True)
-        expected = len(counts) < 2 or counts.max() / counts.sum() >= .75
+        expected = len(counts) < 2 or counts.max() / counts.sum() >= 0.75
         window = np.array([[5, start], [95, end]], float)
-        assert data.dominated(mask, window, .75) == expected
+        assert data.dominated(mask, window, 0.75) == expected
     transform = data.TrainTransform(100, 100, scale=(1, 1))
     shares = []
     for seed in range(200):
@@ -379,7 +427,7 @@ def test_crops_of_one_class_are_drawn_again():
         low, high = sorted(window[:, 1].astype(int))
         shares.append(mask[50, low:high].mean())
     # 50 of 301 places are good ones: of eleven draws, 13 % have none, where one draw would have 83 %.
-    assert np.mean([not .25 < share < .75 for share in shares]) == pytest.approx((251 / 301) ** 11, abs=.06)
+    assert np.mean([not 0.25 < share < 0.75 for share in shares]) == pytest.approx((251 / 301) ** 11, abs=0.06)
 
 
 def test_colours():
@@ -387,36 +435,47 @@ def test_colours():
     grey = np.full((40, 40, 3), 100, np.uint8)
     file = io.BytesIO()
     Image.fromarray(grey).save(file, "PNG")
-    sample = (np.frombuffer(file.getvalue(), np.uint8), np.zeros((40, 40, 1), np.uint8),
-              np.float32([[0, 0], [40, 40]]), np.float32([40, 40]))
-    colors = np.float32([[1, 0, 1, 0], [1.2, 1.2 * 20 / 255, 1, 0], [1, 0, 1.5, 30], [.5, -.5 * 300 / 255, 1, 0]])
+    sample = (
+        np.frombuffer(file.getvalue(), np.uint8),
+        np.zeros((40, 40, 1), np.uint8),
+        np.float32([[0, 0], [40, 40]]),
+        np.float32([40, 40]),
+    )
+    colors = np.float32([[1, 0, 1, 0], [1.2, 1.2 * 20 / 255, 1, 0], [1, 0, 1.5, 30], [0.5, -0.5 * 300 / 255, 1, 0]])
     source = SimpleNamespace(batch=[[part] * 4 for part in sample] + [list(colors)])
-    pipe = data.train_pipeline(lambda info: source.batch, size=40, mean=(0, 0, 0), std=(1, 1, 1), batch_size=4,
-                               num_threads=1, device_id=None)
+    pipe = data.train_pipeline(
+        lambda info: source.batch, size=40, mean=(0, 0, 0), std=(1, 1, 1), batch_size=4, num_threads=1, device_id=None
+    )
     images = 255 * np.array(pipe.run()[0].as_array())
-    np.testing.assert_allclose(images[:2], np.broadcast_to([[[[100]]], [[[144]]]], (2, 3, 40, 40)), atol=.51)
+    np.testing.assert_allclose(images[:2], np.broadcast_to([[[[100]]], [[[144]]]], (2, 3, 40, 40)), atol=0.51)
     np.testing.assert_allclose(images[2], 100, atol=1.01)
     assert (images[3] == 0).all()
 
 
-@pytest.mark.parametrize(("size", "short", "expected"), [
-    ((375, 500), 520, (520, 693)), ((375, 500), 260, (260, 347)), ((500, 333), 910, (1366, 910)),
-    ((499, 375), 520, (692, 520)), ((100, 2000), 520, (208, 4160)),
-])
+@pytest.mark.parametrize(
+    ("size", "short", "expected"),
+    [
+        ((375, 500), 520, (520, 693)),
+        ((375, 500), 260, (260, 347)),
+        ((500, 333), 910, (1366, 910)),
+        ((499, 375), 520, (692, 520)),
+        ((100, 2000), 520, (208, 4160)),
+    ],
+)
 def test_sizes_are_mmcvs(size, short, expected):
     assert tuple(data.resized(size, short)) == expected
 
 
 def test_evaluation_sees_every_scale(ramps):
     split, pairs = ramps
-    found = list(data.eval_images(split, (.5, 1.5), 40, (0, 0, 0), (1, 1, 1), torch.device("cpu"), 1))
+    found = list(data.eval_images(split, (0.5, 1.5), 40, (0, 0, 0), (1, 1, 1), torch.device("cpu"), 1))
     assert len(found) == 4
     for images, (photograph, _) in zip(found, pairs, strict=True):
         for image, short in zip(images, (20, 60), strict=True):
             size = data.resized(photograph.shape[:2], short)
             whole = np.array([(0, 0), photograph.shape[:2]], float)
             expected = bilinear(photograph.astype(float), whole, size)
-            np.testing.assert_allclose(255 * image[0].numpy().transpose(1, 2, 0), expected, atol=.51)
+            np.testing.assert_allclose(255 * image[0].numpy().transpose(1, 2, 0), expected, atol=0.51)
 
 
 def damage(root, what):
@@ -439,16 +498,19 @@ def damage(root, what):
         photograph.write_bytes(photograph.read_bytes()[:700])
 
 
-@pytest.mark.parametrize(("what", "message"), [
-    ("list", r"there is no ImageSets/SegmentationContext/train.txt; it needs JPEGImages"),
-    ("empty", "train.txt: it names no photograph"),
-    ("missing", r"1 files are missing, such as .*train_001.png"),
-    ("class", r"train_001.png: it has class 4, and --num-classes 4 ends at 3"),
-    ("mode", r"train_001.png: pixels of mode RGB"),
-    ("size", r"train_001.png: its size is \(7, 9\), that of train_001.jpg \(96, 120\)"),
-    ("text", r"train_001.jpg: not an image"),
-    ("cut", r"train_001.jpg: .*; replace it"),
-])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("list", r"there is no ImageSets/SegmentationContext/train.txt; it needs JPEGImages"),
+        ("empty", "train.txt: it names no photograph"),
+        ("missing", r"1 files are missing, such as .*train_001.png"),
+        ("class", r"train_001.png: it has class 4, and --num-classes 4 ends at 3"),
+        ("mode", r"train_001.png: pixels of mode RGB"),
+        ("size", r"train_001.png: its size is \(7, 9\), that of train_001.jpg \(96, 120\)"),
+        ("text", r"train_001.jpg: not an image"),
+        ("cut", r"train_001.jpg: .*; replace it"),
+    ],
+)
 def test_bad_data_are_named(tmp_path, what, message):
     rng = np.random.default_rng(0)
     pascal_context(tmp_path, {"train": [scene(rng, (96, 120)) for _ in range(2)]})
@@ -475,15 +537,21 @@ def test_a_palette_does_not_change_classes(tmp_path):
     assert np.array_equal(split.mask(0), pairs[0][1])
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"size": 0}, "size=0"), ({"scale": (2., 1.)}, r"scale=\(2.0, 1.0\)"), ({"hflip": 1.5}, "hflip=1.5"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size=0"),
+        ({"scale": (2.0, 1.0)}, r"scale=\(2.0, 1.0\)"),
+        ({"hflip": 1.5}, "hflip=1.5"),
+    ],
+)
 def test_transform_checks_itself(options, message):
     with pytest.raises(ValueError, match=message):
         data.TrainTransform(**options)
 
 
 # --- windows and numbers
+
 
 @pytest.mark.parametrize(("length", "expected"), [(480, [0]), (520, [0, 40]), (1000, [0, 320, 520])])
 def test_windows_begin(length, expected):
@@ -492,14 +560,18 @@ def test_windows_begin(length, expected):
 
 def test_windows_are_averaged():
     """Against a loop over pixels; the model's output depends on the place within the window."""
-    ramp = torch.arange(16.).view(4, 4)
+    ramp = torch.arange(16.0).view(4, 4)
     protocol = evaluation.Protocol(0, 4, 3, 2, (), ())
     image = torch.randn(1, 2, 9, 6, generator=torch.Generator().manual_seed(0))
     found = evaluation.slide(lambda crops: crops * ramp, image, protocol)[0]
     for y in range(9):
         for x in range(6):
-            values = [image[0, :, y, x] * ramp[y - top, x - left] for top in (0, 3, 5) for left in (0, 2)
-                      if 0 <= y - top < 4 and 0 <= x - left < 4]
+            values = [
+                image[0, :, y, x] * ramp[y - top, x - left]
+                for top in (0, 3, 5)
+                for left in (0, 2)
+                if 0 <= y - top < 4 and 0 <= x - left < 4
+            ]
             torch.testing.assert_close(found[:, y, x], torch.stack(values).mean(0))
 
 
@@ -510,7 +582,7 @@ def test_small_images_are_enlarged():
 
 
 def test_scales_and_mirror_images_are_averaged():
-    ramp = torch.arange(8.).expand(8, 8)
+    ramp = torch.arange(8.0).expand(8, 8)
     images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 16)]
     protocol = evaluation.Protocol(0, 8, 4, 2, (), ())
 
@@ -530,7 +602,8 @@ def test_scores():
     rng = np.random.default_rng(0)
     truth, found = rng.integers(0, 4, 500), rng.integers(0, 4, 500)
     confusion = torch.zeros(4, 4, dtype=torch.int64).index_put_(
-        (torch.from_numpy(truth), torch.from_numpy(found)), torch.tensor(1), accumulate=True)
+        (torch.from_numpy(truth), torch.from_numpy(found)), torch.tensor(1), accumulate=True
+    )
     result = evaluation.scores(confusion)
     assert result["mIoU"] == pytest.approx(100 * jaccard_score(truth, found, average="macro"))
     assert result["mAcc"] == pytest.approx(100 * recall_score(truth, found, average="macro"))
@@ -566,8 +639,15 @@ def test_evaluation_against_a_loop(context, multi_scale):
     split = data.load(context, "val", 4)
     protocol = evaluation.Protocol(72, 64, 48, 4, (0, 0, 0), (1, 1, 1))
     result, kept = evaluation.evaluate(
-        Oracle(), split, protocol, multi_scale=multi_scale, device=torch.device("cpu"), threads=2,
-        autocast=torch.autocast("cpu", enabled=False), keep=6)
+        Oracle(),
+        split,
+        protocol,
+        multi_scale=multi_scale,
+        device=torch.device("cpu"),
+        threads=2,
+        autocast=torch.autocast("cpu", enabled=False),
+        keep=6,
+    )
     assert [prediction.number for prediction in kept] == list(range(6))
     truth = np.concatenate([split.mask(k).ravel() for k in range(6)])
     found = np.concatenate([prediction.found.numpy().ravel() for prediction in kept])
@@ -577,6 +657,7 @@ def test_evaluation_against_a_loop(context, multi_scale):
 
 
 # --- the program
+
 
 def train_small(context, tmp_path, *flags):
     return cli.main(["train", "--data-dir", str(context), *SMALL, "--output", str(tmp_path), *flags])
@@ -610,8 +691,19 @@ def test_resume_bit_for_bit(context, tmp_path, monkeypatch):
     values = [json.loads((tmp_path / name / "result.json").read_text())["values"] for name in ("whole", "cut")]
     assert values[0] == values[1]
     # The checkpoint brings all that evaluation needs.
-    result = cli.main(["evaluate", "--data-dir", str(context), "--checkpoint", str(tmp_path / "cut/last.pth.tar"),
-                       "--device", "cpu", "-j", "1"])
+    result = cli.main(
+        [
+            "evaluate",
+            "--data-dir",
+            str(context),
+            "--checkpoint",
+            str(tmp_path / "cut/last.pth.tar"),
+            "--device",
+            "cpu",
+            "-j",
+            "1",
+        ]
+    )
     assert result["values"] == values[0]
 
 
@@ -642,12 +734,16 @@ def test_checkpoint_of_another_program(tmp_path):
         training.read_checkpoint(path)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ([], "--data-dir is required"), (["--data-dir", "x", "--num-classes", "256"], "masks have 8 bits"),
-    (["--data-dir", "x", "--iterations", "0"], "--iterations 0: give at least 1"),
-    (["--data-dir", "x", "--resume"], "name the run to resume"),
-    (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data-dir is required"),
+        (["--data-dir", "x", "--num-classes", "256"], "masks have 8 bits"),
+        (["--data-dir", "x", "--iterations", "0"], "--iterations 0: give at least 1"),
+        (["--data-dir", "x", "--resume"], "name the run to resume"),
+        (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
+    ],
+)
 def test_wrong_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(["train", *flags])
@@ -659,8 +755,8 @@ def test_recipe_is_the_official_one(capsys):
     assert capsys.readouterr().err == ""  # every key is a flag
     assert (args.model, args.num_classes, args.decoder_depth) == ("deit_small_patch16_224", 60, 2)
     assert (args.img_size, args.short_side, args.stride, args.batch_size) == (480, 520, 320, 16)
-    assert (args.opt, args.lr, args.min_lr, args.momentum, args.weight_decay) == ("sgd", 1e-3, 1e-5, .9, 0)
-    assert (args.iterations, args.poly_power, args.drop_path, args.decoder_drop) == (80_000, .9, .1, .1)
+    assert (args.opt, args.lr, args.min_lr, args.momentum, args.weight_decay) == ("sgd", 1e-3, 1e-5, 0.9, 0)
+    assert (args.iterations, args.poly_power, args.drop_path, args.decoder_drop) == (80_000, 0.9, 0.1, 0.1)
     text = RECIPE.read_text().replace("\n# ", " ")
     for baseline, lumix in evaluation.TABLE_4.values():
         assert str(baseline) in text and str(lumix) in text
@@ -685,18 +781,59 @@ def test_from_pretraining_to_a_picture(context, tmp_path):
                 Image.fromarray(pixels).save(tmp_path / f"images/{split}/{name}/{number}.png")
     python = [sys.executable, "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*python, "pipelines.train", "--data-dir", str(tmp_path / "images"), "--model", "test_vit",
-                    "--img-size", "32", "--opt", "adamw", "--lr", "1e-3", "-b", "8", "--epochs", "2", "--device",
-                    "cpu", "--output", str(tmp_path), "--experiment", "classifier"],
-                   cwd=ROOT, env=environment, check=True)
-    command = [*python, "pipelines.segment", "train", "--data-dir", str(context), *SMALL[2:], "--backbone",
-               str(tmp_path / "classifier/model_best.pth.tar"), "--iterations", "150",
-               "--checkpoint-interval", "5", "--output", str(tmp_path), "--experiment", "segmenter", "--resume"]
+    subprocess.run(
+        [
+            *python,
+            "pipelines.train",
+            "--data-dir",
+            str(tmp_path / "images"),
+            "--model",
+            "test_vit",
+            "--img-size",
+            "32",
+            "--opt",
+            "adamw",
+            "--lr",
+            "1e-3",
+            "-b",
+            "8",
+            "--epochs",
+            "2",
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path),
+            "--experiment",
+            "classifier",
+        ],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
+    command = [
+        *python,
+        "pipelines.segment",
+        "train",
+        "--data-dir",
+        str(context),
+        *SMALL[2:],
+        "--backbone",
+        str(tmp_path / "classifier/model_best.pth.tar"),
+        "--iterations",
+        "150",
+        "--checkpoint-interval",
+        "5",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "segmenter",
+        "--resume",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=environment)
     last = tmp_path / "segmenter/last.pth.tar"
     while not last.exists():
         assert process.poll() is None
-        time.sleep(.2)
+        time.sleep(0.2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     stopped = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -709,8 +846,21 @@ def test_from_pretraining_to_a_picture(context, tmp_path):
     result = json.loads((tmp_path / "segmenter/result.json").read_text())
     assert result["values"]["mIoU"] > 60  # the background everywhere: 13
     evaluate = [*python, "pipelines.segment", "evaluate", "--data-dir", str(context), "--checkpoint", str(last)]
-    subprocess.run([*evaluate, "--device", "cpu", "--multi-scale", "--figure", str(tmp_path / "masks.png"),
-                    "--out", str(tmp_path / "result.json")], cwd=ROOT, env=environment, check=True)
+    subprocess.run(
+        [
+            *evaluate,
+            "--device",
+            "cpu",
+            "--multi-scale",
+            "--figure",
+            str(tmp_path / "masks.png"),
+            "--out",
+            str(tmp_path / "result.json"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["values"]["mIoU"] == result["values"]["mIoU"]
     assert found["values"]["mIoU (MS)"] > 60

@@ -37,8 +37,10 @@ def make(source, **options):
 
 def stream(batches):
     """[images, label, partner's label, λ0, …] of each batch."""
-    return [[images.clone(), *(field.clone() for field in (target if isinstance(target, tuple) else [target]))]
-            for images, target in batches]
+    return [
+        [images.clone(), *(field.clone() for field in (target if isinstance(target, tuple) else [target]))]
+        for images, target in batches
+    ]
 
 
 def assert_same(ours, theirs):
@@ -156,7 +158,9 @@ def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
     """Protocol buffers allow both; TensorFlow writes the first."""
     content = b"".join(
         record(example({index.IMAGE: bytes_feature(JPEG), index.LABEL: int_feature(label, packed=packed)}))
-        for label in (3, 300, 70000) for packed in (True, False))
+        for label in (3, 300, 70000)
+        for packed in (True, False)
+    )
     (tmp_path / "a.tfrecord").write_bytes(content)
     loader = make(tmp_path / "a.tfrecord", is_training=False)
     assert labels_of(loader) == [3, 3, 300, 300, 70000, 70000]
@@ -209,8 +213,11 @@ def test_each_sample_once_by_brute_force(counted, kind, n, batch_size, world_siz
 
 
 def test_ranks_seeds_and_epochs_differ(counted):
-    loaders = [make(counted("webdataset", 97), batch_size=8, seed=seed, rank=rank, world_size=2)
-               for seed in range(2) for rank in range(2)]
+    loaders = [
+        make(counted("webdataset", 97), batch_size=8, seed=seed, rank=rank, world_size=2)
+        for seed in range(2)
+        for rank in range(2)
+    ]
     assert len({tuple(labels_of(loader)) for loader in loaders for _ in range(3)}) == 12
 
 
@@ -293,6 +300,7 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
 @pytest.fixture
 def spoilt(kind, tmp_path):
     """`spoilt(damage)`: shards of 12 good samples but for one, its number in them, and the words that name it."""
+
     def build(damage):
         for i in range(12):
             (tmp_path / f"{i}.jpg").write_bytes(damaged()[damage] if i == 7 else JPEG)
@@ -317,7 +325,7 @@ def test_a_damaged_sample_is_named_and_replaced(spoilt, damage, is_training):
     with pytest.warns(UserWarning, match=rf"^{name}.* cannot be used .* takes its place") as caught:
         labels = labels_of(loader)
     assert len(caught) == 1
-    assert list(loader.bad.values()) == [re.search(r'cannot be used \((.*)\);', str(caught[0].message))[1]]
+    assert list(loader.bad.values()) == [re.search(r"cannot be used \((.*)\);", str(caught[0].message))[1]]
     assert re.match(name, next(iter(loader.bad)))
     written = np.random.default_rng(0).permutation(12).tolist()
     assert sorted(labels) == sorted([*(set(range(12)) - {7}), written[(place + 1) % 12]])
@@ -332,9 +340,25 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
     assert loader.bad == {}
 
 
-@pytest.mark.parametrize("text", [
-    b"cat", b"", b"-1", b"1.5", b"\n", b"1234567890", b"n01440764", b"0x1", b"1 ", b" 1",
-    b"1 2", b"\t1\n", b"1\0", b"1" + b" " * 90])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"cat",
+        b"",
+        b"-1",
+        b"1.5",
+        b"\n",
+        b"1234567890",
+        b"n01440764",
+        b"0x1",
+        b"1 ",
+        b" 1",
+        b"1 2",
+        b"\t1\n",
+        b"1\0",
+        b"1" + b" " * 90,
+    ],
+)
 def test_a_label_that_is_no_number_is_named(tmp_path, text):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"3"), ("1.jpg", JPEG), ("1.cls", text))
     loader = make(tmp_path / "a.tar", batch_size=2, is_training=False)
@@ -387,7 +411,7 @@ def test_training_from_shards(kind, tmp_path):
     train.main(argv(data, tmp_path / "a", "--epochs", "1"))
     train.main(argv(tmp_path / "shards", tmp_path / "b", "--epochs", "1"))
     ours, theirs = (rows(tmp_path / name / "run")[0] for name in "ba")
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=.7)  # another order and other draws
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=0.7)  # another order and other draws
     (tmp_path / "shards" / "train" / "shards.json").unlink()
     with pytest.raises(ValueError, match="nothing says which classes the shards in train have"):
         train.main(argv(tmp_path / "shards", tmp_path / "c"))
@@ -396,11 +420,14 @@ def test_training_from_shards(kind, tmp_path):
 # Arguments and files
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"shuffle": "some"}, "shuffle='some': give one of 'auto', 'global', 'window'"),
-    ({"shuffle": "window", "window": 0}, "window=0: give a whole number >= 1"),
-    ({"batch_size": 24}, "batch_size=24: 23 samples do not fill a batch"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": "some"}, "shuffle='some': give one of 'auto', 'global', 'window'"),
+        ({"shuffle": "window", "window": 0}, "window=0: give a whole number >= 1"),
+        ({"batch_size": 24}, "batch_size=24: 23 samples do not fill a batch"),
+    ],
+)
 def test_a_bad_argument_is_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
         make(folder, **options)
@@ -441,13 +468,16 @@ def test_shards_of_no_use(copy, kind):
         refused(r"shards\.json': (damaged|not all)")
 
 
-@pytest.mark.parametrize(("members", "reason"), [
-    ([("0.jpg", JPEG)], "no label"),
-    ([("0.cls", b"1")], "no image"),
-    ([("0.jpg", JPEG), ("0.png", JPEG), ("0.cls", b"1")], "more than one image"),
-    ([("0.jpg", JPEG), ("0.jpg", JPEG), ("0.cls", b"1")], "two members of one name"),
-    ([("0.jpg", JPEG), ("1.jpg", JPEG), ("0.cls", b"1"), ("1.cls", b"1")], "no label"),
-])
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("0.jpg", JPEG)], "no label"),
+        ([("0.cls", b"1")], "no image"),
+        ([("0.jpg", JPEG), ("0.png", JPEG), ("0.cls", b"1")], "more than one image"),
+        ([("0.jpg", JPEG), ("0.jpg", JPEG), ("0.cls", b"1")], "two members of one name"),
+        ([("0.jpg", JPEG), ("1.jpg", JPEG), ("0.cls", b"1"), ("1.cls", b"1")], "no label"),
+    ],
+)
 def test_a_sample_without_image_or_label_is_replaced(tmp_path, members, reason):
     pack(tmp_path / "a.tar", ("good.jpg", JPEG), ("good.cls", b"3"), *members)
     loader = make(tmp_path / "a.tar", batch_size=1, is_training=False)
@@ -457,8 +487,15 @@ def test_a_sample_without_image_or_label_is_replaced(tmp_path, members, reason):
 
 
 def test_a_mask_beside_an_image_is_not_a_second_image(tmp_path):
-    pack(tmp_path / "a.tar", ("0.cls", b"4"), ("0.jpg", JPEG), ("0.mask.png", b"x"), ("0.json", b"{}"),
-         ("1.old.jpg", JPEG), ("1.cls", b"5"))
+    pack(
+        tmp_path / "a.tar",
+        ("0.cls", b"4"),
+        ("0.jpg", JPEG),
+        ("0.mask.png", b"x"),
+        ("0.json", b"{}"),
+        ("1.old.jpg", JPEG),
+        ("1.cls", b"5"),
+    )
     assert labels_of(make(tmp_path / "a.tar", is_training=False)) == [4, 5]
 
 
@@ -484,9 +521,16 @@ def converted(folders):
 def test_the_description(files, converted):
     content = json.loads((converted / "shards.json").read_text())
     names = [f"shard-{i:06}.tar" for i in range(5)]
-    assert content == {"format": "lumix_dali.shards/1", "complete": True, "seed": 0, "shard_size": 5,
-                       "digest": files.digest, "classes": files.classes, "counts": [1] * COUNT,
-                       "shards": dict(zip(names, [5, 5, 5, 5, 3], strict=True))}
+    assert content == {
+        "format": "lumix_dali.shards/1",
+        "complete": True,
+        "seed": 0,
+        "shard_size": 5,
+        "digest": files.digest,
+        "classes": files.classes,
+        "counts": [1] * COUNT,
+        "shards": dict(zip(names, [5, 5, 5, 5, 3], strict=True)),
+    }
 
 
 @pytest.mark.parametrize("stop", range(0, COUNT, 4))
@@ -584,10 +628,21 @@ def test_the_command(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "in" / "cat")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "bad.jpg"]
 
 
-@pytest.mark.parametrize(("command", "flag", "value"), [
-    ("convert", "--seed", -1), ("convert", "--shard-size", 0), ("convert", "--workers", -1), ("check", "--ranks", 0),
-    ("check", "--batch-size", 0), ("check", "--workers", 0), ("check", "--max-pixels", 0), ("show", "--count", 0),
-    ("show", "--seed", -1), ("show", "--input-size", 0)])
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        ("convert", "--seed", -1),
+        ("convert", "--shard-size", 0),
+        ("convert", "--workers", -1),
+        ("check", "--ranks", 0),
+        ("check", "--batch-size", 0),
+        ("check", "--workers", 0),
+        ("check", "--max-pixels", 0),
+        ("show", "--count", 0),
+        ("show", "--seed", -1),
+        ("show", "--input-size", 0),
+    ],
+)
 def test_a_number_that_cannot_be_is_named_by_its_flag(tmp_path, capsys, command, flag, value):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(JPEG)
@@ -628,15 +683,27 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
         "0.jpg": [("0.jpg", JPEG), ("0.cls", b"1")],
         "huge.jpg": [("huge.jpg", JPEG), ("huge.cls", b"1000000")],
     }
-    others = [linked("soft", tarfile.SYMTYPE), linked("hard", tarfile.LNKTYPE), linked("device", tarfile.CHRTYPE),
-              linked("pipe", tarfile.FIFOTYPE), linked("folder", tarfile.DIRTYPE), (".hidden.jpg", JPEG)]
+    others = [
+        linked("soft", tarfile.SYMTYPE),
+        linked("hard", tarfile.LNKTYPE),
+        linked("device", tarfile.CHRTYPE),
+        linked("pipe", tarfile.FIFOTYPE),
+        linked("folder", tarfile.DIRTYPE),
+        (".hidden.jpg", JPEG),
+    ]
     pack(tmp_path / "a.tar", *good, *others, *itertools.chain(*faults.values()))
     report = check.scan(tmp_path / "a.tar", workers=1)
     assert report.bad.keys() == {f"a.tar/{name}" for name in faults}
-    for name, reason in [("cut.jpg", "truncated"), ("text.jpg", "not an image"), ("unlabelled.jpg", "no label"),
-                         ("blind.cls", "no image"), ("word.jpg", "its .cls is b'cat'"),
-                         ("two.jpg", "more than one image"), ("0.jpg", "its key occurs twice"),
-                         ("huge.jpg", "not below 1000000")]:
+    for name, reason in [
+        ("cut.jpg", "truncated"),
+        ("text.jpg", "not an image"),
+        ("unlabelled.jpg", "no label"),
+        ("blind.cls", "no image"),
+        ("word.jpg", "its .cls is b'cat'"),
+        ("two.jpg", "more than one image"),
+        ("0.jpg", "its key occurs twice"),
+        ("huge.jpg", "not below 1000000"),
+    ]:
         assert reason in report.bad[f"a.tar/{name}"]
     assert report.ignored == [f"a.tar/{name}" for name in ("soft", "hard", "device", "pipe", ".hidden.jpg")]
     assert not report.ok
@@ -677,8 +744,9 @@ def test_cut_shards(copy, kind):
 
 def test_sorted_shards_and_repeated_keys_are_warned_of(tmp_path):
     def members(labels):
-        return [pair for i, label in enumerate(labels)
-                for pair in ((f"{i}.jpg", JPEG), (f"{i}.cls", str(label).encode()))]
+        return [
+            pair for i, label in enumerate(labels) for pair in ((f"{i}.jpg", JPEG), (f"{i}.cls", str(label).encode()))
+        ]
 
     pack(tmp_path / "a.tar", *members([0] * 6 + [1] * 6))
     assert ["sorted by class" in warning for warning in check.scan(tmp_path, workers=1).warnings] == [True]

@@ -56,16 +56,41 @@ def test_text_names_classes_and_weights(root, tmp_path, monkeypatch):
     _, target = delivered(root, 32)
     expected = []
     for label, partner, lam0, _, kind in zip(*(field.tolist() for field in target[:5]), strict=True):
-        expected += [f"{program.KINDS[kind]}  lam0 = {lam0:.3f}", f"{1 - lam0:.3f}  class {label}",
-                     f"{lam0:.3f}  class {partner}"]
+        expected += [
+            f"{program.KINDS[kind]}  lam0 = {lam0:.3f}",
+            f"{1 - lam0:.3f}  class {label}",
+            f"{lam0:.3f}  class {partner}",
+        ]
     assert lines == expected
 
 
 def test_command_line(root, tmp_path, capsys):
     out = tmp_path / "mixed.jpg"
-    assert program.main(["show", str(root), "-o", str(out), "--input-size", "28", "--count", "50",
-                         "--mixup", "0", "--hflip", "0", "--seed", "2",
-                         "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5"]) == 0
+    assert (
+        program.main(
+            [
+                "show",
+                str(root),
+                "-o",
+                str(out),
+                "--input-size",
+                "28",
+                "--count",
+                "50",
+                "--mixup",
+                "0",
+                "--hflip",
+                "0",
+                "--seed",
+                "2",
+                "--aa",
+                "rand-m9-mstd0.5-inc1",
+                "--reprob",
+                "0.5",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"wrote {out}\n"
     assert Image.open(out).size == (4 * (28 * 8 + 8), 2 * (28 * 8 + 58))  # six files, one tile each
 
@@ -77,14 +102,17 @@ def test_a_list_of_files(tmp_path):
     assert Image.open(tmp_path / "mixed.png").width == 4 * (32 * 7 + 8)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["nowhere"], "lumix-dali: source='nowhere': no such folder or list file; give one that exists"),
-    (["ROOT", "--mixup", "-1"], "mixup_alpha=-1.0: give a finite number > 0"),
-    (["ROOT", "--mixup-mode", "pair"], "mode='pair': pair is not supported"),
-    (["ROOT", "--count", "0"], "--count=0: give a whole number >= 1"),
-    (["ROOT", "--input-size", "32", "-o", "TMP/mixed.xyz"], "unknown file extension: .xyz"),
-    (["ROOT", "--input-size", "32", "-o", "TMP/nowhere/mixed.png"], "No such file or directory"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "lumix-dali: source='nowhere': no such folder or list file; give one that exists"),
+        (["ROOT", "--mixup", "-1"], "mixup_alpha=-1.0: give a finite number > 0"),
+        (["ROOT", "--mixup-mode", "pair"], "mode='pair': pair is not supported"),
+        (["ROOT", "--count", "0"], "--count=0: give a whole number >= 1"),
+        (["ROOT", "--input-size", "32", "-o", "TMP/mixed.xyz"], "unknown file extension: .xyz"),
+        (["ROOT", "--input-size", "32", "-o", "TMP/nowhere/mixed.png"], "No such file or directory"),
+    ],
+)
 def test_a_wrong_call_exits_with_2(root, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     arguments = [a.replace("ROOT", str(root)).replace("TMP", str(tmp_path)) for a in arguments]

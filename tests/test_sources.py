@@ -29,13 +29,16 @@ def touch(root, *names):
 # Folders
 
 
-@pytest.mark.parametrize("classes", [
-    ["1", "2", "10", "20", "100"],
-    ["n02", "n10", "n1"],
-    ["Zebra", "ant", "Bee"],
-    ["class 9", "class 10", "été", "犬", "a\nb"],
-    ["0", "x", "1x", "x1"],
-])
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["1", "2", "10", "20", "100"],
+        ["n02", "n10", "n1"],
+        ["Zebra", "ant", "Bee"],
+        ["class 9", "class 10", "été", "犬", "a\nb"],
+        ["0", "x", "1x", "x1"],
+    ],
+)
 def test_classes_are_numbered_as_timm_numbers_them(tmp_path, classes):
     root = touch(tmp_path, *(f"{name}/{i}.jpg" for name in classes for i in range(2)))
     assert sources.folder(root).class_to_idx == create_dataset("", str(root)).reader.class_to_idx
@@ -64,18 +67,37 @@ def test_labels_follow_the_folder_at_any_depth(tmp_path):
     root = touch(tmp_path, "cat/b.jpg", "cat/deep/er/a.jpg", "dog/a.jpg", "dog/cat/a.jpg")
     samples = sources.folder(root)
     assert list(zip(samples.names, samples.labels.tolist(), strict=True)) == [
-        ("cat/b.jpg", 0), ("cat/deep/er/a.jpg", 0), ("dog/a.jpg", 1), ("dog/cat/a.jpg", 1)]
+        ("cat/b.jpg", 0),
+        ("cat/deep/er/a.jpg", 0),
+        ("dog/a.jpg", 1),
+        ("dog/cat/a.jpg", 1),
+    ]
     assert samples.labels.dtype == np.int64
     assert samples.path(1) == os.path.join(root, "cat/deep/er/a.jpg")
     assert len(samples) == 4
 
 
 def test_what_counts_as_an_image(tmp_path):
-    wanted = {"a.jpg", "a.JPEG", "b.jpe", "c.jfif", "d.PNG", "e.bmp", "f.tif", "g.tiff", "h.webp", "i.ppm",
-              "two.dots.jpg", "with space.jpg", "été 犬.jpg", "new\nline.jpg", "-rf.jpg", "'\"$.jpg"}
+    wanted = {
+        "a.jpg",
+        "a.JPEG",
+        "b.jpe",
+        "c.jfif",
+        "d.PNG",
+        "e.bmp",
+        "f.tif",
+        "g.tiff",
+        "h.webp",
+        "i.ppm",
+        "two.dots.jpg",
+        "with space.jpg",
+        "été 犬.jpg",
+        "new\nline.jpg",
+        "-rf.jpg",
+        "'\"$.jpg",
+    }
     others = {".hidden.jpg", "._a.jpg", ".jpg", "readme.txt", "noextension", "a.gif", "a.jpg.part", "jpg"}
-    root = touch(tmp_path, *(f"x/{name}" for name in wanted | others), "x/.cache/thumb.jpg", ".git/a.jpg",
-                 "loose.jpg")
+    root = touch(tmp_path, *(f"x/{name}" for name in wanted | others), "x/.cache/thumb.jpg", ".git/a.jpg", "loose.jpg")
     samples = sources.folder(root)
     assert set(samples.names) == {f"x/{name}" for name in wanted}
     assert samples.classes == ["x"]
@@ -104,13 +126,16 @@ def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
         assert sources.folder(root).digest == expected.digest
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ([], "no class folder in it; lay images out"),
-    (["loose.jpg"], "no class folder in it; lay images out"),
-    ([".hidden/a.jpg"], "no class folder in it; lay images out"),
-    (["a/x.jpg", "b/x.txt"], r"class 'b' has no image \(.*\); remove its folder, or put images into it"),
-    (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
-])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "no class folder in it; lay images out"),
+        (["loose.jpg"], "no class folder in it; lay images out"),
+        ([".hidden/a.jpg"], "no class folder in it; lay images out"),
+        (["a/x.jpg", "b/x.txt"], r"class 'b' has no image \(.*\); remove its folder, or put images into it"),
+        (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
+    ],
+)
 def test_folders_of_no_use(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=f"source='{tmp_path}': {message}"):
@@ -140,19 +165,22 @@ def write_list(path, content):
     return file
 
 
-@pytest.mark.parametrize(("content", "names", "labels"), [
-    ("a.jpg 0\nb.jpg 1\n", ["a.jpg", "b.jpg"], [0, 1]),
-    ("a.jpg 2\nb.jpg 0", ["a.jpg", "b.jpg"], [2, 0]),
-    ("a.jpg 0\r\nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
-    ("\ufeffa.jpg 0\n", ["a.jpg"], [0]),
-    ("\ufeffa.jpg 0\r\n\r\n  \nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
-    ("my cat 7.jpg 3\n", ["my cat 7.jpg"], [3]),
-    ("a.jpg\t3 \n", ["a.jpg"], [3]),
-    ("  a.jpg 0\n", ["  a.jpg"], [0]),
-    ("a\u2028b\x0c\x85c.jpg 0\n", ["a\u2028b\x0c\x85c.jpg"], [0]),
-    ("été/犬.jpg 00012\n", ["été/犬.jpg"], [12]),
-    (b"\xe9t\xe9.jpg 1\n", [os.fsdecode(b"\xe9t\xe9.jpg")], [1]),
-])
+@pytest.mark.parametrize(
+    ("content", "names", "labels"),
+    [
+        ("a.jpg 0\nb.jpg 1\n", ["a.jpg", "b.jpg"], [0, 1]),
+        ("a.jpg 2\nb.jpg 0", ["a.jpg", "b.jpg"], [2, 0]),
+        ("a.jpg 0\r\nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
+        ("\ufeffa.jpg 0\n", ["a.jpg"], [0]),
+        ("\ufeffa.jpg 0\r\n\r\n  \nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
+        ("my cat 7.jpg 3\n", ["my cat 7.jpg"], [3]),
+        ("a.jpg\t3 \n", ["a.jpg"], [3]),
+        ("  a.jpg 0\n", ["  a.jpg"], [0]),
+        ("a\u2028b\x0c\x85c.jpg 0\n", ["a\u2028b\x0c\x85c.jpg"], [0]),
+        ("été/犬.jpg 00012\n", ["été/犬.jpg"], [12]),
+        (b"\xe9t\xe9.jpg 1\n", [os.fsdecode(b"\xe9t\xe9.jpg")], [1]),
+    ],
+)
 def test_lists(tmp_path, content, names, labels):
     samples = sources.load(write_list(tmp_path, content))
     assert list(samples.names) == names
@@ -169,10 +197,27 @@ def test_roots_of_lists(tmp_path):
     assert [samples.path(i) for i in range(2)] == [f"{tmp_path}/elsewhere/a.jpg", "/b.jpg"]
 
 
-@pytest.mark.parametrize("line", [
-    "a.jpg", "a.jpg -1", "a.jpg 1.5", "a.jpg 1e3", "a.jpg one", "a.jpg 99999999999", f"a.jpg {2**31 - 1}",
-    "a.jpg 1000000", "a.jpg " + "9" * 5000, "7", "  7", "a.jpg,7", "a.jpg ٣", "a.jpg 0x1", "a.jpg +1", "a.jpg 1_0",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.jpg",
+        "a.jpg -1",
+        "a.jpg 1.5",
+        "a.jpg 1e3",
+        "a.jpg one",
+        "a.jpg 99999999999",
+        f"a.jpg {2**31 - 1}",
+        "a.jpg 1000000",
+        "a.jpg " + "9" * 5000,
+        "7",
+        "  7",
+        "a.jpg,7",
+        "a.jpg ٣",
+        "a.jpg 0x1",
+        "a.jpg +1",
+        "a.jpg 1_0",
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
     file = write_list(tmp_path, f"\ufeffgood.jpg 1\n\n{line}\nalso good.jpg 2\n")
     with pytest.raises(ValueError, match=r"line 3: .*; write PATH LABEL, LABEL in") as error:
@@ -201,7 +246,7 @@ def test_any_bytes_are_a_list_or_a_message(tmp_path_factory, content):
         assert len(lines) == len(samples)
         for line, name, label in zip(lines, samples.names, samples.labels, strict=True):
             assert line.startswith(name)
-            assert int(line[len(name):]) == label
+            assert int(line[len(name) :]) == label
 
 
 # The digest
@@ -212,8 +257,14 @@ def test_the_digest_tells_samples_apart(tmp_path):
         return sources.Files(root, names, np.int64(labels), classes).digest
 
     assert digest() == digest(root=str(tmp_path))
-    different = {digest(), digest(names=("b", "a")), digest(names=("a", "c")), digest(labels=(1, 0)),
-                 digest(classes=("x", "z")), digest(names=("a",), labels=(0,), classes=("b", "x", "y"))}
+    different = {
+        digest(),
+        digest(names=("b", "a")),
+        digest(names=("a", "c")),
+        digest(labels=(1, 0)),
+        digest(classes=("x", "z")),
+        digest(names=("a",), labels=(0,), classes=("b", "x", "y")),
+    }
     assert len(different) == 6
 
 
@@ -224,8 +275,10 @@ def test_labels_that_do_not_fit(labels):
 
 
 def test_labels_of_any_integer_type():
-    digests = {sources.Files("/", ["a", "b"], labels, ["x", "y"]).digest
-               for labels in ([0, 1], (0, 1), np.uint8([0, 1]), np.int32([0, 1]))}
+    digests = {
+        sources.Files("/", ["a", "b"], labels, ["x", "y"]).digest
+        for labels in ([0, 1], (0, 1), np.uint8([0, 1]), np.int32([0, 1]))
+    }
     assert len(digests) == 1
 
 
@@ -251,7 +304,12 @@ def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
     samples = sources.folder(root)
     files = {os.path.join(samples.root, name): label for name, label in zip(samples.names, samples.labels, strict=True)}
     assert sorted(os.path.realpath(name).removeprefix(f"{root}/") for name in files if not name.endswith("loop")) == [
-        "a/1.jpg", "a/deep/2.jpg", "b/3.jpg", "b/3.jpg", "b/deep/4.jpg"]
+        "a/1.jpg",
+        "a/deep/2.jpg",
+        "b/3.jpg",
+        "b/3.jpg",
+        "b/deep/4.jpg",
+    ]
     assert {os.path.realpath(name)[len(str(root)) + 1 :][0]: label for name, label in files.items()} == {"a": 0, "b": 1}
 
 
@@ -319,18 +377,21 @@ def test_an_image_folder_of_torchvision(tmp_path):
     assert samples.class_to_idx == theirs.class_to_idx
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    (["a.jpg", "b.jpg"], r"'a\.jpg' is no shard; give \(path, label\) pairs for images, or a list file"),
-    ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
-    ([("a.jpg", "cat")], "labels=.*: give 1 integers"),
-    ([("a.jpg", -1)], "labels=.*: give 1 integers"),
-    ([("a.jpg", 0.5)], "labels=.*: give 1 integers"),
-    ([], r"source=\[\]: nothing in it; give one sample at least"),
-    ([1, 2], r"source: row 0 is int; give \(image, label\)"),
-    ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.sources\.Rows\(rows"),
-    (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),
-    (None, "source=None: give a folder"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (["a.jpg", "b.jpg"], r"'a\.jpg' is no shard; give \(path, label\) pairs for images, or a list file"),
+        ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
+        ([("a.jpg", "cat")], "labels=.*: give 1 integers"),
+        ([("a.jpg", -1)], "labels=.*: give 1 integers"),
+        ([("a.jpg", 0.5)], "labels=.*: give 1 integers"),
+        ([], r"source=\[\]: nothing in it; give one sample at least"),
+        ([1, 2], r"source: row 0 is int; give \(image, label\)"),
+        ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.sources\.Rows\(rows"),
+        (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),
+        (None, "source=None: give a folder"),
+    ],
+)
 def test_what_is_no_source_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         sources.load(source)
@@ -353,20 +414,43 @@ class Listed:
 def test_rows_of_bytes_and_paths(tmp_path, wrap):
     (tmp_path / "a.jpg").write_bytes(b"from a file")
     os.mkfifo(tmp_path / "pipe.jpg")
-    rows = sources.load(wrap([
-        (b"bytes", 3), (bytearray(b"array"), np.int64(2)), (np.frombuffer(b"numpy", np.uint8), 1),
-        {"image": {"bytes": b"hub", "path": "name.jpg"}, "label": 0}, {"image": {"bytes": None, "path": str(
-            tmp_path / "a.jpg")}, "label": 4}, (tmp_path / "a.jpg", 5), (tmp_path / "gone.jpg", 6),
-        (tmp_path / "pipe.jpg", 7), (np.zeros((2, 2, 3), np.uint8), 8), (None, 9), (b"x", -1), (b"x", 1.5), (b"x", "a"),
-        (b"x", 10**6)]))
+    rows = sources.load(
+        wrap(
+            [
+                (b"bytes", 3),
+                (bytearray(b"array"), np.int64(2)),
+                (np.frombuffer(b"numpy", np.uint8), 1),
+                {"image": {"bytes": b"hub", "path": "name.jpg"}, "label": 0},
+                {"image": {"bytes": None, "path": str(tmp_path / "a.jpg")}, "label": 4},
+                (tmp_path / "a.jpg", 5),
+                (tmp_path / "gone.jpg", 6),
+                (tmp_path / "pipe.jpg", 7),
+                (np.zeros((2, 2, 3), np.uint8), 8),
+                (None, 9),
+                (b"x", -1),
+                (b"x", 1.5),
+                (b"x", "a"),
+                (b"x", 10**6),
+            ]
+        )
+    )
     images, labels = rows.read(range(len(rows)))
     assert [bytes(image) for image in images[:6]] == [
-        b"bytes", b"array", b"numpy", b"hub", b"from a file", b"from a file"]
+        b"bytes",
+        b"array",
+        b"numpy",
+        b"hub",
+        b"from a file",
+        b"from a file",
+    ]
     assert labels[:9].tolist() == [3, 2, 1, 0, 4, 5, 6, 7, 8]
     assert [str(image) for image in images[6:]] == [
-        "No such file or directory", "not a regular file", "neither encoded bytes nor a path, but of type ndarray",
+        "No such file or directory",
+        "not a regular file",
+        "neither encoded bytes nor a path, but of type ndarray",
         "neither encoded bytes nor a path, but of type NoneType",
-        *(f"its label is {label}, not a whole number in [0, 1000000)" for label in ("-1", "1.5", "'a'", "1000000"))]
+        *(f"its label is {label}, not a whole number in [0, 1000000)" for label in ("-1", "1.5", "'a'", "1000000")),
+    ]
     assert rows.name(0) == "row 0"
     assert rows.name(3) == "row 3 ('name.jpg')"
 
@@ -377,7 +461,8 @@ def test_rows_of_hugging_faces_datasets():
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
     content = [encoded(np.full((4, 5, 3), k), "PNG") for k in range(3)]
     rows = datasets.Dataset.from_dict(
-        {"image": [{"bytes": each, "path": None} for each in content], "label": [0, 1, 1]}, features=features)
+        {"image": [{"bytes": each, "path": None} for each in content], "label": [0, 1, 1]}, features=features
+    )
     source = sources.load(rows)
     images, labels = source.read([2, 0])
     assert (images, labels.tolist(), source.classes) == ([content[2], content[0]], [1, 0], ["cat", "dog"])
@@ -401,8 +486,16 @@ def test_a_source_of_ones_own():
 
     source = Digits()
     assert sources.load(source) is source
-    with create_loader(source, batch_size=2, is_training=False, input_size=8, crop_pct=1, dtype="uint8",
-                       device="cpu", return_index=True) as loader:
+    with create_loader(
+        source,
+        batch_size=2,
+        is_training=False,
+        input_size=8,
+        crop_pct=1,
+        dtype="uint8",
+        device="cpu",
+        return_index=True,
+    ) as loader:
         batches = list(loader)
     assert [image.float().mean() for images, _, _ in batches for image in images] == [0, 60, 120, 180]
     assert [label for _, labels, _ in batches for label in labels.tolist()] == [0, 1, 0, 1]

@@ -71,8 +71,14 @@ def contents(source):
 def fetched(monkeypatch):
     """Receives what is copied."""
     found, get = [], MemoryFileSystem.get_file
-    monkeypatch.setattr(MemoryFileSystem, "get_file", lambda self, source, *rest, **options: (
-        found.append(os.path.basename(source)), get(self, source, *rest, **options))[1])
+    monkeypatch.setattr(
+        MemoryFileSystem,
+        "get_file",
+        lambda self, source, *rest, **options: (
+            found.append(os.path.basename(source)),
+            get(self, source, *rest, **options),
+        )[1],
+    )
     return found
 
 
@@ -86,8 +92,14 @@ def test_remote_shards_hold_what_local_ones_hold(memory, files, shards, kind, tm
     suffix = {"webdataset": "tar", "tfrecord": "tfrecord"}[kind]
     expected = contents(sources.load(folder))
     names = [f"memory://data/shard-{k:06}.{suffix}" for k in range(5)]
-    for source in ("memory://data", "memory://data/", f"memory://data/shard-*.{suffix}", names,
-                   f"memory://data/shard-{{000000..000004}}.{suffix}", [names[0], *names[1:]]):
+    for source in (
+        "memory://data",
+        "memory://data/",
+        f"memory://data/shard-*.{suffix}",
+        names,
+        f"memory://data/shard-{{000000..000004}}.{suffix}",
+        [names[0], *names[1:]],
+    ):
         found = sources.load(source)
         assert contents(found) == expected
         assert found.remote
@@ -150,6 +162,7 @@ def test_without_counts_an_index_pass_whose_result_is_kept(memory, shards, fetch
 
 def test_hf_addresses(shards, fetched, monkeypatch):
     """The layout of timm/imagenet-1k-wds, on a stand-in for the Hub's file system."""
+
     class Hub(MemoryFileSystem):
         protocol = "hf"
         store, pseudo_dirs = {}, [""]
@@ -159,23 +172,35 @@ def test_hf_addresses(shards, fetched, monkeypatch):
             return MemoryFileSystem._strip_protocol(path.removeprefix("hf://"))
 
         def info(self, path, **options):
-            return {key: value for key, value in super().info(path, **options).items() if key != "created"} | dict(
-                blob_id=str(hash(self.cat_file(path)))) if self.isfile(path) else super().info(path, **options)
+            return (
+                {key: value for key, value in super().info(path, **options).items() if key != "created"}
+                | dict(blob_id=str(hash(self.cat_file(path))))
+                if self.isfile(path)
+                else super().info(path, **options)
+            )
 
         def ls(self, path, detail=True, **options):
             found = super().ls(path, detail=True, **options)
-            return [self.info(each["name"]) if each["type"] == "file" else each for each in found] if detail else [
-                each["name"] for each in found]
+            return (
+                [self.info(each["name"]) if each["type"] == "file" else each for each in found]
+                if detail
+                else [each["name"] for each in found]
+            )
 
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
     hub = Hub()
     for k, path in enumerate(sorted(shards.glob("*.tar"))):
         hub.pipe(f"/datasets/timm/tiny-wds/tiny-train-{k:04}.tar", path.read_bytes())
     names = [f"tiny-train-{k:04}.tar" for k in range(5)]
-    hub.pipe("/datasets/timm/tiny-wds/_info.json", json.dumps({"splits": {
-        "train": dict(name="train", filenames=names, shard_lengths=[5, 5, 5, 5, 3])}}).encode())
-    for source in ("hf://datasets/timm/tiny-wds", "hf://datasets/timm/tiny-wds/tiny-train-{0000..0004}.tar",
-                   "hf://datasets/timm/tiny-wds/tiny-train-*.tar"):
+    hub.pipe(
+        "/datasets/timm/tiny-wds/_info.json",
+        json.dumps({"splits": {"train": dict(name="train", filenames=names, shard_lengths=[5, 5, 5, 5, 3])}}).encode(),
+    )
+    for source in (
+        "hf://datasets/timm/tiny-wds",
+        "hf://datasets/timm/tiny-wds/tiny-train-{0000..0004}.tar",
+        "hf://datasets/timm/tiny-wds/tiny-train-*.tar",
+    ):
         found = sources.load(source)
         assert (len(found), fetched) == (N, [])
     assert contents(found) == contents(sources.load(shards))
@@ -208,10 +233,16 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
     assert "does not exist" in str(found.read([4])[0][0])
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("memory://nowhere", "does not exist"), ("memory://nowhere.tar", "does not exist"),
-    ("memory://none*.tar", "no shard's name matches"), ("nosuch://a/b.tar", "Protocol not known: nosuch"),
-    ("memory://empty", "no class folder in it")])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("memory://nowhere", "does not exist"),
+        ("memory://nowhere.tar", "does not exist"),
+        ("memory://none*.tar", "no shard's name matches"),
+        ("nosuch://a/b.tar", "Protocol not known: nosuch"),
+        ("memory://empty", "no class folder in it"),
+    ],
+)
 def test_what_is_not_there_is_named(memory, source, message):
     memory.pipe("/empty/readme.txt", b"")
     with pytest.raises(ValueError, match=f"source='{source.replace('*', '.')}.*{message}"):
@@ -230,14 +261,17 @@ def test_remote_shards_are_not_checked_nor_written(memory, shards, capsys, tmp_p
     assert "shards are written to a local folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [
-    ("a-{0000..0002}.tar", ["a-0000.tar", "a-0001.tar", "a-0002.tar"]),
-    ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
-    ("a-{08..10}.tar", ["a-08.tar", "a-09.tar", "a-10.tar"]),
-    ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-    ("s3://{x,}y/1.tar", ["s3://xy/1.tar", "s3://y/1.tar"]),
-    ("a{}b{c}.tar", ["a{}b{c}.tar"]),
-])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a-{0000..0002}.tar", ["a-0000.tar", "a-0001.tar", "a-0002.tar"]),
+        ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("a-{08..10}.tar", ["a-08.tar", "a-09.tar", "a-10.tar"]),
+        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("s3://{x,}y/1.tar", ["s3://xy/1.tar", "s3://y/1.tar"]),
+        ("a{}b{c}.tar", ["a{}b{c}.tar"]),
+    ],
+)
 def test_braces(pattern, expected):
     """As a shell and WebDataset expand them."""
     assert sources.braces(pattern) == expected
@@ -338,8 +372,9 @@ os._exit(0)  # no copy that is under way is waited for
 
 def reader(shards, log, slow=0.0, **options):
     environment = os.environ | {"SLOW": str(slow), "SLOW_LOG": str(log)}
-    return subprocess.Popen([sys.executable, "-c", READER, shards], stdout=subprocess.PIPE, text=True,
-                            env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", READER, shards], stdout=subprocess.PIPE, text=True, env=environment, **options
+    )
 
 
 def digest(source):
@@ -351,19 +386,19 @@ def digest(source):
 
 
 def test_four_processes_copy_each_shard_once(shards, tmp_path):
-    ranks = [reader(shards, tmp_path / "log", slow=.01) for _ in range(4)]
+    ranks = [reader(shards, tmp_path / "log", slow=0.01) for _ in range(4)]
     found = {rank.communicate(timeout=300)[0].strip() for rank in ranks}
     assert found == {digest(sources.load(shards))}
     assert sorted((tmp_path / "log").read_text().split()) == [f"shard-{k:06}.tar" for k in range(5)]
 
 
 def test_a_copy_that_was_killed_is_never_taken_for_a_whole_one(shards, tmp_path, cache):
-    killed = reader(shards, tmp_path / "log", slow=.3)
+    killed = reader(shards, tmp_path / "log", slow=0.3)
     deadline = time.monotonic() + 120
     while not (parts := [path for path in cache.glob("*.part") if path.stat().st_size >= 1000]):
         assert killed.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(.02)
+        time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert 0 < parts[0].stat().st_size < max(path.stat().st_size for path in shards.glob("*.tar"))
@@ -434,9 +469,10 @@ def web(request, tmp_path):
     pytest.importorskip("aiohttp")
     handler = type("Handler", (Quiet,), {"listed": request.param})
     (tmp_path / "web").mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(
-            handler, directory=str(tmp_path / "web"))) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(.05,))
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path / "web"))
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "web", request.param
         server.shutdown()
@@ -484,11 +520,18 @@ def bucket():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "DEFAULT_REGION": "us-east-1",
-                            "ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+        for name, value in {
+            "ACCESS_KEY_ID": "id",
+            "SECRET_ACCESS_KEY": "key",
+            "DEFAULT_REGION": "us-east-1",
+            "ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        }.items():
             patch.setenv(f"AWS_{name}", value)
         deadline = time.monotonic() + 60
         while True:
@@ -498,7 +541,7 @@ def bucket():
                 break
             except OSError:
                 assert time.monotonic() < deadline
-                time.sleep(.05)
+                time.sleep(0.05)
         fs = s3fs.S3FileSystem()
         fs.mkdir("images")
         yield fs
@@ -509,8 +552,11 @@ def bucket():
 def test_s3_gives_what_the_disk_gives(bucket, files, shards, tmp_path):
     put(bucket, shards, "images/some/tars")
     local = sources.load(shards)
-    for source in ("s3://images/some/tars", "s3://images/some/tars/shard-*.tar",
-                   "s3://images/some/tars/shard-{000000..000004}.tar"):
+    for source in (
+        "s3://images/some/tars",
+        "s3://images/some/tars/shard-*.tar",
+        "s3://images/some/tars/shard-{000000..000004}.tar",
+    ):
         found = sources.load(source)
         assert (contents(found), found.classes) == (contents(local), local.classes)
     for i in range(6):
@@ -535,9 +581,14 @@ def test_a_changed_object_is_never_served_old(bucket, shards):
     assert again.read(range(5, 10))[1].tolist() == sources.load(shards).read(range(5))[1].tolist()
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("s3://images/nowhere", "does not exist"), ("s3://nobucket/a", "does not exist"),
-    ("s3://images/nowhere.tar", "does not exist")])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://images/nowhere", "does not exist"),
+        ("s3://nobucket/a", "does not exist"),
+        ("s3://images/nowhere.tar", "does not exist"),
+    ],
+)
 def test_what_is_not_in_s3_is_named(bucket, source, message):
     with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
         sources.load(source)

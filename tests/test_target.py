@@ -207,8 +207,7 @@ def test_mix_of_multi_hot_labels():
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_mix_leaves_what_is_not_mixed_as_it_is(odd):
     """A row without a number reaches those alone that are mixed with it."""
-    target = make_target(batch=4)._replace(
-        lam0=torch.tensor([0.0, 0.0, 0.5, 1.0]), partner=torch.tensor([1, 0, 1, 0]))
+    target = make_target(batch=4)._replace(lam0=torch.tensor([0.0, 0.0, 0.5, 1.0]), partner=torch.tensor([1, 0, 1, 0]))
     values = torch.arange(12.0).reshape(4, 3)
     values[1] = odd
     found = target.mix(values)
@@ -256,8 +255,12 @@ def assert_equal(ours, theirs):
 def test_views_are_targets_like_any_other():
     target, plain = packed()
     for make in (
-        lambda t: t.select(slice(1, 4)), lambda t: t.select([3, 0]), lambda t: t.select(t.lam0 > 0.3),
-        lambda t: t.to("cpu", copy=True), lambda t: t.to(torch.float64), MixTarget.cpu,
+        lambda t: t.select(slice(1, 4)),
+        lambda t: t.select([3, 0]),
+        lambda t: t.select(t.lam0 > 0.3),
+        lambda t: t.to("cpu", copy=True),
+        lambda t: t.to(torch.float64),
+        MixTarget.cpu,
     ):
         assert_equal(make(target), make(plain))
     assert torch.equal(target.dense(5, 0.1), plain.dense(5, 0.1))

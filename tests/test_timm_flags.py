@@ -71,13 +71,16 @@ def test_every_flag_of_timms_is_in_a_table():
 def same(first, second):
     def plain(value):
         return tuple(value) if isinstance(value, list | tuple) else value or None
+
     return plain(first) == plain(second)
 
 
 def test_flags_are_read_from_a_source():
-    source = "add = 1\np.add_argument('-x', '--long-name', default=1. / 4)\ng.add_argument('--on', " \
-             "action='store_true')\np.add_argument('--a', dest='b', type=int)\np.add_argument('data', nargs='?')"
-    assert flags_of(source) == {"long_name": .25, "on": False, "b": None, "data": None}
+    source = (
+        "add = 1\np.add_argument('-x', '--long-name', default=1. / 4)\ng.add_argument('--on', "
+        "action='store_true')\np.add_argument('--a', dest='b', type=int)\np.add_argument('data', nargs='?')"
+    )
+    assert flags_of(source) == {"long_name": 0.25, "on": False, "b": None, "data": None}
 
 
 @pytest.mark.parametrize("dest", timm_flags.WITHOUT_EFFECT)

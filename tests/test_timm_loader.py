@@ -23,7 +23,7 @@ def samples(tmp_path_factory):
 
 
 def training(samples):
-    return create_loader(samples, **ARGS, mixup_alpha=.8, cutmix_alpha=1., seed=5)
+    return create_loader(samples, **ARGS, mixup_alpha=0.8, cutmix_alpha=1.0, seed=5)
 
 
 def stream(loader):
@@ -32,8 +32,10 @@ def stream(loader):
 
 def same(ours, theirs):
     return len(ours) == len(theirs) and all(
-        torch.equal(a, b) for our, their in zip(ours, theirs, strict=True)
-        for a, b in zip((our[0], *our[1]), (their[0], *their[1]), strict=True))
+        torch.equal(a, b)
+        for our, their in zip(ours, theirs, strict=True)
+        for a, b in zip((our[0], *our[1]), (their[0], *their[1]), strict=True)
+    )
 
 
 def set_epoch_1_0_11(loader, epoch):
@@ -94,9 +96,9 @@ def linear():
 def test_train_one_epoch(prefetcher, samples):
     """Six batches in updates of four and two: the weights of plain steps over the same, joined batches."""
     args = SimpleNamespace(off_epoch=1, prefetcher=prefetcher, channels_last=not prefetcher, accum=4)
-    model, whole, criterion = linear(), linear(), LUMixLoss(0., .5)  # without λ_r, which is drawn
+    model, whole, criterion = linear(), linear(), LUMixLoss(0.0, 0.5)  # without λ_r, which is drawn
     job = task.ClassificationTask(model, criterion, device=torch.device("cpu"), verbose=False)
-    optimizer, plain = (torch.optim.SGD(each.parameters(), .1) for each in (model, whole))
+    optimizer, plain = (torch.optim.SGD(each.parameters(), 0.1) for each in (model, whole))
     with training(samples) as loader, training(samples) as again:
         assert train_one_epoch(job, loader, optimizer, args, 0)[0] == 2
         batches = stream(again)
@@ -118,7 +120,7 @@ def test_target_without_mixing_is_plain_cross_entropy(samples):
         loader.mixup_enabled = False
         for images, target in loader:
             logits = linear()(images)
-            expected = nn.functional.cross_entropy(logits, target.labels, label_smoothing=.1)
+            expected = nn.functional.cross_entropy(logits, target.labels, label_smoothing=0.1)
             torch.testing.assert_close(LUMixLoss()(logits, target), expected)
 
 
@@ -131,7 +133,7 @@ class Nearest(nn.Module):
 
     def forward(self, images):
         found = (images.mean((2, 3))[:, None] - self.colours).square().sum(2).argmin(1)
-        return 10. * nn.functional.one_hot(self.labels[found], 8).float()
+        return 10.0 * nn.functional.one_hot(self.labels[found], 8).float()
 
 
 def test_validate(tmp_path):
@@ -146,10 +148,10 @@ def test_validate(tmp_path):
         for index, (images, target) in enumerate(loader):
             last = index == len(loader) - 1
             target = target.to(device=job.device)
-            counted.update(job.get_eval_model()(images), target[0:target.size(0):1])
+            counted.update(job.get_eval_model()(images), target[0 : target.size(0) : 1])
         assert last
     found = counted.compute()
-    right = torch.log(torch.exp(torch.tensor(10.)) + 7) - 10
+    right = torch.log(torch.exp(torch.tensor(10.0)) + 7) - 10
     assert counted.num_samples == 24
     assert found["top1"] == pytest.approx(100 * 19 / 24)
     assert found["loss"] == pytest.approx(right.item() + 10 * 5 / 24, rel=1e-5)

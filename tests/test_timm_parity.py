@@ -164,8 +164,9 @@ def test_minmax_rule(monkeypatch, size):
     # neither on the edge between two integers nor at the ends, where float32 may differ from timm's float64
     uniforms = np.random.default_rng(0).uniform(0.001, 0.999, size=(300, 2, 2))
     uniforms[:20, 1] = 0.99999
-    wanted = timm_boxes(monkeypatch, timm_mixup.rand_bbox_minmax, uniforms.reshape(300, 4),
-                        [((3, *size), minmax)] * 300)
+    wanted = timm_boxes(
+        monkeypatch, timm_mixup.rand_bbox_minmax, uniforms.reshape(300, 4), [((3, *size), minmax)] * 300
+    )
 
     def rule(length, share):
         return mixfn._inner_box(length, minmax, share, 1)

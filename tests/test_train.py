@@ -41,9 +41,35 @@ def write_folder(root, counts, classes=COLOURS, size=None):
 
 
 def argv(data, output, *more):
-    return ["--data-dir", str(data), "--output", str(output), "--experiment", "run", "--model", "test_resnet",
-            "--img-size", "32", "-b", "8", "--epochs", "2", "--warmup-epochs", "0", "--opt", "adamw",
-            "--lr", "3e-3", "--device", "cpu", "--workers", "2", "--seed", "1", *more]
+    return [
+        "--data-dir",
+        str(data),
+        "--output",
+        str(output),
+        "--experiment",
+        "run",
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "-b",
+        "8",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--opt",
+        "adamw",
+        "--lr",
+        "3e-3",
+        "--device",
+        "cpu",
+        "--workers",
+        "2",
+        "--seed",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +83,22 @@ def run(request, data, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param)
     more = {
         "resnet": ["--channels-last", "--clip-grad", "1", "--checkpoint-hist", "1"],
-        "vit": ["--model", "test_vit", "--mixup", ".8", "--mixup-mode", "elem", "--mixup-off-epoch", "1",
-                "--model-ema", "--model-ema-decay", ".9", "--bce-loss", "--drop-path", ".1"],
+        "vit": [
+            "--model",
+            "test_vit",
+            "--mixup",
+            ".8",
+            "--mixup-mode",
+            "elem",
+            "--mixup-off-epoch",
+            "1",
+            "--model-ema",
+            "--model-ema-decay",
+            ".9",
+            "--bce-loss",
+            "--drop-path",
+            ".1",
+        ],
     }[request.param]
     return output / "run", train.main(argv(data, output, *more)), f"test_{request.param}"
 
@@ -85,7 +125,7 @@ def test_average_and_model_are_validated(run, data):
         for key, prefix in (("state_dict_ema", ""), ("state_dict", "model_")):
             torch.save({"state_dict": state[key]}, folder.parent / "one.pth.tar")
             loss, _ = recomputed(folder.parent, data, name, file="one.pth.tar", img_size=32)
-            assert last[f"{prefix}val_loss"] == pytest.approx(loss, rel=.02)
+            assert last[f"{prefix}val_loss"] == pytest.approx(loss, rel=0.02)
 
 
 def test_files(run):
@@ -93,8 +133,7 @@ def test_files(run):
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert yaml.safe_load((folder / "args.yaml").read_text())["model"] == name
     with open(folder / "summary.csv") as file:
-        table = [{key: float(value) if value else None for key, value in row.items()}
-                 for row in csv.DictReader(file)]
+        table = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
     assert table == rows(folder)
     assert [row["epoch"] for row in table] == [0, 1]
     assert not list(folder.glob("tmp*"))
@@ -114,7 +153,7 @@ def test_lam_is_logged(run):
     folder, _, name = run
     first, second = rows(folder)
     names = ("lumix_lam0", "lumix_lam_s", "lumix_lam")
-    assert all(.05 < first[key] < .95 for key in ("lam0_mean", *names))
+    assert all(0.05 < first[key] < 0.95 for key in ("lam0_mean", *names))
     assert (second["lam0_mean"] == 0) == (name == "test_vit")  # --mixup-off-epoch 1
     assert all((second[key] is None) == (name == "test_vit") for key in names)  # no sample was looked at
 
@@ -122,16 +161,24 @@ def test_lam_is_logged(run):
 @pytest.mark.parametrize("apply_to", ["cutmix", "all"])
 def test_lam_sums(apply_to):
     """Five samples: CutMix, a clamped one, Mixup, a box of the whole image, unmixed."""
-    criterion = LUMixLoss(.4, .1, noise=("normal", 0., 5.), apply_to=apply_to)
-    lam0 = torch.tensor([.3, .6, .5, 1., 0.])
+    criterion = LUMixLoss(0.4, 0.1, noise=("normal", 0.0, 5.0), apply_to=apply_to)
+    lam0 = torch.tensor([0.3, 0.6, 0.5, 1.0, 0.0])
     box = torch.tensor([[0, 0, 3, 3], [0, 0, 6, 6], [0, 0, 0, 0], [0, 0, 9, 9], [0, 0, 0, 0]], dtype=torch.int32)
-    target = MixTarget(torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64), lam0, box,
-                       torch.tensor([2, 2, 1, 2, 0], dtype=torch.int32), torch.zeros(5, dtype=torch.int64))
-    logits = torch.tensor([[0., np.log(3.), 0.]]).repeat(5, 1)  # λ_s = 3/4
-    sums = train.lam_sums(criterion, logits, target, torch.tensor([.5, 20., .5, .5, .5]))
-    expected = [2., .9, 1.5, .5 * .3 + .4 * .5 + .1 * .75 + 1, 1.]
+    target = MixTarget(
+        torch.zeros(5, dtype=torch.int64),
+        torch.ones(5, dtype=torch.int64),
+        lam0,
+        box,
+        torch.tensor([2, 2, 1, 2, 0], dtype=torch.int32),
+        torch.zeros(5, dtype=torch.int64),
+    )
+    logits = torch.tensor([[0.0, np.log(3.0), 0.0]]).repeat(5, 1)  # λ_s = 3/4
+    sums = train.lam_sums(criterion, logits, target, torch.tensor([0.5, 20.0, 0.5, 0.5, 0.5]))
+    expected = [2.0, 0.9, 1.5, 0.5 * 0.3 + 0.4 * 0.5 + 0.1 * 0.75 + 1, 1.0]
     if apply_to == "all":
-        expected = [a + b for a, b in zip(expected, [1., .5, .75, .5 * .5 + .4 * .5 + .1 * .75, 0.], strict=True)]
+        expected = [
+            a + b for a, b in zip(expected, [1.0, 0.5, 0.75, 0.5 * 0.5 + 0.4 * 0.5 + 0.1 * 0.75, 0.0], strict=True)
+        ]
     assert sums.tolist() == pytest.approx(expected)
 
 
@@ -156,7 +203,7 @@ def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
     assert row["lumix_lam"] == pytest.approx(lam.mean().item(), rel=1e-5)
     clamped = ((lam == 0) | (lam == 1)).double().mean().item()
     assert row["lumix_clamped"] == pytest.approx(clamped)
-    assert .05 < clamped < .9
+    assert 0.05 < clamped < 0.9
 
 
 def test_ratios_warm_up(data, tmp_path, monkeypatch):
@@ -170,18 +217,38 @@ def test_ratios_warm_up(data, tmp_path, monkeypatch):
     more = ["-b", "24", "--grad-accum-steps", "2", "--lumix-warmup-epochs", "1.5", "--r-r", ".6", "--r-s", ".3"]
     train.main(argv(data, tmp_path, *more))  # 4 batches, 2 updates an epoch
     shares = [0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1]
-    assert seen == [pytest.approx((.6 * share, .3 * share)) for share in shares]
+    assert seen == [pytest.approx((0.6 * share, 0.3 * share)) for share in shares]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     """Without noise, four batches of 6 an update train like batches of 24; 72 of 75 images, and 3 updates."""
     data = write_folder(tmp_path / "data", {"train": 25, "val": 2}, size=(32, 32))
-    plain = ["--model", "test_vit", "--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1",
-             "--hflip", "0", "--opt", "sgd", "--lr", ".1", "--epochs", "1"]
+    plain = [
+        "--model",
+        "test_vit",
+        "--cutmix",
+        "0",
+        "--no-lumix",
+        "--scale",
+        "1",
+        "1",
+        "--ratio",
+        "1",
+        "1",
+        "--hflip",
+        "0",
+        "--opt",
+        "sgd",
+        "--lr",
+        ".1",
+        "--epochs",
+        "1",
+    ]
     for name, more in {"whole": ["-b", "24"], "parts": ["-b", "6", "--grad-accum-steps", "4"]}.items():
         train.main(argv(data, tmp_path / name, *plain, *more))
-    whole, parts = (torch.load(tmp_path / name / "run" / "last.pth.tar", weights_only=True)
-                    for name in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / name / "run" / "last.pth.tar", weights_only=True) for name in ("whole", "parts")
+    )
     assert whole["run"]["updates"] == parts["run"]["updates"] == 3
     torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=1e-4, atol=1e-5)
 
@@ -231,7 +298,7 @@ def recomputed(folder, data, name="test_resnet", split="validation", file="last.
 def test_summary_holds_for_the_saved_model(run, data):
     folder, summary, name = run
     loss, top1 = recomputed(folder, data, name, **({"img_size": 32} if name == "test_vit" else {}))
-    assert summary["val_loss"] == pytest.approx(loss, rel=.02)
+    assert summary["val_loss"] == pytest.approx(loss, rel=0.02)
     assert summary["top1"] == top1
     assert summary["top5"] == 100  # of three classes
 
@@ -265,25 +332,40 @@ def test_no_lumix_is_timms_soft_cross_entropy():
     criterion = train.build_criterion(args)
     torch.manual_seed(0)
     logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
-    target = MixTarget(labels, partner, torch.rand(16), torch.zeros(16, 4, dtype=torch.int32),
-                       torch.full((16,), 2, dtype=torch.int32), torch.zeros(16, dtype=torch.int64))
-    expected = SoftTargetCrossEntropy()(logits, target.dense(7, .2))
+    target = MixTarget(
+        labels,
+        partner,
+        torch.rand(16),
+        torch.zeros(16, 4, dtype=torch.int32),
+        torch.full((16,), 2, dtype=torch.int32),
+        torch.zeros(16, dtype=torch.int64),
+    )
+    expected = SoftTargetCrossEntropy()(logits, target.dense(7, 0.2))
     torch.testing.assert_close(criterion(logits, target), expected)
 
 
-@pytest.mark.parametrize(("flags", "by_hand"), [
-    (["--bce-target-thresh", ".2"], lambda z, y: F.softplus(z) - z * (y > .2)),
-    (["--bce-pos-weight", "3"], lambda z, y: F.softplus(z) * (1 + 2 * y) - z * 3 * y),
-])
+@pytest.mark.parametrize(
+    ("flags", "by_hand"),
+    [
+        (["--bce-target-thresh", ".2"], lambda z, y: F.softplus(z) - z * (y > 0.2)),
+        (["--bce-pos-weight", "3"], lambda z, y: F.softplus(z) * (1 + 2 * y) - z * 3 * y),
+    ],
+)
 def test_timms_own_bce(flags, by_hand):
     """Mean over batch and classes of -w·y·log σ(z) - (1 - y)·log(1 - σ(z))."""
     args = train.parse_args(["--data-dir", ".", "--bce-loss", "--no-lumix", "--smoothing", ".1", *flags])
     torch.manual_seed(0)
     logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
-    target = MixTarget(labels, partner, torch.rand(16), torch.zeros(16, 4, dtype=torch.int32),
-                       torch.full((16,), 2, dtype=torch.int32), torch.zeros(16, dtype=torch.int64))
+    target = MixTarget(
+        labels,
+        partner,
+        torch.rand(16),
+        torch.zeros(16, 4, dtype=torch.int32),
+        torch.full((16,), 2, dtype=torch.int32),
+        torch.zeros(16, dtype=torch.int64),
+    )
     loss = train.build_criterion(args)(logits, target)
-    torch.testing.assert_close(loss, by_hand(logits, target.dense(7, .1)).mean())
+    torch.testing.assert_close(loss, by_hand(logits, target.dense(7, 0.1)).mean())
 
 
 def test_flags_reach_the_run(data, tmp_path, monkeypatch):
@@ -297,21 +379,43 @@ def test_flags_reach_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ModelEmaV3, "update", spy)
     fit = train.fit
     monkeypatch.setattr(train, "fit", lambda run, *rest: (pieces.append(run), fit(run, *rest)))
-    summary = train.main(argv(
-        data, tmp_path, "--model", "test_vit", "--layer-decay", ".5", "--opt-kwargs", "amsgrad=True",
-        "--cooldown-epochs", "1", "--val-interval", "2", "--save-epochs", "2", "--grad-checkpointing",
-        "--model-ema", "--model-ema-warmup", "--no-aug", "--head-init-bias", "-3", "-b", "24"))
+    summary = train.main(
+        argv(
+            data,
+            tmp_path,
+            "--model",
+            "test_vit",
+            "--layer-decay",
+            ".5",
+            "--opt-kwargs",
+            "amsgrad=True",
+            "--cooldown-epochs",
+            "1",
+            "--val-interval",
+            "2",
+            "--save-epochs",
+            "2",
+            "--grad-checkpointing",
+            "--model-ema",
+            "--model-ema-warmup",
+            "--no-aug",
+            "--head-init-bias",
+            "-3",
+            "-b",
+            "24",
+        )
+    )
     (run,), (first, second, third) = pieces, rows(tmp_path / "run")
     assert run.model.grad_checkpointing
-    assert run.ema.module.head.bias.detach() == pytest.approx(np.full(3, -3.), abs=.1)
+    assert run.ema.module.head.bias.detach() == pytest.approx(np.full(3, -3.0), abs=0.1)
     groups = run.optimizer.param_groups
     scales = {group["lr_scale"] for group in groups}
-    assert scales == {.5 ** k for k in range(len(scales))} != {1.}
+    assert scales == {0.5**k for k in range(len(scales))} != {1.0}
     assert all(group["amsgrad"] for group in groups)
-    assert decays == pytest.approx([0., *(1 - (1 + t) ** (-2 / 3) for t in range(1, 12))])
+    assert decays == pytest.approx([0.0, *(1 - (1 + t) ** (-2 / 3) for t in range(1, 12))])
     assert (first["top1"], first["val_loss"]) == (None, None)
     assert None not in (second["top1"], third["top1"])
-    assert (first["lr"] > second["lr"] > 0, third["lr"]) == (True, 0.)  # cosine over two epochs, then its end
+    assert (first["lr"] > second["lr"] > 0, third["lr"]) == (True, 0.0)  # cosine over two epochs, then its end
     assert summary["epochs"] == 3
     assert torch.load(tmp_path / "run" / "milestone-2.pth.tar", weights_only=True)["run"]["epoch"] == 2
     assert not list((tmp_path / "run").glob("milestone-1*"))
@@ -320,9 +424,25 @@ def test_flags_reach_the_run(data, tmp_path, monkeypatch):
 def test_no_aug_is_timms(tmp_path):
     """Of square images, within a grey level in the mean: DALI's resize against Pillow's."""
     data = write_folder(tmp_path / "data", {"train": 3, "val": 1}, size=(40, 40))
-    args = train.parse_args(["--data-dir", str(data), "-b", "3", "--no-aug", "--aa", "rand-m9", "--reprob", "1",
-                             "--cutmix", "0", "--no-lumix", "--device", "cpu"])
-    plain = {"mean": (0., 0., 0.), "std": (1., 1., 1.), "interpolation": "bicubic"}
+    args = train.parse_args(
+        [
+            "--data-dir",
+            str(data),
+            "-b",
+            "3",
+            "--no-aug",
+            "--aa",
+            "rand-m9",
+            "--reprob",
+            "1",
+            "--cutmix",
+            "0",
+            "--no-lumix",
+            "--device",
+            "cpu",
+        ]
+    )
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
     loader, _ = train.build_loaders(args, *train.load_data(args), plain | {"input_size": (3, 32, 32)})
     transform = create_transform(32, is_training=True, no_aug=True, **plain)
     files = sorted((data / "train").glob("*/*.png"))
@@ -363,47 +483,98 @@ def test_an_error_is_a_line(data, tmp_path):
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, "--opt", "adamm")]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
-    line, = ended.stderr.splitlines()
+    (line,) = ended.stderr.splitlines()
     assert line.startswith("python -m pipelines.train: --opt adamm: ")
 
 
 def test_flags_reach_the_loss():
-    criterion = train.build_criterion(train.parse_args([
-        "--data-dir", ".", "--r-r", ".3", "--r-s", ".2", "--eta", ".5", "--noise", "normal", "0", "1",
-        "--attach-lam-s", "--apply-to", "all", "--bce-loss", "--bce-sum"]))
-    assert (criterion.r_r, criterion.r_s, criterion.eta) == (.3, .2, .5)
-    assert criterion.noise == ("normal", 0., 1.)
+    criterion = train.build_criterion(
+        train.parse_args(
+            [
+                "--data-dir",
+                ".",
+                "--r-r",
+                ".3",
+                "--r-s",
+                ".2",
+                "--eta",
+                ".5",
+                "--noise",
+                "normal",
+                "0",
+                "1",
+                "--attach-lam-s",
+                "--apply-to",
+                "all",
+                "--bce-loss",
+                "--bce-sum",
+            ]
+        )
+    )
+    assert (criterion.r_r, criterion.r_s, criterion.eta) == (0.3, 0.2, 0.5)
+    assert criterion.noise == ("normal", 0.0, 1.0)
     assert (criterion.detach_lam_s, criterion.apply_to) == (False, "all")
     assert (criterion.base, criterion.bce_reduction) == ("bce", "sum")
 
 
 def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
-    flags = ["--aa", "rand-m9-mstd0.5-inc1", "--color-jitter", ".4", "--reprob", ".25", "--remode", "rand",
-             "--recount", "2", "--aug-repeats", "3", "--train-interpolation", "random",
-             "--color-jitter-prob", ".7", "--grayscale-prob", ".2"]
-    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": .9}
+    flags = [
+        "--aa",
+        "rand-m9-mstd0.5-inc1",
+        "--color-jitter",
+        ".4",
+        "--reprob",
+        ".25",
+        "--remode",
+        "rand",
+        "--recount",
+        "2",
+        "--aug-repeats",
+        "3",
+        "--train-interpolation",
+        "random",
+        "--color-jitter-prob",
+        ".7",
+        "--grayscale-prob",
+        ".2",
+    ]
+    config = {"input_size": (3, 32, 32), "interpolation": "bilinear", "crop_pct": 0.9}
     (tmp_path / "config.yaml").write_text("color_jitter: 0.4\n")
     loaders = []
     for given in (flags, [], ["--color-jitter", ".1", ".2", ".3", ".05"], ["-c", str(tmp_path / "config.yaml")]):
         args = train.parse_args(["--data-dir", str(data), "-b", "4", *given])
         loaders.append(train.build_loaders(args, *train.load_data(args), config))
     (ours, validation), (plain, _), (jittered, _), (configured, _) = loaders
-    wanted = {"auto_augment": flags[1], "color_jitter": (.4, .4, .4, 0.), "color_jitter_prob": .7, "re_prob": .25,
-              "grayscale_prob": .2,
-              "re_mode": "rand", "re_count": 2, "interpolation": "random"}
+    wanted = {
+        "auto_augment": flags[1],
+        "color_jitter": (0.4, 0.4, 0.4, 0.0),
+        "color_jitter_prob": 0.7,
+        "re_prob": 0.25,
+        "grayscale_prob": 0.2,
+        "re_mode": "rand",
+        "re_count": 2,
+        "interpolation": "random",
+    }
     assert {key: getattr(ours._transform, key) for key in wanted} == wanted
     assert (ours._order.repeats, plain._order.repeats) == (3, 0)
     assert validation._transform.interpolation == plain._transform.interpolation == "bilinear"
     assert (plain._transform.auto_augment, plain._transform.color_jitter, plain._transform.re_prob) == (None, None, 0)
-    assert jittered._transform.color_jitter == (.1, .2, .3, .05)
+    assert jittered._transform.color_jitter == (0.1, 0.2, 0.3, 0.05)
     assert jittered._transform.color_jitter_prob == 1
-    assert configured._transform.color_jitter == (.4, .4, .4, 0.)
+    assert configured._transform.color_jitter == (0.4, 0.4, 0.4, 0.0)
 
 
-@pytest.mark.parametrize(("flags", "world_size", "expected"), [
-    ([], 1, .05), (["--lr", ".3"], 8, .3), (["--opt", "adamw"], 1, .1 * .5 ** .5),
-    (["--lr-base-scale", "sqrt"], 1, .1 * .5 ** .5), ([], 8, .4), (["--grad-accum-steps", "4"], 2, .4),
-])
+@pytest.mark.parametrize(
+    ("flags", "world_size", "expected"),
+    [
+        ([], 1, 0.05),
+        (["--lr", ".3"], 8, 0.3),
+        (["--opt", "adamw"], 1, 0.1 * 0.5**0.5),
+        (["--lr-base-scale", "sqrt"], 1, 0.1 * 0.5**0.5),
+        ([], 8, 0.4),
+        (["--grad-accum-steps", "4"], 2, 0.4),
+    ],
+)
 def test_learning_rate_scales_as_timms(flags, world_size, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert train.parse_args(["--data-dir", ".", "-b", "128", *flags]).lr == pytest.approx(expected)
@@ -418,24 +589,30 @@ def test_checkpoint_history(tmp_path, monkeypatch):
             (tmp_path / f"{name}.pth.tar").write_text(str(run.rows[-1]["epoch"]))
 
     monkeypatch.setattr(train, "save", save)
-    for epoch, loss in enumerate([3., 1., 2., 1.]):
+    for epoch, loss in enumerate([3.0, 1.0, 2.0, 1.0]):
         run.rows.append({"epoch": epoch, "val_loss": loss})
         train.save_epoch(run, args)
     found = {file.name.removesuffix(".pth.tar"): file.read_text() for file in tmp_path.glob("*.pth.tar")}
-    assert found == {"checkpoint-1": "1", "checkpoint-3": "3", "last": "3",
-                     "model_best": "1"}  # the earlier of two equals
+    assert found == {
+        "checkpoint-1": "1",
+        "checkpoint-3": "3",
+        "last": "3",
+        "model_best": "1",
+    }  # the earlier of two equals
 
 
 def test_config_gives_defaults(tmp_path, capsys):
     config = tmp_path / "config.yaml"
-    config.write_text("data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
-                      "new_flag: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n"
-                      "pin_mem: true\nvflip: 0\nrecovery_interval: 7\n")
+    config.write_text(
+        "data_dir: there\nlr: 1e-3\nscale: [.5, 1.]\nnoise: [normal, 0, 2]\nmodel_ema: true\n"
+        "new_flag: 0.25\nbn_eps: null\noutput: ''\ncolor_jitter: 0.4\nreprob: 0.25\n"
+        "pin_mem: true\nvflip: 0\nrecovery_interval: 7\n"
+    )
     args = train.parse_args(["--config", str(config), "--r-r", ".2"])
-    assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", .001, [.5, 1.], .2)
-    assert (args.noise, args.model_ema) == (("normal", 0., 2.), True)
+    assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", 0.001, [0.5, 1.0], 0.2)
+    assert (args.noise, args.model_ema) == (("normal", 0.0, 2.0), True)
     assert args.output == "runs"  # timm's "" is its default
-    assert (args.color_jitter, args.reprob) == (.4, .25)
+    assert (args.color_jitter, args.reprob) == (0.4, 0.25)
     assert args.checkpoint_interval == 7
     err = capsys.readouterr().err
     assert "ignored: new_flag=0.25\n" in err
@@ -448,16 +625,28 @@ def test_args_of_a_run_are_a_config(run):
     folder, *_ = run
     config = folder / "args.yaml"
     args = vars(train.parse_args(["--config", str(config)]))
-    once = {"config": str(config), "rank": 0, "world_size": 1, "resume": None, "overwrite": False,
-            "stop_epoch": None, "cached_batches": None}
+    once = {
+        "config": str(config),
+        "rank": 0,
+        "world_size": 1,
+        "resume": None,
+        "overwrite": False,
+        "stop_epoch": None,
+        "cached_batches": None,
+    }
     expected = json.loads(json.dumps(yaml.safe_load(config.read_text()) | once))
     assert json.loads(json.dumps(args)) == expected
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "No such file"), ("- a", "holds a list"), ("a: [", "while parsing"),
-    ("vflip: 0.5", "--vflip: the loader flips horizontally only"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file"),
+        ("- a", "holds a list"),
+        ("a: [", "while parsing"),
+        ("vflip: 0.5", "--vflip: the loader flips horizontally only"),
+    ],
+)
 def test_bad_config(text, message, tmp_path, capsys):
     config = tmp_path / "config.yaml"
     if text is not None:
@@ -468,21 +657,24 @@ def test_bad_config(text, message, tmp_path, capsys):
     assert message in err
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--noise", "beta", "two"], "--noise beta two: give beta ALPHA"),
-    (["--cutmix", "0"], "--cutmix 0 leaves LUMix no sample"),
-    (["--epochs", "0"], "--epochs 0: give at least 1"),
-    (["--grad-accum-steps", "0"], "--grad-accum-steps 0: give at least 1"),
-    (["--resume"], "--resume: name the run"),
-    (["--workers", "-1"], "--workers -1: give at least 1"),
-    (["--seed", "-1"], "--seed -1: give at least 0"),
-    (["--batch-size", "0"], "--batch-size 0: give at least 1"),
-    (["--resume", "x", "--overwrite"], "--overwrite replaces a run"),
-    (["--bce-loss", "--bce-target-thresh", ".2"], "without LUMix: give --bce-loss --no-lumix too"),
-    (["--sched", "plateau", "--val-interval", "2"], "--val-interval 2: --sched plateau needs"),
-    (["--vflip", ".5", "--kd-model-name", "resnet50"], "--vflip: the loader flips horizontally only; --kd-model"),
-    (["--wandb-resume-id", "x"], "--wandb-resume-id continues a run"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--noise", "beta", "two"], "--noise beta two: give beta ALPHA"),
+        (["--cutmix", "0"], "--cutmix 0 leaves LUMix no sample"),
+        (["--epochs", "0"], "--epochs 0: give at least 1"),
+        (["--grad-accum-steps", "0"], "--grad-accum-steps 0: give at least 1"),
+        (["--resume"], "--resume: name the run"),
+        (["--workers", "-1"], "--workers -1: give at least 1"),
+        (["--seed", "-1"], "--seed -1: give at least 0"),
+        (["--batch-size", "0"], "--batch-size 0: give at least 1"),
+        (["--resume", "x", "--overwrite"], "--overwrite replaces a run"),
+        (["--bce-loss", "--bce-target-thresh", ".2"], "without LUMix: give --bce-loss --no-lumix too"),
+        (["--sched", "plateau", "--val-interval", "2"], "--val-interval 2: --sched plateau needs"),
+        (["--vflip", ".5", "--kd-model-name", "resnet50"], "--vflip: the loader flips horizontally only; --kd-model"),
+        (["--wandb-resume-id", "x"], "--wandb-resume-id continues a run"),
+    ],
+)
 def test_bad_command_line(flags, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--data-dir", ".", *flags])
@@ -495,24 +687,27 @@ def test_no_data_dir(capsys):
     assert "--data-dir is required" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--num-classes", "2"], "more classes than the model has"),
-    (["--batch-size", "100"], "batch_size=100: 99 samples"),
-    (["--val-split", "nowhere"], "no folder .*nowhere"),
-    (["--r-r", ".9", "--r-s", ".2"], "r_r=0.9 and r_s=0.2"),
-    (["--noise", "cauchy"], "noise="),
-    (["--mixup-mode", "pair"], "mode="),
-    (["--mixup-prob", "1.5"], "prob="),
-    (["--sched", "zigzag"], "--sched zigzag"),
-    (["--model", "test_resnett"], "--model test_resnett: Unknown model .*; is it test_resnet"),
-    (["--model-kwargs", "width=3"], "--model test_resnet: .*width"),
-    (["--initial-checkpoint", "nowhere"], "--initial-checkpoint nowhere: no such file"),
-    (["--opt", "adamm"], "--opt adamm: .*; is it adam"),
-    (["--opt-kwargs", "speed=3"], "--opt adamw: .*speed"),
-    (["--torchcompile", "nonsense"], "--torchcompile nonsense: "),
-    (["--mixup-prob", "2"], "--mixup-prob: prob="),
-    (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-classes", "2"], "more classes than the model has"),
+        (["--batch-size", "100"], "batch_size=100: 99 samples"),
+        (["--val-split", "nowhere"], "no folder .*nowhere"),
+        (["--r-r", ".9", "--r-s", ".2"], "r_r=0.9 and r_s=0.2"),
+        (["--noise", "cauchy"], "noise="),
+        (["--mixup-mode", "pair"], "mode="),
+        (["--mixup-prob", "1.5"], "prob="),
+        (["--sched", "zigzag"], "--sched zigzag"),
+        (["--model", "test_resnett"], "--model test_resnett: Unknown model .*; is it test_resnet"),
+        (["--model-kwargs", "width=3"], "--model test_resnet: .*width"),
+        (["--initial-checkpoint", "nowhere"], "--initial-checkpoint nowhere: no such file"),
+        (["--opt", "adamm"], "--opt adamm: .*; is it adam"),
+        (["--opt-kwargs", "speed=3"], "--opt adamw: .*speed"),
+        (["--torchcompile", "nonsense"], "--torchcompile nonsense: "),
+        (["--mixup-prob", "2"], "--mixup-prob: prob="),
+        (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+    ],
+)
 def test_bad_value(flags, message, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         train.main(argv(data, tmp_path, *flags))

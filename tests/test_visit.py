@@ -36,8 +36,10 @@ def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
     """One step ends well, one fails, one hangs and ignores Ctrl-C, one lacks a module; lines are there at once."""
     out, pids, seen = tmp_path / "out", tmp_path / "pids", []
     sleep = SLEEPER.format(str(pids))
-    stubborn = ("import signal, subprocess, sys; signal.signal(2, signal.SIG_IGN); "
-                f"subprocess.Popen([sys.executable, '-c', {sleep!r}])")
+    stubborn = (
+        "import signal, subprocess, sys; signal.signal(2, signal.SIG_IGN); "
+        f"subprocess.Popen([sys.executable, '-c', {sleep!r}])"
+    )
 
     def steps(args, scratch):
         yield Step("environment", ["timeit", "-n1", "-r1", "print('{\"gpu\": null}')"])
@@ -56,7 +58,11 @@ def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
     assert gpu.main(argv) == 1
     found = {line["step"]: line for line in lines_of(out)}
     assert {name: line["status"] for name, line in found.items()} == {
-        "environment": "ok", "mix": "failed", "loss": "stopped at its limit", "tune": "skipped", "tests": "ok",
+        "environment": "ok",
+        "mix": "failed",
+        "loss": "stopped at its limit",
+        "tune": "skipped",
+        "tests": "ok",
     } | {name: line["status"] for name, line in found.items() if name == "images"}
     assert found["mix"]["reason"].endswith("ValueError: broken")
     assert found["tune"]["reason"] == "no module no_such_module: a remedy"
@@ -72,9 +78,16 @@ class Parsed(Exception):
     """A command line was accepted."""
 
 
-PROGRAMS = {"benchmarks.probe": probe, "benchmarks.data": generated, "benchmarks.mix": mix,
-            "benchmarks.loss": loss, "benchmarks.tune": tune, "benchmarks.loaders": loaders,
-            "benchmarks.cost": cost, "pipelines.train": train}
+PROGRAMS = {
+    "benchmarks.probe": probe,
+    "benchmarks.data": generated,
+    "benchmarks.mix": mix,
+    "benchmarks.loss": loss,
+    "benchmarks.tune": tune,
+    "benchmarks.loaders": loaders,
+    "benchmarks.cost": cost,
+    "pipelines.train": train,
+}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -124,8 +137,9 @@ def runs_on_a_gpu(path):
 
 def test_every_test_that_needs_a_gpu_is_part_of_the_visit():
     """Operators come first, and in a process of their own: what they hand to DALI is the basis of all else."""
-    found = {path.stem.removeprefix("test_") for path in (harness.ROOT / "tests").glob("test_*.py")
-             if runs_on_a_gpu(path)}
+    found = {
+        path.stem.removeprefix("test_") for path in (harness.ROOT / "tests").glob("test_*.py") if runs_on_a_gpu(path)
+    }
     assert found == {name for names in gpu.TESTS.values() for name in names}
     assert list(gpu.TESTS) == ["operators", "decoding"]
     assert gpu.TESTS["operators"][:2] == ("fn", "augment")
@@ -142,8 +156,22 @@ def test_a_third_of_eight_minutes_is_the_tests(tmp_path, monkeypatch):
     assert gpu.SHARES["tests"] >= 33
     steps = [step.name for step in gpu.steps(args, tmp_path)]
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name in steps))
-    assert kinds == list(gpu.SHARES) == ["environment", "tests", "images", "tune", "loaders", "mix", "cost-deit",
-                                         "cost-resnet50", "loss", "training"]
+    assert (
+        kinds
+        == list(gpu.SHARES)
+        == [
+            "environment",
+            "tests",
+            "images",
+            "tune",
+            "loaders",
+            "mix",
+            "cost-deit",
+            "cost-resnet50",
+            "loss",
+            "training",
+        ]
+    )
     assert sum(gpu.share(name, args.only, args.seeds) for name in steps) == pytest.approx(100)
     assert gpu.share("mix", ["loss"], 1) == 0
 
@@ -161,8 +189,7 @@ def test_results_are_read_whatever_is_in_them(tmp_path):
     """Rows with and without an error, and output that is not what it seems."""
     result = tmp_path / "tune.json"
     result.write_text(json.dumps(dict(complete=True, rows=[dict(name="a"), dict(name="b", error="E: c")])))
-    assert gpu.found(Step("tune", [""], result), "") == dict(
-        file="tune.json", complete=True, errors={"b": "E: c"})
+    assert gpu.found(Step("tune", [""], result), "") == dict(file="tune.json", complete=True, errors={"b": "E: c"})
     argv = ["timeit", "-n1", "-r1", "print('{broken')"]
     line = gpu.run(Step("environment", argv), 60, tmp_path / "log.txt")
     assert (line["status"], line["reason"].partition(": ")[0]) == ("failed", "its result cannot be read")
@@ -186,8 +213,15 @@ def test_training_without_cifar_compares_nothing(tmp_path, monkeypatch):
 
 
 def test_trainings_are_compared_over_the_seeds_that_both_finished():
-    runs = [("cutmix 0", "ok", 80.0), ("lumix 0", "ok", 81.0), ("cutmix 1", "ok", 70.0), ("lumix 1", "ok", 73.0),
-            ("cutmix 2", "ok", 99.0), ("lumix 2", "stopped at its limit", 0.0), ("lumix 3", "ok", 9.0)]
+    runs = [
+        ("cutmix 0", "ok", 80.0),
+        ("lumix 0", "ok", 81.0),
+        ("cutmix 1", "ok", 70.0),
+        ("lumix 1", "ok", 73.0),
+        ("cutmix 2", "ok", 99.0),
+        ("lumix 2", "stopped at its limit", 0.0),
+        ("lumix 3", "ok", 9.0),
+    ]
     lines = [dict(step=f"training {name}", status=status, result=dict(top1=top1)) for name, status, top1 in runs]
     found = gpu.paired(lines)
     assert (found["n"], found["difference"]["values"], found["difference"]["mean"]) == (2, [1.0, 3.0], 2.0)
@@ -197,23 +231,31 @@ def test_trainings_are_compared_over_the_seeds_that_both_finished():
 
 
 def test_outcomes_of_the_tests_are_read_from_the_output():
-    output = ("collecting ... collected 30 items / 24 deselected / 6 selected\n\n"
-              "tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
-              "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
-              "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
-              "ERROR tests/test_a.py::test_g - of a fixture\n")
+    output = (
+        "collecting ... collected 30 items / 24 deselected / 6 selected\n\n"
+        "tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
+        "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
+        "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
+        "ERROR tests/test_a.py::test_g - of a fixture\n"
+    )
     assert gpu.found(Step("tests", ["pytest"]), "collecting ... collected 2 items\n")["selected"] == 2
     assert gpu.found(Step("tests", ["pytest"]), output) == {
-        "selected": 6, "passed": 1, "failed": ["tests/test_a.py::test_c"], "error": ["tests/test_f.py"],
-        "skipped": ["tests/test_a.py::test_d"]}
+        "selected": 6,
+        "passed": 1,
+        "failed": ["tests/test_a.py::test_c"],
+        "error": ["tests/test_f.py"],
+        "skipped": ["tests/test_a.py::test_d"],
+    }
 
 
 @pytest.mark.parametrize("blend", mix.BLENDS)
 def test_every_blend_is_mixup(blend):
     """Normalised, within a grey level of the float64 blend with the weight and the partner that were drawn."""
     images = torch.randint(256, (8, 12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found, weight, partner = (torch.from_dlpack(output.as_tensor()).double().numpy()
-                              for output in mix.build(mix.stages()[f"blend: {blend.__name__}"], images, 1).run())
+    found, weight, partner = (
+        torch.from_dlpack(output.as_tensor()).double().numpy()
+        for output in mix.build(mix.stages()[f"blend: {blend.__name__}"], images, 1).run()
+    )
     w = weight.reshape(-1, 1, 1, 1)
     expected = images.numpy() * (1 - w) + images.numpy()[partner.astype(int)] * w
     levels = 255 * (found.transpose(0, 2, 3, 1) * mix.STD + mix.MEAN)
@@ -222,12 +264,18 @@ def test_every_blend_is_mixup(blend):
 
 
 def test_kernels_are_summed_by_name():
-    events = [{"cat": "kernel", "name": "a", "dur": 3.0}, {"cat": "kernel", "name": "a", "dur": 5.0},
-              {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "dur": 2.0},
-              {"cat": "cpu_op", "name": "c", "dur": 100.0}]
+    events = [
+        {"cat": "kernel", "name": "a", "dur": 3.0},
+        {"cat": "kernel", "name": "a", "dur": 5.0},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "dur": 2.0},
+        {"cat": "cpu_op", "name": "c", "dur": 100.0},
+    ]
     assert mix.summed(events, 2) == {
-        "kernel_us": 5.0, "launches": 1.5, "copies": {"HtoD": 0.5},
-        "longest": {"a": 4.0, "Memcpy HtoD (Pinned -> Device)": 1.0}}
+        "kernel_us": 5.0,
+        "launches": 1.5,
+        "copies": {"HtoD": 0.5},
+        "longest": {"a": 4.0, "Memcpy HtoD (Pinned -> Device)": 1.0},
+    }
 
 
 def test_the_paste_by_itself_is_a_box_of_the_partners():
@@ -263,10 +311,13 @@ def test_the_probe_decodes_what_the_pipelines_decode():
 PIXELS = {"training 4:2:0": dict(most=0), "training 4:2:0 fancy": dict(most=9), "evaluation 4:4:4": dict(most=3)}
 
 
-@pytest.mark.parametrize(("device", "ran"), [
-    ("cpu", {"training 4:2:0": "cpu", "evaluation 4:4:4": "cpu"}),
-    ("cuda:0", {"training 4:2:0": "cpu", "evaluation 4:4:4": "gpu"}),
-])
+@pytest.mark.parametrize(
+    ("device", "ran"),
+    [
+        ("cpu", {"training 4:2:0": "cpu", "evaluation 4:4:4": "cpu"}),
+        ("cuda:0", {"training 4:2:0": "cpu", "evaluation 4:4:4": "gpu"}),
+    ],
+)
 def test_the_decoder_that_ran_is_told_by_its_pixels(monkeypatch, device, ran):
     monkeypatch.setattr(probe, "loaded", lambda library: [f"/usr/lib/{library}"])
 
@@ -277,22 +328,30 @@ def test_the_decoder_that_ran_is_told_by_its_pixels(monkeypatch, device, ran):
 
     monkeypatch.setattr(probe.importlib.metadata, "version", version)
     found = probe.decoder_found(PIXELS, device)
-    assert found == dict(nvimgcodec=["nvidia-nvimgcodec-cu13 0.9.0.20"],
-                         libnvjpeg=["/usr/lib/libnvjpeg.so"], ran=ran)
+    assert found == dict(nvimgcodec=["nvidia-nvimgcodec-cu13 0.9.0.20"], libnvjpeg=["/usr/lib/libnvjpeg.so"], ran=ran)
 
 
 def speeds(cpu, *gpu):
     return {"cpu": dict(images_per_second=cpu)} | {
-        f"hw_decoder_load={number}": dict(images_per_second=speed) for number, speed in enumerate(gpu)}
+        f"hw_decoder_load={number}": dict(images_per_second=speed) for number, speed in enumerate(gpu)
+    }
 
 
-@pytest.mark.parametrize(("ran", "libraries", "rates", "said"), [
-    ({"a": "gpu", "b": "gpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 1000.0, 9000.0), []),
-    ({"a": "gpu", "b": "cpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 9000.0), ["THE CPU DECODED, NOT THE GPU: b"]),
-    ({"a": "gpu"}, [], speeds(1000.0, 9000.0), ["libnvjpeg is not loaded: install nvidia-nvjpeg-cu12"]),
-    ({"a": "gpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 800.0, 1100.0),
-     ["the mixed decoder reaches 1100 images/s, the CPU's 1000"]),
-], ids=["all is well", "on the CPU", "no library", "no faster"])
+@pytest.mark.parametrize(
+    ("ran", "libraries", "rates", "said"),
+    [
+        ({"a": "gpu", "b": "gpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 1000.0, 9000.0), []),
+        ({"a": "gpu", "b": "cpu"}, ["libnvjpeg.so.12"], speeds(1000.0, 9000.0), ["THE CPU DECODED, NOT THE GPU: b"]),
+        ({"a": "gpu"}, [], speeds(1000.0, 9000.0), ["libnvjpeg is not loaded: install nvidia-nvjpeg-cu12"]),
+        (
+            {"a": "gpu"},
+            ["libnvjpeg.so.12"],
+            speeds(1000.0, 800.0, 1100.0),
+            ["the mixed decoder reaches 1100 images/s, the CPU's 1000"],
+        ),
+    ],
+    ids=["all is well", "on the CPU", "no library", "no faster"],
+)
 def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
     found = probe.warnings(dict(decoder=dict(ran=ran, libnvjpeg=libraries), decoding=rates))
     assert len(found) == len(said)
@@ -301,6 +360,7 @@ def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
 
 def test_the_decoder_is_told_before_its_rates(monkeypatch, capsys):
     """They take longest, and a crash there must not hide that the CPU decodes."""
+
     def decoding(index):
         assert index == 0
         yield "cpu", dict(images_per_second=1000.0)
@@ -308,8 +368,12 @@ def test_the_decoder_is_told_before_its_rates(monkeypatch, capsys):
         raise RuntimeError("of the decoder")
 
     monkeypatch.setattr(harness, "resolve_device", lambda device: "cuda:0")
-    for name, value in (("environment", lambda: dict(missing=[])), ("differences", lambda index: PIXELS),
-                        ("loaded", lambda library: ["libnvjpeg.so.12"]), ("decoding", decoding)):
+    for name, value in (
+        ("environment", lambda: dict(missing=[])),
+        ("differences", lambda index: PIXELS),
+        ("loaded", lambda library: ["libnvjpeg.so.12"]),
+        ("decoding", decoding),
+    ):
         monkeypatch.setattr(probe, name, value)
     with pytest.raises(RuntimeError, match="of the decoder"):
         probe.main([])
@@ -347,9 +411,15 @@ def test_the_sources_digest_follows_the_sources(monkeypatch, tmp_path):
     assert probe.digest() != before
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("", {}), ("a=1,b=0.5", {"a": 1, "b": 0.5}), ("a", None), ("a=b", None),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", {}),
+        ("a=1,b=0.5", {"a": 1, "b": 0.5}),
+        ("a", None),
+        ("a=b", None),
+    ],
+)
 def test_decoder_options(text, value):
     if value is None:
         with pytest.raises(argparse.ArgumentTypeError, match="give NAME=NUMBER"):
@@ -358,8 +428,9 @@ def test_decoder_options(text, value):
         assert harness.options(text) == value
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    (name, value) for name, values in tune.DECODER_KNOBS.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in tune.DECODER_KNOBS.items() for value in values]
+)
 def test_tuned_values_reach_the_decoder(name, value):
     """0 is a value like any other; a default is left to DALI."""
     default = value == tune.DECODER_KNOBS[name][0]
@@ -367,11 +438,14 @@ def test_tuned_values_reach_the_decoder(name, value):
     assert found == (dict(num_threads=2) if default else dict(num_threads=2, decoder={name: value}))
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--only", "mixx"], "--only mixx: no such step; give some of environment"),
-    (["--minutes", "0"], "--minutes 0: give a number above 0"),
-    (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "mixx"], "--only mixx: no such step; give some of environment"),
+        (["--minutes", "0"], "--minutes 0: give a number above 0"),
+        (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
+    ],
+)
 def test_a_wrong_visit_is_named(tmp_path, argv, message, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "out"), *argv])

@@ -48,12 +48,8 @@ int main() {  // sample 0 pastes itself, then rows 2 to 2 (none) and columns 1 t
 """
 
 text = HEADER.read_text()
-structs = text[
-    text.index("template<class InputType, int ndims>\nstruct PatchDesc") : text.index("// Could not fill")
-]
-function = text[
-    text.index("template <class OutputType, class InputType, int ndims>\nvoid CreateSampleDescriptors") :
-]
+structs = text[text.index("template<class InputType, int ndims>\nstruct PatchDesc") : text.index("// Could not fill")]
+function = text[text.index("template <class OutputType, class InputType, int ndims>\nvoid CreateSampleDescriptors") :]
 function = function[: function.index("__global__")].rpartition("template")[0]
 with tempfile.TemporaryDirectory() as folder:
     source, program = Path(folder, "a.cpp"), Path(folder, "a.out")

@@ -12,9 +12,9 @@ N, RANKS, BATCH = 97, 4, 8
 @pipeline_def(batch_size=BATCH, num_threads=1, device_id=None)
 def read(files, rank):
     labels = list(range(len(files)))
-    return fn.readers.file(
-        files=files, labels=labels, shard_id=rank, num_shards=RANKS, pad_last_batch=True, name="r"
-    )[1]
+    return fn.readers.file(files=files, labels=labels, shard_id=rank, num_shards=RANKS, pad_last_batch=True, name="r")[
+        1
+    ]
 
 
 with tempfile.TemporaryDirectory() as folder:
@@ -30,8 +30,6 @@ with tempfile.TemporaryDirectory() as folder:
     ]
     repeated = []
     for epoch in range(4):
-        seen = collections.Counter(
-            int(v) for loader in loaders for batch in loader for v in batch[0]["label"].ravel()
-        )
+        seen = collections.Counter(int(v) for loader in loaders for batch in loader for v in batch[0]["label"].ravel())
         repeated += [(epoch, label, times) for label, times in seen.items() if times > 1]
 raise SystemExit(f"fault: (epoch, sample, times) {repeated}" if repeated else 0)

@@ -100,10 +100,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=42, help="of everything drawn")
     add("--output", default="runs", metavar="PATH", help="where runs go")
     add("--experiment", default="", help="folder under OUTPUT; empty: time and model")
-    add("--checkpoint-interval", type=int, default=1000, metavar="N",
-        help="updates between checkpoints; 0: at the end only")
-    add("--eval-interval", type=int, default=0, metavar="N",
-        help="updates between evaluations; 0: at the end only")
+    add(
+        "--checkpoint-interval",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="updates between checkpoints; 0: at the end only",
+    )
+    add("--eval-interval", type=int, default=0, metavar="N", help="updates between evaluations; 0: at the end only")
     add("--log-interval", type=int, default=50, metavar="N", help="updates between rows of the log")
     add("--resume", action="store_true", help="resume from OUTPUT/EXPERIMENT, if it is there yet")
 
@@ -118,9 +122,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     if not args.data_dir:
         parser.error("--data-dir is required")
-    least = {"num_classes": 2, "img_size": 1, "short_side": 1, "stride": 1, "batch_size": 1, "iterations": 1,
-             "log_interval": 1, "checkpoint_interval": 0, "eval_interval": 0, "workers": 1, "images": 1,
-             "window_batch_size": 1, "decoder_depth": 1, "seed": 0}
+    least = {
+        "num_classes": 2,
+        "img_size": 1,
+        "short_side": 1,
+        "stride": 1,
+        "batch_size": 1,
+        "iterations": 1,
+        "log_interval": 1,
+        "checkpoint_interval": 0,
+        "eval_interval": 0,
+        "workers": 1,
+        "images": 1,
+        "window_batch_size": 1,
+        "decoder_depth": 1,
+        "seed": 0,
+    }
     for name, low in least.items():
         value = getattr(args, name, None)
         if value is not None and value < low:
@@ -153,8 +170,10 @@ def backbone(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
             weights = load_state_dict(args.backbone)  # timm's: an average of the weights first
         except Exception as error:  # what a damaged file raises is anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"--backbone: {args.backbone} cannot be read ({reason}); give a checkpoint of "
-                             "pipelines.train, or of timm") from error
+            raise ValueError(
+                f"--backbone: {args.backbone} cannot be read ({reason}); give a checkpoint of "
+                "pipelines.train, or of timm"
+            ) from error
         if state.get("run_format") == checkpoint.FORMAT:
             settings = state["args"]
     args.model = args.model or settings.get("model") or "deit_small_patch16_224"
@@ -183,8 +202,16 @@ def run_train(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     folder = Path(args.output, args.experiment or time.strftime("%Y%m%d-%H%M%S-segment"))
     weights = backbone(args)
-    model = build(args.model, args.num_classes, args.img_size, weights=weights, drop_path=args.drop_path,
-                  depth=args.decoder_depth, drop=args.decoder_drop, model_kwargs=args.model_kwargs)
+    model = build(
+        args.model,
+        args.num_classes,
+        args.img_size,
+        weights=weights,
+        drop_path=args.drop_path,
+        depth=args.decoder_depth,
+        drop=args.decoder_drop,
+        model_kwargs=args.model_kwargs,
+    )
     run = training.build_run(args, model, device, folder)
     with Stop() as stop:
         start(run, args, len(train))
@@ -201,8 +228,10 @@ def start(run: training.Run, args: argparse.Namespace, photographs: int) -> None
     settings = {key: value for key, value in vars(args).items() if key not in ("command", "config", "resume")}
     (run.folder / "args.yaml").write_text(yaml.safe_dump(settings))
     origin = args.backbone or ("timm's weights" if args.pretrained else "random weights")
-    print(f"{args.model} from {origin}: {photographs} photographs, {args.num_classes} classes, crops of "
-          f"{args.img_size}, {args.iterations} updates on {run.device}, into {run.folder}")
+    print(
+        f"{args.model} from {origin}: {photographs} photographs, {args.num_classes} classes, crops of "
+        f"{args.img_size}, {args.iterations} updates on {run.device}, into {run.folder}"
+    )
     if args.resume:
         print(f"resumes after update {run.update}" if run.update else f"--resume: there is no {last} yet")
     sys.stdout.flush()
@@ -215,19 +244,33 @@ def run_evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any
         setattr(args, key, state["args"][key])
     args.stride = args.stride or state["args"]["stride"]
     val, device = data.load(args.data_dir, args.split, args.num_classes), choose_device(args.device)
-    model = build(args.model, args.num_classes, args.img_size, depth=args.decoder_depth,
-                  model_kwargs=args.model_kwargs)
+    model = build(args.model, args.num_classes, args.img_size, depth=args.decoder_depth, model_kwargs=args.model_kwargs)
     model.load_state_dict(state["state_dict"])
     return finish(args, argv, model.to(device), val, device, args.out)
 
 
-def evaluated(args: argparse.Namespace, model: Segmenter, split: data.Split, device: torch.device,
-              multi_scale: bool, keep: int = 0) -> tuple[dict[str, Any], list[evaluation.Prediction]]:
+def evaluated(
+    args: argparse.Namespace,
+    model: Segmenter,
+    split: data.Split,
+    device: torch.device,
+    multi_scale: bool,
+    keep: int = 0,
+) -> tuple[dict[str, Any], list[evaluation.Prediction]]:
     """Scores at one scale or at several, and predictions for a picture."""
-    protocol = evaluation.Protocol(args.short_side, args.img_size, args.stride, args.window_batch_size, args.mean,
-                                   args.std)
-    return evaluation.evaluate(model, split, protocol, multi_scale=multi_scale, device=device,
-                               threads=args.workers, autocast=training.autocast(args, device), keep=keep)
+    protocol = evaluation.Protocol(
+        args.short_side, args.img_size, args.stride, args.window_batch_size, args.mean, args.std
+    )
+    return evaluation.evaluate(
+        model,
+        split,
+        protocol,
+        multi_scale=multi_scale,
+        device=device,
+        threads=args.workers,
+        autocast=training.autocast(args, device),
+        keep=keep,
+    )
 
 
 def numbers(found: dict[str, Any], suffix: str) -> dict[str, float]:
@@ -235,8 +278,14 @@ def numbers(found: dict[str, Any], suffix: str) -> dict[str, float]:
     return {f"{name}{suffix}": found[name] for name in ("mAcc", "mIoU")}
 
 
-def finish(args: argparse.Namespace, argv: Sequence[str], model: Segmenter, split: data.Split,
-           device: torch.device, out: str | Path | None) -> dict[str, Any]:
+def finish(
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    model: Segmenter,
+    split: data.Split,
+    device: torch.device,
+    out: str | Path | None,
+) -> dict[str, Any]:
     """Evaluates as the flags say, prints Table 4's row, draws, and writes the result."""
     figure = getattr(args, "figure", None)
     found, kept = evaluated(args, model, split, device, False, args.images if figure else 0)
@@ -245,9 +294,15 @@ def finish(args: argparse.Namespace, argv: Sequence[str], model: Segmenter, spli
         found, kept = evaluated(args, model, split, device, True, args.images if figure else 0)
         values, per_class = values | numbers(found, " (MS)"), per_class | {"IoU (MS)": found["IoU"]}
     print(evaluation.table(values, args.num_classes), flush=True)
-    result = {"values": values, "per_class": per_class, "unit": "%", "photographs": len(split),
-              "paper": evaluation.TABLE_4, "settings": vars(args),
-              "meta": report.metadata("pipelines.segment", argv, device)}
+    result = {
+        "values": values,
+        "per_class": per_class,
+        "unit": "%",
+        "photographs": len(split),
+        "paper": evaluation.TABLE_4,
+        "settings": vars(args),
+        "meta": report.metadata("pipelines.segment", argv, device),
+    }
     if figure:
         evaluation.draw(split, kept, figure)
     if out:

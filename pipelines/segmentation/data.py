@@ -26,12 +26,66 @@ from lumix_dali.loading.pipelines import IMAGENET_MEAN, IMAGENET_STD
 
 VOID = 255  # pixels without a class
 PASCAL_CONTEXT = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "table", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-    "bag", "bed", "bench", "book", "building", "cabinet", "ceiling", "cloth", "computer", "cup", "door",
-    "fence", "floor", "flower", "food", "grass", "ground", "keyboard", "light", "mountain", "mouse", "curtain",
-    "platform", "sign", "plate", "road", "rock", "shelves", "sidewalk", "sky", "snow", "bedclothes", "track",
-    "tree", "truck", "wall", "water", "window", "wood",
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "table",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+    "bag",
+    "bed",
+    "bench",
+    "book",
+    "building",
+    "cabinet",
+    "ceiling",
+    "cloth",
+    "computer",
+    "cup",
+    "door",
+    "fence",
+    "floor",
+    "flower",
+    "food",
+    "grass",
+    "ground",
+    "keyboard",
+    "light",
+    "mountain",
+    "mouse",
+    "curtain",
+    "platform",
+    "sign",
+    "plate",
+    "road",
+    "rock",
+    "shelves",
+    "sidewalk",
+    "sky",
+    "snow",
+    "bedclothes",
+    "track",
+    "tree",
+    "truck",
+    "wall",
+    "water",
+    "window",
+    "wood",
 )
 LAYOUT = (
     "it needs JPEGImages/NAME.jpg, SegmentationClassContext/NAME.png and "
@@ -67,8 +121,10 @@ class Split:
             raise ValueError(f"{path}: {error}") from error
         if ((mask >= self.num_classes) & (mask != VOID)).any():
             odd = np.setdiff1d(mask, [*range(self.num_classes), VOID])[0]
-            raise ValueError(f"{path}: it has class {odd}, and --num-classes {self.num_classes} ends at "
-                             f"{self.num_classes - 1}; {VOID} is for pixels without a class")
+            raise ValueError(
+                f"{path}: it has class {odd}, and --num-classes {self.num_classes} ends at "
+                f"{self.num_classes - 1}; {VOID} is for pixels without a class"
+            )
         return mask
 
     def encoded(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -233,8 +289,9 @@ class TrainSource:
         threads: that read files.
     """
 
-    def __init__(self, split: Split, transform: TrainTransform, batch_size: int, seed: int, first: int = 0,
-                 threads: int = 2):
+    def __init__(
+        self, split: Split, transform: TrainTransform, batch_size: int, seed: int, first: int = 0, threads: int = 2
+    ):
         self.split, self.transform, self.seed = split, transform, seed
         self.batch_size, self.first = batch_size, first
         self._pool = ThreadPoolExecutor(threads)
@@ -258,8 +315,10 @@ class TrainSource:
         index = self.index(number)
         (encoded, size), mask = self.split.encoded(index), self.split.mask(index)
         if mask.shape != size:
-            raise ValueError(f"{self.split.masks[index]}: its size is {mask.shape}, that of "
-                             f"{self.split.photographs[index].name} {size} (height, width)")
+            raise ValueError(
+                f"{self.split.masks[index]}: its size is {mask.shape}, that of "
+                f"{self.split.photographs[index].name} {size} (height, width)"
+            )
         drawn = draw(np.random.default_rng([self.seed, 1, number]), mask, self.transform)
         return encoded, mask[..., None], *drawn
 
@@ -290,8 +349,13 @@ def train_pipeline(source: Callable, *, size: int, mean: Sequence[float], std: S
         stays on the photograph; OpenCV's nearest lies up to half a pixel aside.
     """
     encoded, mask, window, shape, colors = fn.external_source(
-        source, num_outputs=5, batch=True, batch_info=True, ndim=[1, 3, 2, 1, 1],
-        dtype=[types.UINT8, types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT], layout=["", "HWC", "", "", ""],
+        source,
+        num_outputs=5,
+        batch=True,
+        batch_info=True,
+        ndim=[1, 3, 2, 1, 1],
+        dtype=[types.UINT8, types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT],
+        layout=["", "HWC", "", "", ""],
     )
     region = dict(size=shape, roi_start=window[0], roi_end=window[1], antialias=False)
     image = fn.resize(decode(encoded, _whole), interp_type=types.INTERP_LINEAR, **region)
@@ -328,7 +392,11 @@ def _whole(shape: DataNode) -> tuple[DataNode, DataNode]:
 
 def _normalised(image: DataNode, mean: Sequence[float], std: Sequence[float], **options: Any) -> DataNode:
     return fn.crop_mirror_normalize(
-        image, dtype=types.FLOAT, output_layout="CHW", mean=[255 * m for m in mean], std=[255 * s for s in std],
+        image,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * m for m in mean],
+        std=[255 * s for s in std],
         **options,
     )
 
@@ -345,8 +413,15 @@ def train_batches(
         ValueError: a file cannot be used.
     """
     transform = source.transform
-    pipe = train_pipeline(source, size=transform.size, mean=transform.mean, std=transform.std,
-                          batch_size=source.batch_size, num_threads=threads, device_id=_device_id(device))
+    pipe = train_pipeline(
+        source,
+        size=transform.size,
+        mean=transform.mean,
+        std=transform.std,
+        batch_size=source.batch_size,
+        num_threads=threads,
+        device_id=_device_id(device),
+    )
     for batch in count(source.first):
         numbers = range(batch * source.batch_size, (batch + 1) * source.batch_size)
         images, masks = _run(pipe, device, source.split, map(source.index, numbers))
@@ -354,8 +429,13 @@ def train_batches(
 
 
 def eval_images(
-    split: Split, scales: Sequence[float], short_side: int, mean: Sequence[float], std: Sequence[float],
-    device: torch.device, threads: int,
+    split: Split,
+    scales: Sequence[float],
+    short_side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    threads: int,
 ) -> Iterator[list[torch.Tensor]]:
     """Each photograph of the split at every scale.
 
@@ -368,13 +448,21 @@ def eval_images(
     Raises:
         ValueError: a file cannot be used.
     """
+
     def samples() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
         for index in range(len(split)):
             encoded, size = split.encoded(index)
             yield [encoded], [np.array([resized(size, short_side * scale) for scale in scales], np.float32)]
 
-    pipe = eval_pipeline(samples(), scales=len(scales), mean=mean, std=std, batch_size=1, num_threads=threads,
-                         device_id=_device_id(device))
+    pipe = eval_pipeline(
+        samples(),
+        scales=len(scales),
+        mean=mean,
+        std=std,
+        batch_size=1,
+        num_threads=threads,
+        device_id=_device_id(device),
+    )
     for index in range(len(split)):
         yield _run(pipe, device, split, [index])
 
@@ -389,8 +477,10 @@ def _run(pipe: Pipeline, device: torch.device, split: Split, indices: Iterable[i
             return [torch.from_dlpack(output.as_tensor()) for output in outputs]
     except RuntimeError as error:
         for index, reason in refused({index: split.encoded(index)[0] for index in indices}).items():
-            raise ValueError(f"{split.photographs[index]}: {reason}; replace it, or take it out of the list "
-                             "in ImageSets/SegmentationContext") from error
+            raise ValueError(
+                f"{split.photographs[index]}: {reason}; replace it, or take it out of the list "
+                "in ImageSets/SegmentationContext"
+            ) from error
         raise
 
 

@@ -110,9 +110,7 @@ def predictions(
     images = eval_images(split, scales, protocol.short_side, protocol.mean, protocol.std, device, threads)
     for index, variants in enumerate(images):
         truth = torch.from_numpy(split.mask(index)).to(device)
-        yield Prediction(
-            index, truth, probabilities(model, variants, truth.shape, multi_scale, protocol).argmax(0)
-        )
+        yield Prediction(index, truth, probabilities(model, variants, truth.shape, multi_scale, protocol).argmax(0))
 
 
 def scores(confusion: torch.Tensor) -> dict[str, Any]:
@@ -127,14 +125,24 @@ def scores(confusion: torch.Tensor) -> dict[str, Any]:
     matrix = confusion.double()
     right, truth, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
     iou = 100 * right / (truth + found - right)  # 0 / 0 is NaN: no value
-    return {"mIoU": iou.nanmean().item(), "mAcc": (100 * right / truth).nanmean().item(),
-            "IoU": [None if value != value else value for value in iou.tolist()]}
+    return {
+        "mIoU": iou.nanmean().item(),
+        "mAcc": (100 * right / truth).nanmean().item(),
+        "IoU": [None if value != value else value for value in iou.tolist()],
+    }
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, split: Split, protocol: Protocol, *, multi_scale: bool, device: torch.device, threads: int,
-    autocast: AbstractContextManager, keep: int = 0,
+    model: nn.Module,
+    split: Split,
+    protocol: Protocol,
+    *,
+    multi_scale: bool,
+    device: torch.device,
+    threads: int,
+    autocast: AbstractContextManager,
+    keep: int = 0,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Evaluates a model on a whole split.
 
@@ -151,8 +159,18 @@ def evaluate(
     wanted = set(np.linspace(0, len(split) - 1, min(keep, len(split)), dtype=int).tolist()) if keep else set()
     kept = []
     interval = 0.1 if sys.stderr.isatty() else 60
-    with autocast, tqdm(total=len(split), desc="multi-scale" if multi_scale else "evaluation", unit="img",
-                        leave=False, dynamic_ncols=True, mininterval=interval, delay=interval) as bar:
+    with (
+        autocast,
+        tqdm(
+            total=len(split),
+            desc="multi-scale" if multi_scale else "evaluation",
+            unit="img",
+            leave=False,
+            dynamic_ncols=True,
+            mininterval=interval,
+            delay=interval,
+        ) as bar,
+    ):
         for prediction in predictions(model, split, protocol, multi_scale, device, threads):
             confusion.update(prediction.found[None], prediction.truth[None].long())
             if prediction.number in wanted:
@@ -190,8 +208,7 @@ def draw(split: Split, kept: Sequence[Prediction], path: str) -> None:
         axes.set_title(title, fontsize="medium")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colors[k]), label=class_name(split, k))
-               for k in sorted(shown)]
+    patches = [Patch(color="#{:02x}{:02x}{:02x}".format(*colors[k]), label=class_name(split, k)) for k in sorted(shown)]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
 

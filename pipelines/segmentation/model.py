@@ -139,5 +139,6 @@ def load_encoder(encoder: VisionTransformer, weights: Weights) -> None:
         encoder.load_state_dict(body)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--backbone: its weights are of another model ({reason}); give its name by "
-                         "--model") from error
+        raise ValueError(
+            f"--backbone: its weights are of another model ({reason}); give its name by --model"
+        ) from error

@@ -25,8 +25,20 @@ from .data import VOID, Split, TrainSource, TrainTransform, train_batches
 
 FORMAT = "pipelines.segment/1"
 # Flags that may differ between a run and its continuation: they do not touch what is computed.
-FREE = {"config", "resume", "data_dir", "workers", "device", "output", "experiment", "backbone", "pretrained",
-        "checkpoint_interval", "multi_scale", "window_batch_size"}
+FREE = {
+    "config",
+    "resume",
+    "data_dir",
+    "workers",
+    "device",
+    "output",
+    "experiment",
+    "backbone",
+    "pretrained",
+    "checkpoint_interval",
+    "multi_scale",
+    "window_batch_size",
+}
 
 
 @dataclass
@@ -51,8 +63,9 @@ def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, 
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, args.momentum)
     scheduler = PolyLRScheduler(optimizer, args.iterations, args.poly_power, args.min_lr, t_in_epochs=False)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "float16")
-    return Run(folder, device, model, optimizer, scheduler, scaler, autocast(args, device),
-               loss=torch.zeros((), device=device))
+    return Run(
+        folder, device, model, optimizer, scheduler, scaler, autocast(args, device), loss=torch.zeros((), device=device)
+    )
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
@@ -72,8 +85,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}); give the path of a whole checkpoint") from error
     if not isinstance(state, dict) or state.get("run_format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of pipelines.segment ({FORMAT}); a classifier's weights "
-                         "are given by --backbone")
+        raise ValueError(
+            f"{path} is not a checkpoint of pipelines.segment ({FORMAT}); a classifier's weights "
+            "are given by --backbone"
+        )
     return state
 
 
@@ -85,11 +100,16 @@ def resume(run: Run, args: argparse.Namespace, path: Path) -> None:
     """
     state = read_checkpoint(path)
     then, now = (json.loads(json.dumps(flags)) for flags in (state["args"], vars(args)))  # tuples become lists
-    changed = [f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}"
-               for key in now if key in then and key not in FREE and then[key] != now[key]]
+    changed = [
+        f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}"
+        for key in now
+        if key in then and key not in FREE and then[key] != now[key]
+    ]
     if changed:
-        raise ValueError(f"--resume: {path}: {'; '.join(changed)}. Give the flags as they were, or another "
-                         "--experiment to start a fresh run")
+        raise ValueError(
+            f"--resume: {path}: {'; '.join(changed)}. Give the flags as they were, or another "
+            "--experiment to start a fresh run"
+        )
     run.model.load_state_dict(state["state_dict"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -104,10 +124,18 @@ def save(run: Run, args: argparse.Namespace) -> None:
     """Writes FOLDER/last.pth.tar in one step, so that a kill leaves a whole file, and the log."""
     check_finite(run)
     cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
-    state = {"run_format": FORMAT, "args": vars(args), "update": run.update, "rows": run.rows,
-             "loss": run.loss.item(), "state_dict": run.model.state_dict(),
-             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-             "rng": torch.get_rng_state(), "cuda_rng": cuda}
+    state = {
+        "run_format": FORMAT,
+        "args": vars(args),
+        "update": run.update,
+        "rows": run.rows,
+        "loss": run.loss.item(),
+        "state_dict": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": cuda,
+    }
     run.folder.mkdir(parents=True, exist_ok=True)
     scratch = run.folder / "tmp.pth.tar"
     with open(scratch, "wb") as file:
@@ -118,8 +146,7 @@ def save(run: Run, args: argparse.Namespace) -> None:
     write_text(run.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
 
 
-def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]],
-        stop: Stop) -> None:
+def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]], stop: Stop) -> None:
     """Trains until --iterations updates are done, validating every --eval-interval.
 
     Raises:
@@ -131,8 +158,16 @@ def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[],
     batches = train_batches(source, run.device, args.workers)
     interval, since = (0.1 if sys.stderr.isatty() else 60), (time.perf_counter(), run.update)
     run.model.train()
-    with tqdm(total=args.iterations, initial=run.update, desc="training", unit="it", leave=False,
-              dynamic_ncols=True, mininterval=interval, delay=interval) as bar:
+    with tqdm(
+        total=args.iterations,
+        initial=run.update,
+        desc="training",
+        unit="it",
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=interval,
+    ) as bar:
         while run.update < args.iterations:
             step(run, *next(batches))
             bar.update()
@@ -158,8 +193,12 @@ def every(interval: int, run: Run) -> bool:
 
 def leave(run: Run, number: int) -> None:
     """Ends the program as a signal asks, saying how to resume."""
-    print(f"stopped by {signal.Signals(number).name} after update {run.update}: resume with the same flags and "
-          f"--resume --output {run.folder.parent} --experiment {run.folder.name}", file=sys.stderr, flush=True)
+    print(
+        f"stopped by {signal.Signals(number).name} after update {run.update}: resume with the same flags and "
+        f"--resume --output {run.folder.parent} --experiment {run.folder.name}",
+        file=sys.stderr,
+        flush=True,
+    )
     raise SystemExit(128 + number)
 
 
@@ -183,8 +222,14 @@ def log(run: Run, args: argparse.Namespace, start: float, first: int) -> None:
     check_finite(run)
     batches = run.update - (run.rows[-1]["update"] if run.rows else 0)
     speed = (run.update - first) * args.batch_size / (time.perf_counter() - start)
-    run.rows.append({"update": run.update, "loss": run.loss.item() / batches,
-                     "lr": run.optimizer.param_groups[0]["lr"], "images_per_second": speed})
+    run.rows.append(
+        {
+            "update": run.update,
+            "loss": run.loss.item() / batches,
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "images_per_second": speed,
+        }
+    )
     run.loss.zero_()
     text = "update {update}  loss {loss:.4f}  lr {lr:.2e}  {images_per_second:.1f} img/s"
     tqdm.write(text.format(**run.rows[-1]))
@@ -193,5 +238,7 @@ def log(run: Run, args: argparse.Namespace, start: float, first: int) -> None:
 def check_finite(run: Run) -> None:
     """Stops a run that has diverged before its weights replace good ones."""
     if not math.isfinite(run.loss.item()):
-        raise FloatingPointError(f"the training loss before update {run.update} is {run.loss.item()}: lower --lr, "
-                                 "or with --amp try --amp-dtype bfloat16")
+        raise FloatingPointError(
+            f"the training loss before update {run.update} is {run.loss.item()}: lower --lr, "
+            "or with --amp try --amp-dtype bfloat16"
+        )
