@@ -33,6 +33,16 @@ def test_batches_of_ones_own_pipeline_arrive(folder, way):
     assert all(1.5 < float(loss) < 5 and float(lam0) > 0.05 for loss, lam0 in rows)  # ten classes, scores near 0
 
 
+def test_a_loop_in_dynamic_mode(folder):
+    pytest.importorskip("nvidia.dali.experimental.dynamic")
+    command = [sys.executable, "examples/dynamic_mode.py", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\d\.\d+)", done.stdout)]
+    assert len(losses) == 2
+    assert all(1.5 < loss < 5 for loss in losses)  # ten classes, an untrained model
+
+
 def blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
