@@ -76,12 +76,11 @@ def in_child(case, good):
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
         out.seek(0)
         return (
-            dict(error="")
+            dict(error="", memory=usage.ru_maxrss * 1024)
             | json.loads(out.read() or "{}")
             | dict(
                 case=case,
                 died=signal.Signals(-code).name if code < 0 else f"exit status {code}" * bool(code),
-                memory=usage.ru_maxrss * 1024,
                 printed=printed.read().decode(errors="replace"),
             )
         )
@@ -204,6 +203,8 @@ def load(case, source, kinds):
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+    # Before the comparison, which decodes the odd image once more.
+    answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer["differences"] = {label: difference(kinds[label], rows[label]) for label in kinds.keys() & rows}
     return answer
 
