@@ -12,7 +12,7 @@ import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
-from lumix_dali import LUMixLoss, Mixing, MixTarget, dynamic
+from lumix_dali import LUMixLoss, Mixing, dynamic
 
 MEAN, STD = [0.485 * 255, 0.456 * 255, 0.406 * 255], [0.229 * 255, 0.224 * 255, 0.225 * 255]
 

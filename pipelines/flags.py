@@ -77,6 +77,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
     add("--img-size", type=int, help="side of a square input; None: the model's")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
+    add("--train-img-sizes", type=int, nargs="+", metavar="SIDE", help="training images' sides, one drawn per epoch")
+    add("--train-size-probs", type=float, nargs="+", metavar="P", help="of each of them; None: alike")
+    add(
+        "--train-size-schedule",
+        default="constant",
+        choices=("constant", "progressive"),
+        help="progressive: from the first of --train-img-sizes to the last",
+    )
+    add("--train-size-schedule-spread", type=float, default=0.65, help="width of its window, in sizes")
+    add("--train-size-random-mix", type=float, default=0.1, help="share of epochs with any of the sizes")
     add("--in-chans", type=int, choices=(3,), help="channels: images are decoded to RGB")
     add("--interpolation", default="", help="bilinear or bicubic; None: the model's")
     add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")

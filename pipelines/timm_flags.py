@@ -42,10 +42,7 @@ WITHOUT_EFFECT = {
 SPLITS = "augmentation splits are not built; a batch has one version of each image (or --aug-repeats)"
 DISTILL = "distillation is not built; train with timm's train.py, which takes this loader (README)"
 NAFLEX = "NaFlex's loader is not built; use timm's train.py"
-SIZES = (
-    "a loader has one image size; timm draws one for every batch. Train in steps: --epochs, --img-size, "
-    "--initial-checkpoint"
-)
+SIZES = "every batch has --batch-size images, whatever their size"
 FOLDER = "data come from a class folder, a list or shards (README); make one of them"
 MULTILABEL = "one label per image: mixing and LUMix are defined for it"
 REFUSED = {
@@ -71,12 +68,7 @@ REFUSED = {
     "start_epoch": Flag(None, "--resume knows its epoch; --initial-checkpoint starts at 0"),
     "epoch_repeats": Flag(0.0, "an epoch is each image once; give more --epochs, or --aug-repeats"),
     "tta": Flag(0, "validation sees each image once"),
-    "train_img_sizes": Flag(None, SIZES, "+"),
     "train_batch_sizes": Flag(None, SIZES, "+"),
-    "train_size_probs": Flag(None, SIZES, "+"),
-    "train_size_schedule": Flag("constant", SIZES),
-    "train_size_schedule_spread": Flag(0.65, SIZES),
-    "train_size_random_mix": Flag(0.1, SIZES),
     "train_batches_per_epoch": Flag(None, "an epoch is each image once"),
     "variable_batch_loss_scale": Flag("none", SIZES),
     "naflex_loader": Flag(False, NAFLEX),
@@ -123,6 +115,8 @@ SAME_NAME = {  # built with a meaning that differs in something
     "in_chans": "3",
     "aa": "RandAugment's strings (`rand-...`)",
     "mixup_mode": "`batch` or `elem`",
+    "train_img_sizes": "one size per epoch, for which timm's probabilities are drawn; timm draws one for every batch. "
+    "A ViT needs `--model-kwargs dynamic_img_size=True`",
     "val_interval": "`last.pth.tar` is written after every epoch all the same",
 }
 OWN = {  # not timm's

@@ -56,6 +56,7 @@ from .flags import ONCE, parse_args, ratios
 from .folder import claimed, write_log, write_text
 from .headspace import ADVICE, DataWait, headspace
 from .ranks import Stop, gathered, joined, summed
+from .sizes import check_sizes, size_of_epoch
 from .smoke import shrink
 from .tracking import tracking
 
@@ -124,6 +125,7 @@ def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor
     if run.step < len(run.train):  # else the loader stands in the next epoch already
         run.train.set_epoch(run.epoch)
         run.train.mixup_enabled = not 0 < args.mixup_off_epoch <= run.epoch
+        run.train.input_size = size_of_epoch(args, run.epoch) or run.input_size
         yield from run.train
 
 
@@ -404,6 +406,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv, __doc__)
     if args.smoke:
         shrink(args)
+    check_sizes(args)
     criterion = build_criterion(args)
     train_data, val_data = load_data(args)
     with joined(args):

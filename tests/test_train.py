@@ -453,6 +453,38 @@ def test_no_aug_is_timms(tmp_path):
     assert distance.min(1).values.max() < 1
 
 
+def test_each_epoch_has_its_image_size(data, tmp_path, monkeypatch):
+    """timm's progressive schedule at its end points; a run that is resumed between epochs has the same rows."""
+    sizes, flags = [], ["--train-img-sizes", "16", "32", "--train-size-schedule", "progressive"]
+    flags += ["--train-size-schedule-spread", "0", "--train-size-random-mix", "0"]
+    step = train.train_step
+
+    def recorded(run, images, *more):
+        sizes.append(tuple(images.shape[2:]))
+        return step(run, images, *more)
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    train.main(argv(data, tmp_path / "whole", *flags))
+    assert sizes == [(16, 16)] * 12 + [(32, 32)] * 12
+    train.main(argv(data, tmp_path / "parts", *flags, "--stop-epoch", "1"))
+    train.main(argv(data, tmp_path / "parts", *flags, "--resume"))
+    assert sizes == 2 * ([(16, 16)] * 12 + [(32, 32)] * 12)
+    whole, parts = (rows(tmp_path / name / "run") for name in ("whole", "parts"))
+    assert [row["val_loss"] for row in whole] == [row["val_loss"] for row in parts]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["16", "--train-size-schedule", "progressive"], "--train-img-sizes 16: .*at least two"),
+        (["16", "32", "--train-size-probs", "1"], "--train-img-sizes 16 32: .*same length"),
+    ],
+)
+def test_sizes_that_do_not_fit(flags, message, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train.main(argv(data, tmp_path, "--train-img-sizes", *flags))
+
+
 def test_headspace_writes_nothing(data, tmp_path, capsys):
     found = train.main(argv(data, tmp_path, "--cached-batches", "2", "--grad-accum-steps", "2"))
     assert len(found["loaded"]) == len(found["replayed"])
