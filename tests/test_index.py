@@ -9,19 +9,11 @@ import threading
 
 import numpy as np
 import pytest
-from archives import (
-    bytes_feature,
-    example,
-    image_record,
-    int_feature,
-    message,
-    pack,
-    record,
-    write_records,
-)
+from archives import pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.records import bytes_feature, example, image_record, int_feature, message, record, write_records
 from lumix_dali.data import check, index, sources, storage
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import pack, write_records
+from archives import pack
 from fsspec.implementations.memory import MemoryFileSystem
 from images import encoded, ramps
 
+from benchmarks.records import write_records
 from lumix_dali import create_loader
 from lumix_dali.data import sources
 from lumix_dali.data.order import Order

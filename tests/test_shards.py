@@ -14,10 +14,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from archives import as_records, bytes_feature, example, int_feature, pack, record
+from archives import as_records, pack
 from images import damaged, encoded, ramp_samples
 from test_train import argv, rows, write_folder
 
+from benchmarks.records import bytes_feature, example, int_feature, record
 from lumix_dali import create_loader
 from lumix_dali.cli import main
 from lumix_dali.data import check, index, sources, storage
