@@ -40,7 +40,7 @@ def blocks(page):
 def test_the_pages_pipeline_and_dynamic_mode(folder):
     import torch
 
-    own, dynamic = blocks("pipeline.md")
+    (own,), (dynamic, _) = blocks("pipeline.md"), blocks("dynamic.md")
     names = {}
     exec(own, names)
     pipe = names["train"](str(folder), batch_size=8)
