@@ -11,7 +11,7 @@ python := .venv/bin/python
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: demo test check mutants soak gpu test-gpu bench figures
+.PHONY: demo test check mutants soak gpu test-gpu bench figures docs
 
 demo: $(ready)
 	$(python) -m pipelines.demo $(ARGS)
@@ -38,6 +38,10 @@ bench: $(ready)  # this loader against others, on generated images or ARGS='--da
 
 figures: $(ready)  # pictures and README tables from benchmarks/results
 	$(python) -m benchmarks.plot
+
+docs: $(ready)  # the site, from docs/ and the docstrings: site/index.html
+	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(python) -m mkdocs build --strict $(ARGS)
 
 gpu: $(ready)  # all that needs a GPU, in one visit of minutes: ARGS='--minutes 9 --out DIR --cifar DIR'
 	$(python) -m benchmarks.gpu $(if $(findstring --out,$(ARGS)),,--out runs/gpu) $(ARGS)

@@ -11,7 +11,7 @@ bench = [*demo, "opencv-contrib-python-headless", "spdl", "torchmetrics", "webda
 examples = ["accelerate", "lightning"]
 segmentation = [*demo, "torchmetrics>=1.0"]
 test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
-test += ["pytest-xdist", "s3fs"]
+test += ["ipykernel", "nbclient", "pytest-xdist", "s3fs"]
 
 setup(
     name="lumix-dali",
@@ -43,6 +43,7 @@ setup(
         "examples": examples,
         "segmentation": segmentation,
         "bench": bench,
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],
         "test": test,
         "dev": [*test, "mypy", "ruff", "types-PyYAML", "types-tqdm"],
     },

@@ -40,13 +40,19 @@ def blocks(page):
     return {text[: match.start(1)].count("\n") + 1: match[1] for match in found}
 
 
-def module(block):
-    """A block as a module: indented lines of a longer program are moved to the left, free names are anything."""
+def dedented(block):
+    """A block with indented lines of a longer program moved to the left."""
     try:
-        tree = ast.parse(block)
+        ast.parse(block)
     except IndentationError:
         block = re.sub(r"^    ", "", block, flags=re.MULTILINE)
-        tree = ast.parse(block)
+    return block
+
+
+def module(block):
+    """A block as a module, in which free names are anything."""
+    block = dedented(block)
+    tree = ast.parse(block)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What users copy runs as it stands: the examples, and the Python blocks of the docs that need no data of their own."""
+"""The programs in examples/ run as they stand."""
 
 import re
 import subprocess
@@ -41,50 +41,3 @@ def test_a_loop_in_dynamic_mode(folder):
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\d\.\d+)", done.stdout)]
     assert len(losses) == 2
     assert all(1.5 < loss < 5 for loss in losses)  # ten classes, an untrained model
-
-
-def blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-
-
-def test_the_pages_pipeline_and_dynamic_mode(folder):
-    import torch
-
-    own, dynamic = blocks("pipeline.md")
-    names = {}
-    exec(own, names)
-    pipe = names["train"](str(folder), batch_size=8)
-    images, *target = (torch.from_dlpack(each.as_tensor()) for each in pipe.run())
-    assert images.shape == (8, 3, 224, 224)
-    assert abs(images.mean()) < 1
-    assert [tuple(each.shape) for each in target] == [(8,), (8,), (8,), (8, 4), (8,), (8,)]
-    exec(dynamic, names)
-    assert names["pixels"].shape == (8, 224, 224, 3)
-    assert (names["target"].partner != torch.arange(8)).all()
-
-
-def test_the_pages_own_source_and_multi_hot_labels(folder):
-    import torch
-
-    table, multi_hot = blocks("data.md")[2:]
-    images = [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
-    names = {"ROWS": [(image, i % 2) for i, image in enumerate([*images, None])]}
-    exec(
-        table.replace(
-            'Table([(b"...", 0), (b"...", 1)]), batch_size=2',
-            "SOURCE, batch_size=4, input_size=32, device='cpu', return_index=True",
-        ).replace("\n\nloader", "\n\nSOURCE = Table(ROWS)\nloader"),
-        names,
-    )
-    exec(multi_hot, names)
-    with pytest.warns(UserWarning, match="row 16 cannot be used .the row is empty.; row 0 takes its place"):
-        batches = [batch for _ in range(4) for batch in names["loader"]]
-    labels = torch.eye(17)
-    for _, target, index in batches:
-        assert (target.labels == index % 2).all()
-        soft = target.mix(labels[index])
-        for row, (own, other, weight) in enumerate(zip(index, index[target.partner], target.lam0, strict=True)):
-            assert soft[row, other] == pytest.approx(float(weight) + (own == other) * (1 - float(weight)))
-            assert soft[row, own] == pytest.approx(1 - float(weight) + (own == other) * float(weight))
-        loss = names["multi_hot_loss"](torch.zeros(4, 17), target, index, labels)
-        assert loss == pytest.approx(np.log(2))

@@ -1,0 +1,68 @@
+"""What the site needs beyond MkDocs: links out of docs/ and docstring sections, both written for other readers first.
+
+Pages link to files of the repository by relative paths, which is what GitHub follows; the site gets a copy of each
+such file and a link to the copy.
+"""
+
+import os
+import posixpath
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIES = "repository"  # folder of the copies, within the site
+LINK = re.compile(r"(\]\()([^)\s#]+)")
+RANGE = re.compile(r"<td>(-?[\d.]+ – -?[\d.]+)</td>")
+SPELLINGS = [
+    (r"^Example:$", "Examples:"),
+    (r"^(    (?:\w+, )*\w+,)\n +((?:\w+, )*\w+: )", r"\1 \2"),  # names of one item on two lines
+    (r"^    (The others are those of .*)$", r"\1"),  # a sentence about all items, behind them
+]
+
+
+def outside(page, target):
+    """Path within the repository of what a link from `page` leads to, None unless that lies outside docs/."""
+    if ":" in target:
+        return None
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
+    return None if path.startswith(("docs/", "..")) else path
+
+
+def on_files(files, config):
+    """Adds the files outside docs/ that pages link to."""
+    for page in files.documentation_pages():
+        for _, target in LINK.findall(page.content_string):
+            path = outside(page.src_uri, target)
+            uri = f"{COPIES}/{path}"
+            if path and (ROOT / path).is_file() and uri not in files.src_uris:
+                files.append(File.generated(config, uri, abs_src_path=os.fspath(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Leads links to files outside docs/ to their copies."""
+
+    def lead(match):
+        path = outside(page.file.src_uri, match[2])
+        if not path or f"{COPIES}/{path}" not in files.src_uris:
+            return match[0]
+        return match[1] + posixpath.relpath(f"{COPIES}/{path}", posixpath.dirname(page.file.src_uri) or ".")
+
+    return LINK.sub(lead, markdown)
+
+
+def on_page_content(html, **_):
+    """Keeps both ends of a range on one line."""
+    return RANGE.sub(r'<td class="range">\1</td>', html)
+
+
+class Docstrings(griffe.Extension):
+    """Puts docstrings into the words of Griffe's parser, which drops what it does not understand."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            for pattern, words in SPELLINGS:
+                obj.docstring.value = re.sub(pattern, words, obj.docstring.value, flags=re.MULTILINE)
