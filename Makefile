@@ -45,7 +45,7 @@ gpu: $(ready)  # all that needs a GPU, in one visit of minutes: ARGS='--minutes 
 test-gpu: $(ready)  # the GPU tests alone
 	$(python) -m pytest -m gpu $(ARGS)
 
-$(ready): setup.py
+$(ready): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("lumix_dali needs Python 3.11 to 3.14, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@case "$$(ls .venv/.ready-* 2>/dev/null)" in ""|$@) ;; *) echo "another DALI wheel in .venv: making it anew"; rm -rf .venv ;; esac
 	@echo "installing into .venv (PyTorch and DALI: about 7 GB at the first time, some minutes)"
