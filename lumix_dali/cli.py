@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import checks
+from . import __version__, checks
 from .data import check, convert, sources
 from .data.formats import MAX_PIXELS
 from .progress import bar
@@ -76,6 +76,7 @@ def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: flo
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where `check` found faults, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True)
     for add in (_add_show, _add_check, _add_convert):
         add(commands)

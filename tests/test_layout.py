@@ -209,3 +209,19 @@ def test_the_version_is_the_packages(distribution):
     import lumix_dali
 
     assert distribution.metadata.version == lumix_dali.__version__
+
+
+def test_the_command_tells_the_packages_version(distribution, capsys):
+    from lumix_dali import cli
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"lumix-dali {distribution.metadata.version}\n"
+
+
+def test_plain_make_lists_every_target_and_runs_none(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (targets,) = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE) == targets.split()
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]
