@@ -25,10 +25,10 @@ else:
         "create_loader": "loading.loader",
     }
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
-    def __dir__():
+    def __dir__() -> list[str]:
         return sorted([*globals(), *_HOME])

@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "minmax with its upper end",
         FN,
-        "uniform[0] * (most - least)",
-        "uniform[0] * (most - least + 1)",
+        "uniform[0] * (longest - shortest)",
+        "uniform[0] * (longest - shortest + 1)",
         tests("fn_law", "minmax_boxes"),
     ),
     # who, and whether
@@ -300,7 +300,13 @@ MUTANTS = [
         "rng.random((len(lam), 1))",
         LAWS["boxes"],
     ),
-    Mutant("minmax with its upper end on the host", LAW, "* (most - least))", "* (most - least + 1))", LAWS["minmax"]),
+    Mutant(
+        "minmax with its upper end on the host",
+        LAW,
+        "* (longest - shortest))",
+        "* (longest - shortest + 1))",
+        LAWS["minmax"],
+    ),
     Mutant(
         "minmax never reaches the far edge on the host", LAW, "(size - sides + 1)", "(size - sides)", LAWS["minmax"]
     ),
@@ -987,8 +993,8 @@ MUTANTS = [
     Mutant(
         "a batch is copied on its way out",
         LOADER,
-        "(torch.from_dlpack(output.as_tensor()) for",
-        "(torch.from_dlpack(output.as_tensor()).clone() for",
+        "(from_dlpack(output.as_tensor()) for",
+        "(from_dlpack(output.as_tensor()).clone() for",
         tests("gpu", "batches_are_dalis_own_memory"),
     ),
     Mutant(
