@@ -209,6 +209,7 @@ def test_the_version_is_the_packages(distribution):
     import lumix_dali
 
     assert distribution.metadata.version == lumix_dali.__version__
+    assert f"\nversion: {lumix_dali.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_command_tells_the_packages_version(distribution, capsys):
