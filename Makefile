@@ -35,8 +35,11 @@ check: $(ready)  # formatting, lint, types, the documentation's examples and fig
 	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them
 	$(python) -m benchmarks.plot --check
 
-mutants: $(ready)  # put faults into a copy of the code; a test must catch each
-	$(python) -m tests.mutants $(ARGS)
+mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
+	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	$(python) -m mutmut run $(ARGS)
+	$(python) -m mutmut results
+	$(python) -m tests.mutants
 
 soak: $(ready)  # the slow tests: leaks, killed and resumed ranks, every recipe for two steps
 	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
