@@ -1,58 +1,70 @@
-# make demo · make test · make check: each enough by itself on a fresh machine with Python and make.
-#   PYTHON=python3.12   the interpreter .venv is made with
-#   DALI=cuda13         DALI's wheel for CUDA 13 (default: cuda12; both run on a machine without a GPU)
-#   ARGS='--seed 1'     more arguments for the program of the target
+# `make help` lists the targets. Each one works by itself on a fresh machine with Python and make.
 
 PYTHON ?= python3
 DALI ?= cuda12
 ARGS ?=
+PURE := index layout loss mixing_law mutants order reference target
+QUICK := not compile and not gradcheck and not import_does_not_pull_in and not second_derivatives
 
 python := .venv/bin/python
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: demo test check mutants soak gpu test-gpu bench figures docs
+.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
 
-demo: $(ready)
+help:  # this list
+	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo "Every other target installs into .venv first, if needed (PyTorch and DALI: about 7 GB). Options:"
+	@echo "  PYTHON=python3.12   the interpreter that .venv is made with (3.11 to 3.14)"
+	@echo "  DALI=cuda13         DALI's wheel for CUDA 13 (default: cuda12; both run on a machine without a GPU)"
+	@echo "  ARGS='--seed 1'     more arguments for the program that the target runs"
+
+demo: $(ready)  # train a timm model on real handwritten digits: about 6 minutes on 2 cores
 	$(python) -m pipelines.demo $(ARGS)
 
-test: $(ready)
+quick: $(ready)  # only the tests that need neither DALI nor a compiler: about half a minute on 2 cores
+	$(python) -m pytest -n 2 -k "$(QUICK)" $(foreach name,$(PURE),tests/test_$(name).py) $(ARGS)
+
+test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes on 2 cores
 	$(python) -m pytest -n 2 --dist loadscope $(ARGS)
 
-check: $(ready)
+check: $(ready)  # formatting, lint, types, the documentation's examples and figures
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
 	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them
 	$(python) -m benchmarks.plot --check
 
-mutants: $(ready)  # one-line faults, each of which a test must catch
-	$(python) -m tests.mutants $(ARGS)
+mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
+	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	$(python) -m mutmut run $(ARGS)
+	$(python) -m mutmut results
+	$(python) -m tests.mutants
 
-soak: $(ready)  # the long tests: leaks, ranks killed and resumed, every recipe for two steps
+soak: $(ready)  # the slow tests: leaks, killed and resumed ranks, every recipe for two steps
 	$(python) -m pytest -m 'slow and not gpu' -s $(ARGS)
 
-bench: $(ready)  # this loader against others, on generated images or ARGS='--data DIR'
+bench: $(ready)  # compare this loader with others, on generated images or ARGS='--data DIR'
 	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(python) -m benchmarks.loaders --out runs/loaders.json $(ARGS)
 
-figures: $(ready)  # pictures and README tables from benchmarks/results
+figures: $(ready)  # redraw the figures and tables from benchmarks/results
 	$(python) -m benchmarks.plot
 
 docs: $(ready)  # the site, from docs/ and the docstrings: site/index.html
 	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(python) -m mkdocs build --strict $(ARGS)
 
-gpu: $(ready)  # all that needs a GPU, in one visit of minutes: ARGS='--minutes 9 --out DIR --cifar DIR'
+gpu: $(ready)  # everything that needs a GPU, in minutes: ARGS='--minutes 9 --out DIR --cifar DIR'
 	$(python) -m benchmarks.gpu $(if $(findstring --out,$(ARGS)),,--out runs/gpu) $(ARGS)
 
-test-gpu: $(ready)  # the GPU tests alone
+test-gpu: $(ready)  # only the GPU tests
 	$(python) -m pytest -m gpu $(ARGS)
 
-$(ready): setup.py
+$(ready): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit("lumix_dali needs Python 3.11 to 3.14, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@case "$$(ls .venv/.ready-* 2>/dev/null)" in ""|$@) ;; *) echo "another DALI wheel in .venv: making it anew"; rm -rf .venv ;; esac
-	@echo "installing into .venv (PyTorch and DALI: about 7 GB at the first time, some minutes)"
+	@case "$$(ls .venv/.ready-* 2>/dev/null)" in ""|$@) ;; *) echo "another DALI wheel in .venv: making it again"; rm -rf .venv ;; esac
+	@echo "installing into .venv (the first time about 7 GB for PyTorch and DALI, which takes some minutes)"
 	$(PYTHON) -m venv .venv
 	$(python) -m pip install --disable-pip-version-check --editable '.[$(DALI),dev]'
 	@touch $@

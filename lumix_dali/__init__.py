@@ -6,7 +6,7 @@ The names below load on first use: the loss works without DALI, and `lumix_dali.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Kind", "LUMixLoss", "Loader", "MixTarget", "Mixing", "check_target", "create_loader"]
 
 if TYPE_CHECKING:  # without __getattr__, so that a type checker sees a misspelt name
@@ -25,10 +25,10 @@ else:
         "create_loader": "loading.loader",
     }
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
-    def __dir__():
+    def __dir__() -> list[str]:
         return sorted([*globals(), *_HOME])

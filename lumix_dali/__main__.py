@@ -1,4 +1,4 @@
-"""``python -m lumix_dali``: the command ``lumix-dali``."""
+"""``python -m lumix_dali``: the ``lumix-dali`` command."""
 
 import sys
 

@@ -1,22 +1,23 @@
 """timm's augmentation as DALI graph functions: RandAugment, colour jitter, random erasing.
 
-Images are uint8 HWC RGB, on either backend; the draws stay on the CPU. An operation takes what timm's function
-of the same name takes (``timm.data.auto_augment``) and is compared with it in the tests. A sample gets one
-operation a layer, so the batch is split until the samples of one operation are alone (what DALI makes of an
-``if``): nobody pays for an operation that it does not get. All of it belongs before mixing: an image that is
-moved afterwards falsifies the box.
+Images are uint8 HWC RGB, on either backend; the draws stay on the CPU. Each operation takes the same arguments as
+timm's function of the same name (``timm.data.auto_augment``), with which the tests compare it. Each sample gets one
+operation per layer, so the batch is split by operation (what DALI makes of an ``if``): no sample pays for an operation
+that it does not get. Apply all of this before mixing: moving an image afterwards makes its box wrong.
 
 Departures from timm 1.0.31:
 
-- Rotate, Shear and Translate interpolate as the training crop does, "random" bilinearly. timm then chooses
-  bilinear or bicubic for every operation. OpenCV's bicubic kernel has a = -.75, Pillow's -.5, and it blends
-  the fill colour into the outermost pixel.
-- Colours are within one grey level of Pillow's. Equalize is within two at 224 x 224, more for small images: Pillow
-  counts in steps of a whole number of pixels. Sharpness also sharpens the outermost pixels, which Pillow leaves.
-- Posterize to 0 bits, which timm asks for at magnitude 10, is black, as it was in Pillow; 13.0 refuses it.
-- `color_jitter` has one order of its steps where torchvision draws one. That only shows where a step clips.
-- `erase` comes before mixing, as in the training code of DeiT, Swin and ConvNeXt; timm's own prefetcher erases
-  afterwards, when λ0 no longer counts the pixels that are there. Its noise is rounded and clipped to uint8.
+- Rotate, Shear and Translate use the interpolation of the training crop, and bilinear for "random", where timm chooses
+  bilinear or bicubic for each operation. OpenCV's bicubic kernel has a = -.75, Pillow's -.5, and OpenCV blends the
+  fill colour into the outermost pixel.
+- Colours are within one grey level of Pillow's. Equalize is within two levels at 224 x 224, and less exact for small
+  images, because Pillow rounds its step to a whole number of pixels. Sharpness also sharpens the outermost pixels,
+  which Pillow leaves unchanged.
+- Posterize to 0 bits, which timm requests at magnitude 10, gives black, as it did in Pillow; Pillow 13.0 rejects it.
+- `color_jitter` applies its steps in a fixed order, torchvision in a random one. The result differs only where a step
+  clips.
+- `erase` comes before mixing, as in the training code of DeiT, Swin and ConvNeXt. timm's own prefetcher erases
+  afterwards, when λ0 no longer matches the pixels. The noise is rounded and clipped to uint8.
 """
 
 from __future__ import annotations
@@ -26,39 +27,41 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
+Operation = Callable[..., DataNode]
+Number: TypeAlias = float | DataNode
 ERASE_MODES = ("const", "rand", "pixel")
-# timm redraws a region that does not fit so many times.
+# How often timm redraws a region that does not fit.
 _ATTEMPTS = 10
-# Pillow cuts off where DALI rounds; not quite a half, so that a whole number stays what it is.
+# Pillow truncates where DALI rounds; not quite a half, so that whole numbers do not change.
 _CUT = -0.499
 
 
 class Policy(NamedTuple):
-    """timm's RandAugment string, read.
+    """A parsed RandAugment string of timm's.
 
     Attributes:
-        layers: operations a sample, each drawn with replacement.
+        layers: operations per sample, drawn with replacement.
         prob: probability that a layer does anything.
-        magnitude, std: of the normal law of the magnitude; an infinite std: uniform in [0, magnitude].
-        most: the magnitude is clipped to [0, most].
-        increasing: every operation gets stronger with the magnitude.
+        magnitude, std: mean and standard deviation of the magnitude; an infinite std: uniform in [0, magnitude].
+        max_magnitude: the magnitude is clipped to [0, max_magnitude].
+        increasing: every operation gets stronger as the magnitude grows.
     """
 
     layers: int = 2
     prob: float = 0.5
     magnitude: int = 10
     std: float = 0.0
-    most: int = 10
+    max_magnitude: int = 10
     increasing: bool = False
 
 
-# timm's argument of each operation is base + slope · magnitude, the slope's sign drawn where `signed`. Warps
-# come first, since they share an operator.
+# In timm an operation's argument is base + slope · magnitude, where `signed` with a random sign of the slope. Warps
+# come first because they share one operator.
 OPERATIONS: dict[str, tuple[float, float, bool]] = {
     "Rotate": (0, 3, True),  # degrees
     "ShearX": (0, 0.03, True),
@@ -76,7 +79,7 @@ OPERATIONS: dict[str, tuple[float, float, bool]] = {
     "AutoContrast": (0, 0, False),
     "Equalize": (0, 0, False),
 }
-# Without inc1: weaker with the magnitude, or without a sign.
+# Without inc1: weaker as the magnitude grows, or without a sign.
 _NOT_INCREASING = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), (0.1, 0.18, False)) | {
     "Posterize": (0, 0.4, False),
     "Solarize": (0, 25.6, False),
@@ -84,25 +87,26 @@ _NOT_INCREASING = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness")
 _WARPS = 5
 
 
-_PARTS: dict[str, tuple[str, Callable, float, float]] = {
+_PARTS: dict[str, tuple[str, Callable[[str], float], float, float]] = {
     "m": ("magnitude", int, 0, pymath.inf),
     "n": ("layers", int, 1, pymath.inf),
     "p": ("prob", float, 0, 1),
     "mstd": ("std", float, 0, pymath.inf),
-    "mmax": ("most", int, 0, pymath.inf),
+    "mmax": ("max_magnitude", int, 0, pymath.inf),
     "inc": ("increasing", int, 0, 1),
 }
 
 
 def parse(spec: str) -> Policy:
-    """Reads timm's string, such as "rand-m9-mstd0.5-inc1", in any order of its parts.
+    """Parses one of timm's strings, such as "rand-m9-mstd0.5-inc1", with its parts in any order.
 
     Args:
-        spec: ``rand``, then ``m`` magnitude, ``n`` layers, ``p`` probability of each, ``mstd`` (above 100:
-            uniform), ``mmax`` upper bound of the magnitude, ``inc`` 0 or 1; timm's defaults where left out.
+        spec: ``rand``, then ``m`` magnitude, ``n`` layers, ``p`` probability of each, ``mstd`` standard
+            deviation (above 100: uniform), ``mmax`` upper bound of the magnitude, ``inc`` 0 or 1. Parts that are left
+            out have timm's defaults.
 
     Raises:
-        ValueError: another policy, an unknown part, or a number outside its range.
+        ValueError: the policy is another one, a part is unknown, or a number is outside its range.
     """
     name, *parts = spec.split("-") if isinstance(spec, str) else [repr(spec)]
     if name != "rand":
@@ -111,19 +115,21 @@ def parse(spec: str) -> Policy:
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+\.?\d*)", part)
         try:
-            field, convert, least, most = _PARTS[match[1]]  # type: ignore[index]
+            field, convert, low, high = _PARTS[match[1]]  # type: ignore[index]
             fields[field] = convert(match[2])  # type: ignore[index]
-            if not least <= fields[field] <= most:
+            if not low <= fields[field] <= high:
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ValueError(
                 f"auto_augment={spec!r}: {part!r} is not supported; give m9 (magnitude), n2 (layers), p0.5, "
-                "mstd0.5, mmax10 or inc1, as in timm; timm's other sets of operations (t...) are not there"
+                "mstd0.5, mmax10 or inc1, as in timm; timm's other sets of operations (t...) are not supported"
             ) from None
     policy = Policy(**fields)
-    # timm's words for a uniform law, and for an upper bound that is not set
+    # How timm spells a uniform distribution, and an upper bound that is not set
     std = pymath.inf if policy.std > 100 else policy.std
-    return policy._replace(std=std, most=policy.most or Policy().most, increasing=bool(policy.increasing))
+    return policy._replace(
+        std=std, max_magnitude=policy.max_magnitude or Policy().max_magnitude, increasing=bool(policy.increasing)
+    )
 
 
 def rand_augment(
@@ -137,18 +143,18 @@ def rand_augment(
     """RandAugment (arXiv 1909.13719) with timm's 15 operations and levels.
 
     Args:
-        images: uint8, HWC, RGB.
+        images: uint8 HWC RGB.
         spec: timm's string, see `parse`.
-        fill: three grey levels, of what warps leave free; timm's training takes the mean of the normalisation.
-        interpolation: DALI's, linear or cubic, of the warps.
-        size: (H, W), where all images have the same size. None reads each image's shape, on a GPU only with DALI's
-            default executor: ``exec_dynamic=False`` refuses it.
+        fill: three grey levels for the area that warps uncover; timm's training uses the mean of the normalisation.
+        interpolation: DALI's linear or cubic, for the warps.
+        size: (H, W) if all images have the same size. None reads each image's shape, which on a GPU needs DALI's
+            default executor (not ``exec_dynamic=False``).
 
     Returns:
-        As `images`.
+        Images like `images`.
 
     Raises:
-        ValueError: a spec that `parse` refuses.
+        ValueError: `parse` rejects the spec.
     """
     policy = parse(spec)
     leaves = _leaves(policy, partial(_warp, fill=fill, interpolation=interpolation, size=size))
@@ -159,11 +165,11 @@ def rand_augment(
 
 
 def draw(policy: Policy) -> tuple[DataNode, DataNode]:
-    """What each layer does to each sample.
+    """Draws what each layer does to each sample.
 
     Returns:
-        int32 [layers] outcomes, 0 for nothing, 2k + 1 and 2k + 2 for the k-th of `OPERATIONS` with positive and
-        negative sign; float32 [layers], the operation's argument before timm makes an integer of it.
+        int32 [layers], the outcomes: 0 for nothing, 2k + 1 and 2k + 2 for the k-th of `OPERATIONS` with positive and
+        negative sign. float32 [layers], the operations' arguments before timm converts them to integers.
     """
     table = OPERATIONS if policy.increasing else OPERATIONS | _NOT_INCREASING
     bases, slopes = [0.0], [0.0]
@@ -177,24 +183,24 @@ def draw(policy: Policy) -> tuple[DataNode, DataNode]:
     return outcome, base + slope * _magnitude(policy)
 
 
-def _magnitude(policy: Policy):
+def _magnitude(policy: Policy) -> Number:
     if policy.std == 0:
-        return float(min(policy.magnitude, policy.most))
+        return float(min(policy.magnitude, policy.max_magnitude))
     if policy.std == pymath.inf:
         drawn = fn.random.uniform(range=[0.0, float(policy.magnitude)], shape=[policy.layers])
     else:
         drawn = fn.random.normal(mean=float(policy.magnitude), stddev=policy.std, shape=[policy.layers])
-    return math.clamp(drawn, 0.0, float(policy.most))
+    return math.clamp(drawn, 0.0, float(policy.max_magnitude))
 
 
-def _leaves(policy: Policy, warp: Callable) -> list[tuple[int, Callable]]:
-    """(last outcome, function of images, outcome and argument), in the order of the outcomes."""
+def _leaves(policy: Policy, warp: Operation) -> list[tuple[int, Operation]]:
+    """Pairs (last outcome, function of images, outcome and argument), in the order of the outcomes."""
     whole = math.ceil if policy.increasing else math.floor  # 4 - int(.4 m), or int(.4 m)
 
-    def enhance(operation: Callable) -> Callable:
+    def enhance(operation: Operation) -> Operation:
         return lambda images, factor: operation(images, math.max(factor, 0.1))
 
-    single: dict[str, Callable] = {
+    single: dict[str, Operation] = {
         "Brightness": enhance(brightness),
         "Color": enhance(color),
         "Contrast": enhance(contrast),
@@ -205,45 +211,56 @@ def _leaves(policy: Policy, warp: Callable) -> list[tuple[int, Callable]]:
         "AutoContrast": lambda images, _: auto_contrast(images),
         "Equalize": lambda images, _: equalize(images),
     }
-    leaves: list[tuple[int, Callable]] = [(0, _keep), (2 * _WARPS, warp)]
+    leaves: list[tuple[int, Operation]] = [(0, _keep), (2 * _WARPS, warp)]
     for place, name in enumerate(OPERATIONS):
         if name in single:
             leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
     return leaves
 
 
-def _select(leaves, images: DataNode, outcome: DataNode, argument: DataNode) -> DataNode:
+def _select(
+    leaves: Sequence[tuple[int, Operation]], images: DataNode, outcome: DataNode, argument: DataNode
+) -> DataNode:
     (last, operation), *others = leaves
     if not others:
         return operation(images, outcome, argument)
     return _if(outcome <= last, operation, partial(_select, others), images, outcome, argument)
 
 
-def _if(predicate: DataNode, then: Callable, otherwise: Callable, *nodes: DataNode) -> DataNode:
-    """What DALI makes of an ``if``, which would ask every caller to enable conditionals."""
+def _if(predicate: DataNode, then: Operation, otherwise: Operation, *nodes: DataNode) -> DataNode:
+    """What DALI makes of an ``if``, without asking every caller to enable conditionals."""
     parts = [fn._conditional.split(node, predicate=predicate, _if_stmt=True) for node in nodes]
     return fn._conditional.merge(
         then(*(true for true, _ in parts)), otherwise(*(false for _, false in parts)), predicate=predicate
     )
 
 
-def _warp(images, outcome, argument, **options) -> DataNode:
-    """Rotate, ShearX, ShearY, TranslateX or TranslateY: all but one of the arguments are zero."""
+def _warp(images: DataNode, outcome: DataNode, argument: DataNode, **options: Any) -> DataNode:
+    """Rotate, ShearX, ShearY, TranslateX or TranslateY: all arguments but one are zero."""
     given = fn.one_hot((outcome - 1) // 2, num_classes=_WARPS) * argument
     return warp(images, given[0], given[1:3], given[3:5], **options)
 
 
-def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINEAR, size=None) -> DataNode:
+def warp(
+    images: DataNode,
+    degrees: Number,
+    shear: DataNode,
+    share: DataNode,
+    *,
+    fill: Sequence[float],
+    interpolation: int = types.INTERP_LINEAR,
+    size: Sequence[int] | None = None,
+) -> DataNode:
     """timm's rotate, shear and translate, as one affine map.
 
     Args:
+        images: uint8 HWC.
         degrees: float32 scalar, counter-clockwise about the centre.
         shear: float32 [2], along x and y, from the upper left corner.
-        share: float32 [2], of width and height, by which the content moves left and up.
-        fill: three grey levels.
-        size: of `rand_augment`.
+        share: float32 [2], fractions of width and height by which the content moves left and up.
+        fill, interpolation, size: as in `rand_augment`.
     """
-    # A constant node has the size of the whole batch, and cannot be used where that is split: plain numbers can.
+    # Plain numbers, because a constant node has the size of the whole batch and cannot be used after a split.
     if size is None:
         shape = images.shape(dtype=types.FLOAT)
         center = fn.stack(shape[1], shape[0]) * 0.5
@@ -265,22 +282,22 @@ def warp(images, degrees, shear, share, *, fill, interpolation=types.INTERP_LINE
     )
 
 
-def brightness(images: DataNode, factor) -> DataNode:
+def brightness(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Brightness: 0 is black, 1 the image."""
     return fn.brightness_contrast(images, brightness=factor, brightness_shift=_CUT / 255)
 
 
-def color(images: DataNode, factor) -> DataNode:
+def color(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Color: 0 is grey, 1 the image."""
     return _blend(_grey(images), images, factor)
 
 
-def contrast(images: DataNode, factor) -> DataNode:
+def contrast(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Contrast: 0 is the mean of the grey image, 1 the image."""
     return _blend(fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True), images, factor)
 
 
-def sharpness(images: DataNode, factor) -> DataNode:
+def sharpness(images: DataNode, factor: DataNode) -> DataNode:
     """Pillow's ImageEnhance.Sharpness: 0 is smooth, 1 the image."""
     around = (1 - factor) * (1 / 13)
     centre = fn.reshape(factor + around * 4, shape=[1, 1])
@@ -288,18 +305,18 @@ def sharpness(images: DataNode, factor) -> DataNode:
     return fn.filter(images, _put(kernel, images.device))
 
 
-def posterize(images: DataNode, bits) -> DataNode:
-    """Keeps the uppermost `bits` (a whole number, below 1: black) of each grey level."""
+def posterize(images: DataNode, bits: DataNode) -> DataNode:
+    """Keeps the highest `bits` of each grey level (a whole number; below 1 gives black)."""
     kept = fn.cast(256 - math.fpow(2.0, 8 - bits), dtype=types.UINT8)  # clipped to [0, 255]
     return images & _put(kept, images.device)
 
 
-def solarize(images: DataNode, threshold) -> DataNode:
-    """Inverts the grey levels from `threshold` (a whole number) on."""
+def solarize(images: DataNode, threshold: DataNode) -> DataNode:
+    """Inverts the grey levels >= `threshold` (a whole number)."""
     return images ^ _where(images >= _put(threshold, images.device)) * _level(255)
 
 
-def solarize_add(images: DataNode, add) -> DataNode:
+def solarize_add(images: DataNode, add: DataNode) -> DataNode:
     """Adds `add` (a whole number up to 128) to the grey levels below 128."""
     return images + _where(images < _level(128)) * _put(fn.cast(add, dtype=types.UINT8), images.device)
 
@@ -310,7 +327,7 @@ def invert(images: DataNode) -> DataNode:
 
 
 def auto_contrast(images: DataNode) -> DataNode:
-    """Stretches each channel to [0, 255]; one without contrast stays."""
+    """Stretches each channel to [0, 255]; a channel without contrast stays unchanged."""
     low, high = (reduce(images, axes=[0, 1], keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max))
     flat = low == high
     stretched = (images - low * (low < high)) * _level(255, types.UINT16) // (high - low + flat * _level(255))
@@ -318,7 +335,7 @@ def auto_contrast(images: DataNode) -> DataNode:
 
 
 def equalize(images: DataNode) -> DataNode:
-    """Pillow's ImageOps.equalize, nearly: OpenCV's of the negative, whose sum starts at white."""
+    """Approximates Pillow's ImageOps.equalize by OpenCV's of the negative, whose sum starts at white."""
     return invert(fn.equalize(invert(images)))
 
 
@@ -328,24 +345,24 @@ def color_jitter(
     """torchvision's ColorJitter on Pillow images, then its RandomGrayscale.
 
     Args:
-        images: uint8, HWC, RGB.
-        jitter: brightness, contrast, saturation and, as a fourth, hue (in turns, up to .5); one number stands for
-            the first three. A factor is uniform in [max(0, 1 - jitter), 1 + jitter].
+        images: uint8 HWC RGB.
+        jitter: amounts for brightness, contrast, saturation and optionally hue (in turns, up to .5); one number stands
+            for the first three. Factors are uniform in [max(0, 1 - jitter), 1 + jitter].
         prob: probability that a sample is jittered.
-        grayscale_prob: probability that its colour is taken away.
+        grayscale_prob: probability that a sample becomes grey.
 
     Returns:
-        As `images`.
+        Images like `images`.
 
     Note:
-        The hue is turned in YIQ, linearly, where Pillow turns it in HSV.
+        The hue is rotated linearly in YIQ; Pillow rotates it in HSV.
     """
     bright, contrasted, saturated, hue = jitter_of(jitter)
 
     def factor(amount: float) -> DataNode:
         return fn.random.uniform(range=[max(0.0, 1 - amount), 1 + amount])
 
-    steps: list[tuple[Callable, DataNode]] = [
+    steps: list[tuple[Operation, DataNode]] = [
         (operation, factor(amount))
         for operation, amount in ((brightness, bright), (contrast, contrasted), (color, saturated))
         if amount
@@ -368,7 +385,7 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     """Amounts of brightness, contrast, saturation and hue.
 
     Raises:
-        ValueError: not a number, three or four, or one that is negative (hue: above .5).
+        ValueError: there are not one, three or four numbers, one is negative, or the hue is above .5.
     """
     amounts: list[Any] = list(jitter) if isinstance(jitter, Sequence) else [jitter] * 3
     amounts += [0.0] * (len(amounts) == 3)
@@ -391,22 +408,22 @@ def erase(
     std: Sequence[float] = (0.5, 0.5, 0.5),
     size: Sequence[int] | None = None,
 ) -> DataNode:
-    """Random erasing (arXiv 1708.04896) with timm's law: area 2 to 33 %, aspect .3 to 3.3, log-uniform.
+    """Random erasing (arXiv 1708.04896) as in timm: area 2 to 33 %, aspect ratio .3 to 3.3, log-uniform.
 
     Args:
-        images: uint8, HWC, of any size.
+        images: uint8 HWC, of any size.
         prob: probability that a sample is erased.
-        mode: what a region is filled with: "const", the mean colour; "rand", one colour of N(mean, std); or
-            "pixel", such a colour for each pixel.
-        count: a sample has 1 to `count` regions, uniformly, which share the area.
+        mode: the content of a region: "const", the mean colour; "rand", one colour from N(mean, std); "pixel", such a
+            colour for each pixel.
+        count: a sample has 1 to `count` regions (uniform), which share the area.
         mean, std: of the normalisation that follows, in units of [0, 1].
-        size: of `rand_augment`.
+        size: as in `rand_augment`.
 
     Returns:
-        As `images`.
+        Images like `images`.
 
     Raises:
-        ValueError: a mode that there is not.
+        ValueError: the mode is unknown.
     """
     if mode not in ERASE_MODES:
         raise ValueError(f"re_mode={mode!r}: give one of {', '.join(map(repr, ERASE_MODES))}")
@@ -420,16 +437,17 @@ def erase(
 
 
 def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNode, DataNode]:
-    """timm's rule of a region: of ten draws one that is smaller than the image, or none.
+    """timm's rule for a region: one of ten draws that is smaller than the image, or none.
 
     Args:
         size: float32 [2], height and width.
-        drawn: float32 [11, 3] in [0, 1): area, aspect and weight of each draw, and last the region's place. The
-            draw of most weight is taken where timm takes the first: the same law, but needs no constant.
-        number: regions that share the area.
+        drawn: float32 [11, 3] in [0, 1): area, aspect ratio and weight of each draw, and in the last row the position.
+            timm takes the first draw that fits. This takes the one of the largest weight, which has the same
+            distribution and needs no constant.
+        number: how many regions share the area.
 
     Returns:
-        int32 [2] start, int32 [2] sides, (y, x); sides of 0 where no draw fits.
+        int32 [2] start and int32 [2] sides, both (y, x); the sides are 0 if no draw fits.
     """
     tries, place = drawn[:_ATTEMPTS], drawn[_ATTEMPTS, :2]
     area = (tries[:, 0] * (1 / 3 - 0.02) + 0.02) * (size[0] * size[1]) / number
@@ -442,13 +460,22 @@ def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNo
     return fn.cast(math.floor(place * (size - side + 1)), dtype=types.INT32), side
 
 
-def _fill(images, drawn, number, size=None, *, mode, mean, std) -> DataNode:
+def _fill(
+    images: DataNode,
+    drawn: DataNode,
+    number: DataNode,
+    size: DataNode | None = None,
+    *,
+    mode: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> DataNode:
     if size is None:
         size = images.shape(dtype=types.INT32)[:2]
     start, sides = region_of(fn.cast(size, dtype=types.FLOAT), drawn, number)
     if mode == "pixel":
         paste = partial(_paste_noise, mean=mean, std=std)
-        # On a GPU an empty region of multi_paste spills over the image.
+        # On a GPU an empty region of multi_paste overwrites the rest of the image.
         return _if(fn.reductions.min(sides) > 0, paste, _keep, images, start, sides, size)
     colour = _noise(math.min(sides, 0) + 1, "cpu", mean, std)  # of one pixel
     start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, colour))
@@ -456,8 +483,10 @@ def _fill(images, drawn, number, size=None, *, mode, mean, std) -> DataNode:
     return fn.erase(images, anchor=start, shape=sides, axis_names="HW", fill_value=level)
 
 
-def _paste_noise(images, start, sides, size, *, mean, std) -> DataNode:
-    # On a GPU multi_paste reads every input as if it had the first one's size.
+def _paste_noise(
+    images: DataNode, start: DataNode, sides: DataNode, size: DataNode, *, mean: Sequence[float], std: Sequence[float]
+) -> DataNode:
+    # On a GPU multi_paste reads every input as if it had the size of the first.
     noise = fn.pad(_noise(sides, images.device, mean, std), axes=[0, 1], shape=size)
     return fn.multi_paste(
         images,
@@ -469,7 +498,7 @@ def _paste_noise(images, start, sides, size, *, mean, std) -> DataNode:
     )
 
 
-def _noise(sides, device, mean, std) -> DataNode:
+def _noise(sides: DataNode, device: str, mean: Sequence[float], std: Sequence[float]) -> DataNode:
     noise = fn.random.normal(shape=fn.pad(sides, shape=[3], fill_value=len(mean)), device=device)
     return fn.crop_mirror_normalize(
         fn.reshape(noise, layout="HWC"),
@@ -480,11 +509,11 @@ def _noise(sides, device, mean, std) -> DataNode:
     )
 
 
-def _keep(images: DataNode, *_) -> DataNode:
+def _keep(images: DataNode, *_: DataNode) -> DataNode:
     return images
 
 
-def _sometimes(prob: float, operation: Callable, *nodes: DataNode) -> DataNode:
+def _sometimes(prob: float, operation: Operation, *nodes: DataNode) -> DataNode:
     if prob == 0:
         return nodes[0]
     if prob == 1:
@@ -493,8 +522,8 @@ def _sometimes(prob: float, operation: Callable, *nodes: DataNode) -> DataNode:
     return _if(chosen, operation, _keep, *nodes)
 
 
-def _blend(degenerate: DataNode, images: DataNode, factor) -> DataNode:
-    """Pillow's Image.blend within one grey level; int16 and back costs a third of the float arithmetic."""
+def _blend(degenerate: DataNode, images: DataNode, factor: Number) -> DataNode:
+    """Pillow's Image.blend within one grey level; int16 costs a third of what float arithmetic costs."""
     scale = partial(fn.brightness_contrast, dtype=types.INT16)
     own = scale(images, brightness=factor, brightness_shift=_CUT / 32767)
     return fn.cast(own + scale(degenerate, brightness=1 - factor), dtype=types.UINT8)
@@ -505,12 +534,12 @@ def _grey(images: DataNode) -> DataNode:
 
 
 def _where(condition: DataNode) -> DataNode:
-    return fn.reinterpret(condition, dtype=types.UINT8)  # a product of bool and uint8 is slow
+    return fn.reinterpret(condition, dtype=types.UINT8)  # multiplying bool by uint8 is slow
 
 
-def _level(value: int, dtype=types.UINT8) -> Any:
+def _level(value: int, dtype: Any = types.UINT8) -> Any:
     return types.Constant(value, dtype=dtype)
 
 
-def _put(node, device: str):
+def _put(node: DataNode, device: str) -> DataNode:
     return node.gpu() if device == "gpu" and node.device == "cpu" else node

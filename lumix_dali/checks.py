@@ -1,4 +1,4 @@
-"""What arguments must be: each function returns the value in its plain type, or raises an error with a remedy."""
+"""Checks of arguments: each returns the value as a plain type, or raises an error that names the remedy."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import numpy as np
 _Word = TypeVar("_Word")
 
 
-def whole(name: str, value: Any, least: int, limit: int | None = None) -> int:
-    """A whole number >= `least`, and < `limit`."""
+def whole(name: str, value: Any, minimum: int, limit: int | None = None) -> int:
+    """A whole number >= `minimum`, and < `limit`."""
     try:
         found = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         found = None
-    if found is None or found < least or (limit is not None and found >= limit):
-        raise ValueError(f"{name}={value!r}: give a whole number >= {least}" + f" and < {limit}" * (limit is not None))
+    if found is None or found < minimum or (limit is not None and found >= limit):
+        raise ValueError(
+            f"{name}={value!r}: give a whole number >= {minimum}" + f" and < {limit}" * (limit is not None)
+        )
     return found
 
 
-def one_of(name: str, value: _Word, known: Collection) -> _Word:
-    """One of a few words."""
+def one_of(name: str, value: _Word, known: Collection[Any]) -> _Word:
+    """One of the `known` values."""
     if value not in known:
         raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}")
     return value
@@ -37,10 +39,10 @@ def fraction(name: str, value: float, positive: bool = False) -> float:
     return float(value)
 
 
-def interval(name: str, value: Sequence[float], most: float = float("inf")) -> tuple[float, float]:
-    """Two numbers (low, high), positive and in order."""
-    if np.shape(value) != (2,) or not 0 < value[0] <= value[1] <= most:
-        raise ValueError(f"{name}={value!r}: give (low, high) with 0 < low <= high" + f" <= {most}" * (most < 2))
+def interval(name: str, value: Sequence[float], maximum: float = float("inf")) -> tuple[float, float]:
+    """Two numbers (low, high) with 0 < low <= high <= `maximum`."""
+    if np.shape(value) != (2,) or not 0 < value[0] <= value[1] <= maximum:
+        raise ValueError(f"{name}={value!r}: give (low, high) with 0 < low <= high" + f" <= {maximum}" * (maximum < 2))
     return float(value[0]), float(value[1])
 
 
@@ -53,7 +55,7 @@ def channels(name: str, value: Sequence[float], positive: bool = False) -> tuple
 
 
 def image_size(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width), of a side, (H, W) or timm's (3, H, W)."""
+    """(height, width), from one side length, (H, W) or timm's (3, H, W)."""
     sides = list(value) if isinstance(value, Sequence | np.ndarray) else [value, value]
     if len(sides) == 3 and sides[0] == 3:
         sides = sides[1:]

@@ -1,5 +1,6 @@
-"""The command ``lumix-dali``: ``show`` what the pipeline does to your images, ``check`` them before a run, and
-``convert`` them to shards.
+"""The ``lumix-dali`` command.
+
+It can ``show`` what the pipeline does to your images, ``check`` them before a run, and ``convert`` them to shards.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import checks
+from . import __version__, checks
 from .data import check, convert, sources
 from .data.formats import MAX_PIXELS
 from .progress import bar
@@ -55,7 +57,15 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     grid.save(out)
 
 
-def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: float, box, kind: int) -> Image.Image:
+def _tile(
+    image: Image.Image,
+    classes: Sequence[Any],
+    label: int,
+    partner_label: int,
+    lam0: float,
+    box: Sequence[int],
+    kind: int,
+) -> Image.Image:
     zoom = max(1, round(224 / image.width))
     image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
     if kind == Kind.CUTMIX:
@@ -76,6 +86,7 @@ def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: flo
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 where `check` found faults, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True)
     for add in (_add_show, _add_check, _add_convert):
         add(commands)
@@ -84,13 +95,13 @@ def main(argv: list[str] | None = None) -> int:
         for name, low in _LOWEST.items():
             if (value := getattr(args, name, None)) is not None:
                 checks.whole(f"--{name.replace('_', '-')}", value, low)
-        return args.run(args)
+        return int(args.run(args))
     except (ValueError, OSError) as error:
         print(f"lumix-dali: {error}", file=sys.stderr)
         return 2
 
 
-def _add_show(commands) -> None:
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("show", help="a picture of mixed samples, each with its classes, lam0 and box")
     add = command.add_argument
     add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line), manifest, or shards")
@@ -107,7 +118,7 @@ def _add_show(commands) -> None:
     command.set_defaults(run=_show)
 
 
-def _show(args) -> int:
+def _show(args: argparse.Namespace) -> int:
     show(
         args.root,
         args.out,
@@ -125,7 +136,7 @@ def _show(args) -> int:
     return 0
 
 
-def _add_check(commands) -> None:
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("check", help="which files cannot be used, and why; writes a manifest")
     add = command.add_argument
     add("root", help="class folder, list file, manifest; or shards: a folder of them, one, or a glob")
@@ -139,7 +150,7 @@ def _add_check(commands) -> None:
     command.set_defaults(run=_check)
 
 
-def _check(args) -> int:
+def _check(args: argparse.Namespace) -> int:
     report = check.scan(
         args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=bar("chunk")
     )
@@ -160,7 +171,7 @@ def _check(args) -> int:
     return 0 if report.ok else 1
 
 
-def _add_convert(commands) -> None:
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("convert", help="images as WebDataset shards in random order")
     add = command.add_argument
     add("root", help="class folder or list file, scanned first; or a manifest, taken as it is")
@@ -172,7 +183,7 @@ def _add_convert(commands) -> None:
     command.set_defaults(run=_convert)
 
 
-def _convert(args) -> int:
+def _convert(args: argparse.Namespace) -> int:
     samples = sources.load_files(args.root)
     inside = os.path.realpath(args.out).startswith(os.path.realpath(args.root) + os.sep)
     if inside and os.path.isdir(args.root):

@@ -1,4 +1,4 @@
-"""The decoder of every DALI graph of this package, and a way to find out what it refuses."""
+"""The decoder that every DALI graph of this package uses, and a way to find out what it refuses."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nvidia.dali.data_node import DataNode
 
 
 def decode(encoded: DataNode, region: Callable[[DataNode], tuple[DataNode, DataNode]], **options: Any) -> DataNode:
-    """Decodes a region of each image; every decoder of this package is made here.
+    """Decodes a region of each image; every decoder of this package is created here.
 
-    The region depends on what ``fn.peek_image_shape`` reads in the header, so that a header which DALI cannot
-    parse fails before a decoder starts: an error within the decoder, while its threads decode the rest of the
-    batch, can end the process (DALI 2.4).
+    The region depends on what ``fn.peek_image_shape`` reads from the header, so a header that DALI cannot parse
+    fails before a decoder starts. An error inside the decoder, while its threads decode the rest of the batch,
+    can end the process (DALI 2.4).
 
     Args:
-        encoded: uint8 [n] each on the CPU, images for which `data.formats.look` names `Decoder.DALI`, or bitmaps.
-        region: function of the (height, width, channels) of each image, int64 [3], that gives (y, x) of the
-            region's upper left corner and its (height, width), both integers [2] of one type.
+        encoded: uint8 [n] per sample, on the CPU: images that `data.formats.look` gives to `Decoder.DALI`, or bitmaps.
+        region: takes an image's (height, width, channels), int64 [3], and returns (y, x) of the region's upper left
+            corner and its (height, width), both integers [2] of one type.
         options: further arguments of ``fn.decoders.image_slice``.
 
     Returns:
-        uint8 HWC RGB images on the pipeline's device, not turned by EXIF, as Pillow does not.
+        uint8 HWC RGB images on the pipeline's device. As in Pillow, the EXIF orientation is not applied.
     """
     start, shape = region(fn.peek_image_shape(encoded, adjust_orientation=False))
     return fn.decoders.image_slice(
@@ -41,22 +41,22 @@ def decode(encoded: DataNode, region: Callable[[DataNode], tuple[DataNode, DataN
 
 
 @pipeline_def
-def decode_pipeline(images: Sequence[np.ndarray]):
-    """Decodes these encoded images, whole, once a run: an error says that DALI refuses one of them."""
+def decode_pipeline(images: Sequence[np.ndarray]) -> DataNode:
+    """Decodes these encoded images whole, once per run: an error means that DALI refuses one of them."""
     encoded = fn.external_source(lambda: list(images), batch=True, dtype=types.UINT8, ndim=1)
     return decode(encoded, lambda shape: (shape[:2] * 0, shape[:2]))
 
 
 def refused(images: Mapping[int, np.ndarray], device_id: int | None = None, num_threads: int = 1) -> dict[int, str]:
-    """Which of these images DALI refuses, with its reasons: bisects the batch to isolate them.
+    """Finds the images that DALI refuses, and its reasons, by bisecting the batch.
 
     Args:
-        images: encoded images by number, each one that `data.formats.look` gives to DALI.
+        images: encoded images by number, all of which `data.formats.look` gives to DALI.
         device_id: GPU to decode on; None: the CPU.
         num_threads: DALI's threads.
 
     Returns:
-        {number: reason} of those refused.
+        {number: reason} of the refused images.
     """
     if not images:
         return {}

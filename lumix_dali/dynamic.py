@@ -1,6 +1,6 @@
 """CutMix and Mixup for DALI's dynamic mode (``nvidia.dali.experimental.dynamic``), where batches are values.
 
-The host draws (`lumix_dali.mixing`), DALI pastes and blends, torch gets the target.
+The host draws (`lumix_dali.mixing`), DALI pastes and blends, and PyTorch gets the target.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
     """Mixes a batch with a permutation of itself, LUMix Eq. 1 (arXiv 2211.15846).
 
     Args:
-        images: uint8, HWC, of one size, on either device, flipped already: a later flip makes the boxes wrong.
+        images: uint8 HWC, of one size, on either device. Flip them first: flipping afterwards makes the boxes wrong.
         labels: integers [B]: an array, a list or a tensor.
         mixing: the options.
-        rng: where the randomness comes from; seed it with (seed, epoch, rank) to repeat an epoch.
+        rng: source of the randomness; seed it with (seed, epoch, rank) to make an epoch repeatable.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of torch tensors on the images' device.
@@ -32,7 +32,7 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
         ValueError: images of unequal size, or not one label per image.
 
     Note:
-        CutMix is bit exact. Mixup is rounded to uint8 within one grey level.
+        CutMix is bit-exact. Mixup is rounded to uint8, within one grey level.
 
     Example:
         >>> rng = np.random.default_rng(0)

@@ -1,17 +1,17 @@
 """CutMix and Mixup as DALI graph functions.
 
-``mix`` is ``apply(draw())``: the law of `lumix_dali.mixing`, drawn by DALI's own operators, on either backend, for a
-pipeline whose batches the host does not know. A callback that does know its batch draws with `mixing.draw`, which costs
-a tenth, and the graph pastes with ``lay``: that is what the loader does.
+``mix`` is ``apply(draw())``: it samples from the law of `lumix_dali.mixing` with DALI's own operators, on either
+backend, for a pipeline whose batches the host does not see. A callback that does see its batch draws with
+`mixing.draw`, at a tenth of the cost, and the graph pastes with ``lay``. The loader works that way.
 
 On a GPU pipeline the draws stay on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and
-box are made on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes, so the draw is written
-for few operators: both pasted regions (the whole canvas, and the box) travel as one 2x2 tensor.
+box are computed on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes, so a draw uses few
+operators: both pasted regions (the whole canvas and the box) are one 2x2 tensor.
 
-`multi_paste` is never given an empty region: on a GPU it would spill over the image.
+`multi_paste` never gets an empty region: on a GPU it would overwrite the rest of the image.
 
-Words: the *canvas* is the sample at its own place, the *partner* the sample mixed into it, ``lam0`` the
-partner's weight. timm and torchvision weigh the canvas: ``lam_timm = 1 - lam0``.
+Terms: the *canvas* is a sample's own image, the *partner* is the sample mixed into it, and ``lam0`` is the partner's
+weight. timm and torchvision weigh the canvas: ``lam_timm = 1 - lam0``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from nvidia.dali.data_node import DataNode
 from .mixing import Mixing, Mode, Regions
 from .target import Kind, MixTarget
 
-# A column picks the region: row 0 the canvas, row 1 the box.
+# Columns that select a region: row 0 is the canvas, row 1 the box.
 _CANVAS, _BOX = np.array([[1], [0]], np.int32), np.array([[0], [1]], np.int32)
 # A box of λ0 = 16 has four times the image's sides: clipped, it is the whole image wherever its centre lies.
 _WHOLE = np.array([[16], [0]], np.float32)
-# Two roundings must not add up to 256 where both halves of a white pixel end in .5.
+# Two roundings must not add up to 256 when both parts of a white pixel end in .5.
 BELOW_HALF = -1e-3 / 255
+
+
+Share = Callable[[DataNode], DataNode]  # gives every sample its own draw, or the first sample's
 
 
 class Draw(NamedTuple):
@@ -41,11 +44,11 @@ class Draw(NamedTuple):
 
     Attributes:
         partner: int32 scalar, the partner's index in the batch.
-        is_cutmix, is_mixup: bool scalars; None: left out of the graph.
+        is_cutmix, is_mixup: bool scalars; None: not part of the graph.
         start, stop: int32 [2, 2], (y, x) corners of the canvas (row 0) and of the box (row 1).
-        weight: float32 scalar, Mixup's λ0, zero for other kinds.
-        lam0: float32 scalar, to be emitted as it is; None: pasted pixels are counted, and `weight` added.
-        pixels: pixels of an image; None: not known when the graph is defined.
+        weight: float32 scalar, Mixup's λ0; zero for other kinds.
+        lam0: float32 scalar, returned unchanged; None: the share of pasted pixels plus `weight`.
+        pixels: number of pixels of an image; None: unknown when the graph is defined.
     """
 
     partner: DataNode
@@ -74,32 +77,34 @@ def mix(
     """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
 
     Args:
-        images: uint8, HWC, one size for the whole batch, flipped already (a later flip falsifies the box).
-        labels: one integer a sample, of any shape with one element.
+        images: uint8 HWC, of one size. Flip them first: flipping afterwards makes the boxes wrong.
+        labels: one integer per sample, of any shape with one element.
         mixup_alpha: Mixup's λ0 ~ Beta(α, α); 0 leaves Mixup out of the graph.
         cutmix_alpha: CutMix' drawn λ0 ~ Beta(α, α); 0 leaves CutMix out of the graph.
-        cutmix_minmax: (low, high) in [0, 1]; sides are then uniform between these fractions of the image's,
-            the box lies inside it, and `cutmix_alpha` is not used.
+        cutmix_minmax: (low, high) in [0, 1]: the box lies inside the image, its sides are uniform between these
+            fractions of the image's sides, and `cutmix_alpha` is not used.
         prob: probability in [0, 1] that a sample is mixed; a float DataNode may change it at run time.
         switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
-        mode: "elem", one draw per sample, or "batch", one per batch. Partners always differ by sample.
-        correct_lam: count λ0 in pixels of the clipped box; False emits λ0 as drawn.
-        size: (H, W) of the images: two integers, or int32 [2] on the CPU. It is not checked: CutMix with a larger
-            size raises DALI's error, a smaller one leaves pixels undefined. None reads the shape of `images`,
-            at some cost, and on a GPU only with DALI's default executor: ``exec_dynamic=False`` refuses it.
+        mode: "elem", one draw per sample, or "batch", one per batch. Each sample has its own partner
+            in both.
+        correct_lam: compute λ0 from the pixels of the clipped box; False: return λ0 as drawn.
+        size: (H, W) of the images: two integers, or int32 [2] on the CPU. It is not checked: with CutMix, a size
+            that is too large raises an error of DALI's, and one that is too small leaves pixels undefined. None reads
+            the shape of `images`, which costs some time and on a GPU needs DALI's default executor (not
+            ``exec_dynamic=False``).
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
 
     Raises:
-        ValueError: an argument outside its range.
-        RuntimeError: (DALI's, when the batch runs) images of unequal size; with Mixup alone the message is
-            about shapes that do not broadcast. Resize them to one size before. Labels of more than one element.
+        ValueError: an argument is outside its range.
+        RuntimeError: raised by DALI when the batch runs, for labels of more than one element, or for images of unequal
+            size (with only Mixup, the message is about shapes that do not broadcast): resize them to one size.
 
     Note:
-        The arguments mean what timm's `Mixup` means, but partners are a random permutation in which nobody
-        is his own partner, where timm flips the batch. A batch of one stays unmixed. Mixup is
-        rounded to uint8 within one grey level. With `cutmix_minmax`, λ0 is always counted, as in timm.
+        The arguments have the same meaning as in timm's `Mixup`. The partners are a random permutation in which no
+        sample is its own partner; timm flips the batch instead. A batch of one stays unmixed. Mixup is rounded to
+        uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm.
     """
     if size is None:
         size = images.shape(dtype=types.INT32)[:2]
@@ -116,22 +121,22 @@ def mix(
     return apply(images, labels, draw(size, mixing, at_run_time))
 
 
-def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options) -> tuple[DataNode, MixTarget]:
-    """CutMix alone (arXiv 1905.04899): `mix` with ``cutmix_alpha=alpha``; `options` are those of `mix`."""
+def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options: Any) -> tuple[DataNode, MixTarget]:
+    """Only CutMix (arXiv 1905.04899): `mix` with ``cutmix_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=0.0, cutmix_alpha=alpha, **options)
 
 
-def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options) -> tuple[DataNode, MixTarget]:
-    """Mixup alone (arXiv 1710.09412): `mix` with ``mixup_alpha=alpha``; `options` are those of `mix`."""
+def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options: Any) -> tuple[DataNode, MixTarget]:
+    """Only Mixup (arXiv 1710.09412): `mix` with ``mixup_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=alpha, cutmix_alpha=0.0, **options)
 
 
 def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
-    """The `MixTarget` of samples that nothing is mixed into: λ0, kind and partner 0.
+    """The `MixTarget` of unmixed samples: λ0, kind and partner are 0.
 
     Args:
-        labels: one integer a sample, of any shape with one element.
-        device: "cpu" or "gpu", where the target's DataNodes are to be.
+        labels: one integer per sample, of any shape with one element.
+        device: "cpu" or "gpu", the device of the target's DataNodes.
     """
     labels = _scalar(labels, device)
     partner = labels * 0
@@ -140,13 +145,13 @@ def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
 
 
 def draw(size: Sequence[int] | DataNode, mixing: Mixing, prob: DataNode | None = None) -> Draw:
-    """Draws partners, kinds, boxes and weights: the law of `mixing.draw`, in the graph.
+    """Draws partners, kinds, boxes and weights in the graph, from the same law as `mixing.draw`.
 
     Args:
         size: (H, W) of the images: two integers, or int32 [2] on the CPU, such as
             ``images.shape(dtype=types.INT32)[:2]``.
         mixing: the options.
-        prob: float scalar on the CPU, instead of ``mixing.prob``.
+        prob: float scalar on the CPU that replaces ``mixing.prob``.
 
     Returns:
         A `Draw` for `apply`.
@@ -186,7 +191,7 @@ def given(
         kind: int32 scalar on the CPU, 0 none, 1 Mixup, 2 CutMix.
         box: int32 [4] on the CPU, (y0, x0, y1, x1), half-open, inside the image; read where kind is 2.
         weight: float32 scalar on the CPU, the partner's blend weight in [0, 1]; read where kind is 1.
-        lam0: float32 scalar, emitted as it is; None: counted in pixels (CutMix), `weight` (Mixup).
+        lam0: float32 scalar, returned unchanged; None: the share of pasted pixels (CutMix) or `weight` (Mixup).
 
     Raises:
         ValueError: neither `box` nor `weight` is given.
@@ -206,11 +211,11 @@ def given(
 
 
 def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, MixTarget]:
-    """Mixes images as drawn and says what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
+    """Mixes images as drawn and returns what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
 
     Args:
-        images: uint8, HWC, one size for the whole batch.
-        labels: one integer a sample, of any shape with one element.
+        images: uint8 HWC, of one size.
+        labels: one integer per sample, of any shape with one element.
         drawn: from `draw` or `given`.
 
     Returns:
@@ -240,14 +245,14 @@ def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, Mi
 
 
 def lay(images: DataNode, patches: Regions, with_mixup: bool = True) -> DataNode:
-    """Mixes images by the patches of `mixing.regions`: LUMix Eq. 1 for a batch that the host has drawn.
+    """Mixes images with the patches of `mixing.regions`: LUMix Eq. 1, as drawn on the host.
 
     Args:
-        images: uint8, HWC, all of the size that the patches are made for.
-        patches: DataNodes on the CPU. For Mixup without CutMix `anchors` and `shapes` may be None, and `ids` is then
-            the second patch's, an int32 scalar. Without `is_mixup` every sample is blended, those of other kinds
-            with a weight of 0 or 1, which is exact: a GPU pays by operator, where a CPU pays by pixel.
-        with_mixup: whether there is any Mixup; False: only pastes.
+        images: uint8 HWC, all of the size that the patches are made for.
+        patches: DataNodes on the CPU. For Mixup without CutMix `anchors` and `shapes` may be None; `ids` is then the
+            partner, an int32 scalar. Without `is_mixup` every sample is blended, other kinds with a weight of 0 or 1,
+            which is exact: on a GPU the number of operators costs, on a CPU the number of pixels.
+        with_mixup: whether any sample can be of Mixup; False: only paste.
 
     Returns:
         Mixed images, as `images`.
@@ -278,26 +283,28 @@ def count_lam0(patches: Regions, size: Sequence[int]) -> DataNode:
     """
     if patches.height is None:
         return patches.weight
-    # The quotient first: of the whole image it is exactly 1, and Mixup's weight stays what it is.
+    # Divide first: for the whole image the quotient is exactly 1, which leaves Mixup's weight unchanged.
     return patches.weight * (patches.height * patches.width / float(size[0] * size[1]))
 
 
-def _share(partner: DataNode, mode: str) -> Callable[[DataNode], DataNode]:
+def _share(partner: DataNode, mode: str) -> Share:
     if mode == "elem":
         return lambda node: node
-    first = partner * 0  # everybody takes the first sample's draw
+    first = partner * 0  # every sample takes the first sample's draw
     return lambda node: fn.permute_batch(node, indices=first)
 
 
-def _kinds(partner: DataNode, share, mixing: Mixing, prob: float | DataNode):
-    """Booleans (is_cutmix, is_mixup); None for what is left out."""
+def _kinds(
+    partner: DataNode, share: Share, mixing: Mixing, prob: float | DataNode
+) -> tuple[DataNode | None, DataNode | None]:
+    """Booleans (is_cutmix, is_mixup); None for a kind that is switched off."""
     both = mixing.with_mixup and mixing.with_cutmix
-    # Without fixed points, neither a sample nor a partner is its own partner, except in a batch of one.
+    # Without fixed points a partner's partner is another sample than the partner, except in a batch of one.
     other = fn.permute_batch(partner, indices=partner)
     if not isinstance(prob, DataNode) and prob == 1 and not both:
         is_mixed = is_cutmix = partner != other
     else:
-        chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == other)  # alone: 1 or more
+        chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == other)  # 1 or more in a batch of one
         is_mixed = chance < prob
         is_cutmix = chance < prob * mixing.switch_prob if both else is_mixed
     if both:
@@ -305,20 +312,22 @@ def _kinds(partner: DataNode, share, mixing: Mixing, prob: float | DataNode):
     return (None, is_mixed) if mixing.with_mixup else (is_cutmix, None)
 
 
-def _box(size: DataNode, lam: DataNode, share) -> tuple[DataNode, DataNode]:
+def _box(size: DataNode, lam: DataNode, share: Share) -> tuple[DataNode, DataNode]:
     """Corners of canvas and box: side = int(size·√λ0), centre uniform over the pixels, then clipped."""
-    # fn.cast rounds, and would give both ends of the centre's range half their weight: floor first.
+    # Floor first: fn.cast rounds, which would halve the probability of both ends of the centre's range.
     side = fn.cast(math.floor(math.sqrt(lam + _WHOLE) * size), dtype=types.INT32)
     centre = fn.cast(math.floor(share(fn.random.uniform(range=[0.0, 1.0], shape=[2])) * size), dtype=types.INT32)
     low = centre - side // 2
     return math.clamp(low, 0, size), math.clamp(low + side, 0, size)
 
 
-def _inner_box(size, minmax, share, is_cutmix) -> tuple[DataNode, DataNode]:
+def _inner_box(
+    size: DataNode, minmax: tuple[float, float], share: Share, is_cutmix: DataNode
+) -> tuple[DataNode, DataNode]:
     """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
     uniform = share(fn.random.uniform(range=[0.0, 1.0], shape=[2, 2]))
-    least, most = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in minmax)
-    side = least + fn.cast(math.floor(uniform[0] * (most - least)), dtype=types.INT32)
+    shortest, longest = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in minmax)
+    side = shortest + fn.cast(math.floor(uniform[0] * (longest - shortest)), dtype=types.INT32)
     start = fn.cast(math.floor(uniform[1] * (size - side + 1)), dtype=types.INT32)
     return _regions(size, start * is_cutmix, (start + side) * is_cutmix)
 
@@ -328,7 +337,7 @@ def _regions(size: DataNode, start: DataNode, stop: DataNode) -> tuple[DataNode,
 
 
 def _size(size: Sequence[int] | DataNode) -> tuple[DataNode, int | None]:
-    """The size as a DataNode, and its pixels if it is given in numbers."""
+    """The size as a DataNode, and the number of pixels if the size is known."""
     if isinstance(size, DataNode):
         return size, None
     sides = np.asarray(size)
@@ -346,9 +355,9 @@ def _area_ratio(extent: DataNode, pixels: int | None) -> DataNode:
 
 
 def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNode) -> DataNode:
-    """The partner's box over each image. Samples with an empty box bypass the paste.
+    """Pastes the partner's box over each image. Samples with an empty box bypass `multi_paste`.
 
-    On a GPU an empty region of `multi_paste` spills over the image.
+    On a GPU an empty region of `multi_paste` overwrites the rest of the image.
     """
     has_box = fn.reductions.min(extent) > 0
     split = fn._conditional.split
@@ -362,8 +371,8 @@ def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNo
 def _blend(images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
     """images·(1 - w) + partners·w where `is_mixup`, within one grey level; elsewhere `others`.
 
-    Float arithmetic and its cast cost the CPU six times as much as two scalings in uint8 of the samples that
-    need it. The split is what DALI makes of an ``if``, which would ask every caller to enable conditionals.
+    On a CPU, float arithmetic and its cast cost six times as much as two uint8 scalings of only the samples that
+    need them. The split is what DALI makes of an ``if``, without asking every caller to enable conditionals.
     """
     split = fn._conditional.split
     (own, _), (partner, _), (_, kept), (weight, _) = (
@@ -382,7 +391,7 @@ def _scale(images: DataNode, factor: DataNode) -> DataNode:
 
 def _scalar(labels: DataNode, device: str) -> DataNode:
     labels = fn.cast(_put(labels, device), dtype=types.INT64)
-    # Readers give [1], lists give scalars. DALI's error about any other shape quotes this line with its comment.
+    # Readers give [1], lists give scalars. For any other shape, DALI's error quotes this line with its comment.
     return fn.reshape(labels, shape=[])  # labels: give one integer per sample, not fn.one_hot
 
 

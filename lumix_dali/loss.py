@@ -1,9 +1,9 @@
-"""The LUMix loss (arXiv 2211.15846) on what the mixing emitted, without a dense [B, K] target.
+"""The LUMix loss (arXiv 2211.15846) for a `MixTarget`, without a dense [B, K] target.
 
-A soft target of two classes needs only two columns of log softmax and, for smoothing, its mean. The gradient of
-the loss is then the softmax times one number per row, plus one number in each of the two columns. `_CrossEntropy`
-computes both in closed form; `_plain_cross_entropy` is the same loss in plain operations, for second derivatives
-and torch.func. `reference.lumix_loss` is the reading with a dense target.
+A soft target of two classes needs only two columns of the log softmax and, for smoothing, its mean. The gradient of
+the loss is the softmax times one number per row, plus one number in each of the two columns. `_CrossEntropy` computes
+both in closed form; `_plain_cross_entropy` is the same loss in plain operations, for second derivatives and
+torch.func. `reference.lumix_loss` is the same loss with a dense target.
 
     criterion = LUMixLoss()
     loss = criterion(model(images), target)        # target: MixTarget, or labels [B] without mixing
@@ -20,47 +20,50 @@ from torch import Tensor, nn
 
 from .target import Kind, MixTarget
 
-# torch.compile takes a tensor to differ from any member of an enum (torch 2.14.1).
+# Code under torch.compile treats a tensor as unequal to every enum member (torch 2.14.1).
 _CUTMIX = int(Kind.CUTMIX)
 
 
+Noise = tuple[Any, ...]  # a name and its numbers
+
+
 class LUMixLoss(nn.Module):
-    """Cross entropy on a randomised label weight plus a hinge on the two classes (arXiv 2211.15846, Eq. 3-7).
+    """Cross entropy with a randomised label weight, plus a hinge on the two classes (arXiv 2211.15846, Eq. 3-7).
 
     With a the partner's class and b the sample's own: λ = (1 - r_r - r_s)·λ0 + r_r·λ_r + r_s·λ_s, clamped to
     [0, 1], where λ_s = p_a / (p_a + p_b); y = λ·v_a + (1 - λ)·v_b on smoothed one-hots;
     L = -Σ_k y_k log p_k + η·Σ_{k∈{a,b}} y_k (1 - p_k).
 
     Args:
-        r_r: in [0, 1], share of the noise λ_r in λ.
-        r_s: in [0, 1], share of the model's own λ_s in λ; r_r + r_s is at most 1.
-        eta: η ≥ 0, weight of the regulariser R, the second sum.
+        r_r: share of the noise λ_r in λ, in [0, 1].
+        r_s: share of the model's own λ_s in λ, in [0, 1]; r_r + r_s is at most 1.
+        eta: η ≥ 0, weight of the regulariser R (the second sum).
         noise: distribution of λ_r: ("beta", α), ("normal", mean, std) or ("uniform",).
         smoothing: ε in [0, 1); off = ε/K, on = 1 - ε + off.
-        base: "softmax", or "bce" for sigmoid cross entropy on y; λ_s and R keep the softmax.
+        base: "softmax", or "bce" for sigmoid cross entropy on y; λ_s and R use the softmax in both cases.
         bce_reduction: "mean" (timm's) or "sum" over the classes; only used with base="bce".
         detach_lam_s: False lets the gradient flow through λ_s.
-        apply_to: samples that get λ and R: "cutmix" (kind 2) or "all" mixed ones (kind above 0).
+        apply_to: which samples get λ and R: "cutmix" (kind 2) or "all" that are mixed (kind above 0).
         reduction: "mean" over the batch, or "none".
 
     Raises:
-        ValueError: an argument out of its range; the message names it and the remedy.
+        ValueError: an argument is out of range; the message names it and the remedy.
 
     Note:
-        `r_r`, `r_s`, `eta` and `noise` may be assigned at any time, with the same checks; a compiled loss follows
-        without compiling again, unless a number becomes 0 or stops being 0.
+        `r_r`, `r_s`, `eta` and `noise` may be assigned at any time, with the same checks. A compiled loss uses the
+        new values and compiles again only when a number becomes 0 or stops being 0.
 
-        Every label counts: there is no `ignore_index`, and -100 is an error that `check_target` names. A class
-        masked with a logit of -inf costs nothing where the target has no weight on it; with smoothing every class
-        has some, and the loss is infinite, as PyTorch's cross entropy is.
+        Every label counts. There is no `ignore_index`: -100 is an error, which `check_target` reports. A class that
+        is masked with a logit of -inf costs nothing where the target gives it no weight. Smoothing gives every class
+        some weight, so the loss is then infinite, as PyTorch's cross entropy is.
 
-        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are supported in eager mode;
-        they need more memory than a backward pass does.
+        Second derivatives (`create_graph=True`) and the transforms of `torch.func` are supported in eager mode.
+        They need more memory than a backward pass.
 
-        The paper leaves open, and this project chose: η = 1, λ_s detached (`detach_lam_s=False` switches),
-        OR for Eq. 8's AND, Mixup samples with plain cross entropy at λ0 (`apply_to="all"` switches). An
-        unmixed sample, an empty or whole-image box and any λ0 of 0 or 1 always get plain cross entropy.
-        The second number of the paper's N(0, 5) is a variance; here it is `std`.
+        The paper leaves some choices open. This project chose η = 1, a detached λ_s (see `detach_lam_s`), OR for the
+        AND of Eq. 8, and plain cross entropy at λ0 for Mixup samples (see `apply_to`). An unmixed sample, an empty
+        or whole-image box and a λ0 of 0 or 1 always get plain cross entropy. The second number of the paper's
+        N(0, 5) is a variance; here it is `std`.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class LUMixLoss(nn.Module):
         r_r: float = 0.4,
         r_s: float = 0.1,
         eta: float = 1.0,
-        noise: tuple = ("beta", 2.0),
+        noise: Noise = ("beta", 2.0),
         smoothing: float = 0.1,
         base: str = "softmax",
         bce_reduction: str = "mean",
@@ -77,7 +80,7 @@ class LUMixLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self._r_s: Tensor | None = None  # r_r's setter reads it
+        self._r_s: Tensor | None = None  # the setter of r_r reads it
         self.r_r, self.r_s, self.eta, self.noise = r_r, r_s, eta, noise
         self._check_shares()
         if not 0 <= smoothing < 1:
@@ -91,8 +94,8 @@ class LUMixLoss(nn.Module):
         self.detach_lam_s = bool(detach_lam_s)
         self.apply_to, self.reduction = apply_to, reduction
 
-    # A schedule may set these at every step. They are kept as 0-dim tensors because torch.compile compiles again
-    # for each value of a float attribute, and as None where 0 switches their term off.
+    # A schedule may set these at every step. They are 0-dim tensors because torch.compile compiles again for each
+    # value of a float attribute, and None where 0 switches their term off.
 
     @property
     def r_r(self) -> float:
@@ -122,16 +125,16 @@ class LUMixLoss(nn.Module):
     @eta.setter
     def eta(self, value: float) -> None:
         if not 0 <= value < float("inf"):
-            raise ValueError(f"eta={value!r} must be a finite number from 0 on: 0 switches the regulariser off")
+            raise ValueError(f"eta={value!r} must be a finite number >= 0: 0 switches the regulariser off")
         self._eta = _number_or_none(value)
 
     @property
-    def noise(self) -> tuple:
+    def noise(self) -> Noise:
         """Distribution of λ_r; may be set at any time."""
         return self._noise
 
     @noise.setter
-    def noise(self, value: tuple) -> None:
+    def noise(self, value: Noise) -> None:
         self._noise = law, *numbers = _checked_noise(value)
         # Beta(1, 1) is uniform, and Beta(2, 2) the median of three uniforms.
         self._law = {("beta", 1.0): "uniform", ("beta", 2.0): "median"}.get(self._noise, law)
@@ -143,14 +146,14 @@ class LUMixLoss(nn.Module):
         Args:
             logits: [B, K], any floating dtype.
             target: MixTarget on the logits' device, or int64 labels [B] for (smoothed) cross entropy.
-            lam_r: floating [B], used instead of a draw; ignored for labels [B].
+            lam_r: floating [B], the noise to use instead of drawing it; ignored for labels [B].
 
         Returns:
             Scalar, or [B] with reduction="none"; float32, or float64 for float64 logits.
 
         Raises:
-            ValueError: a wrong shape, dtype or device, or r_r and r_s set to more than 1 in total. Values are not
-                checked: that would force a GPU synchronisation. `check_target` checks them.
+            ValueError: a shape, dtype or device is wrong, or r_r and r_s add up to more than 1. Values are not checked:
+                that would force a GPU synchronisation. `check_target` checks them.
         """
         self._check_shares()
         _check_shapes(logits, target, lam_r)
@@ -170,11 +173,11 @@ class LUMixLoss(nn.Module):
 
     @torch.no_grad()
     def lam(self, logits: Tensor, target: MixTarget | Tensor, lam_r: Tensor | None = None) -> Tensor:
-        """The partner's final weight λ of each sample (Eq. 3), for logs and tests.
+        """The final weight λ of each sample's partner (Eq. 3), for logs and tests.
 
         Args:
-            logits, target, lam_r: as in `forward`. Without `lam_r` the noise is drawn again: to see the λ of
-                a loss, pass the same `lam_r` to both, for instance from `draw`.
+            logits, target, lam_r: as in `forward`. Without `lam_r` the noise is drawn again: to get the λ of a loss,
+                pass the same `lam_r` to both, for instance from `draw`.
 
         Returns:
             [B] in [0, 1], float32 or float64, without gradient; λ0 itself where LUMix does not apply.
@@ -190,7 +193,7 @@ class LUMixLoss(nn.Module):
         return self._mix(logits.gather(1, _columns(target)).to(dtype), target, lam_r)[0]
 
     def draw(self, logits: Tensor) -> Tensor:
-        """One λ_r for each row of `logits` from torch's default generator: [B], on the logits' device."""
+        """Draws one λ_r per row of `logits` from PyTorch's default generator: [B], on the logits' device."""
         size, dtype, device = logits.shape[0], _compute_dtype(logits), logits.device
         rand = partial(torch.rand, dtype=dtype, device=device)
         if self._law == "normal":
@@ -199,7 +202,7 @@ class LUMixLoss(nn.Module):
         if self._law == "uniform":
             return rand(size)
         if self._law == "median":
-            a, b, c = rand(3, size)
+            a, b, c = rand(3, size).unbind()
             return c.clamp(torch.minimum(a, b), torch.maximum(a, b))
         # Beta = G1 / (G1 + G2), with log Gamma(α) = log Gamma(α + 1) + log(U) / α: a small α would underflow.
         (alpha,) = self._noise_numbers
@@ -208,17 +211,18 @@ class LUMixLoss(nn.Module):
         return torch.sigmoid(first - second)
 
     def extra_repr(self) -> str:
+        """The options, for ``repr``."""
         return ", ".join(
             f"{name}={getattr(self, name)!r}"
             for name in ("r_r", "r_s", "eta", "noise", "smoothing", "base", "apply_to", "reduction")
         )
 
     def _mix(self, columns: Tensor, target: MixTarget, lam_r: Tensor | None) -> tuple[Tensor, Tensor]:
-        """λ [B] (Eq. 3), and which samples it applies to; `columns` [B, 2]: z_a and z_b, up to a constant."""
+        """λ [B] (Eq. 3), and the samples that it applies to; `columns` [B, 2]: z_a and z_b, up to a constant."""
         lam0 = target.lam0.to(columns.dtype)
         cutmix = target.kind == _CUTMIX
         y0, x0, y1, x1 = target.box.unbind(1)
-        # With correct_lam=False a box without pixels has λ0 above 0 all the same; other kinds have no box.
+        # With correct_lam=False an empty box may have a λ0 above 0; other kinds have no box.
         active = (y0 < y1) & (x0 < x1)
         active = active & cutmix if self.apply_to == "cutmix" else (active | ~cutmix) & (target.kind > 0)
         active = torch.logical_and(active, lam0.frac())  # not at a λ0 of 0 or 1
@@ -257,7 +261,7 @@ class LUMixLoss(nn.Module):
 
     def _set_lam0_share(self) -> None:
         rest = 1 - self.r_r - self.r_s
-        # None is an error that waits for the next loss: on the way from (.1, .9) to (.9, .1) the sum passes 1.
+        # None is an error that the next loss raises: the sum may exceed 1 on the way from (.1, .9) to (.9, .1).
         self._lam0_share = _number(rest) if rest > -1e-9 else None  # .9 + .1 may round upwards
 
     def _check_shares(self) -> None:
@@ -267,15 +271,15 @@ class LUMixLoss(nn.Module):
 
 
 def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
-    """Checks a target's values, once, before training on it: `LUMixLoss` only checks shapes and dtypes.
+    """Checks the values of a target, once before training: `LUMixLoss` checks only shapes and dtypes.
 
     Args:
-        target: MixTarget or int64 labels [B], on any device (checking synchronises with a GPU).
+        target: MixTarget or int64 labels [B], on any device (the check synchronises with a GPU).
         num_classes: K, the columns of the model's logits.
 
     Raises:
-        ValueError: a wrong shape or dtype, a label outside [0, K) (so -100 too: there is no `ignore_index`), lam0
-            outside [0, 1], an impossible box or an unknown kind.
+        ValueError: a shape or dtype is wrong, a label is outside [0, K) (as -100 is: there is no `ignore_index`), lam0
+            is outside [0, 1], a box is impossible, or a kind is unknown.
     """
     _check_fields(target)
     if not isinstance(target, MixTarget):
@@ -296,7 +300,7 @@ def _cross_entropy(
 ) -> Tensor:
     """-Σ_k w_k·log p_k - Σ_k h_k·(p_k - 1) over the columns, less `smoothing` times the mean of all log p.
 
-    [B], or its mean. The transforms of torch.func get plain operations, which they know how to transform.
+    Returns [B] or its mean. The transforms of torch.func get plain operations, which they can transform.
     """
     transformed = torch._C._are_functorch_transforms_active()
     evaluate = _plain_cross_entropy if transformed else _CrossEntropy.apply
@@ -313,13 +317,13 @@ def _plain_cross_entropy(
 def _reduced(
     all_logp: Tensor, logp: Tensor, weights: Tensor, hinge: Tensor | None, smoothing: float, mean: bool
 ) -> Tensor:
-    """`_cross_entropy` of log p: all of it, and its columns."""
+    """`_cross_entropy`, given all log p and those of the columns."""
     gain = weights * _without_masked(logp, weights)
     if hinge is not None:
         gain = torch.addcmul(gain, hinge, torch.expm1(logp))
     total = gain.sum() if mean else gain.sum(1)
     if smoothing:
-        rows = all_logp.sum(1)  # per row also for the mean: torch.compile fuses it with log softmax
+        rows = all_logp.sum(1)  # per row even for the mean: torch.compile fuses it with the log softmax
         total = total.add(rows.sum() if mean else rows, alpha=smoothing / all_logp.shape[1])
     return total / -len(all_logp) if mean else -total
 
@@ -332,8 +336,8 @@ def _without_masked(values: Tensor, weights: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """`_plain_cross_entropy` with one dense tensor besides the logits, which becomes their gradient.
 
-    d log p_k / dz_j = [j = k] - p_j, and -loss has the derivative `pull`, w_k + h_k·p_k, by log p_k. So the
-    gradient is p times the row's sum of `pull`, less `pull` in the columns; smoothing is a pull of ε/K on every
+    d log p_k / dz_j = [j = k] - p_j, and the derivative of -loss by log p_k is `pull`, w_k + h_k·p_k. So the
+    gradient is p times the row's sum of `pull`, less `pull` in the columns. Smoothing is a pull of ε/K on every
     class.
     """
 
@@ -352,7 +356,7 @@ class _CrossEntropy(torch.autograd.Function):
         pull = weights if hinge is None else torch.addcmul(weights, hinge, logp.exp())
         ctx.save_for_backward(logits, columns, weights, hinge, pull)
         ctx.smoothing, ctx.mean = smoothing, mean
-        # An attribute, not a saved tensor, so that the first backward pass may overwrite and free it; a second one
+        # An attribute, not a saved tensor, so that the first backward pass can overwrite and free it; a second pass
         # (retain_graph) computes it again. A compiled backward pass always does: saving it would write and read
         # one more [B, K].
         ctx.all_logp = None if torch.compiler.is_compiling() else all_logp
@@ -385,14 +389,15 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _is_batched(grad: Tensor) -> bool:
-    """Whether it is many gradients at once: `torch.func.vmap`, or autograd's `is_grads_batched`, `vectorize`."""
-    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    """Whether this is a batch of gradients: `torch.func.vmap`, or autograd's `is_grads_batched` and `vectorize`."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
 
 
 def _plain_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of `_CrossEntropy` in plain operations, which can be differentiated again, or batched."""
+    """The gradients of `_CrossEntropy` in plain operations, which can be differentiated again or batched."""
     with torch.enable_grad():
-        # Views, so that each is a variable of its own: weights and hinge may depend on the logits.
+        # Views make each one a separate variable: weights and hinge may depend on the logits.
         saved = ctx.saved_tensors[:4]
         inputs: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in saved]
         logits, columns, weights, hinge = inputs
@@ -410,7 +415,7 @@ def _lam_s(columns: Tensor) -> Tensor:
 
 
 def _columns(target: MixTarget | Tensor) -> Tensor:
-    """The classes [B, n] that a target gives weight: (a, b), or the label alone."""
+    """The classes [B, n] to which a target gives weight: (a, b), or only the label."""
     if isinstance(target, MixTarget):
         return torch.stack((target.partner_labels, target.labels), 1)
     return target[:, None]
@@ -449,8 +454,8 @@ def _check_fields(target: MixTarget | Tensor) -> None:
     _check_field("kind", target.kind, size, torch.int32)
 
 
-def _check_field(name: str, field: Tensor, shape: tuple, dtype: torch.dtype | None) -> None:
-    """`dtype` None: any floating one."""
+def _check_field(name: str, field: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None) -> None:
+    """`dtype` None: any floating dtype."""
     right = field.is_floating_point() if dtype is None else field.dtype == dtype
     if field.shape != shape or not right:
         wanted = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")
@@ -469,7 +474,7 @@ def _check_rows(name: str, field: Tensor, good: Tensor, remedy: str) -> None:
 
 
 def _number(value: float) -> Tensor:
-    """On the CPU: a 0-dim tensor there takes part in the arithmetic of any device without a synchronisation."""
+    """A 0-dim tensor on the CPU, which takes part in the arithmetic of any device without a synchronisation."""
     with torch.inference_mode(False):  # set during evaluation, it is still used in training
         return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
@@ -493,7 +498,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose {' or '.join(map(repr, choices))}")
 
 
-def _checked_noise(noise: tuple) -> tuple:
+def _checked_noise(noise: Noise | str) -> Noise:
     law, *numbers = (noise,) if isinstance(noise, str) else noise
     if (law, len(numbers)) not in (("beta", 1), ("normal", 2), ("uniform", 0)):
         raise ValueError(f'noise={noise!r}: choose ("beta", α), ("normal", mean, std) or ("uniform",)')

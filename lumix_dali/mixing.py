@@ -1,8 +1,8 @@
 """The law of mixing: which sample of a batch is mixed into which, how, and where. NumPy only.
 
-`Mixing` holds the options, `draw` the law: a pure function of a random generator. `regions` states what was drawn as
-the patches that DALI pastes. `lumix_dali.fn` draws from the same law within a graph, for pipelines whose batches the
-host does not know.
+`Mixing` holds the options. `draw` samples from the law, as a pure function of a random generator. `regions` turns a
+draw into the patches that DALI pastes. `lumix_dali.fn` samples from the same law inside a graph, for pipelines whose
+batches the host does not see.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ Mode = Literal["elem", "batch"]
 
 @dataclass(frozen=True)
 class Mixing:
-    """How batches are mixed; the arguments mean what timm's `Mixup` means.
+    """How batches are mixed; the arguments have the same meaning as in timm's `Mixup`.
 
     Args:
         mixup_alpha: Mixup's λ0 ~ Beta(α, α) (arXiv 1710.09412); 0: no Mixup.
         cutmix_alpha: CutMix' drawn λ0 ~ Beta(α, α) (arXiv 1905.04899); 0: no CutMix.
-        cutmix_minmax: (low, high) in [0, 1]; sides are then uniform between these fractions of the image's, the box
-            lies inside it, and `cutmix_alpha` is not used.
+        cutmix_minmax: (low, high) in [0, 1]: the box lies inside the image, its sides are uniform between these
+            fractions of the image's sides, and `cutmix_alpha` is not used.
         prob: probability in [0, 1] that a sample is mixed.
         switch_prob: probability in [0, 1] of CutMix, given that a sample is mixed and both are on.
-        mode: "elem", one draw per sample, or "batch", one per batch. Partners always differ by sample.
-        correct_lam: count λ0 in pixels of the clipped box; False: λ0 as drawn. With `cutmix_minmax` λ0 is always
-            counted, as in timm.
+        mode: "elem", one draw per sample, or "batch", one per batch. Each sample has its own partner
+            in both.
+        correct_lam: compute λ0 from the pixels of the clipped box; False: keep λ0 as drawn. With `cutmix_minmax` λ0 is
+            always computed from the pixels, as in timm.
 
     Raises:
-        ValueError: an argument outside its range, or nothing to mix.
+        ValueError: an argument is outside its range, or there is nothing to mix.
     """
 
     mixup_alpha: float = 0.0
@@ -47,7 +48,7 @@ class Mixing:
     mode: Mode = "elem"
     correct_lam: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("mixup_alpha", "cutmix_alpha"):
             alpha = getattr(self, name)
             if not (isinstance(alpha, Real) and 0 <= float(alpha) < float("inf")):
@@ -62,8 +63,8 @@ class Mixing:
         if not (self.with_mixup or self.with_cutmix):
             raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
         if self.mode not in get_args(Mode):
-            remedy = "give 'elem' (one draw per sample) or 'batch' (one per batch)"
-            raise ValueError(f"mode={self.mode!r}: {'pair is not supported; ' if self.mode == 'pair' else ''}{remedy}")
+            pair = "pair is not supported; " if str(self.mode) == "pair" else ""  # timm's third mode
+            raise ValueError(f"mode={self.mode!r}: {pair}give 'elem' (one draw per sample) or 'batch' (one per batch)")
         object.__setattr__(self, "correct_lam", bool(self.correct_lam))
 
     @property
@@ -78,7 +79,7 @@ class Mixing:
 
     @property
     def counts_lam0(self) -> bool:
-        """Whether CutMix' λ0 is counted in pixels."""
+        """Whether the λ0 of CutMix is computed from the pasted pixels."""
         return self.correct_lam or self.cutmix_minmax is not None
 
 
@@ -86,9 +87,9 @@ class Draw(NamedTuple):
     """What is mixed into each of n samples.
 
     Attributes:
-        partner: int64 [n], place in the batch of the sample that is mixed in.
+        partner: int64 [n], index in the batch of the sample that is mixed in.
         kind: int32 [n], a `Kind`: none, Mixup or CutMix.
-        box: int32 [n, 4], half-open (y0, x0, y1, x1) of CutMix' paste; zeros for other kinds.
+        box: int32 [n, 4], half-open (y0, x0, y1, x1) of the pasted pixels; zeros unless the kind is CutMix.
         weight: float32 [n], λ0 as drawn: Mixup's blend weight; for CutMix before the box is rounded and clipped.
     """
 
@@ -102,8 +103,8 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
     """Draws partners, kinds, boxes and weights of LUMix Eq. 1 for a batch.
 
     Args:
-        rng: where the randomness comes from.
-        n: number of samples; a single one stays unmixed.
+        rng: source of the randomness.
+        n: number of samples; a single sample stays unmixed.
         size: (H, W) of the images in pixels.
         mixing: the options; None: nothing is mixed, and each sample is its own partner.
 
@@ -137,7 +138,7 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
 
 
 def derangement(rng: np.random.Generator, n: int) -> np.ndarray:
-    """A permutation of n places that leaves none where it was, uniform among those (int64 [n])."""
+    """A uniform random permutation without fixed points (int64 [n])."""
     places = np.arange(n)
     while True:  # e permutations on average
         partner = rng.permutation(n)
@@ -155,8 +156,8 @@ def _clipped_boxes(rng: np.random.Generator, lam: np.ndarray, size: Sequence[int
 
 def _inner_boxes(rng: np.random.Generator, n: int, size: Sequence[int], minmax: tuple[float, float]) -> np.ndarray:
     """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
-    least, most = (np.floor(np.asarray(size) * limit) for limit in minmax)
-    sides = least + np.floor(rng.random((n, 2)) * (most - least))
+    shortest, longest = (np.floor(np.asarray(size) * limit) for limit in minmax)
+    sides = shortest + np.floor(rng.random((n, 2)) * (longest - shortest))
     start = np.floor(rng.random((n, 2)) * (size - sides + 1))
     return np.concatenate([start, start + sides], axis=1).astype(np.int32)
 
@@ -164,16 +165,16 @@ def _inner_boxes(rng: np.random.Generator, n: int, size: Sequence[int], minmax: 
 class Regions(NamedTuple):
     """A draw as the patches that `lumix_dali.fn.lay` pastes over each sample: arrays, or DataNodes of them.
 
-    Two patches per sample, whole canvas first: Mixup is its partner as a whole, to be blended; CutMix is the
-    partner's box over the canvas. No patch is empty, which DALI's GPU kernel does not survive: where nothing is
-    pasted, the sample's own first pixel is pasted over itself.
+    Each sample has two patches. The first is the whole canvas. The second is the whole partner for Mixup, which is
+    then blended, and the partner's box for CutMix. No patch is empty, because DALI's GPU kernel mishandles those:
+    where nothing is pasted, the second patch is the sample's own first pixel.
 
     Attributes:
-        ids: int32 [n, 2], places in the batch that the patches come from.
+        ids: int32 [n, 2], indices in the batch of the samples that the patches come from.
         anchors, shapes: int32 [n, 2, 2], (y, x) and (height, width) of the patches.
-        height, width: int32 [n], of the second patch; to take a number out of `shapes` costs DALI an operator.
+        height, width: int32 [n], of the second patch; extracting them from `shapes` would cost a DALI operator.
         weight: float32 [n], the second patch's blend weight: 1 for CutMix, 0 where nothing is mixed.
-        is_mixup: bool [n], whether that is Mixup's.
+        is_mixup: bool [n], whether the kind is Mixup.
     """
 
     ids: Any

@@ -1,16 +1,20 @@
-"""A bar for long work on a terminal; without tqdm, and in a log, nothing."""
+"""A progress bar on a terminal; nothing is shown without tqdm or in a log."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
-def bar(unit: str, what: str | None = None) -> Callable[[Iterable, int], Iterable]:
-    """A function that wraps an iterable, given its length, as the `progress` arguments of `lumix_dali.data` take it."""
+def bar(unit: str, what: str | None = None) -> Progress:
+    """Returns a `progress` argument for `lumix_dali.data`: a function that wraps an iterable of known length."""
 
-    def wrap(items: Iterable, total: int) -> Iterable:
+    def wrap(items: Iterable[Any], total: int) -> Iterable[Any]:
         try:
             from tqdm import tqdm
         except ImportError:
             return items
-        return tqdm(items, total=total, unit=unit, desc=what, leave=False, disable=None)
+        wrapped: Iterable[Any] = tqdm(items, total=total, unit=unit, desc=what, leave=False, disable=None)
+        return wrapped
 
     return wrap

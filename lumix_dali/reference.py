@@ -1,18 +1,21 @@
 """NumPy oracle of the mixing and of the LUMix loss (arXiv 2211.15846), for tests and for reading.
 
-Written from the paper and not from `fn.py` or `loss.py`, so that an error has to be made twice to go
-unseen. It is slow, in float64, and draws nothing: every random number is an argument.
+It is written from the paper, not from `fn.py` or `loss.py`, so that an error has to be made twice to stay unnoticed.
+It is slow, computes in float64 and draws nothing: every random number is an argument.
 
-The image of a batch is the canvas (class b, `labels`); its partner (class a, `partner_labels`) is mixed
-into it with weight `lam0`. timm and torchvision weigh the canvas: lam_timm = 1 - lam0.
+A sample's own image is the canvas (class b, `labels`); its partner (class a, `partner_labels`) is mixed into it with
+weight `lam0`. timm and torchvision weigh the canvas: lam_timm = 1 - lam0.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 NONE, MIXUP, CUTMIX, OTHER = range(4)
 
 
-def cut_box(size, lam, centre):
+def cut_box(size: Sequence[int], lam: float, centre: Sequence[int]) -> tuple[int, ...]:
     """Box of area lam·H·W around a centre, clipped to the image (CutMix, arXiv 1905.04899).
 
     Args:
@@ -27,7 +30,7 @@ def cut_box(size, lam, centre):
         ValueError: lam is outside [0, 1].
 
     Note:
-        timm's rule since 1.0.29; before, odd sides lost a pixel. Side 0 gives an empty box at the centre.
+        This is timm's rule since 1.0.29; before, odd sides lost a pixel. A side of 0 gives an empty box at the centre.
     """
     _check(0 <= lam <= 1, "lam", lam, "in [0, 1]")
     sides = [int(length * np.sqrt(lam)) for length in size]
@@ -37,7 +40,7 @@ def cut_box(size, lam, centre):
     return tuple(int(corner) for corner in corners.ravel())
 
 
-def count_lam0(box, size):
+def count_lam0(box: ArrayLike, size: Sequence[int]) -> np.ndarray:
     """λ0 = r_w·r_h / HW (Algorithm 1), counted pixel by pixel.
 
     Args:
@@ -50,8 +53,10 @@ def count_lam0(box, size):
     return np.array([_inside(one, size).mean() for one in np.reshape(box, (-1, 4))])
 
 
-def mix_images(images, partner, box, kind, lam0):
-    """Apply drawn Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) to a batch.
+def mix_images(
+    images: np.ndarray | Sequence[np.ndarray], partner: ArrayLike, box: ArrayLike, kind: ArrayLike, lam0: ArrayLike
+) -> np.ndarray:
+    """Applies Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) to a batch, as drawn.
 
     Args:
         images: uint8 [B, H, W, C], or a list of B arrays [H, W, C] of one size.
@@ -61,12 +66,12 @@ def mix_images(images, partner, box, kind, lam0):
         lam0: float [B] in [0, 1], weight of the partner; read for Mixup only.
 
     Returns:
-        uint8 [B, H, W, C]. CutMix is a bit exact paste; Mixup is own·(1 - lam0) + partner·lam0 in
-        float64, rounded to the nearest level with halves away from zero.
+        uint8 [B, H, W, C]. CutMix is a bit-exact paste; Mixup is own·(1 - lam0) + partner·lam0 in
+        float64, rounded to the nearest level, halves upwards.
 
     Raises:
         ValueError: unequal sizes, a dtype other than uint8, a wrong shape, a value out of range, or
-            kind 3 (mixing by other means cannot be repeated).
+            kind 3 (mixing by other means cannot be reproduced).
     """
     shapes = {np.shape(image) for image in images}
     _check(len(shapes) == 1, "images", shapes, "of one size; resize them first")
@@ -86,7 +91,9 @@ def mix_images(images, partner, box, kind, lam0):
     return mixed
 
 
-def dense(labels, partner_labels, lam0, num_classes, smoothing=0.0):
+def dense(
+    labels: ArrayLike, partner_labels: ArrayLike, lam0: ArrayLike, num_classes: int, smoothing: float = 0.0
+) -> np.ndarray:
     """y = λ·v_a + (1 - λ)·v_b with smoothed one-hots v (Eq. 2 and Algorithm 1 of arXiv 2211.15846).
 
     Args:
@@ -103,15 +110,28 @@ def dense(labels, partner_labels, lam0, num_classes, smoothing=0.0):
         ValueError: a label, lam0 or smoothing is out of range, or an argument is not [B].
     """
     _check(0 <= smoothing < 1, "smoothing", smoothing, "in [0, 1)")
-    size = len(labels)
+    size = len(np.asarray(labels))
     labels = _column("labels", labels, size, 0, num_classes - 1)
     partner_labels = _column("partner_labels", partner_labels, size, 0, num_classes - 1)
     one_hot = (1 - smoothing) * np.eye(num_classes) + smoothing / num_classes
     lam = _weight(lam0, size)[:, None]
-    return lam * one_hot[partner_labels] + (1 - lam) * one_hot[labels]
+    mixed: NDArray[np.float64] = lam * one_hot[partner_labels] + (1 - lam) * one_hot[labels]
+    return mixed
 
 
-def lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, *, box=None, r_r=0.4, r_s=0.1, apply_to="cutmix"):
+def lumix_lam(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    partner_labels: ArrayLike,
+    lam0: ArrayLike,
+    kind: ArrayLike,
+    lam_r: ArrayLike,
+    *,
+    box: ArrayLike | None = None,
+    r_r: float = 0.4,
+    r_s: float = 0.1,
+    apply_to: str = "cutmix",
+) -> np.ndarray:
     """λ = (1 - r_r - r_s)·λ0 + r_r·λ_r + r_s·λ_s, clamped to [0, 1] (Eqs. 3 and 5 of arXiv 2211.15846).
 
     Args, Raises:
@@ -129,23 +149,23 @@ def lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, *, box=None, r_
 
 
 def lumix_loss(
-    logits,
-    labels,
-    partner_labels,
-    lam0,
-    kind,
-    lam_r,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    partner_labels: ArrayLike,
+    lam0: ArrayLike,
+    kind: ArrayLike,
+    lam_r: ArrayLike,
     *,
-    box=None,
-    r_r=0.4,
-    r_s=0.1,
-    eta=1.0,
-    smoothing=0.0,
-    base="softmax",
-    bce_reduction="mean",
-    detach_lam_s=True,
-    apply_to="cutmix",
-):
+    box: ArrayLike | None = None,
+    r_r: float = 0.4,
+    r_s: float = 0.1,
+    eta: float = 1.0,
+    smoothing: float = 0.0,
+    base: str = "softmax",
+    bce_reduction: str = "mean",
+    detach_lam_s: bool = True,
+    apply_to: str = "cutmix",
+) -> tuple[np.ndarray, np.ndarray]:
     """L = L0 + η·Σ_{k∈{a,b}} y_k·(1 - p_k) and its gradient, per sample (Eqs. 6 and 7 of arXiv 2211.15846).
 
     Args:
@@ -155,14 +175,14 @@ def lumix_loss(
         lam0: float [B] in [0, 1], weight of the partner.
         kind: int [B]: 0 none, 1 Mixup, 2 CutMix, 3 mixed by other means.
         lam_r: float [B], the noise λ_r as drawn, any range.
-        box: int [B, 4] or None; needed only where lam0 is not counted from it (correct_lam=False), to
-            find the empty boxes.
+        box: int [B, 4] or None; needed only where lam0 is not computed from it (correct_lam=False), to find
+            the empty boxes.
         r_r, r_s: ratios of λ_r and λ_s, ≥ 0 with a sum ≤ 1.
         eta: η, weight of the regulariser R.
         smoothing: ε in [0, 1).
         base: "softmax" or "bce" (sigmoid BCE on y; λ_s and R keep the softmax).
         bce_reduction: "mean" or "sum" over the K classes of the BCE part.
-        detach_lam_s: the gradient holds λ_s fixed; False lets it through.
+        detach_lam_s: treat λ_s as a constant in the gradient.
         apply_to: "cutmix": λ and R for CutMix samples; "all": for every mixed sample.
 
     Returns:
@@ -170,7 +190,7 @@ def lumix_loss(
         divided by B) with respect to its logits.
 
     Raises:
-        ValueError: an argument has another shape, an unknown value, or is out of range.
+        ValueError: an argument has a wrong shape, an unknown value, or is out of range.
 
     Note:
         Readings of the paper: b is an OR of the labels (Eq. 8 has AND); R is summed over the classes;
@@ -196,50 +216,55 @@ def lumix_loss(
 
     classes = np.arange(z.shape[1])
     y_pos = y * ((classes == a[:, None]) | (classes == b[:, None]))
-    eta = eta * applies
-    loss = loss + eta * (y_pos * (1 - p)).sum(1)
-    grad = grad + eta[:, None] * p * ((y_pos * p).sum(1, keepdims=True) - y_pos)
+    etas = eta * applies
+    loss = loss + etas * (y_pos * (1 - p)).sum(1)
+    grad = grad + etas[:, None] * p * ((y_pos * p).sum(1, keepdims=True) - y_pos)
 
     if not detach_lam_s:
         rows, gap = np.arange(len(z)), _gap(z, b, a)
-        # a clamped λ is constant; λ_s(1 - λ_s) as two sigmoids keeps its digits when λ_s is close to 1
+        # a clamped λ is constant; two sigmoids for λ_s(1 - λ_s) keep its digits when λ_s is close to 1
         dlam = r_s * _sigmoid(gap) * _sigmoid(-gap) * (applies & (0 < lam) & (lam < 1))
-        dloss = (1 - smoothing) * (-scale * gap + eta * (p[rows, b] - p[rows, a]))
+        dloss = (1 - smoothing) * (-scale * gap + etas * (p[rows, b] - p[rows, a]))
         grad[rows, a] += dlam * dloss
         grad[rows, b] -= dlam * dloss
     return loss, grad
 
 
-def _applies(lam0, kind, box, apply_to):
+def _applies(lam0: np.ndarray, kind: ArrayLike, box: ArrayLike | None, apply_to: str) -> np.ndarray:
     """Which samples get λ and R: bool [B]."""
     _check(apply_to in ("cutmix", "all"), "apply_to", apply_to, '"cutmix" or "all"')
     kind = _column("kind", kind, len(lam0), NONE, OTHER)
-    chosen = kind == CUTMIX if apply_to == "cutmix" else kind != NONE
+    chosen: NDArray[np.bool_] = kind == CUTMIX if apply_to == "cutmix" else kind != NONE
     chosen = chosen & (0 < lam0) & (lam0 < 1)
     if box is None:
         return chosen
     y0, x0, y1, x1 = _array("box", box, (len(lam0), 4)).T
-    # the other kinds have no box, so theirs says nothing
-    return chosen & ((kind != CUTMIX) | ((y0 < y1) & (x0 < x1)))
+    # other kinds have no box, so its content does not matter
+    chosen &= (kind != CUTMIX) | ((y0 < y1) & (x0 < x1))
+    return chosen
 
 
-def _inside(box, size):
+def _inside(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Pixels of the box: bool [H, W]. Compared, not sliced: a negative index would wrap around."""
     y, x = np.ogrid[: size[0], : size[1]]
     y0, x0, y1, x1 = box
-    return (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
+    inside: NDArray[np.bool_] = (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1)
+    return inside
 
 
-def _gap(z, labels, partner_labels):
+def _gap(z: NDArray[np.float64], labels: np.ndarray, partner_labels: np.ndarray) -> NDArray[np.float64]:
     rows = np.arange(len(z))
-    return z[rows, partner_labels] - z[rows, labels]
+    gap: NDArray[np.float64] = z[rows, partner_labels] - z[rows, labels]
+    return gap
 
 
-def _sigmoid(x):
-    return np.exp(-np.logaddexp(0, -x))
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.exp(-np.logaddexp(0.0, -x))
 
 
-def _scores(logits, labels, partner_labels):
+def _scores(
+    logits: ArrayLike, labels: ArrayLike, partner_labels: ArrayLike
+) -> tuple[NDArray[np.float64], np.ndarray, np.ndarray]:
     logits = np.asarray(logits, np.float64)
     _check(logits.ndim == 2, "logits", logits.shape, "[B, K]")
     size, num_classes = logits.shape
@@ -250,21 +275,21 @@ def _scores(logits, labels, partner_labels):
     )
 
 
-def _weight(lam0, size):
+def _weight(lam0: ArrayLike, size: int) -> NDArray[np.float64]:
     return _column("lam0", lam0, size, 0, 1).astype(np.float64)
 
 
-def _column(name, values, size, low=-np.inf, high=np.inf):
+def _column(name: str, values: ArrayLike, size: int, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
     values = _array(name, values, (size,))
     _check(((low <= values) & (values <= high)).all(), name, values, f"in [{low}, {high}]")
     return values
 
 
-def _array(name, values, shape):
+def _array(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     _check(np.shape(values) == shape, name, np.shape(values), f"of shape {shape}")
     return np.asarray(values)
 
 
-def _check(ok, name, value, expected):
+def _check(ok: bool | np.bool_, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value}; it must be {expected}")

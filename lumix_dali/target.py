@@ -1,7 +1,7 @@
-"""MixTarget: what the graph drew for a batch, as the training loop and the loss see it.
+"""MixTarget: what was drawn for a batch, as the training loop and the loss see it.
 
-Neither torch nor DALI is imported here: in a pipeline definition the fields are DataNodes, from the loader
-they are tensors, and the methods below are for tensors.
+This module imports neither PyTorch nor DALI. The fields are DataNodes in a pipeline definition and tensors in a batch
+from the loader; the methods are for tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ class Kind(IntEnum):
     """What was drawn for a sample.
 
     Note:
-        In code for ``torch.compile`` write ``target.kind == int(Kind.CUTMIX)``: it takes a tensor to differ from any
-        member of an enum (torch 2.14.1).
+        In code for ``torch.compile`` write ``target.kind == int(Kind.CUTMIX)``: compiled code treats a tensor as
+        unequal to every enum member (torch 2.14.1).
     """
 
     NONE = 0
@@ -25,7 +25,7 @@ class Kind(IntEnum):
 
 
 class MixTarget(NamedTuple):
-    """Labels of a mixed batch: which two classes, how much of each, and where.
+    """Labels of a mixed batch: the two classes of each sample, their weights, and where each lies.
 
     `lam0` is the weight of the *partner*, λ0 of LUMix (arXiv 2211.15846, Eq. 1 and 3). timm and torchvision
     weigh the canvas instead: `lam_timm = 1 - lam0`.
@@ -37,12 +37,12 @@ class MixTarget(NamedTuple):
             weight for Mixup, 0 where nothing is mixed.
         box: int32 [B, 4], the pasted pixels as half-open (y0, x0, y1, x1); zeros unless `kind` is 2.
         kind: int32 [B], what was drawn: a `Kind`.
-        partner: int64 [B], place in the batch of the image mixed in, so that anything else that belongs to the
-            samples can be mixed alike (`mix`). Where `lam0` is 0 it means nothing.
+        partner: int64 [B], index in the batch of the image mixed in, with which `mix` mixes anything else that belongs
+            to the samples. It has no meaning where `lam0` is 0.
 
     Note:
-        This is a tuple of six fields: `target[2]` is `lam0` and `len(target)` is 6. `select` takes rows, after
-        which `partner` still names places of the whole batch.
+        This is a tuple of six fields: `target[2]` is `lam0` and `len(target)` is 6. Use `select` to take rows;
+        `partner` then still refers to indices of the whole batch.
     """
 
     labels: Any
@@ -63,19 +63,19 @@ class MixTarget(NamedTuple):
         return self.labels.shape
 
     def size(self, dim: int | None = None) -> Any:
-        """Shape of the labels, as a LongTensor target has it: `size(0)` is B."""
+        """Shape of the labels, as for a LongTensor target: `size(0)` is B."""
         return self.labels.shape if dim is None else self.labels.shape[dim]
 
     def select(self, index: Any) -> MixTarget:
-        """The rows that a slice, a boolean mask or a list or tensor of row numbers picks out."""
+        """The rows selected by a slice, a boolean mask, or a list or tensor of row numbers."""
         return MixTarget(*(field[index] for field in self))
 
     def to(self, *args: Any, **kwargs: Any) -> MixTarget:
-        """Moves every field, in each form that `torch.Tensor.to` takes.
+        """Moves every field; takes every form of arguments that `torch.Tensor.to` takes.
 
         Args:
             args, kwargs: (device), (dtype), (device, dtype) or (tensor), with `non_blocking` and `copy`. A
-                dtype touches `lam0` alone: labels, box and kind stay integers.
+                dtype applies only to `lam0`: the other fields stay integers.
         """
         lam0 = self.lam0.to(*args, **kwargs)
         # In each of Tensor.to's forms the first positional bool is non_blocking.
@@ -98,17 +98,17 @@ class MixTarget(NamedTuple):
         return MixTarget(*(field.pin_memory() for field in self))
 
     def mix(self, values: Any) -> Any:
-        """Mixes what else belongs to the samples: ``(1 - lam0)·values + lam0·values[partner]`` (LUMix Eq. 2).
+        """Mixes other values that belong to the samples: ``(1 - lam0)·values + lam0·values[partner]`` (LUMix Eq. 2).
 
         Args:
-            values: floating point [B, ...], such as soft or multi-hot labels, or a teacher's outputs for the
-                unmixed images, on the device of `lam0`.
+            values: floating point [B, ...] on the device of `lam0`, such as soft or multi-hot labels, or a teacher's
+                outputs for the unmixed images.
 
         Returns:
-            A tensor as `values`.
+            A tensor of the shape and dtype of `values`.
 
         Raises:
-            ValueError: `values` are no floating point numbers, or not B of them.
+            ValueError: `values` is not floating point, or does not have B rows.
 
         Example:
             >>> import torch
@@ -124,15 +124,15 @@ class MixTarget(NamedTuple):
                 f"({self.lam0.shape[0]})"
             )
         weight = self.lam0.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-        # Not lerp: 0 · inf is NaN, and a weight of 0 must leave a sample as it is.
+        # Not lerp: 0 · inf is NaN, and a weight of 0 must leave a sample unchanged.
         partners = values[self.partner]
         return ((1 - weight) * values).where(weight < 1, 0) + (weight * partners).where(weight > 0, 0)
 
     def dense(self, num_classes: int, smoothing: float = 0.0) -> Any:
-        """The plain soft target `lam0·v_a + (1 - lam0)·v_b` of CutMix and Mixup, for any other loss.
+        """The soft target `lam0·v_a + (1 - lam0)·v_b` of plain CutMix and Mixup, for any other loss.
 
         Args:
-            num_classes: K, more than the largest label.
+            num_classes: K, greater than the largest label.
             smoothing: ε in [0, 1); off = ε/K, on = 1 - ε + off, as timm smooths.
 
         Returns:

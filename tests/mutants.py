@@ -5,6 +5,9 @@
 
 A fault counts as caught when one of its tests fails; a crash, a timeout or tests that cannot be collected do
 not count. The same tests must pass on the unchanged copy first, or every fault would look caught.
+
+mutmut makes the simple faults of the pure modules (``[tool.mutmut]`` in pyproject.toml). Here are only those that it
+cannot make: in graphs of DALI and in programs, and wrong formulas and exchanged variables elsewhere.
 """
 
 import os
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "data", "runs")
+LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "data", "mutants", "runs")
 SECONDS = 300
 
 
@@ -65,8 +68,6 @@ TRAINED = tests("contracts", "no_cpu_operator_of_training_reads_gpu_data")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_equals_the_oracle")
 MASKED = tests("loss", "a_masked_class_in_the_target_without_weight_is_pytorchs")
-TWICE = tests("loss", "second_derivatives_are_those_of_finite_differences")
-TRANSFORMS = tests("loss", "torch_func_gives_the_oracles_loss_and_gradient")
 SCHEDULE = tests("loss", "a_schedule_compiles_once_more_for_leaving_zero")
 SHARES = tests("loss", "shares_above_one_are_refused_by_the_next_loss")
 LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
@@ -188,8 +189,8 @@ MUTANTS = [
     Mutant(
         "minmax with its upper end",
         FN,
-        "uniform[0] * (most - least)",
-        "uniform[0] * (most - least + 1)",
+        "uniform[0] * (longest - shortest)",
+        "uniform[0] * (longest - shortest + 1)",
         tests("fn_law", "minmax_boxes"),
     ),
     # who, and whether
@@ -275,24 +276,9 @@ MUTANTS = [
         tests("fn", "gpu_graph_keeps_to_the_budget"),
     ),
     Mutant("mode='pair' taken for batch", LAW, "self.mode not in get_args(Mode)", 'self.mode[0] not in "ebp"', BAD),
-    Mutant("α below 0 switches off", LAW, "0 <= float(alpha)", "-1e9 < float(alpha)", BAD),
     # the plan of a batch
     Mutant("the host's own partner", LAW, "if (partner != places).all():", "if True:", LAWS["partners"]),
     Mutant("the host's side without the square root", LAW, "np.sqrt(lam)[:, None]", "lam[:, None]", LAWS["boxes"]),
-    Mutant(
-        "the host's odd sides off by one",
-        LAW,
-        "low = centres - sides // 2",
-        "low = centres - (sides + 1) // 2",
-        LAWS["boxes"],
-    ),
-    Mutant(
-        "the host's box is not clipped at the far edge",
-        LAW,
-        "np.clip(low + sides, 0, size)",
-        "low + sides",
-        LAWS["patches"],
-    ),
     Mutant(
         "one centre for both axes on the host",
         LAW,
@@ -300,9 +286,12 @@ MUTANTS = [
         "rng.random((len(lam), 1))",
         LAWS["boxes"],
     ),
-    Mutant("minmax with its upper end on the host", LAW, "* (most - least))", "* (most - least + 1))", LAWS["minmax"]),
     Mutant(
-        "minmax never reaches the far edge on the host", LAW, "(size - sides + 1)", "(size - sides)", LAWS["minmax"]
+        "minmax with its upper end on the host",
+        LAW,
+        "* (longest - shortest))",
+        "* (longest - shortest + 1))",
+        LAWS["minmax"],
     ),
     Mutant(
         "switch_prob not a share of prob on the host",
@@ -318,13 +307,6 @@ MUTANTS = [
         "rng.beta(mixing.mixup_alpha, mixing.mixup_alpha,",
         "rng.beta(mixing.cutmix_alpha, mixing.cutmix_alpha,",
         LAWS["kinds"],
-    ),
-    Mutant(
-        "batch mode draws per sample on the host",
-        LAW,
-        'n if mixing.mode == "elem" else 1',
-        "n",
-        tests("mixing_law", "a_batch_has_one_draw_and_many_partners"),
     ),
     Mutant(
         "a box left in samples of other kinds on the host", LAW, "boxes * is_cutmix[:, None]", "boxes", LAWS["occur"]
@@ -424,13 +406,6 @@ MUTANTS = [
         "((1 - weight) * values).where(weight < 1, 0) + (weight * partners)",
         "(weight * values).where(weight < 1, 0) + ((1 - weight) * partners)",
         tests("target", "mix_is_the_weighted_sum_of_rows"),
-    ),
-    Mutant(
-        "mix: a weight of 0 is 0·∞",
-        TARGET,
-        ".where(weight > 0, 0)",
-        "",
-        tests("target", "mix_leaves_what_is_not_mixed_as_it_is"),
     ),
     Mutant(
         "mix: the partners' places are not used",
@@ -648,13 +623,6 @@ MUTANTS = [
         "smoothing / (num_classes - 1))",
         DENSE,
     ),
-    Mutant(
-        "a dtype casts the labels",
-        TARGET,
-        'kwargs.pop("dtype", None)',
-        'kwargs.get("dtype")',
-        tests("target", "to_takes_torchs_forms_and_a_dtype_touches_lam0_alone"),
-    ),
     # the loss
     Mutant(
         "λ0 ↔ 1 - λ0 in the loss",
@@ -682,17 +650,8 @@ MUTANTS = [
         ORACLE,
     ),
     Mutant("R without smoothing's share", LOSS, "if self.smoothing:  # the same class", "if False:  #", ORACLE),
-    Mutant("λ not clamped", LOSS, "lam.clamp(0, 1)", "lam", LAM),
     Mutant("λ_s of the other class", LOSS, "sigmoid(a - b)", "sigmoid(b - a)", LAM),
-    Mutant("λ0 keeps r_s' share", LOSS, "rest = 1 - self.r_r - self.r_s", "rest = 1 - self.r_r", LAM),
-    Mutant("empty box gets λ", LOSS, "(y0 < y1) & (x0 < x1)", "(y0 <= y1) & (x0 <= x1)", LAM),
     Mutant("λ0 of 0 or 1 gets λ", LOSS, "torch.logical_and(active, lam0.frac())", "active", LAM),
-    Mutant("apply_to swapped", LOSS, 'if self.apply_to == "cutmix" else', 'if self.apply_to == "all" else', LAM),
-    Mutant(
-        "lam_r ignored", LOSS, "self.draw(columns) if lam_r is None else lam_r.to(lam.dtype)", "self.draw(columns)", LAM
-    ),
-    Mutant("λ_s always attached", LOSS, "z.detach() if self.detach_lam_s else z", "z", ORACLE),
-    Mutant("λ_s always detached", LOSS, "z.detach() if self.detach_lam_s else z", "z.detach()", ORACLE),
     Mutant(
         "a clamped λ passes λ_s' gradient on",
         LOSS,
@@ -700,11 +659,8 @@ MUTANTS = [
         "lam + (lam.clamp(0, 1) - lam).detach(), lam0)",
         ORACLE,
     ),
-    Mutant("the hinge pulls as if p were 0", LOSS, "torch.addcmul(weights, hinge, logp.exp())", "weights", ORACLE),
-    Mutant("λ_s does not feel the hinge", LOSS, "None if hinge is None else -grad * torch.expm1(logp)", "None", ORACLE),
     Mutant("smoothing on ↔ off", LOSS, "weights = (1 - self.smoothing) *", "weights = self.smoothing *", ORACLE),
     Mutant("smoothing's sign wrong", LOSS, "total.add(rows", "total.sub(rows", ORACLE),
-    Mutant("BCE: sum ↔ mean", LOSS, 'if self.bce_reduction == "mean"', 'if self.bce_reduction == "sum"', ORACLE),
     Mutant("BCE without smoothing", LOSS, "loss = loss.sub(z.mean(1), alpha=self.smoothing)", "pass", ORACLE),
     Mutant("gradient without smoothing's share", LOSS, ".sub_(grad * (ctx.smoothing / p.shape[1]))", "", ORACLE),
     Mutant(
@@ -720,20 +676,6 @@ MUTANTS = [
         "c.clamp(torch.minimum(a, b), torch.maximum(a, b))",
         "torch.minimum(a, b)",
         tests("loss", "noise_follows_its_law"),
-    ),
-    Mutant(
-        "sum for mean over the batch",
-        LOSS,
-        "total / -len(all_logp) if mean",
-        "-total if mean",
-        tests("loss", "reductions"),
-    ),
-    Mutant(
-        "check_target lets K through",
-        LOSS,
-        "(labels < num_classes)",
-        "(labels <= num_classes)",
-        tests("loss", "check_target_names_the_first_wrong_value"),
     ),
     Mutant(
         "check_target lets -100 through",
@@ -770,28 +712,6 @@ MUTANTS = [
         "columns",
         tests("loss", "two_masked_classes_are_infinite_and_not_nan"),
     ),
-    Mutant("second derivatives of constants", LOSS, "torch.is_grad_enabled() or _is_batched", "_is_batched", TWICE),
-    Mutant(
-        "λ's own derivative is counted twice",
-        LOSS,
-        "tensor if tensor is None else tensor.view_as(tensor)",
-        "tensor",
-        TWICE,
-    ),
-    Mutant(
-        "torch.func meets an autograd.Function",
-        LOSS,
-        "torch._C._are_functorch_transforms_active()\n",
-        "False\n",
-        TRANSFORMS,
-    ),
-    Mutant(
-        "batched gradients are added in place",
-        LOSS,
-        "or _is_batched(grad)",
-        "",
-        tests("loss", "vmap_over_models_and_over_backward_passes"),
-    ),
     Mutant(
         "a schedule of floats",
         LOSS,
@@ -806,7 +726,6 @@ MUTANTS = [
         "torch.inference_mode(torch.is_inference_mode_enabled())",
         tests("loss", "a_number_set_in_inference_mode_serves_in_training"),
     ),
-    Mutant("shares above 1", LOSS, "if rest > -1e-9 else None", "", SHARES),
     Mutant(
         "the shares' sum is checked too early",
         LOSS,
@@ -987,8 +906,8 @@ MUTANTS = [
     Mutant(
         "a batch is copied on its way out",
         LOADER,
-        "(torch.from_dlpack(output.as_tensor()) for",
-        "(torch.from_dlpack(output.as_tensor()).clone() for",
+        "(from_dlpack(output.as_tensor()) for",
+        "(from_dlpack(output.as_tensor()).clone() for",
         tests("gpu", "batches_are_dalis_own_memory"),
     ),
     Mutant(

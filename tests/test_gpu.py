@@ -123,7 +123,7 @@ def test_batches_are_dalis_own_memory(files, where, monkeypatch):
         given.add((tensor.untyped_storage().data_ptr(), tensor.data_ptr()))
         return tensor
 
-    monkeypatch.setattr(torch, "from_dlpack", recorded)
+    monkeypatch.setattr("lumix_dali.loading.loader.from_dlpack", recorded)
     images, target = next(iter(make(files, where, channels_last=True, **MIX)))
     tensors = (images, *target)
     assert {tensor.device for tensor in tensors} == {where}

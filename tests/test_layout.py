@@ -180,13 +180,49 @@ def test_nobody_asks_which_order_it_is(path):
     assert not [call.lineno for call in asked if re.search(r"\b(Order|Window)\b", ast.unparse(call))]
 
 
-def test_the_wheel_has_every_package_and_the_marker_of_types(monkeypatch):
-    import setuptools
+@pytest.fixture(scope="module")
+def distribution():
+    """The package's metadata, as setuptools reads it from pyproject.toml and setup.py."""
+    from setuptools import distutils
 
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
-    exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return distutils.core.run_setup("setup.py", stop_after="config")
+
+
+def test_the_wheel_has_every_package_and_the_marker_of_types(distribution):
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lumix_dali").rglob("__init__.py")}
-    assert set(given["packages"]) == folders >= {"lumix_dali", "lumix_dali.data", "lumix_dali.loading"}
-    assert "py.typed" in given["package_data"]["lumix_dali"]
+    assert set(distribution.packages) == folders >= {"lumix_dali", "lumix_dali.data", "lumix_dali.loading"}
+    assert "py.typed" in distribution.package_data["lumix_dali"]
     assert (ROOT / "lumix_dali/py.typed").exists()
+
+
+def test_the_package_page_has_no_dead_links(distribution):
+    page = distribution.metadata.long_description
+    assert "# lumix_dali" in page
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert "https://arxiv.org/abs/2211.15846" in links
+    assert [link for link in links if not link.startswith("https://")] == []
+
+
+def test_the_version_is_the_packages(distribution):
+    import lumix_dali
+
+    assert distribution.metadata.version == lumix_dali.__version__
+    assert f"\nversion: {lumix_dali.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_command_tells_the_packages_version(distribution, capsys):
+    from lumix_dali import cli
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"lumix-dali {distribution.metadata.version}\n"
+
+
+def test_plain_make_lists_every_target_and_runs_none(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (targets,) = re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(["make"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE) == targets.split()
+    assert [path.name for path in tmp_path.iterdir()] == ["Makefile"]

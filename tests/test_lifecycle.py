@@ -108,7 +108,7 @@ def test_closed_loaders_and_iterators_say_so(folder):
     loader.close()
     with pytest.raises(RuntimeError, match="this iteration was abandoned"):
         next(batches)
-    with pytest.raises(ValueError, match=r"closed; make a new one with create_loader"):
+    with pytest.raises(ValueError, match=r"closed; create a new one with create_loader"):
         iter(loader)
     loader.close()  # twice does no harm
 
@@ -190,7 +190,7 @@ def test_use_after_a_fork_is_an_error_not_a_hang(folder):
         folder,
     )
     out, _ = process.communicate(timeout=60)
-    assert out.count("make a loader of its own in each process") == 2
+    assert out.count("create a separate loader in each process") == 2
 
 
 def test_other_threads_may_iterate(folder):

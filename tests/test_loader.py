@@ -365,7 +365,7 @@ def test_close(make, ramp_files):
         next(iterator)
     with pytest.raises(RuntimeError, match="this iteration was abandoned"):
         next(iterator)
-    with pytest.raises(ValueError, match="loader: it is closed; make a new one with create_loader"):
+    with pytest.raises(ValueError, match="loader: it is closed; create a new one with create_loader"):
         iter(loader)
     loader.close()
 
@@ -445,7 +445,7 @@ def test_every_state_of_an_augmented_stream_leads_to_the_same(make, ramp_files):
         resumed.load_state_dict(state)
         assert_same(stream(itertools.islice(itertools.chain(resumed, resumed), 5 - place)), batches[place + 1 :])
     other = make(ramp_files, **options | {"re_prob": 0.25})
-    with pytest.raises(ValueError, match=r"it is another loader's: re_prob was 0\.5 and is 0\.25"):
+    with pytest.raises(ValueError, match=r"it belongs to another loader: re_prob was 0\.5 and is 0\.25"):
         other.load_state_dict(states[0])
 
 
@@ -542,7 +542,9 @@ def state(make, ramp_files):
 )
 def test_a_state_of_another_loader_is_refused(make, ramp_files, state, changed, named):
     other = make(ramp_files, **STATE_OPTIONS | changed)
-    with pytest.raises(ValueError, match=f"state: it is another loader's: .*{named}.*Make the loader as it was"):
+    with pytest.raises(
+        ValueError, match=f"state: it belongs to another loader: .*{named}.*Create the loader as it was"
+    ):
         other.load_state_dict(state)
     assert other.state_dict()["place"][:2] == (0, 0)
 
@@ -621,7 +623,7 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
 
 @pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/1"}, b"state"])
 def test_another_format_is_named(make, ramp_files, other):
-    with pytest.raises(ValueError, match=r"state: its format is .*, this version reads 'lumix_dali.loader/3'"):
+    with pytest.raises(ValueError, match=r"state: its format is .*, but this version reads 'lumix_dali.loader/3'"):
         make(ramp_files).load_state_dict(other)
 
 
@@ -869,7 +871,7 @@ def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
         ({"std": (1, 1)}, r"std=\(1, 1\): give three numbers"),
         ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\): give three numbers.*above 0"),
         ({"device": "tpu"}, "device='tpu': give 'auto', 'cpu', 'cuda' or 'cuda:N'"),
-        ({"device": "cuda:99"}, r"device='cuda:99': torch sees \d+ GPU\(s\) here; give 'cpu' or 'auto'"),
+        ({"device": "cuda:99"}, r"device='cuda:99': PyTorch sees \d+ GPU\(s\) here; give 'cpu' or 'auto'"),
         ({"device": "mps"}, "device='mps'"),
         ({"cutmix_alpha": -1}, "cutmix_alpha=-1: give a finite number > 0"),
         ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: give a finite number > 0"),
@@ -903,7 +905,7 @@ def test_a_bad_argument_is_named(ramp_files, options, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(ramp_files):
     for device in ("cuda", "cuda:0", torch.device("cuda:0")):
-        with pytest.raises(ValueError, match=r"device=.*cuda.*: torch sees 0 GPU\(s\) here; give 'cpu' or 'auto'"):
+        with pytest.raises(ValueError, match=r"device=.*cuda.*: PyTorch sees 0 GPU\(s\) here; give 'cpu' or 'auto'"):
             create_loader(ramp_files, batch_size=4, device=device)
     assert create_loader(ramp_files, batch_size=4).device == torch.device("cpu")
 

@@ -421,7 +421,7 @@ def test_other_data_are_refused(split, name, whole, data, tmp_path):
     other = shutil.copytree(data, tmp_path / "other")
     file = next((other / split / "red").iterdir())
     file.rename(file.with_name("another.png"))
-    with pytest.raises(ValueError, match=f"{name} data, state: it is another loader's: data was"):
+    with pytest.raises(ValueError, match=f"{name} data, state: it belongs to another loader: data was"):
         train.main(argv(other, tmp_path, *NOISY, "--resume"))
 
 

@@ -291,7 +291,7 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
         source = sorted(map(str, copy.glob(f"*{SUFFIX[kind]}")))[::-1]
     else:
         options |= {"window": 7}
-    with pytest.raises(ValueError, match=r"state: it is another loader's: .*(data|window) was"):
+    with pytest.raises(ValueError, match=r"state: it belongs to another loader: .*(data|window) was"):
         make(source, **options).load_state_dict(state)
 
 
@@ -398,8 +398,8 @@ def test_a_shard_that_changed_before_it_was_opened_is_an_error(copy, kind, chang
         os.truncate(path, 1000)
     else:
         path.unlink()
-    message = {"cut": "its size is not what it was", "gone": "No such file or directory; it was there"}[change]
-    with pytest.raises(ValueError, match=f"source='{path}': {message} when the run began"):
+    message = {"cut": "its size has changed since", "gone": "No such file or directory; it existed when"}[change]
+    with pytest.raises(ValueError, match=f"source='{path}': {message} the run began"):
         list(loader)
 
 
@@ -450,19 +450,19 @@ def test_shards_of_no_use(copy, kind):
         with pytest.raises(ValueError, match=message):
             make(source)
 
-    refused("give shards of one kind, each of them once", [first, first])
-    refused("give shards of one kind, each of them once", [copy / "a.tar", copy / "b.tfrecord"])
+    refused("give shards of one kind, each only once", [first, first])
+    refused("give shards of one kind, each only once", [copy / "a.tar", copy / "b.tfrecord"])
     refused("no such file; give one that exists", [copy / f"nowhere{suffix}"])
     refused(f"source='{copy}/nowhere': No such file or directory; give a folder", [copy / "nowhere" / f"a{suffix}"])
     refused(f"source='{copy}/nowhere{suffix}': no such folder or list file", copy / f"nowhere{suffix}")
-    refused("no shard's name matches; give a pattern of files that exist", copy / f"none*{suffix}")
-    refused("nothing in it; give one sample at least", [])
+    refused("it matches no shard; give a pattern that matches existing files", copy / f"none*{suffix}")
+    refused("it is empty; give at least one sample", [])
     first.write_bytes(content[:1000])
     refused(f"source='{first}': .*cut short.*; repair or remove it")
     first.write_bytes(b"")
     refused(f"source='{first}': no sample in it")
     first.write_bytes((copy / f"shard-000004{suffix}").read_bytes())
-    refused(f"source='{first}': 3 samples in it, 5 in its description")
+    refused(f"source='{first}': it contains 3 samples, its description says 5")
     first.write_bytes(content)
     for damage in ("{", "{}", "[]", '{"format": "x"}', "x", '{"format": "lumix_dali.shards/1", "complete": true}'):
         (copy / "shards.json").write_text(damage)
@@ -588,9 +588,9 @@ def test_a_folder_of_something_else_is_left_alone(files, converted, tmp_path):
     copy = shutil.copytree(converted, tmp_path / "copy")
     before = contents(copy)
     for options, named in [({"seed": 1}, "seed"), ({"shard_size": 6}, "shard_size")]:
-        with pytest.raises(ValueError, match=f"it holds shards of another {named}; give a new one"):
+        with pytest.raises(ValueError, match=f"it contains shards of another {named}; give a new folder"):
             convert(files, copy, **{"shard_size": 5} | options)
-    with pytest.raises(ValueError, match="it holds shards of another digest"):
+    with pytest.raises(ValueError, match="it contains shards of another digest"):
         convert(sources.Files(files.root, files.names[1:], files.labels[1:], files.classes), copy, shard_size=5)
     assert contents(copy) == before
     for damage in ("[]", "x", "3"):
@@ -599,7 +599,7 @@ def test_a_folder_of_something_else_is_left_alone(files, converted, tmp_path):
             convert(files, copy, shard_size=5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"'a\.txt' is in it; give an empty or a new folder"):
+    with pytest.raises(ValueError, match=r"it contains 'a\.txt'; give an empty or a new folder"):
         convert(files, tmp_path / "full")
     with pytest.raises(ValueError, match=r"out='s3://b/p': shards are written to a local folder; upload that"):
         convert(files, "s3://b/p")
@@ -620,10 +620,10 @@ def test_the_command(tmp_path, capsys):
     loader = make(tmp_path / "out", is_training=False)
     assert (sorted(labels_of(loader)), loader.classes) == ([0] * 4 + [1] * 4, ["cat", "dog"])
     assert main(command) == 2
-    assert "it holds shards of another shard_size" in capsys.readouterr().err
+    assert "it contains shards of another shard_size" in capsys.readouterr().err
     assert main(["show", str(tmp_path / "out"), "-o", str(tmp_path / "a.png"), "--count", "4"]) == 0
     assert main(["convert", str(tmp_path / "out"), "--out", str(tmp_path / "b")]) == 2
-    assert "these are no files; give a class folder" in capsys.readouterr().err
+    assert "it does not consist of image files; give a class folder" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "in" / "cat" / "shards")]) == 2
     assert "it lies in the source, which it would spoil; give another folder" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "in" / "cat")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "bad.jpg"]

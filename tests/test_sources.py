@@ -318,7 +318,7 @@ def test_the_parent_of_splits_is_warned_of(tmp_path, names):
     touch(tmp_path, *(f"{name}/cat/a.jpg" for name in names))
     with pytest.warns(UserWarning, match=f"its classes are {', '.join(sorted(names, key=str.lower))}") as caught:
         sources.load(tmp_path)
-    assert "is one of these folders the data set?" in str(caught[0].message)
+    assert "is the data set one of these folders?" in str(caught[0].message)
 
 
 def test_classes_named_like_splits_and_others_are_no_splits(tmp_path, recwarn):
@@ -380,12 +380,12 @@ def test_an_image_folder_of_torchvision(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (["a.jpg", "b.jpg"], r"'a\.jpg' is no shard; give \(path, label\) pairs for images, or a list file"),
+        (["a.jpg", "b.jpg"], r"'a\.jpg' is not a shard; for images, give \(path, label\) pairs or a list file"),
         ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
         ([("a.jpg", "cat")], "labels=.*: give 1 integers"),
         ([("a.jpg", -1)], "labels=.*: give 1 integers"),
         ([("a.jpg", 0.5)], "labels=.*: give 1 integers"),
-        ([], r"source=\[\]: nothing in it; give one sample at least"),
+        ([], r"source=\[\]: it is empty; give at least one sample"),
         ([1, 2], r"source: row 0 is int; give \(image, label\)"),
         ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.sources\.Rows\(rows"),
         (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),

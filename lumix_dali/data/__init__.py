@@ -1,1 +1,1 @@
-"""Which samples there are, where their bytes lie, and in which order they are read."""
+"""Which samples exist, where their bytes are, and the order in which they are read."""

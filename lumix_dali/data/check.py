@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -24,10 +24,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..progress import Progress
 from . import formats, index, sources, storage
 from .formats import MAX_PIXELS, BadImage, Decoder
 from .sources import Files
 
+_Task = Callable[[list[Any]], dict[Any, Any]]
 _CHUNK = 256
 _DECODED = 32  # images that are decoded at once, and in memory
 
@@ -86,12 +88,12 @@ class Report:
 
 
 def scan(
-    source: str | os.PathLike,
+    source: storage.StrPath,
     *,
     full: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
-    progress: Callable[[Iterable, int], Iterable] = lambda chunks, total: chunks,
+    progress: Progress = lambda chunks, total: chunks,
 ) -> Report:
     """Looks at every file of a class folder, a list file or a manifest, or at every sample of shards.
 
@@ -131,11 +133,11 @@ def scan(
     )
 
 
-def _chunks(items: list, size: int) -> list[list]:
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _in_children(task: Callable[[list], dict], chunks: Sequence[list], workers: int) -> Iterator[dict]:
+def _in_children(task: _Task, chunks: Sequence[list[Any]], workers: int) -> Iterator[dict[Any, Any]]:
     """What `task` gives for each chunk, in order; an item on which its process dies gets that as its reason."""
     done = 0
     while done < len(chunks):
@@ -149,7 +151,7 @@ def _in_children(task: Callable[[list], dict], chunks: Sequence[list], workers: 
                     break
 
 
-def _bisected(task: Callable[[list], dict], chunk: list) -> dict:
+def _bisected(task: _Task, chunk: list[Any]) -> dict[Any, Any]:
     """What `task` gives for a chunk, from processes of their own for the halves of one that dies."""
     try:
         with _children(1) as pool:
@@ -175,7 +177,7 @@ def _initialize(parent: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _found(source: str | os.PathLike) -> tuple[Files, list[str], list[str]]:
+def _found(source: storage.StrPath) -> tuple[Files, list[str], list[str]]:
     """Samples, ignored names, and classes without any image."""
     if storage.is_remote(source):
         raise ValueError(f"source={os.fspath(source)!r}: remote files are not scanned; scan them before the upload")
@@ -272,8 +274,8 @@ class _Look(NamedTuple):
     warnings: list[str]
 
 
-def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress) -> list[_Look]:
-    chunks: list[list] = [[path] for path in paths]
+def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress: Progress) -> list[_Look]:
+    chunks: list[list[Any]] = [[path] for path in paths]
     found: dict[str, _Look] = {}
     contents = _in_children(partial(_look_at_shard, max_pixels=max_pixels), chunks, workers)
     for content in progress(contents, len(chunks)):
@@ -368,7 +370,11 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     folder, classes = os.path.dirname(paths[0]), None
     if os.path.exists(os.path.join(folder, sources.DESCRIPTION)):
         classes = sources.description(folder)["classes"]
-    names, labels, ignored, bad, files = [], [], [], {}, {}  # type: list, list, list, dict, dict
+    names: list[str] = []
+    labels: list[int] = []
+    ignored: list[str] = []
+    bad: dict[str, str] = {}
+    files: dict[str, int] = {}
     for shard, look in zip(shown, looks, strict=True):
         bad |= {f"{shard}/{name}".rstrip("/"): reason for name, reason in look.bad.items()}
         ignored += [f"{shard}/{name}" for name in look.ignored]

@@ -1,6 +1,7 @@
-"""``lumix-dali convert``: images as WebDataset shards, in random order.
+"""``lumix-dali convert``: writes images as WebDataset shards, in random order.
 
-Remote shards are shuffled within a window only, so the order in which they are written is the better part of it.
+Remote shards are shuffled only within a window, so most of the randomness comes from the order in which they are
+written.
 """
 
 from __future__ import annotations
@@ -9,32 +10,32 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ..progress import Progress
 from . import sources, storage
 from .formats import EXTENSIONS
 
 
 def convert(
     samples: sources.Files,
-    out: str | os.PathLike,
+    out: storage.StrPath,
     *,
     shard_size: int = 10_000,
     seed: int = 0,
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = lambda items, total: items,
 ) -> list[str]:
-    """Writes shards of `samples`, in an order drawn from `seed`; the images' bytes stay as they are.
+    """Writes shards of `samples` in an order drawn from `seed`; the bytes of the images stay unchanged.
 
-    Members are KEY.jpg (or another extension) and KEY.cls; KEY is the sample's number in `samples`.
-
-    A call that was interrupted goes on when it is made again: what has a shard's name is whole.
+    Members are KEY.jpg (or another extension) and KEY.cls, where KEY is the sample's number in `samples`. Repeating an
+    interrupted call resumes it: a file that has the name of a shard is complete.
 
     Args:
         samples: what to write.
-        out: folder, made where there is none.
+        out: folder, created if it does not exist.
         shard_size: samples per shard; the last one may have fewer.
         seed: of the order.
         progress: wraps the iterable of shards to write, given their number.
@@ -43,7 +44,7 @@ def convert(
         Paths of all shards.
 
     Raises:
-        ValueError: `out` is remote, or holds something else; or an argument is wrong.
+        ValueError: `out` is remote or contains something else, or an argument is invalid.
     """
     out = os.fspath(out)
     if storage.is_remote(out):
@@ -73,19 +74,19 @@ def convert(
     return paths
 
 
-def _begin(out: str | os.PathLike, plan: dict[str, Any]) -> None:
-    """Leaves `plan` in `out`, or finds it there."""
+def _begin(out: str, plan: dict[str, Any]) -> None:
+    """Writes `plan` to `out`, or checks that it is already there."""
     path = os.path.join(out, sources.DESCRIPTION)
     if os.path.exists(path):
         try:
             with open(path, encoding="ascii") as file:
                 before = dict(json.load(file))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"out={os.fspath(out)!r}: {sources.DESCRIPTION} is damaged; give a new folder") from error
+            raise ValueError(f"out={out!r}: {sources.DESCRIPTION} is damaged; give a new folder") from error
         if different := [key for key in plan if key != "complete" and before.get(key) != plan[key]]:
-            raise ValueError(f"out={os.fspath(out)!r}: it holds shards of another {different[0]}; give a new one")
+            raise ValueError(f"out={out!r}: it contains shards of another {different[0]}; give a new folder")
     elif others := sorted(os.listdir(out)):
-        raise ValueError(f"out={os.fspath(out)!r}: {others[0]!r} is in it; give an empty or a new folder")
+        raise ValueError(f"out={out!r}: it contains {others[0]!r}; give an empty or a new folder")
     else:
         _write_plan(path, plan)
 
@@ -97,7 +98,7 @@ def _write_shard(path: str, samples: sources.Files, indices: Sequence[int]) -> N
     ):
         for i in indices:
             suffix = os.path.splitext(samples.names[i])[1].lower()
-            extension = suffix if suffix in EXTENSIONS else ".jpg"  # a list may name anything
+            extension = suffix if suffix in EXTENSIONS else ".jpg"  # a list may contain any name
             content = storage.read_bytes(samples.path(i))
             for name, text in ((f"{i:09}{extension}", content), (f"{i:09}.cls", str(samples.labels[i]).encode())):
                 member = tarfile.TarInfo(name)

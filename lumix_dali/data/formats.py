@@ -1,9 +1,9 @@
-"""Which decoder an image gets, decided from its header before DALI sees a byte of it.
+"""Chooses the decoder of each image from its header, before DALI sees a byte of it.
 
-DALI 2.4 can end the process on a file that its parsers do not know, and gives wrong pixels without a word for some
-that they do know. So DALI gets what it decodes safely and exactly: JPEG, PNG and WebP whose structure is whole.
-Pillow decodes everything else, with the pixels that timm's loader would give, and its result reaches the pipeline
-as an uncompressed BMP. What neither can read is a `BadImage`.
+DALI 2.4 can end the process on a file that it cannot parse, and silently returns wrong pixels for some that it can. So
+DALI gets only what it decodes safely and exactly: JPEG, PNG and WebP files of intact structure. Pillow decodes
+everything else, to the same pixels as timm's loader, and its result reaches the pipeline as an uncompressed BMP. An
+image that neither can read is a `BadImage`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from enum import IntEnum
 from functools import cache
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
-# Names that count as images: timm's, and some more.
+# Extensions of images: timm's, and some more.
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
@@ -36,17 +36,17 @@ EXTENSIONS = (
     ".pgm",
     ".pnm",
 )
-# The decoder of Encapsulated PostScript starts Ghostscript, a program that files must not reach.
+# Pillow decodes Encapsulated PostScript with Ghostscript, a program that untrusted files must not reach.
 _REFUSED = {"EPS"}
 _HEAD = 4096
-# More segments in front of a JPEG's frame header than any camera writes: Pillow may judge such a file.
+# No camera writes more segments before a JPEG's frame header; Pillow judges files with more.
 _MAX_SEGMENTS = 1000
 
 Read = Callable[[int, int], bytes]  # (offset, size) -> at most `size` bytes
 
 
 class Decoder(IntEnum):
-    """Who decodes a sample."""
+    """The decoder of a sample."""
 
     UNKNOWN = 0
     DALI = 1
@@ -54,11 +54,11 @@ class Decoder(IntEnum):
 
 
 class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason, without its name."""
+    """An image that cannot be used; the message is the reason, without the name of the image."""
 
 
 class Look(NamedTuple):
-    """What a header says: who decodes the image, its format, and its size in pixels."""
+    """What a header says: the decoder of the image, its format, and its size in pixels."""
 
     decoder: Decoder
     format: str
@@ -67,14 +67,14 @@ class Look(NamedTuple):
 
 
 def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
-    """Reads an image's header and names its decoder.
+    """Reads an image's header and chooses its decoder.
 
     Args:
         file: the encoded image, open for reading in binary mode.
         max_pixels: limit of height times width.
 
     Raises:
-        BadImage: neither DALI nor Pillow knows the file, or its header claims more pixels than the limit.
+        BadImage: neither DALI nor Pillow can read the file, or its header claims more pixels than the limit.
     """
     found = _dali(file)
     if found is None:
@@ -85,18 +85,18 @@ def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name says that it is an image, and no part of it is hidden."""
+    """Whether a file's name has an image's extension and no part of its path is hidden."""
     return name.lower().endswith(EXTENSIONS) and name[0] != "." and "/." not in name
 
 
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
-    """Raises `BadImage` where an image has more than `max_pixels`, or none."""
+    """Raises `BadImage` if an image has more than `max_pixels`, or none."""
     if not 0 < height * width <= max_pixels:
         raise BadImage(f"{width}x{height} pixels, the limit is {max_pixels}")
 
 
 def opened(file: BinaryIO) -> Image.Image:
-    """The image that Pillow sees; only its header is read.
+    """Opens an image with Pillow, which reads only its header.
 
     Raises:
         BadImage: Pillow does not know the format, or the header is damaged.
@@ -104,14 +104,14 @@ def opened(file: BinaryIO) -> Image.Image:
     file.seek(0)
     try:
         return Image.open(file, formats=_pillow_formats())
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadImage("not an image that DALI or Pillow can read") from error
-    except Exception as error:  # Pillow's parsers raise whatever a hostile header makes of them
+    except Exception as error:  # a hostile header can make Pillow's parsers raise anything
         raise BadImage(f"not an image: {_words(error)}") from error
 
 
 def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image as timm's loader does: Pillow's ``convert("RGB")``, without a turn by EXIF.
+    """Decodes an image as timm's loader does: Pillow's ``convert("RGB")``, without applying the EXIF orientation.
 
     Raises:
         BadImage: Pillow cannot decode it, or it has more pixels than the limit.
@@ -125,17 +125,17 @@ def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def bitmap(image: Image.Image) -> bytes:
-    """An RGB image as an uncompressed BMP, which DALI decodes bit for bit."""
+    """Encodes an RGB image as an uncompressed BMP, which DALI decodes bit for bit."""
     file = io.BytesIO()
     image.save(file, "BMP")
     return file.getvalue()
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Opens a regular file; a FIFO or device, which could block for ever, is refused.
+    """Opens a regular file; rejects a FIFO or device, which could block forever.
 
     Raises:
-        BadImage: it cannot be opened, or is something else.
+        BadImage: it cannot be opened, or is not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -158,7 +158,7 @@ def _words(error: Exception) -> str:
 
 
 def _dali(file: BinaryIO) -> Look | None:
-    """What the header of a file for DALI says; None: Pillow is to judge it."""
+    """What the header of a file for DALI says; None: leave the file to Pillow."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(_HEAD)
@@ -177,14 +177,14 @@ def _dali(file: BinaryIO) -> Look | None:
         if head.startswith(magic):
             try:
                 found = parse(read, size)
-            except (struct.error, IndexError):  # the header ends with the file
+            except (struct.error, IndexError):  # the file ends within the header
                 return None
             return Look(Decoder.DALI, name, *found) if found and min(found) > 0 else None
     return None
 
 
 def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a Huffman-coded JPEG of 8 bits with one component or three."""
+    """(height, width) of a Huffman-coded 8-bit JPEG with one or three components."""
     place = 2
     for _ in range(_MAX_SEGMENTS):
         prefix, marker, length = struct.unpack(">BBH", read(place, 4))
@@ -197,7 +197,7 @@ def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
             return (height, width) if bits == 8 and components in (1, 3) else None
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless, hierarchical or arithmetic-coded
-        elif marker in (0xD9, 0xDA) or length < 2:  # the image ends or begins without a frame header
+        elif marker in (0xD9, 0xDA) or length < 2:  # the image data begins or ends before a frame header
             return None
         else:
             place += 2 + length
@@ -208,7 +208,7 @@ _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: 
 
 
 def _png(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a PNG whose chunks lie within the file and end with IEND, without an animation."""
+    """(height, width) of a PNG without animation whose chunks are complete and end with IEND."""
     length, kind, width, height, depth, colour, compression, filtering, interlace = struct.unpack(
         ">I4sIIBBBBB", read(8, 21)
     )
@@ -231,7 +231,7 @@ _WEBP_EXIF = 0x08
 
 
 def _webp(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a WebP without EXIF, whose chunk DALI's parser may not find."""
+    """(height, width) of a WebP without EXIF: DALI's parser may fail to find that chunk."""
     length, form, kind = struct.unpack("<I4s4s", read(4, 12))
     if form != b"WEBP" or length + 8 > size:
         return None

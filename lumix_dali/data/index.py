@@ -1,7 +1,7 @@
 """A tar or TFRecord shard as arrays: where each sample's image lies, and its label.
 
-A shard is walked once, header by header; what is found is kept as one memory-mapped file per set of shards, which the
-ranks share. No ``.idx`` files are needed or read, and nothing is ever extracted to disk.
+A shard is scanned once, header by header. The result is kept as one memory-mapped file per set of shards, which the
+ranks share. ``.idx`` files are neither needed nor read, and nothing is extracted to disk.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..progress import Progress
 from . import storage
 from .formats import EXTENSIONS, is_image
 
-IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's for ImageNet
+IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's names for ImageNet
 DIGITS = 9  # of the longest label
 _FORMAT = 4  # of the kept file
 _BLOCK = 512  # tar's unit
 _REGULAR, _EMPTY, _EXTENDED = b"0\x007", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
-UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises where a kept index is missing or damaged
-_ALONE = 8  # shards that are not worth a process of their own
+UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises when a kept index is missing or damaged
+_ALONE = 8  # shards for which a process of their own does not pay
 
 
 class Fault(IntEnum):
-    """Why a sample cannot be used; stands in the place of its label, as a negative number."""
+    """Why a sample cannot be used: a negative number that takes the place of its label."""
 
     NO_IMAGE = -1
     IMAGES = -2
@@ -44,6 +45,7 @@ class Fault(IntEnum):
 
     @property
     def reason(self) -> str:
+        """The fault in words."""
         return {
             Fault.NO_IMAGE: "no image",
             Fault.IMAGES: "more than one image",
@@ -64,20 +66,20 @@ class Row(NamedTuple):
 
 
 def kind_of(path: str) -> str:
-    """Which kind a name says: "webdataset" for ``*.tar``, else "tfrecord"."""
+    """The kind of a shard, by its name: "webdataset" for ``*.tar``, else "tfrecord"."""
     return "webdataset" if path.endswith(".tar") else "tfrecord"
 
 
 def rows(path: str, handle: int, ignored: list[str] | None = None) -> Iterator[Row]:
-    """Walks a shard from its beginning to its end.
+    """Reads the samples of a shard from beginning to end.
 
     Args:
-        path: its name, for its kind.
+        path: name of the shard, which tells its kind.
         handle: descriptor of the local file.
-        ignored: receives the names of members that are no regular file, or hidden.
+        ignored: receives the names of members that are hidden or not regular files.
 
     Raises:
-        ValueError: it is damaged, so that nothing after the damage can be read, or a member's path leads out.
+        ValueError: it is damaged, so nothing after the damage can be read, or a member's path leads out of the archive.
     """
     yield from _tar_rows(handle, ignored) if kind_of(path) == "webdataset" else _record_rows(handle)
 
@@ -86,7 +88,7 @@ def scan(path: str, handle: int) -> np.ndarray:
     """int64 [n, 3]: offset, size and label (or `Fault`) of each sample of a shard.
 
     Raises:
-        ValueError: as `rows`, naming the shard, or it holds no sample.
+        ValueError: as `rows`, with the name of the shard, or it contains no sample.
     """
     try:
         found = np.array([row[1:] for row in rows(path, handle)], np.int64).reshape(-1, 3)
@@ -98,13 +100,13 @@ def scan(path: str, handle: int) -> np.ndarray:
 
 
 def name_at(path: str, handle: int, offset: int) -> str:
-    """The name of the sample whose image starts at `offset`: for messages, since it walks the shard."""
+    """The name of the sample whose image starts at `offset`; only for messages, since it scans the shard."""
     name = next((row.name for row in rows(path, handle) if row.offset == offset), "")
     return f"{name if name.startswith('record') else repr(name)} (byte {offset})"
 
 
 def reason_at(path: str, handle: int, offset: int, fault: int) -> str:
-    """Why the sample whose image starts at `offset` cannot be used, with the text of a label that is none."""
+    """Why the sample whose image starts at `offset` cannot be used; quotes an invalid label."""
     if fault == Fault.LABEL and kind_of(path) == "webdataset":
         for group in _groups(handle):
             if any(member.offset == offset for _, member in group):
@@ -119,16 +121,16 @@ def reason_at(path: str, handle: int, offset: int, fault: int) -> str:
 def load(
     paths: Sequence[str],
     entries: Sequence[storage.Entry],
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = lambda items, total: items,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of all shards in turn, memory-mapped, and how many each of them has.
+    """The rows of all shards in turn, memory-mapped, and the number of rows of each shard.
 
-    The first process to ask scans the shards and keeps the result beside them, or in the cache folder where it may
-    not write there; others wait for it.
+    The first process scans the shards and keeps the result beside them, or in the cache folder if it may not write
+    there. Other processes wait for it.
 
     Args:
         paths: local shards.
-        entries: of each of them, so that a changed shard is scanned again.
+        entries: size and version of each, so that a changed shard is scanned again.
         progress: wraps the iterable of scanned shards, given their number.
 
     Returns:
@@ -145,7 +147,7 @@ def load(
             return _opened(os.path.join(place, name), len(paths))
     home = next(filter(_writable, homes), None)
     if home is None:
-        raise ValueError(f"source={paths[0]!r}: its index can be kept in none of {homes}; set LUMIX_DALI_CACHE")
+        raise ValueError(f"source={paths[0]!r}: its index cannot be written to any of {homes}; set LUMIX_DALI_CACHE")
     with storage.locked(os.path.join(home, "lock")):
         target = os.path.join(home, name)
         with suppress(*UNUSABLE):  # another process was faster
@@ -156,7 +158,7 @@ def load(
 
 
 def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    content = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: np.memmap's own slices are slow
+    content = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: slices of np.memmap are slow
     counts, places = np.array(content[:shards]), content[shards:].reshape(-1, 3)
     if counts.sum() != len(places):
         raise ValueError(f"{path}: damaged")
@@ -164,7 +166,7 @@ def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keep(path: str, content: np.ndarray) -> None:
-    """Writes an array, which gets its name once it is whole."""
+    """Writes an array, which gets its name once it is complete."""
     with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix="part-", delete=False) as file:
         np.save(file, content)
         file.flush()
@@ -182,12 +184,12 @@ def _writable(folder: str) -> bool:
 
 
 def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
-    """`scan` of each shard, in order, in several processes where that is worth while."""
+    """`scan` of each shard, in order, in several processes if that pays."""
     workers = min(len(os.sched_getaffinity(0)), len(paths) // _ALONE)
     if workers < 2:
         yield from map(_scan_path, paths)
         return
-    # Not multiprocessing: it would import the caller's main module, which may have no guard.
+    # Not multiprocessing, which would import the caller's main module: that may lack a guard.
     children = [_Child(paths[i::workers]) for i in range(workers)]
     try:
         for i in range(len(paths)):
@@ -198,9 +200,9 @@ def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
 
 
 class _Child:
-    """A process that scans some shards in turn."""
+    """A process that scans some of the shards, one after another."""
 
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
@@ -263,13 +265,13 @@ class Member(NamedTuple):
 
 
 def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
-    """The regular, unhidden members of a tar archive.
+    """The regular members of a tar archive that are not hidden.
 
     Raises:
-        ValueError: it is damaged, or a member's path is absolute or leads out.
+        ValueError: it is damaged, or a member's path is absolute or leads out of the archive.
     """
     place, end = 0, os.fstat(handle).st_size
-    keys: dict[str, str] = {}  # what extended headers say of the next member
+    keys: dict[str, str] = {}  # what extended headers say about the next member
     while place < end:
         block = _read(handle, place, _BLOCK)
         if not block.strip(b"\0"):
@@ -285,7 +287,7 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
             is_regular = kind in _REGULAR and not any(key.startswith("GNU.sparse.") for key in keys)
             keys = {}
             more = kind == b"S" and block[482]
-            while more:  # blocks of a sparse file's map
+            while more:  # blocks of the map of a sparse file
                 more, place = _read(handle, place, _BLOCK)[504], place + _BLOCK
             _check_whole(repr(name), place + size, end)
             if name.startswith("/") or ".." in name.split("/"):
@@ -297,12 +299,12 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
         place += -(-size // _BLOCK) * _BLOCK
         _check_whole(repr(name), place, end)
     if keys:
-        raise ValueError("no whole tar archive: its last member is cut short")
+        raise ValueError("not a complete tar archive: its last member is cut short")
 
 
 def _check_whole(name: str, stop: int, end: int) -> None:
-    if stop > end:  # before anything is read: the size may claim the machine's memory
-        raise ValueError(f"no whole tar archive: {name} is cut short")
+    if stop > end:  # checked before reading: a false size could take all memory
+        raise ValueError(f"not a complete tar archive: {name} is cut short")
 
 
 def _name_and_size(block: bytes) -> tuple[str, int]:
@@ -317,10 +319,10 @@ def _name_and_size(block: bytes) -> tuple[str, int]:
     except ValueError:
         claimed, size = -1, -1
     total = sum(block) - sum(block[148:156]) + 8 * 32
-    if claimed != total:  # some old programs add signed bytes
+    if claimed != total:  # some old programs sum signed bytes
         total -= 256 * sum(byte > 127 for byte in block[:148] + block[156:])
     if claimed != total or size < 0:
-        raise ValueError("no whole tar archive: a header is damaged")
+        raise ValueError("not a complete tar archive: a header is damaged")
     name = _text(block[:100])
     prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
     return f"{prefix}/{name}" if prefix else name, size
@@ -338,35 +340,35 @@ _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """The records ``LENGTH KEY=VALUE\\n`` of an extended header."""
+    """The records of an extended header: ``LENGTH KEY=VALUE``, each with a newline."""
     found, place = {}, 0
     while place < len(content) and content[place]:
         match = _PAX_RECORD.match(content, place)
         stop = place + int(match[1]) if match else 0
         if not match or not match.end() < stop <= len(content):
-            raise ValueError("no whole tar archive: an extended header is damaged")
+            raise ValueError("not a complete tar archive: an extended header is damaged")
         found[match[2].decode("utf-8", "replace")] = content[match.end() : stop - 1].decode("utf-8", "surrogateescape")
         place = stop
     if not found.get("size", "0").isdecimal():
-        raise ValueError("no whole tar archive: an extended header is damaged")
+        raise ValueError("not a complete tar archive: an extended header is damaged")
     return found
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member: the extension starts at the first dot of the last part."""
+    """Key and extension of a member: the extension starts at the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     key, _, extension = last.partition(".")
     return folder + slash + key, extension.lower()
 
 
 def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
-    """Samples: neighbours of one key, one of which is an image and one its .cls."""
+    """Samples: consecutive members with the same key, one of them an image and one its .cls."""
     for group in _groups(handle, ignored):
         yield from _grouped(handle, group)
 
 
 def _groups(handle: int, ignored: list[str] | None = None) -> Iterator[list[tuple[str, Member]]]:
-    """Extension and member of neighbours of one key."""
+    """Groups of consecutive members with the same key, each with its extension."""
     group: list[tuple[str, Member]] = []
     last: str | None = None
     for member in members(handle, ignored):
@@ -382,11 +384,11 @@ def _groups(handle: int, ignored: list[str] | None = None) -> Iterator[list[tupl
 
 def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
     images = [member for extension, member in group if f".{extension}" in EXTENSIONS]
-    # x.jpg may have an x.mask.png beside it; with that only, the name has one dot too many
+    # x.mask.png is an extra beside x.jpg; without x.jpg it is an image with one dot too many in its name
     images = images or [member for extension, member in group if is_image(f"x.{extension}")]
     labels = [member for extension, member in group if extension == "cls"]
     if not images and not labels:
-        return  # not a sample: a note, somebody's index
+        return  # not a sample, but for instance a note or an index
     image = (images or labels)[0]
     if len({extension for extension, _ in group}) < len(group):
         label: int = Fault.TWICE
@@ -403,12 +405,12 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
 
 
 def parse_label(text: bytes) -> int:
-    """The number that a .cls holds, with white space after it; else `Fault.LABEL`."""
+    """The number in a .cls file, which white space may follow; else `Fault.LABEL`."""
     match = re.fullmatch(rb"(\d{1,%d})\s*" % DIGITS, text)
     return int(match[1]) if match else Fault.LABEL
 
 
-# TFRecord: length, its checksum, a tf.train.Example (protocol buffers), its checksum
+# TFRecord: length, checksum, a tf.train.Example (protocol buffers), checksum
 
 
 def records(handle: int) -> Iterator[tuple[int, bytes]]:
@@ -421,7 +423,7 @@ def records(handle: int) -> Iterator[tuple[int, bytes]]:
     while place < end:
         header = os.pread(handle, 12, place)
         (length,) = struct.unpack("<Q", header[:8]) if len(header) == 12 else (1 << 63,)
-        if length + 16 > end - place:  # before anything is read: the length may claim the machine's memory
+        if length + 16 > end - place:  # checked before reading: a false length could take all memory
             raise ValueError(f"the record at byte {place} is cut short")
         yield place, _read(handle, place, length + 16)
         place += length + 16
@@ -434,7 +436,7 @@ def _record_rows(handle: int) -> Iterator[Row]:
 
 
 def parse_record(content: bytes) -> tuple[str, int, int, int]:
-    """A record's name, where its image starts and stops in it, and its label or `Fault.RECORD`."""
+    """A record's name, where its image starts and stops, and its label or `Fault.RECORD`."""
     try:
         found = _features(content, 12, len(content) - 4)
         ((start, stop),) = found[IMAGE]
@@ -447,13 +449,13 @@ def parse_record(content: bytes) -> tuple[str, int, int, int]:
     return "", 12, len(content) - 4, Fault.RECORD
 
 
-def _features(content: bytes, start: int, stop: int) -> dict[str, list]:
+def _features(content: bytes, start: int, stop: int) -> dict[str, list[Any]]:
     """Features of a tf.train.Example: integers, and (start, stop) of bytes."""
-    found: dict[str, list] = {}
+    found: dict[str, list[Any]] = {}
     for features in _fields(content, (start, stop), 1):
         for entry in _fields(content, features, 1):
             ((a, b),) = _fields(content, entry, 1)
-            values: list = []
+            values: list[Any] = []
             for value in _fields(content, entry, 2):
                 values += [item for items in _fields(content, value, 1) for item in _fields(content, items, 1)]
                 for items in _fields(content, value, 3):
@@ -464,7 +466,7 @@ def _features(content: bytes, start: int, stop: int) -> dict[str, list]:
 
 
 def _fields(content: bytes, message: tuple[int, int], wanted: int) -> Iterator[Any]:
-    """Integers, or (start, stop) of bytes, of field `wanted` of the message between two places."""
+    """The values of field `wanted` of a message: integers, or (start, stop) of bytes."""
     place, stop = message
     value: Any
     while place < stop:
@@ -484,7 +486,7 @@ def _fields(content: bytes, message: tuple[int, int], wanted: int) -> Iterator[A
 
 
 def _varint(content: bytes, place: int) -> tuple[int, int]:
-    """A number, as int64 in two's complement, and the place after it."""
+    """A number, as int64 in two's complement, and the position after it."""
     value = shift = 0
     while (byte := content[place]) > 127:
         value |= (byte & 127) << shift

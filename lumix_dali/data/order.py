@@ -1,4 +1,4 @@
-"""In which order a rank reads the samples of a source: pure functions of (seed, epoch, rank)."""
+"""The order in which a rank reads the samples of a source: pure functions of (seed, epoch, rank)."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """One permutation of all samples per epoch, dealt out to the ranks in turn.
+    """One permutation of all samples per epoch, dealt to the ranks in turn.
 
-    Training shuffles with (seed, epoch), alike on all ranks; every rank gets the same number of batches. With
-    `drop_last` the tail that does not fill a batch on every rank is left out (timm's rule); without it the order is
-    continued from its start by fewer samples than there are ranks. Evaluation deals all samples out once, in order;
-    ranks may then differ by one sample.
+    Training shuffles with (seed, epoch), equally on all ranks, and every rank gets the same number of batches. With
+    `drop_last` the samples that do not fill a batch on every rank are left out, as in timm. Without it the ranks are
+    evened out by repeating samples from the start of the order, fewer than there are ranks. Evaluation deals every
+    sample once, in order; the shares of the ranks may then differ by one sample.
 
-    With `repeats`, training follows timm's `RepeatAugSampler`: each sample stands `repeats` times in a row before
-    the dealing, and an epoch keeps its length (from 256 samples on, cut to a multiple of 256), so that it shows
-    about n / repeats of the samples.
+    With `repeats`, training follows timm's `RepeatAugSampler`: every sample is repeated `repeats` times in a row before
+    dealing, and the length of an epoch stays the same (cut to a multiple of 256 if there are at least 256 samples), so
+    an epoch shows about n / repeats of the samples.
 
     Args:
         n: number of samples.
         batch_size: samples per batch and rank.
         shuffle: draw a new order in every epoch.
         drop_last: leave out the incomplete last batch.
-        seed: of the order; alike on all ranks.
-        rank, world_size: which part of each epoch this is.
+        seed: of the order; the same on all ranks.
+        rank, world_size: this process's part of each epoch.
         repeats: repeated augmentation; 0: off.
 
     Raises:
-        ValueError: with `drop_last`, fewer samples than one batch on every rank.
+        ValueError: the rank is out of range, or with `drop_last` there are not enough samples for one batch per rank.
     """
 
     n: int
@@ -43,7 +43,7 @@ class Order:
     world_size: int = 1
     repeats: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank}: give a rank in [0, world_size), world_size={self.world_size}")
         if self.drop_last and len(self) == 0:
@@ -60,7 +60,7 @@ class Order:
 
     @property
     def _share(self) -> int:
-        """Samples of this rank per epoch, before the incomplete batch is left out."""
+        """Number of this rank's samples per epoch, before the incomplete batch is left out."""
         if self.repeats and self.n >= 256:
             return self.n // 256 * 256 // self.world_size
         if self.shuffle:
@@ -68,11 +68,11 @@ class Order:
         return len(self._dealt(range(self.n)))
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices of this rank's samples in `epoch`, int64, in the order they are read."""
+        """Indices of this rank's samples in `epoch`, int64, in reading order."""
         if not self.shuffle:
             order = np.asarray(self._dealt(np.arange(self.n)))
         elif self.repeats:
-            # Repetitions of a sample go to different ranks, whatever else the order is.
+            # Not `_dealt`: the repetitions of a sample go to different ranks, even in a `Window`.
             order = np.repeat(self._shuffled(epoch), self.repeats)
             order = self._even(order)[self.rank :: self.world_size]
         else:
@@ -82,11 +82,11 @@ class Order:
         return order[: min(self._share, len(self) * self.batch_size)]
 
     def _even(self, order: np.ndarray) -> np.ndarray:
-        """Continued from its start until every rank has the same number."""
+        """The order, repeated from its start until all ranks get the same number of samples."""
         return np.resize(order, -(-len(order) // self.world_size) * self.world_size)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """All samples in the order of `epoch`, alike on all ranks."""
+        """All samples in the order of `epoch`, the same on all ranks."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.n)
 
     def _dealt(self, order: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
@@ -96,11 +96,11 @@ class Order:
 
 @dataclass(frozen=True)
 class Window(Order):
-    """Shards in random order, their samples shuffled within a window; each rank reads neighbours.
+    """Shards in random order, with their samples shuffled within a window; each rank reads consecutive samples.
 
-    For storage where a jump costs much: a rank opens its shards one after another, and of each only the part that
-    it reads. A sample moves by less than `window` places, so that shards must be written in random order
-    (``lumix-dali convert`` does). In evaluation each rank reads one block of neighbours.
+    This is for storage with slow random access: a rank opens its shards one after another. A sample moves by less than
+    `window` places, so the shards must be written in random order, as ``lumix-dali convert`` does. In evaluation each
+    rank reads one contiguous block.
 
     Args:
         counts: samples of each shard.
@@ -115,7 +115,7 @@ class Window(Order):
         counts = np.array(self.counts)
         starts = np.cumsum(counts) - counts
         order = np.concatenate([np.arange(starts[k], starts[k] + counts[k]) for k in rng.permutation(len(counts))])
-        # A stable sort of jittered places: a window without edges.
+        # A stable sort of jittered positions is a window without edges.
         return order[np.argsort(np.arange(self.n) + rng.uniform(0, self.window, self.n), kind="stable")]
 
     def _dealt(self, order: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:

@@ -1,4 +1,4 @@
-"""Where samples come from: image files, shards, or any map-style data set, behind one protocol."""
+"""Sources of samples: image files, shards, or any map-style data set, with one protocol."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ import re
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NoReturn, Protocol, cast, overload, runtime_checkable
 
 import numpy as np
 
+from ..progress import Progress
 from . import index, storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
 
-# A list's labels are bounded, since there is a class name for every number up to the largest.
+# Bounds the labels of a list, because every number up to the largest gets a class name.
 MAX_CLASSES = 10**6
 MANIFEST = "lumix_dali.manifest/2"
 DESCRIPTION, FORMAT = "shards.json", "lumix_dali.shards/1"
-_HUB = "_info.json"  # of a Hugging Face WebDataset, such as timm's of ImageNet
+_HUB = "_info.json"  # in WebDatasets on the Hugging Face Hub, such as timm's ImageNet
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _LINE = re.compile(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", re.ASCII)
-_OPEN = 256  # shards that stay open
+_OPEN = 256  # shards that are open at once
 _AHEAD = 4  # remote shards that are copied at once
 
 Image = bytes | memoryview | np.ndarray | BadImage
-Progress = Callable[[Iterable, int], Iterable]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Encoded images and labels by number. Anything with these members can be given to `create_loader`.
+    """Encoded images and labels by number. `create_loader` takes any object with these members.
 
     Attributes:
-        classes: K class names, or None where they are not known.
-        digest: a text that differs where names, labels or classes do, for the states of a loader.
+        classes: K class names, or None if they are unknown.
+        digest: a text that differs if names, labels or classes do; part of a loader's state.
     """
 
     @property
-    def classes(self) -> Sequence[str] | None: ...
+    def classes(self) -> Sequence[str] | None:
+        """K class names, or None."""
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """A text that identifies the content."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call sample `index` in a message."""
+        """The name of sample `index` in messages."""
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """Encoded images, and labels int64 [n]; called from several threads.
 
-        An image that cannot be read is a `BadImage` in its place: that sample is then replaced. An exception is
-        the whole source's fault, and ends the run.
+        A `BadImage` takes the place of an image that cannot be read; that sample is then replaced. An exception means
+        that the source as a whole fails, and ends the run.
         """
 
 
 class Names(Sequence[str]):
-    """Strings in one block of memory: a million names take their bytes and 8 more each, and no Python object."""
+    """Strings in one block of memory: each name takes its bytes and 8 more, and no Python object."""
 
-    def __init__(self, names: Iterable[str]):
+    def __init__(self, names: Iterable[str]) -> None:
         encoded = [os.fsencode(name) for name in names]
         self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         self.content = b"".join(encoded)
@@ -76,7 +78,13 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, place):
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         if not -len(self) <= place < len(self):
@@ -88,14 +96,14 @@ class Names(Sequence[str]):
         return f"<{len(self)} names>"
 
     def update(self, sha: Any) -> None:
-        """Adds all of them to a hash."""
+        """Adds all names to a `hashlib` hash."""
         sha.update(self.content)
         sha.update(cast(Any, self._ends))
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files with their labels: what timm calls a data set, without the pixels.
+    """Image files and their labels: what timm calls a data set, without the pixels.
 
     Args:
         root: folder that `names` are relative to, local or remote.
@@ -114,7 +122,7 @@ class Files:
     digest: str = field(init=False, repr=False)
     remote: bool = field(init=False, repr=False)  # whether fsspec reads any of the files
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         n, k, labels = len(self.names), len(self.classes), np.asarray(self.labels)
         whole = labels.shape == (n,) and labels.dtype.kind in "iu"
         if not whole or not ((labels >= 0) & (labels < k)).all():
@@ -122,7 +130,7 @@ class Files:
         names = self.names if isinstance(self.names, Names) else Names(self.names)
         root = os.fspath(self.root)
         if not storage.is_remote(root):
-            root = os.path.abspath(root)  # whatever the working folder will be
+            root = os.path.abspath(root)  # the working folder may change
             if not os.path.isdir(root) and any(not os.path.isabs(name) for name in names):
                 raise ValueError(f"root={root!r}: no such folder; give the one that the names are relative to")
         sha = hashlib.sha256()
@@ -154,7 +162,7 @@ class Files:
         return repr(self.path(index))
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
-        """Contents and labels; a `BadImage` for what cannot be opened or is no regular file."""
+        """Contents and labels; a `BadImage` for what cannot be opened or is not a regular file."""
         return [_content(self.path(index)) for index in indices], self.labels[np.asarray(indices, np.int64)]
 
 
@@ -171,31 +179,31 @@ def _content(path: str) -> bytes | BadImage:
 
 
 class _Shard:
-    """A shard that is open: its descriptor lives as long as anybody reads from it."""
+    """An open shard: its descriptor stays open as long as something refers to this object."""
 
-    def __init__(self, handle: int, rows: np.ndarray):
+    def __init__(self, handle: int, rows: np.ndarray) -> None:
         self.handle, self.rows = handle, rows
 
-    def __del__(self):
+    def __del__(self) -> None:
         os.close(self.handle)
 
 
 class Shards:
-    """TFRecord or WebDataset files. Samples are read where the index says they are.
+    """TFRecord or WebDataset files. An index tells where each sample is.
 
-    Local shards are indexed as a whole, memory-mapped. Remote ones are copied into a cache folder ahead of need, and
-    indexed there; only the number of samples of each must be known before.
+    The index of local shards is one memory-mapped file. Remote shards are copied ahead of need into a cache folder and
+    indexed there; only the number of samples of each must be known from the start.
 
     Args:
-        paths: of the shards, of one kind.
+        paths: of the shards, all of one kind.
         entries: size and version of each.
-        counts: samples of each, where a description tells; None: an index tells.
+        counts: samples of each, from a description; None: from the index.
         classes: K class names, or None.
-        cache: of the copies of remote shards.
+        cache: for the copies of remote shards.
         progress: wraps the iterable of shards to index, given their number.
 
     Raises:
-        ValueError: a shard is damaged, or has another number of samples than its description says.
+        ValueError: a shard is damaged, or its number of samples differs from its description.
     """
 
     def __init__(
@@ -206,7 +214,7 @@ class Shards:
         classes: Sequence[str] | None,
         cache: storage.Cache,
         progress: Progress = lambda items, total: items,
-    ):
+    ) -> None:
         self.paths, self.classes, self._entries, self._cache = list(paths), classes, list(entries), cache
         self._rows: np.ndarray | None = None
         self._lock = Lock()
@@ -239,7 +247,7 @@ class Shards:
 
     @property
     def kind(self) -> str:
-        """Which of the two they are: "webdataset" or "tfrecord"."""
+        """The kind of the shards: "webdataset" or "tfrecord"."""
         return index.kind_of(self.paths[0])
 
     @property
@@ -254,19 +262,19 @@ class Shards:
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        """Label of each class name; empty where none is known."""
+        """Label of each class name; empty if they are unknown."""
         return {name: label for label, name in enumerate(self.classes or ())}
 
     def name(self, index_: int) -> str:
-        """Shard and sample `index_` in words."""
+        """Shard and name of sample `index_`."""
         number, shard, row = self._at(index_)
         return f"{self.paths[number]!r}, {index.name_at(self.paths[number], shard.handle, int(row[0]))}"
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
-        """Encoded images and labels; a `BadImage` for samples without one image and one usable label.
+        """Encoded images and labels; a `BadImage` for samples that lack one image and one valid label.
 
         Raises:
-            ValueError: a shard is gone, was changed, or is shorter than it was.
+            ValueError: a shard was removed, changed or truncated.
         """
         images: list[Image] = []
         labels = np.zeros(len(indices), np.int64)
@@ -275,8 +283,8 @@ class Shards:
             if label < 0:
                 images.append(BadImage(index.reason_at(self.paths[number], shard.handle, offset, label)))
             elif label >= (MAX_CLASSES if self.classes is None else len(self.classes)):
-                most = f"of {len(self.classes)} classes" if self.classes else f"not below {MAX_CLASSES}"
-                images.append(BadImage(f"its label is {label}, {most}"))
+                limit = f"of {len(self.classes)} classes" if self.classes else f"not below {MAX_CLASSES}"
+                images.append(BadImage(f"its label is {label}, {limit}"))
             else:
                 image = os.pread(shard.handle, size, offset)
                 if len(image) < size:
@@ -289,7 +297,7 @@ class Shards:
         return images, labels
 
     def prefetch(self, indices: np.ndarray) -> None:
-        """Says which samples are read next, in this order: their shards are copied; others are let go."""
+        """Announces the samples that are read next, in order: copies their shards and releases the others."""
         if not self.remote:
             return
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
@@ -319,7 +327,7 @@ class Shards:
                 self._open.popitem(last=False)
         try:
             opened.set_result(self._local(number))
-        except Exception as error:  # others wait for it
+        except Exception as error:  # other threads wait for the result
             opened.set_exception(error)
         return opened
 
@@ -335,10 +343,10 @@ class Shards:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise ValueError(f"source={path!r}: {error.strerror}; it was there when the run began") from error
+            raise ValueError(f"source={path!r}: {error.strerror}; it existed when the run began; restore it") from error
         shard = _Shard(handle, self._rows[start : start + self.counts[number]])
         if os.fstat(handle).st_size != self._entries[number].size:
-            raise ValueError(f"source={path!r}: its size is not what it was when the run began; make the loader again")
+            raise ValueError(f"source={path!r}: its size has changed since the run began; create the loader again")
         return shard
 
     def _fetch(self, number: int, count: int) -> _Shard:
@@ -351,11 +359,12 @@ class Shards:
         return shard
 
     def _index_of(self, number: int, handle: int | None = None) -> np.ndarray:
-        """Rows of a remote shard, kept beside its copy and for longer; without `handle` it is copied if need be."""
+        """Rows of a remote shard, which outlive its copy; without `handle` the shard is copied if necessary."""
         path, entry = self.paths[number], self._entries[number]
         kept = f"{self._cache.path(path, entry)}.npy"
         with suppress(*index.UNUSABLE):
-            return np.load(kept)
+            kept_rows: np.ndarray = np.load(kept)
+            return kept_rows
         if handle is None:
             shard = _Shard(self._cache.open(path, entry), np.zeros((0, 3), np.int64))
             return self._index_of(number, shard.handle)
@@ -363,9 +372,10 @@ class Shards:
         index.keep(kept, rows)
         return rows
 
-    def _refuse(self, number: int, found: int, expected: int) -> None:
+    def _refuse(self, number: int, found: int, expected: int) -> NoReturn:
         raise ValueError(
-            f"source={self.paths[number]!r}: {found} samples in it, {expected} in its description; convert it again"
+            f"source={self.paths[number]!r}: it contains {found} samples, its description says {expected}; "
+            "convert it again"
         )
 
 
@@ -373,16 +383,18 @@ class Rows:
     """Any map-style data set of encoded images: Hugging Face's ``datasets``, or a class with `__getitem__`.
 
     Args:
-        rows: ``rows[i]`` is (image, label) or a mapping of both. An image is its encoded bytes, a path, or what
-            Hugging Face makes of one (``Image(decode=False)``; a decoding column is switched over).
-        image, label: keys of a mapping.
+        rows: ``rows[i]`` is (image, label) or a mapping of both. An image is given as encoded bytes, as a path, or as
+            Hugging Face's ``Image(decode=False)``; a column that decodes is cast to that.
+        image, label: keys of the mapping.
         classes: K class names; None: those of a Hugging Face ``ClassLabel``.
 
     Note:
         Rows are read from several threads.
     """
 
-    def __init__(self, rows: Any, *, image: str = "image", label: str = "label", classes: Sequence[str] | None = None):
+    def __init__(
+        self, rows: Any, *, image: str = "image", label: str = "label", classes: Sequence[str] | None = None
+    ) -> None:
         features = getattr(rows, "features", None) or {}
         if getattr(features.get(image), "decode", False):
             rows = rows.cast_column(image, type(features[image])(decode=False))
@@ -393,6 +405,7 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
+        """Identifies the data set, as far as its fingerprint, length and classes do."""
         known = getattr(self.rows, "_fingerprint", type(self.rows).__qualname__)
         return hashlib.sha256(repr((known, len(self), self.classes)).encode()).hexdigest()
 
@@ -400,7 +413,7 @@ class Rows:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Number of the row, and its path where it has one."""
+        """Number of the row, and its path if it has one."""
         path = _path(self._pair(index, self.rows[index])[0])
         return f"row {index}" + (f" ({path!r})" if path else "")
 
@@ -445,28 +458,28 @@ def _encoded(image: Any) -> Image:
     return BadImage(f"neither encoded bytes nor a path, but of type {kind}") if path is None else _content(path)
 
 
-# What a user may give
+# What users pass as a source
 
 
 def load(
     source: Any,
     *,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: storage.StrPath | None = None,
     cache_bytes: int = 50 * 2**30,
     progress: Progress = lambda items, total: items,
 ) -> Source:
-    """The samples of whatever `create_loader` takes.
+    """The samples of any source that `create_loader` takes.
 
     Args:
-        source: a class folder, a list file (``PATH LABEL`` per line), a manifest of ``lumix-dali check``; shards (a
-            folder of ``*.tar`` or ``*.tfrecord``, a glob, one of them, or a list); all of these local or remote; a
-            list of (path, label) pairs, or a data set that has one as `samples`; rows, see `Rows`; or a `Source`.
+        source: a class folder, a list file (one ``PATH LABEL`` per line), a manifest of ``lumix-dali check``, or shards
+            (a folder of ``*.tar`` or ``*.tfrecord``, a glob, one shard, or a list), each of them local or remote; a
+            list of (path, label) pairs, or a data set with such a list as `samples`; rows, see `Rows`; or a `Source`.
         cache_dir: folder for copies of remote shards; None: `storage.cache_folder`.
-        cache_bytes: bytes that these copies may take.
+        cache_bytes: limit of these copies in bytes.
         progress: wraps the iterable of shards to index, given their number.
 
     Raises:
-        ValueError: nothing is there, or what is there cannot be used.
+        ValueError: the source does not exist or cannot be used.
     """
     if isinstance(source, str | os.PathLike):
         return _load_path(os.fspath(source), cache_dir, cache_bytes, progress)
@@ -476,7 +489,7 @@ def load(
         return pairs(samples, getattr(source, "classes", None))
     if isinstance(source, Sequence):
         if not len(source):
-            raise ValueError(f"source={source!r}: nothing in it; give one sample at least")
+            raise ValueError(f"source={source!r}: it is empty; give at least one sample")
         if isinstance(source[0], str | os.PathLike):
             paths = [each for path in source for each in braces(os.fspath(path))]
             return _load_shards(paths, cache_dir, cache_bytes, progress)
@@ -491,13 +504,13 @@ def _is_pair(row: Any) -> bool:
     return isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], str | os.PathLike)
 
 
-def _load_path(path: str, cache_dir, cache_bytes: int, progress: Progress) -> Source:
+def _load_path(path: str, cache_dir: storage.StrPath | None, cache_bytes: int, progress: Progress) -> Source:
     if found := find_shards(path):
         return _load_shards(found, cache_dir, cache_bytes, progress)
     if os.path.isdir(path):
         return folder(path)
     if glob.has_magic(path) or "{" in path:
-        raise ValueError(f"source={path!r}: no shard's name matches; give a pattern of files that exist")
+        raise ValueError(f"source={path!r}: it matches no shard; give a pattern that matches existing files")
     if storage.is_remote(path) and storage.is_folder(path):
         return folder(path.rstrip("/"))
     if storage.is_remote(path) or os.path.isfile(path):
@@ -506,22 +519,24 @@ def _load_path(path: str, cache_dir, cache_bytes: int, progress: Progress) -> So
 
 
 def load_files(source: Any) -> Files:
-    """What `load` gives, where it must be files.
+    """As `load`, for a source that must consist of image files.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it does not.
     """
     found = load(source)
     if not isinstance(found, Files):
-        raise ValueError(f"source={str(source)!r}: these are no files; give a class folder, a list or a manifest")
+        raise ValueError(
+            f"source={str(source)!r}: it does not consist of image files; give a class folder, a list or a manifest"
+        )
     return found
 
 
-def pairs(samples: Sequence[tuple[str | os.PathLike, int]], classes: Sequence[str] | None = None) -> Files:
+def pairs(samples: Sequence[tuple[storage.StrPath, int]], classes: Sequence[str] | None = None) -> Files:
     """Files of (path, label) pairs, such as torchvision's ``ImageFolder.samples``.
 
     Raises:
-        ValueError: an element is no such pair.
+        ValueError: an element is not such a pair.
     """
     try:
         names = [os.fspath(path) for path, _ in samples]
@@ -534,25 +549,25 @@ def pairs(samples: Sequence[tuple[str | os.PathLike, int]], classes: Sequence[st
     return Files("/", names, labels, classes or ())
 
 
-def folder(root: str | os.PathLike) -> Files:
+def folder(root: storage.StrPath) -> Files:
     """Files of a class folder: ``root/class/**/image``.
 
     Args:
-        root: folder with one folder per class. Labels are the classes' places in timm's natural order ("2"
-            before "10"), which for names of equal length is torchvision's. Hidden files and folders, and names
-            without an image's extension, are passed over.
+        root: folder with one folder per class. Labels number the classes in timm's natural order ("2" before
+            "10"), which for names of equal length is also torchvision's. Hidden files and folders, and files without
+            an image's extension, are ignored.
 
     Returns:
         `Files`, sorted by label, then by name.
 
     Raises:
-        ValueError: no class folder, or a class without an image.
+        ValueError: there is no class folder, or a class has no image.
     """
     root = os.fspath(root)
     files = class_files(root)
     if len(files) > 1 and {name.lower() for name in files} <= _SPLITS:
         warnings.warn(
-            f"source={root!r}: its classes are {', '.join(files)}; is one of these folders the data set?", stacklevel=3
+            f"source={root!r}: its classes are {', '.join(files)}; is the data set one of these folders?", stacklevel=3
         )
     names: list[str] = []
     labels: list[int] = []
@@ -568,19 +583,19 @@ def folder(root: str | os.PathLike) -> Files:
     return Files(root, names, np.array(labels, np.int64), list(files))
 
 
-def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Files:
+def file_list(path: storage.StrPath, root: storage.StrPath | None = None) -> Files:
     """Files of a text file with one ``PATH LABEL`` per line, DALI's `file_list`.
 
     Args:
-        path: UTF-8 text; the label is the integer after the last blank, so paths may hold blanks. Empty
-            lines and a byte-order mark are passed over.
-        root: folder that relative paths start from; None: the list's own folder.
+        path: UTF-8 text. The label is the integer after the last blank, so paths may contain blanks. Empty lines and
+            a byte-order mark are ignored.
+        root: folder that paths are relative to; None: the folder of the list.
 
     Returns:
-        `Files` in the order of the file, with the labels' numbers as class names.
+        `Files` in the order of the list, with the numbers as class names.
 
     Raises:
-        ValueError: a line that is not ``PATH LABEL``, a label outside [0, 10**6), an empty list.
+        ValueError: a line is not ``PATH LABEL``, a label is outside [0, 10**6), or the list is empty.
     """
     path = os.fspath(path)
     names, labels = [], []
@@ -602,8 +617,8 @@ def file_list(path: str | os.PathLike, root: str | os.PathLike | None = None) ->
     return Files(os.fspath(root), names, np.array(labels, np.int64), [str(k) for k in range(max(labels) + 1)])
 
 
-def is_manifest(path: str | os.PathLike) -> bool:
-    """Whether this is a file that ``lumix-dali check`` wrote."""
+def is_manifest(path: storage.StrPath) -> bool:
+    """Whether this is a manifest of ``lumix-dali check``."""
     if storage.is_remote(path):
         head = storage.read_bytes(path)
     elif os.path.isdir(path):
@@ -614,16 +629,16 @@ def is_manifest(path: str | os.PathLike) -> bool:
     return MANIFEST.partition("/")[0].encode() in head[:64]
 
 
-def manifest(path: str | os.PathLike) -> Files:
+def manifest(path: storage.StrPath) -> Files:
     """Files of a manifest that ``lumix-dali check`` wrote.
 
     Raises:
-        ValueError: it is damaged, was changed by hand, or is another version's.
+        ValueError: it is damaged, was changed by hand, or has the format of another version.
     """
     try:
         content = json.loads(storage.read_bytes(path).decode("ascii"))
         if content["format"] != MANIFEST:
-            raise ValueError(f"its format is {content['format']!r}, this version reads {MANIFEST!r}")
+            raise ValueError(f"its format is {content['format']!r}, but this version reads {MANIFEST!r}")
         labels = np.array(content["labels"], np.int64)
         files = Files(content["root"], content["names"], labels, content["classes"])
     except (ValueError, KeyError, TypeError) as error:
@@ -633,8 +648,8 @@ def manifest(path: str | os.PathLike) -> Files:
     return files
 
 
-def write_manifest(files: Files, path: str | os.PathLike) -> None:
-    """Writes names, labels, classes and hash, for `create_loader`; replaces `path` in one step."""
+def write_manifest(files: Files, path: storage.StrPath) -> None:
+    """Writes names, labels, classes and a hash for `create_loader`; replaces `path` atomically."""
     content = dict(
         format=MANIFEST,
         root=files.root,
@@ -647,8 +662,8 @@ def write_manifest(files: Files, path: str | os.PathLike) -> None:
         file.write(json.dumps(content).encode("ascii"))
 
 
-def natural_key(text: str) -> list:
-    """Sorts numbers in names by value, as timm orders classes."""
+def natural_key(text: str) -> list[int | str]:
+    """Sort key that orders numbers in names by value, as timm orders classes."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())]
 
 
@@ -664,19 +679,19 @@ def class_files(root: str) -> dict[str, list[str]]:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if storage.is_dir(entry) and entry.name[0] != "."]
         seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
-        with ThreadPoolExecutor(16) as pool:  # network storage answers many questions at once
+        with ThreadPoolExecutor(16) as pool:  # network storage answers many requests at once
             below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)
             files = dict(zip(names, below, strict=True))
     if not files:
         raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
-    # "1" and "01" have one key: never scandir's order
+    # "1" and "01" have the same key: sort by name first, so that scandir's order does not matter
     return {name: files[name] for name in sorted(sorted(files), key=natural_key)}
 
 
 def files_below(root: str, name: str, seen: set[str]) -> Iterator[str]:
     """All files of class `name`, however deep, relative to `root`.
 
-    Links are followed, but each real folder only once: none of those in `seen`, which grows.
+    Links are followed, but each real folder is visited only once: those in `seen`, which grows, are skipped.
     """
     with os.scandir(os.path.join(root, name)) as entries:
         found = sorted(entries, key=lambda entry: entry.name)
@@ -693,7 +708,7 @@ def files_below(root: str, name: str, seen: set[str]) -> Iterator[str]:
 
 
 def find_shards(source: str) -> list[str]:
-    """Paths of the shards that `source` names: one file, a glob, braces, or a folder of them. Else nothing."""
+    """Paths of the shards that `source` names: one file, a glob, braces, or a folder of shards; else []."""
     remote = storage.is_remote(source)
     if not remote and os.path.isdir(source):
         return _shards_in(source)
@@ -710,15 +725,15 @@ def find_shards(source: str) -> list[str]:
 
 def _shards_in(folder: str) -> list[str]:
     if storage.has_folders(folder):
-        return []  # beside class folders, archives are not data
+        return []  # archives beside class folders are not data
     names = storage.listing(folder)
     if DESCRIPTION in names:
-        description(folder)  # an error where shards are still being written
+        description(folder)  # raises if not all shards are written
     return [os.path.join(folder, name) for name in sorted(names) if is_shard(name)]
 
 
 def braces(pattern: str) -> list[str]:
-    """What ``{0000..0127}`` and ``{a,b}`` stand for, in a shell and for WebDataset."""
+    """Expands ``{0000..0127}`` and ``{a,b}`` as a shell and WebDataset do."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not match or (not storage.is_remote(pattern) and os.path.exists(pattern)):
         return [pattern]
@@ -731,21 +746,25 @@ def braces(pattern: str) -> list[str]:
 
 
 def is_shard(path: str) -> bool:
-    """Whether a file's name says that it is a shard."""
+    """Whether a file has the name of a shard."""
     name = os.path.basename(path)
     return name.endswith((".tar", ".tfrecord", ".tfrecords")) or bool(re.search(r"-\d{5}-of-\d{5}$", name))
 
 
-def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Progress) -> Shards:
+def _load_shards(
+    paths: Sequence[str], cache_dir: storage.StrPath | None, cache_bytes: int, progress: Progress
+) -> Shards:
     if not all(map(is_shard, paths)):
         wrong = next(path for path in paths if not is_shard(path))
-        raise ValueError(f"source: {wrong!r} is no shard; give (path, label) pairs for images, or a list file")
+        raise ValueError(f"source: {wrong!r} is not a shard; for images, give (path, label) pairs or a list file")
     if len(set(map(index.kind_of, paths))) != 1 or len(set(paths)) != len(paths):
-        raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each of them once")
+        raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each only once")
     folders = sorted({storage.split(path)[0] for path in paths})
     listed = {place: _files_in(place) for place in folders}
     entries = [listed[place].get(name) for place, name in map(storage.split, paths)]
-    unknown = [k for k, entry in enumerate(entries) if entry is None or not entry.version]  # HTTP lists only names
+    unknown = [
+        k for k, entry in enumerate(entries) if entry is None or not entry.version
+    ]  # HTTP servers list only names
     for k, entry in zip(unknown, storage.entries([paths[k] for k in unknown]), strict=True):
         entries[k] = entry
     known = {place: _description(place, listed[place]) for place in folders}
@@ -760,7 +779,7 @@ def _load_shards(paths: Sequence[str], cache_dir, cache_bytes: int, progress: Pr
 
 
 def _files_in(place: str) -> dict[str, storage.Entry]:
-    """Files beside the shards; nothing where a web server lists none."""
+    """Files beside the shards; empty if a web server lists none."""
     try:
         return storage.listing(place)
     except ValueError:
@@ -770,8 +789,8 @@ def _files_in(place: str) -> dict[str, storage.Entry]:
 
 
 def _description(place: str, files: Mapping[str, Any]) -> tuple[list[str] | None, dict[str, int]]:
-    """Class names, and number of samples of each shard, as far as files beside them tell."""
-    for name in (DESCRIPTION, _HUB) if not files else ():  # not listed, and maybe there
+    """Class names and the number of samples of each shard, as far as files beside the shards tell."""
+    for name in (DESCRIPTION, _HUB) if not files else ():  # the server lists nothing, but they may exist
         with suppress(storage.Missing):
             files = {name: storage.entry(os.path.join(place, name))}
             break
@@ -784,10 +803,10 @@ def _description(place: str, files: Mapping[str, Any]) -> tuple[list[str] | None
 
 
 def description(place: str) -> dict[str, Any]:
-    """Class names, and number of samples of each shard, as ``lumix-dali convert`` left them in a folder.
+    """Class names and the number of samples of each shard, as written by ``lumix-dali convert``.
 
     Raises:
-        ValueError: they are damaged, or not all shards are written.
+        ValueError: the description is damaged, or not all shards are written.
     """
     path = os.path.join(place, DESCRIPTION)
     try:

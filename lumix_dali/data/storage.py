@@ -1,4 +1,4 @@
-"""Folders and files, here or wherever fsspec reaches (``s3://``, ``gs://``, ``hf://``, ``https://``, ``memory://``).
+"""Folders and files, local or wherever fsspec reaches (``s3://``, ``gs://``, ``hf://``, ``https://``, ``memory://``).
 
 Remote shards are copied whole into a `Cache` that several processes share.
 """
@@ -16,12 +16,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-_QUESTIONS = 16  # that are asked of a server at once
+_QUESTIONS = 16  # requests that a server gets at once
 _COPY = re.compile(r"/[0-9a-f]{64}(\.part)?$")
-# Best first. One of them: a listing may know fewer than a question for one file.
+# Best first. Only one is used: a listing may contain fewer than a request for one file.
 _VERSIONS: tuple[str, ...] = ("ETag", "etag", "md5Hash", "blob_id", "checksum", "Content-MD5", "Digest", "LastModified")
 _VERSIONS += ("Last-Modified", "last_modified", "updated", "mtime", "created")
 _Answer = TypeVar("_Answer")
+StrPath = str | os.PathLike[str]
 
 
 class Missing(ValueError):
@@ -29,19 +30,19 @@ class Missing(ValueError):
 
 
 class Entry(NamedTuple):
-    """A file: its size in bytes, None where a server does not tell, and a text that changes when its content does."""
+    """A file: its size in bytes (None: the server does not tell) and a text that changes when its content does."""
 
     size: int | None
     version: str
 
 
-def is_remote(path: str | os.PathLike) -> bool:
+def is_remote(path: StrPath) -> bool:
     """Whether fsspec has to read `path`."""
     return "://" in os.fspath(path)
 
 
 def join(root: str, name: str) -> str:
-    """Path of `name` in `root`; an absolute or remote name stays as it is."""
+    """Path of `name` in `root`; an absolute or remote name stays unchanged."""
     return name if is_remote(name) else os.path.join(root, name)
 
 
@@ -52,10 +53,10 @@ def split(path: str) -> tuple[str, str]:
 
 
 def listing(root: str, deep: bool = False) -> dict[str, Entry]:
-    """The files in `root`, or with `deep` below it (remote only), by relative name.
+    """The files in `root`, or with `deep` at any depth below it (remote only), by relative name.
 
     Raises:
-        Missing: there is no such folder.
+        Missing: the folder does not exist.
         ValueError: the storage cannot be read.
     """
     if not is_remote(root):
@@ -75,18 +76,18 @@ def listing(root: str, deep: bool = False) -> dict[str, Entry]:
 
 def matching(pattern: str) -> list[str]:
     """Remote files whose names match a glob."""
-    root = re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]  # one name for one file, however it is found
+    root = re.split(r"[^/]*[*?\[]", pattern, maxsplit=1)[0]  # so that a file has one name, however it is found
     found = _fresh(pattern, lambda fs, path: [name.removeprefix(fs._strip_protocol(root)) for name in fs.glob(path)])
     return [root + name.lstrip("/") for name in found]
 
 
 def is_folder(path: str) -> bool:
-    """Whether there is a folder of this name."""
-    return _fresh(path, lambda fs, name: fs.isdir(name)) if is_remote(path) else os.path.isdir(path)
+    """Whether this is an existing folder."""
+    return _fresh(path, lambda fs, name: bool(fs.isdir(name))) if is_remote(path) else os.path.isdir(path)
 
 
 def has_folders(root: str) -> bool:
-    """Whether there are folders in `root`, not counting hidden ones."""
+    """Whether `root` contains folders that are not hidden."""
     if is_remote(root):
         found = _fresh(root, lambda fs, path: fs.ls(path, detail=True))
         folders = [item["name"].rstrip("/").rpartition("/")[2] for item in found if item["type"] == "directory"]
@@ -95,20 +96,21 @@ def has_folders(root: str) -> bool:
         return any(is_dir(entry) and entry.name[0] != "." for entry in entries)
 
 
-def is_dir(entry: os.DirEntry) -> bool:
-    """Whether this is a folder, or a link to one; a link to itself is an error for `os.DirEntry.is_dir`."""
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a folder or a link to one; `os.DirEntry.is_dir` fails for a link to itself."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file.
+def read_bytes(path: StrPath) -> bytes:
+    """The content of a file.
 
     Raises:
         Missing: it does not exist.
         ValueError: the storage cannot be read.
     """
     if is_remote(path):
-        return _ask(os.fspath(path), lambda fs, name: fs.cat_file(name))
+        content: bytes = _ask(os.fspath(path), lambda fs, name: fs.cat_file(name))
+        return content
     with open(path, "rb") as file:
         return file.read()
 
@@ -135,8 +137,8 @@ def entries(paths: Sequence[str]) -> list[Entry]:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name, and replaces what had it, once it is whole."""
+def replacing(path: StrPath) -> Iterator[BinaryIO]:
+    """Opens a file for writing that replaces `path` once it is complete."""
     scratch = f"{os.fspath(path)}.tmp"
     with open(scratch, "wb") as file:
         yield file
@@ -146,17 +148,17 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def cache_folder() -> str:
-    """Where indices and copies of remote shards are kept: ``$LUMIX_DALI_CACHE``, else the user's cache folder."""
+    """The folder for indices and copies of remote shards: ``$LUMIX_DALI_CACHE``, else in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.environ.get("LUMIX_DALI_CACHE") or os.path.join(home, "lumix_dali")
 
 
 @contextmanager
 def locked(path: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock file `path`, for which other processes wait.
+    """Holds the lock file `path`; other processes wait for it.
 
     Raises:
-        BlockingIOError: without `wait`, another process holds it.
+        BlockingIOError: another process holds it, and `wait` is False.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
@@ -167,30 +169,33 @@ def locked(path: str, wait: bool = True) -> Iterator[None]:
 
 
 class Cache:
-    """Local copies of remote files, within a limit, for any number of processes.
+    """Local copies of remote files, limited in size and shared by any number of processes.
 
-    fsspec's own `filecache` is not safe across processes, takes an interrupted copy for a whole one, and serves the
-    old file after the remote one has changed. Here a copy gets its name once it is whole, the name depends on the
-    remote file's size and version, and readers hold descriptors, which removing a file does not touch.
+    fsspec's own `filecache` is not safe across processes, takes an interrupted copy for a complete one, and serves the
+    old file after the remote one has changed. Here a copy gets its name once it is complete, the name depends on the
+    remote file's size and version, and readers hold descriptors, which stay valid after a file is removed.
 
     Args:
-        folder: of the copies; made where it does not exist.
-        limit: bytes of all copies, beyond which the least recently opened are removed.
+        folder: of the copies; created if it does not exist.
+        limit: total bytes of the copies; beyond it, the least recently opened copies are removed.
     """
 
-    def __init__(self, folder: str, limit: int):
+    def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def path(self, url: str, remote: Entry) -> str:
-        """Where the copy of `url` in this version is, or would be."""
+        """The path of the copy of `url` in this version, whether or not it exists."""
         name = hashlib.sha256(f"{url}\0{remote.size}\0{remote.version}".encode("utf-8", "surrogateescape"))
         return os.path.join(self.folder, name.hexdigest())
 
     def open(self, url: str, remote: Entry) -> int:
-        """A descriptor of the local copy of `url`, copied first where there is none.
+        """Opens the local copy of `url`, which is made first if it does not exist.
+
+        Returns:
+            A file descriptor.
 
         Raises:
-            ValueError: the remote file cannot be read, or is not what it was.
+            ValueError: the remote file cannot be read, or has changed.
         """
         os.makedirs(self.folder, exist_ok=True)
         path = self.path(url, remote)
@@ -203,18 +208,20 @@ class Cache:
             size = os.path.getsize(part)
             if remote.size not in (None, size) or entry(url) != remote:
                 os.remove(part)
-                raise ValueError(f"source={url!r}: it changed, or more than {size} bytes were to come; try again")
+                raise ValueError(
+                    f"source={url!r}: it changed during the copy, or the copy ended at {size} bytes; try again"
+                )
             os.replace(part, path)
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._evict()
         return handle
 
     def _lock_of(self, path: str) -> str:
-        # Few lock files for any number of copies: removing one that somebody waits for would break the lock.
+        # A fixed number of lock files, never removed: removing one that a process waits for would break the lock.
         return os.path.join(self.folder, f"lock-{os.path.basename(path)[:2]}")
 
     def _evict(self) -> None:
-        """Removes what is beyond the limit, and what interrupted copies have left."""
+        """Removes the copies beyond the limit, and the remains of interrupted copies."""
         with locked(os.path.join(self.folder, "lock")):
             files: list[tuple[int, int, str]] = []
             for path in filter(_COPY.search, map(str, Path(self.folder).iterdir())):
@@ -239,7 +246,7 @@ def _local_entry(file: Any) -> Entry:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What tells a changed remote file from the old one, as far as its storage says."""
+    """What distinguishes a changed remote file from the old one, as far as its storage tells."""
     for key in _VERSIONS:
         if found := info.get(key):
             return str(found.timestamp() if isinstance(found, datetime) else found).strip('"')
@@ -247,7 +254,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _fresh(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
-    """`_ask`, past what fsspec remembers of listings."""
+    """`_ask`, without fsspec's cache of listings."""
 
     def ask(fs: Any, path: str) -> _Answer:
         fs.invalidate_cache()
@@ -257,7 +264,7 @@ def _fresh(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
 
 
 def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
-    """What `question` gives for the file system and the path of `url`, with errors that name it."""
+    """The answer of `question` for the file system and path of `url`; errors name the URL."""
     import fsspec
 
     try:
@@ -266,7 +273,7 @@ def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
         raise Missing(f"source={url!r}: it does not exist; give one that does") from error
     except ImportError as error:
         raise ValueError(f"source={url!r}: {error}") from error
-    except Exception as error:  # every protocol has errors of its own
+    except Exception as error:  # every protocol raises its own errors
         raise ValueError(
             f"source={url!r}: {type(error).__name__}: {error}; check address, region and credentials"
         ) from error

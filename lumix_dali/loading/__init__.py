@@ -1,1 +1,1 @@
-"""Batches for PyTorch: DALI's pipelines, and the loader that runs them."""
+"""Batches for PyTorch: the DALI pipelines and the loader that runs them."""

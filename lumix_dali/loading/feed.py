@@ -1,8 +1,8 @@
-"""What reaches DALI: the encoded images of a batch, each of which it can decode.
+"""What reaches DALI: the encoded images of a batch, all of which it can decode.
 
-`Faults` knows, for the whole run, who decodes each sample and which samples cannot be decoded. `Feed` is the
-callback of one epoch's pipeline: in threads and one batch ahead, it looks at samples that are not known yet,
-decodes with Pillow what DALI must not see, and puts a good sample in the place of a bad one.
+`Faults` records for the whole run which decoder each sample gets and which samples cannot be decoded. `Feed` is the
+callback of one epoch's pipeline. In threads and one batch ahead, it inspects samples that are new, decodes with Pillow
+what DALI must not see, and replaces bad samples by good ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ..data.formats import BadImage, Decoder
 from ..data.sources import Files, Source
 from .plan import Plan
 
-_SEARCH = 1000  # neighbours that are tried in the place of a bad sample
-_READERS = 16  # threads that read what may be far away: waiting for storage takes no CPU
+_SEARCH = 1000  # samples that are tried as a substitute for a bad one
+_READERS = 16  # threads that read remote samples: waiting for storage takes no CPU
 _AHEAD = 16384  # samples whose remote shards are copied ahead of need
+_Read = tuple[int, Any, int]
 
 
 class Replaced(NamedTuple):
-    """A sample that could not be used."""
+    """A sample that could not be used, and its substitute."""
 
     substitute: int
     name: str
@@ -36,50 +37,50 @@ class Replaced(NamedTuple):
 
 
 class Faults:
-    """Who decodes each sample, and what stands in for those that cannot be decoded.
+    """The decoder of each sample, and the substitutes of samples that cannot be decoded.
 
     Args:
-        source: where the samples are.
-        max_bad: how many may be replaced.
+        source: of the samples.
+        max_bad: how many samples may be replaced.
         max_pixels: limit of an image's height times width.
 
     Attributes:
         bad: {index: Replaced}.
-        decoder: uint8 [n], a `Decoder` each.
-        refused: indices that DALI refused and Pillow decodes instead.
+        decoder: uint8 [n], the `Decoder` of each sample.
+        refused: indices of samples that DALI refused, so that Pillow decodes them.
     """
 
-    def __init__(self, source: Source, max_bad: int, max_pixels: int):
+    def __init__(self, source: Source, max_bad: int, max_pixels: int) -> None:
         self.source, self.max_bad, self.max_pixels = source, max_bad, max_pixels
         self._news: list[str] = []
         self.restore({}, ())
 
-    def restore(self, bad: dict[int, Sequence], refused: Sequence[int]) -> None:
-        """Starts again from what an earlier run found out."""
+    def restore(self, bad: dict[int, Sequence[Any]], refused: Sequence[int]) -> None:
+        """Starts from what an earlier run has found."""
         self.bad = {index: Replaced(*found) for index, found in bad.items()}
         self.refused = set(refused)
         self.decoder = np.zeros(len(self.source), np.uint8)
         self.decoder[list(self.refused)] = Decoder.PILLOW
 
     def refuse(self, indices: Sequence[int]) -> None:
-        """Gives samples that DALI cannot decode to Pillow."""
+        """Assigns samples that DALI cannot decode to Pillow."""
         self.refused.update(indices)
         self.decoder[list(indices)] = Decoder.PILLOW
 
     def usable(self, indices: Sequence[int]) -> list[int]:
-        """These samples, each replaced where it is known to be bad."""
+        """These samples, with known bad ones replaced."""
         return [self._usable(index) for index in indices]
 
     def _usable(self, index: int) -> int:
-        while index in self.bad:  # a substitute may spoil too
+        while index in self.bad:  # a substitute may turn bad too
             index = self.bad[index].substitute
         return index
 
     def bitmap(self, index: int, file: BinaryIO) -> bytes | None:
-        """The image where Pillow decodes this sample, None where DALI does.
+        """The image as a bitmap if Pillow decodes this sample; None if DALI does.
 
         Raises:
-            BadImage: neither can.
+            BadImage: neither can decode it.
         """
         if self.decoder[index] == Decoder.UNKNOWN:
             self.decoder[index] = formats.look(file, self.max_pixels).decoder
@@ -88,9 +89,9 @@ class Faults:
         return formats.bitmap(formats.pillow_pixels(file, self.max_pixels))
 
     def dali_reads(self, indices: Sequence[int]) -> tuple[dict[int, np.ndarray], list[int]]:
-        """Encoded images of those samples that DALI decodes, and the ones among them that it no longer can.
+        """Encoded images of the samples that DALI decodes, and those of them that it no longer can.
 
-        A file may have been removed or overwritten since it was looked at.
+        A file may have been removed or overwritten since it was inspected.
         """
         wanted = [index for index in indices if self.decoder[index] == Decoder.DALI]
         encoded: dict[int, np.ndarray] = {}
@@ -104,12 +105,12 @@ class Faults:
         return encoded, lost
 
     def replace(self, index: int, reason: str) -> int:
-        """The number of the next good sample, for one that cannot be used.
+        """Finds the next good sample for one that cannot be used, and returns its number.
 
         Raises:
-            ValueError: no more may be replaced, or no neighbour is good.
+            ValueError: no more samples may be replaced, or none of the next samples is good.
         """
-        if index in self.bad:  # twice in a batch
+        if index in self.bad:  # it occurs twice in a batch
             return self._usable(index)
         name, n = self.source.name(index), len(self.source)
         if len(self.bad) >= self.max_bad:
@@ -130,7 +131,7 @@ class Faults:
         return substitute
 
     def news(self) -> list[str]:
-        """What was replaced since the last call: the callback must not warn, for a warning may be an error."""
+        """Messages about replacements since the last call: the callback must not warn, since a warning may raise."""
         news, self._news = self._news, []
         return news
 
@@ -155,34 +156,37 @@ class Feed:
     """The callback of a pipeline: encoded images or paths, and the plan of each batch of an epoch.
 
     Args:
-        faults: of the run; what is found out here is kept there.
+        faults: of the run; it records what is found here.
         indices: int64, the epoch's samples in their order.
         batch_size: samples per batch; the last one may have fewer.
         plan: of the epoch.
-        threads: for looking, reading and Pillow.
-        ahead: batches that DALI may hold before they are read.
+        threads: for inspecting, reading and decoding with Pillow.
+        ahead: batches that DALI may hold before it reads their files.
 
     Attributes:
-        gives_paths: whether DALI reads the files itself; else it gets their contents.
+        gives_paths: whether DALI reads the files itself; otherwise it gets their contents.
     """
 
-    def __init__(self, faults: Faults, indices: np.ndarray, batch_size: int, plan: Plan, threads: int, ahead: int):
+    def __init__(
+        self, faults: Faults, indices: np.ndarray, batch_size: int, plan: Plan, threads: int, ahead: int
+    ) -> None:
         self._faults, self._source, self.plan = faults, faults.source, plan
         self._indices, self._batch_size = indices, batch_size
         self._files = self._source if isinstance(self._source, Files) and not self._source.remote else None
         workers = max(threads, _READERS) if getattr(self._source, "remote", True) else threads
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lumix_dali")
         self._chunk = -(-batch_size // (2 * workers))
-        self._pending: dict[int, list[Future]] = {}
-        # Bitmaps that DALI opens by path live until the batches in its queue are surely decoded.
+        self._pending: dict[int, list[Future[list[_Read]]]] = {}
+        # Bitmaps that DALI opens by path live until all batches in its queue are certainly decoded.
         self._memory: deque[list[_Memory]] = deque(maxlen=ahead + 2)
 
     @property
     def gives_paths(self) -> bool:
+        """Whether DALI reads the files itself."""
         return self._files is not None
 
     def __call__(self, info: Any) -> tuple[Any, ...]:
-        """What the pipelines read in iteration ``info.iteration``."""
+        """Returns what the pipeline reads in iteration ``info.iteration``."""
         number = info.iteration
         if number * self._batch_size >= len(self._indices):
             raise StopIteration
@@ -194,7 +198,7 @@ class Feed:
         memory: list[_Memory] = []
         for chunk in self._pending[number]:
             for index, image, label in chunk.result():
-                while isinstance(image, BadImage):  # a substitute may spoil too
+                while isinstance(image, BadImage):  # a substitute may turn bad too
                     ((index, image, label),) = self._read([self._faults.replace(index, str(image))])
                 if isinstance(image, _Bitmap) and self._files:
                     memory.append(_Memory(image))
@@ -208,9 +212,9 @@ class Feed:
         return images, *plan
 
     def close(self, wait: bool = True) -> None:
-        """Ends the threads and frees the memory; the pipeline must not run any more.
+        """Ends the threads and frees the memory; the pipeline must not run afterwards.
 
-        Without `wait`, threads that are reading end when they have read.
+        Without `wait`, threads that are reading end after their current read.
         """
         self._pool.shutdown(wait=False, cancel_futures=True)
         if wait or all(read.done() for reads in self._pending.values() for read in reads):
@@ -219,7 +223,7 @@ class Feed:
         self._memory.clear()
 
     def _prepare(self, number: int) -> None:
-        """Starts what a batch needs, once."""
+        """Starts to read a batch, once."""
         start = number * self._batch_size
         batch = self._indices[start : start + self._batch_size].tolist()
         if number in self._pending or not batch:
@@ -229,8 +233,8 @@ class Feed:
         chunks = [batch[i : i + self._chunk] for i in range(0, len(batch), self._chunk)]
         self._pending[number] = [self._pool.submit(self._read, chunk) for chunk in chunks]
 
-    def _read(self, indices: list[int]) -> list[tuple[int, Any, int]]:
-        """Index of the sample used, its path or encoded image or why there is none, and its label."""
+    def _read(self, indices: list[int]) -> list[_Read]:
+        """Index of the sample used, its path, encoded image or `BadImage`, and its label."""
         used = self._faults.usable(indices)
         if self._files:
             labels = self._files.labels[used].tolist()
@@ -240,7 +244,7 @@ class Feed:
         return [(i, self._content(i, image), label) for i, image, label in zip(used, images, labels, strict=True)]
 
     def _path(self, files: Files, index: int) -> Any:
-        """What DALI is to read: a file, or a bitmap in memory."""
+        """What DALI reads: a file, or a bitmap in memory."""
         path = files.path(index)
         if self._faults.decoder[index] == Decoder.DALI:
             return os.fsencode(path)
@@ -263,13 +267,13 @@ class Feed:
 
 
 class _Bitmap(bytes):
-    """Pixels in the place of a path."""
+    """Pixels that take the place of a path."""
 
 
 class _Memory:
-    """A file in memory that DALI can open by its path, as long as this object lives."""
+    """A file in memory that DALI can open by path as long as this object lives."""
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes) -> None:
         _allow_files()
         self._handle = os.memfd_create("lumix_dali", os.MFD_CLOEXEC)
         with open(self._handle, "wb", closefd=False) as file:
@@ -277,14 +281,15 @@ class _Memory:
 
     @property
     def path(self) -> str:
+        """The path by which this process can open the file."""
         return f"/proc/self/fd/{self._handle}"
 
-    def __del__(self):
+    def __del__(self) -> None:
         os.close(self._handle)
 
 
 def _allow_files() -> None:
-    """Raises this process's limit of open files as far as it may."""
+    """Raises this process's limit of open files to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,9 @@
 """`create_loader`: DALI's pipelines as a PyTorch loader.
 
-Every epoch runs a pipeline of its own, whose order, plans and draws are a pure function of (seed, epoch, rank). The
-next one is built, and starts to decode, while the last batches of this one are consumed. An abandoned epoch, a switch
-of mixing, a bad sample and a resume are one thing: build at a place. Batches leave DALI by DLPack, without a copy.
+Every epoch has its own pipeline, whose order, plans and draws are a pure function of (seed, epoch, rank). The next
+pipeline is built, and starts to decode, while the last batches of the current one are consumed. An abandoned epoch, a
+switch of mixing, a bad sample and a resume all do the same: they build a pipeline at a given place. Batches leave DALI
+through DLPack, without a copy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 try:
     import nvidia.dali as dali
@@ -31,6 +33,7 @@ except ImportError as error:
 from .. import checks
 from ..data import formats, sources
 from ..data.order import Order, Window
+from ..data.storage import StrPath
 from ..decoding import refused
 from ..mixing import Mixing, Mode
 from ..progress import bar
@@ -41,14 +44,14 @@ from .plan import Plan, unpack
 
 _FORMAT = "lumix_dali.loader/3"
 _NAMED = re.compile(r"Failed to decode sample #(\d+)")
-_INHERITED: list[Any] = []  # what a forked child must not free
+_INHERITED: list[Any] = []  # pipelines that a forked child must not free
 Shuffle = Literal["auto", "global", "window"]
 OnBadSample = Literal["replace", "raise"]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done, which does not change what comes out.
+    """How the work is done; this does not change the batches.
 
     Args:
         num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
@@ -62,7 +65,7 @@ class Execution:
     decoder: Mapping[str, Any] | None = None
     reader: Mapping[str, Any] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         threads = _default_threads() if self.num_threads is None else self.num_threads
         object.__setattr__(self, "num_threads", checks.whole("num_threads", threads, 1))
         depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1)
@@ -75,7 +78,7 @@ def create_loader(
     batch_size: int,
     is_training: bool = True,
     device: str | torch.device = "auto",
-    # mixing, in training
+    # mixing (training)
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
     cutmix_minmax: Sequence[float] | None = None,
@@ -83,7 +86,7 @@ def create_loader(
     switch_prob: float = 0.5,
     mode: Mode = "elem",
     correct_lam: bool = True,
-    # what is done to the images
+    # the images
     input_size: int | Sequence[int] = 224,
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
@@ -120,49 +123,50 @@ def create_loader(
     on_bad_sample: OnBadSample = "replace",
     max_bad: int = 100,
     max_pixels: int = formats.MAX_PIXELS,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: StrPath | None = None,
     cache_bytes: int = 50 * 2**30,
 ) -> Loader:
-    """A PyTorch loader over images whose decoding, augmentation and mixing (LUMix Eq. 1) run in DALI.
+    """Creates a PyTorch loader whose decoding, augmentation and mixing (LUMix Eq. 1) run in DALI.
 
-    Takes what ``timm.data.resolve_data_config`` returns as it is.
+    It accepts the result of ``timm.data.resolve_data_config`` as keyword arguments.
 
     Args:
         source: what `data.sources.load` takes: a class folder, a list file, a manifest, shards, pairs, any
             map-style data set of encoded images, or a `data.sources.Source`.
         batch_size: samples per batch, on each rank.
-        is_training: True: shuffled, cropped at random, flipped, mixed, batches of equal number on all ranks.
-            False: in order, resized, centre-cropped, every sample once over the ranks.
-        device: where the pipeline runs and its batches are: "cpu", "cuda", "cuda:N", or "auto", a GPU if any.
-        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam: of `Mixing`; with both
+        is_training: True: shuffle, random crop, flip and mix, with equally many batches on all ranks. False: resize and
+            centre crop in order, with every sample on exactly one rank.
+        device: where the pipeline runs and delivers: "cpu", "cuda", "cuda:N", or "auto", a GPU if there is one.
+        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam: see `Mixing`; with both
             alphas 0 nothing is mixed, and targets have kind 0.
-        input_size: side, (H, W) or (3, H, W) of the images handed out, in pixels.
+        input_size: size of the delivered images in pixels: one side length, (H, W) or (3, H, W).
         scale, ratio, hflip, auto_augment, color_jitter, color_jitter_prob, grayscale_prob, re_prob, re_mode,
-            re_count: training, of `TrainTransform`.
-        interpolation: "bicubic" or "bilinear"; for training also "random", one of them for each sample.
-        crop_pct, crop_mode: evaluation, of `EvalTransform`.
-        mean, std, dtype, channels_last: of `pipelines.Output`.
-        return_index: yield (images, target, index), the samples' numbers in the source, int64 [B].
-        seed: of order and draws, < 2**32; ranks draw differently from the same seed.
+            re_count: training only, see `TrainTransform`.
+        interpolation: "bicubic" or "bilinear"; for training also "random", one of the two for each sample.
+        crop_pct, crop_mode: evaluation only, see `EvalTransform`.
+        mean, std, dtype, channels_last: see `pipelines.Output`.
+        return_index: yield (images, target, index), where index holds the samples' numbers in the source, int64 [B].
+        seed: of the order and the draws, < 2**32; with the same seed, ranks still draw differently.
         rank, world_size: this process's part of each epoch.
         drop_last: training only: leave out the incomplete last batch. False: keep it, and even out the ranks by
             repeating fewer samples than there are ranks.
-        shuffle: training only: "global", one permutation of all samples per epoch; "window", for shards: these in a
-            new order, and their samples shuffled within `window` places; "auto": "window" for remote shards.
+        shuffle: training only: "global": one permutation of all samples per epoch; "window", for shards: shards in a
+            new order, with their samples shuffled within `window` places; "auto": "window" for remote shards, else
+            "global".
         window: places within which samples of shards are shuffled.
         num_aug_repeats: repeated augmentation, see `Order`; 0: off.
-        num_threads, prefetch_queue_depth, decoder, reader: of `Execution`.
-        on_bad_sample: "replace" a sample that neither DALI nor Pillow can decode by the next good one, and warn
-            with its name, or "raise".
-        max_bad: how many samples are replaced before that is an error after all.
-        max_pixels: an image whose header claims more is bad, before memory is taken for it.
-        cache_dir, cache_bytes: folder and size of the copies of remote shards.
+        num_threads, prefetch_queue_depth, decoder, reader: see `Execution`.
+        on_bad_sample: what to do with a sample that neither DALI nor Pillow can decode: "replace" it by the next good
+            one and warn with its name, or "raise".
+        max_bad: maximum number of replaced samples; the next bad one raises an error.
+        max_pixels: an image whose header claims more pixels is bad; no memory is allocated for it.
+        cache_dir, cache_bytes: folder and size limit of the copies of remote shards.
 
     Returns:
         A `Loader`.
 
     Raises:
-        ValueError: an argument that cannot work, named with its value and a remedy.
+        ValueError: an argument is invalid; the message names it, its value and a remedy.
         ImportError: DALI is not installed.
     """
     with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
@@ -245,7 +249,7 @@ def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
 
 
 def _order(samples: sources.Source, how: Shuffle, window: int, **options: Any) -> Order:
-    """One permutation, or a window where a jump costs much."""
+    """One permutation, or a window for storage with slow random access."""
     counts = getattr(samples, "counts", None)
     if how == "window" and counts is None:
         raise ValueError("shuffle='window': only shards have neighbours; give 'global'")
@@ -255,35 +259,35 @@ def _order(samples: sources.Source, how: Shuffle, window: int, **options: Any) -
 
 
 class Loader:
-    """Batches of a source, on `device`: iterate it once per epoch.
+    """Batches of a source, on `device`; iterate over it once per epoch.
 
     Training yields ``(images, MixTarget)``, evaluation ``(images, labels)``; with `return_index` the samples' numbers
-    follow. Each ``iter()`` starts the next whole epoch, also after a ``break``; only the first one after
-    `load_state_dict` continues where the state was taken.
+    follow. Each ``iter()`` starts the next whole epoch, even after a ``break``; only the first one after
+    `load_state_dict` resumes where the state was taken.
 
     Args:
-        samples: where images and labels come from.
-        order: which of them are read when; ``order.shuffle`` says whether this is training.
-        transform: what is done to the images: a `TrainTransform` in training, else an `EvalTransform`.
-        mixing: how they are mixed, in training; None: not at all.
+        samples: source of images and labels.
+        order: the order in which they are read; ``order.shuffle`` tells whether this is training.
+        transform: applied to the images: a `TrainTransform` in training, otherwise an `EvalTransform`.
+        mixing: how they are mixed in training; None: not at all.
         execution: how the work is done.
-        device: "cpu", "cuda", "cuda:N", or "auto", a GPU if any.
-        max_bad: how many samples that cannot be used may be replaced.
-        max_pixels: an image whose header claims more is bad.
-        return_index: yield the samples' numbers too.
+        device: "cpu", "cuda", "cuda:N", or "auto", a GPU if there is one.
+        max_bad: maximum number of unusable samples that are replaced.
+        max_pixels: an image whose header claims more pixels is bad.
+        return_index: also yield the samples' numbers.
 
     Attributes:
         samples, dataset: the `Source`.
-        classes, num_classes: class names, and their number; None for sources that do not tell them.
+        classes, num_classes: the class names and their number; None if the source does not tell.
         batch_size: samples per batch on this rank.
         device: torch.device of the batches.
-        sampler: the loader itself, where timm's train.py and Lightning look for `set_epoch`.
-        mixup_enabled: timm's switch; takes effect with the next ``iter()`` and leaves the order as it is.
-        input_size: (H, W) of the images; likewise.
-        bad: {name: reason} of samples that could not be used and were replaced.
+        sampler: the loader itself, because timm's train.py and Lightning call `set_epoch` on it.
+        mixup_enabled: timm's switch; takes effect at the next ``iter()`` and does not change the order.
+        input_size: (H, W) of the images; assigning it takes effect at the next ``iter()``.
+        bad: {name: reason} of unusable samples that were replaced.
     """
 
-    batch_sampler = None  # as in a DataLoader that gets its batches made: timm then asks `sampler`
+    batch_sampler = None  # as in a DataLoader without batching of its own: timm then uses `sampler`
 
     def __init__(
         self,
@@ -297,7 +301,7 @@ class Loader:
         max_bad: int = 100,
         max_pixels: int = formats.MAX_PIXELS,
         return_index: bool = False,
-    ):
+    ) -> None:
         self.samples = self.dataset = samples
         self.classes = samples.classes
         self.num_classes = None if samples.classes is None else len(samples.classes)
@@ -310,18 +314,20 @@ class Loader:
         self._faults = Faults(samples, max_bad, checks.whole("max_pixels", max_pixels, 1))
         self._next = _Place(0, 0)
         self._place: _Place | None = None  # after the last batch handed out
-        # Weak: leaving a loop frees its iterator, and with it the pipeline.
+        # Weak reference: leaving the loop frees the iterator and its pipeline.
         self._current: Callable[[], _Epoch | None] = lambda: None
         self._ahead: _Epoch | None = None
         self._closed = False
         self._pid = os.getpid()
 
     @property
-    def sampler(self) -> Loader:  # an attribute would make a cycle, and only gc would free the loader
-        return self
+    def sampler(self) -> Loader:
+        """The loader itself, for `set_epoch`."""
+        return self  # an attribute would be a reference cycle, so that only gc could free the loader
 
     @property
     def input_size(self) -> tuple[int, int]:
+        """(H, W) of the images in pixels; assigning it takes effect at the next ``iter()``."""
         return self._transform.size
 
     @input_size.setter
@@ -330,6 +336,7 @@ class Loader:
 
     @property
     def bad(self) -> dict[str, str]:
+        """{name: reason} of unusable samples that were replaced."""
         return {found.name: found.reason for found in self._faults.bad.values()}
 
     def __len__(self) -> int:
@@ -341,7 +348,7 @@ class Loader:
         return f"Loader({self.samples!r}, {kind}, {len(self)} batches of {self.batch_size} on {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("loader: it holds threads and a pipeline, and cannot be copied or pickled; make another")
+        raise TypeError("loader: it has threads and a pipeline, so it cannot be copied or pickled; create another")
 
     @property
     def epoch(self) -> int:
@@ -350,7 +357,7 @@ class Loader:
 
     @property
     def iteration(self) -> int:
-        """Batches of this epoch that were handed out."""
+        """Number of batches that this epoch has delivered."""
         return self._now.iteration
 
     @property
@@ -360,7 +367,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Starts the next epoch; one still under way is abandoned."""
         if self._closed:
-            raise ValueError("loader: it is closed; make a new one with create_loader")
+            raise ValueError("loader: it is closed; create a new one with create_loader")
         self._check_process()
         self._drop(self._current())
         place = self._resolved(self._next)
@@ -375,16 +382,16 @@ class Loader:
         return epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes `epoch` the next one, as DistributedSampler's does; without it, epochs count up from 0."""
+        """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0."""
         if checks.whole("epoch", epoch, 0) != self._next.epoch:
             self._next = _Place(epoch, 0)
         self._place = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands: behind the last batch handed out.
+        """The position of the loader: after the last delivered batch.
 
         Returns:
-            A dict of plain values for ``torch.save``; after `load_state_dict` the stream goes on bit for bit.
+            A dict of plain values for ``torch.save``; after `load_state_dict` the stream continues bit for bit.
         """
         state = dict(
             format=_FORMAT,
@@ -398,24 +405,25 @@ class Loader:
         return state | dict(checksum=_checksum(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next ``iter()`` go on where `state` was taken.
+        """Makes the next ``iter()`` resume where `state` was taken.
 
         Args:
-            state: from `state_dict` of a loader of the same data, batch size, ranks, seed and graph.
+            state: from `state_dict` of a loader with the same data, batch size, ranks, seed and graph.
 
         Raises:
-            ValueError: the state is damaged, of another format, or of another loader, and in what.
+            ValueError: the state is damaged, has another format, or belongs to another loader; the message says how
+                that one differs.
         """
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             found = state.get("format") if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state: its format is {found!r}, this version reads {_FORMAT!r}; start a fresh run")
+            raise ValueError(f"state: its format is {found!r}, but this version reads {_FORMAT!r}; start a fresh run")
         if _checksum({key: value for key, value in state.items() if key != "checksum"}) != state.get("checksum"):
-            raise ValueError("state: its checksum does not match, it is damaged; take an earlier checkpoint")
+            raise ValueError("state: it is damaged (its checksum does not match); use an earlier checkpoint")
         here, there = self._fingerprint(), state["fingerprint"]
         if different := [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]:
             listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
             raise ValueError(
-                f"state: it is another loader's: {listed}. Make the loader as it was, or start a fresh run"
+                f"state: it belongs to another loader: {listed}. Create the loader as it was, or start a fresh run"
             )
         self._stop()
         self._place = None
@@ -431,12 +439,12 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:  # DALI's threads stay in the parent: waiting for them would never end
-            raise RuntimeError("loader: it was inherited by fork; make a loader of its own in each process")
+        if os.getpid() != self._pid:  # DALI's threads exist only in the parent: waiting for them would never end
+            raise RuntimeError("loader: it was inherited by fork; create a separate loader in each process")
 
     def _stop(self) -> None:
         self._drop(self._current())
@@ -449,18 +457,18 @@ class Loader:
             epoch.close()
 
     def _resolved(self, place: _Place) -> _Place:
-        """A place with what applies to an epoch that starts there now; one from a state brings its own."""
+        """A place with the settings of an epoch that starts there now; a place from a state has its own."""
         if place.mixed is not None:
             return place
         return place._replace(mixed=self.mixup_enabled, size=self.input_size)
 
     def _prepare_next(self) -> None:
-        """Builds the pipeline of the next epoch, and lets it decode its first batches."""
+        """Builds the pipeline of the next epoch and lets it decode its first batches."""
         if self._order.shuffle:
             ahead = _Epoch(self, self._resolved(self._next))
             try:
                 ahead.start()
-            except (ValueError, RuntimeError):  # raised again where it belongs, when that epoch begins
+            except (ValueError, RuntimeError):  # raised again when that epoch begins
                 ahead.close()
             else:
                 self._ahead = ahead
@@ -475,7 +483,7 @@ class Loader:
         )
 
     def _give_to_pillow(self, indices: np.ndarray, error: RuntimeError) -> bool:
-        """Finds out which of `indices` DALI refuses, so that it does not see them again; False: none."""
+        """Finds the samples that DALI refuses and assigns them to Pillow; False: there are none."""
         faults, read = self._faults, self._faults.usable(indices.tolist())
         if named := _NAMED.search(str(error)):
             faults.refuse([read[int(named[1])]])
@@ -483,7 +491,7 @@ class Loader:
         encoded, lost = faults.dali_reads(read)
         found: Collection[int] = refused(encoded, _device_id(self.device), self._threads)
         if not found and not lost and "fn.decoders" in str(error):
-            found = encoded  # whichever it was, it shows in its region of this batch only
+            found = encoded  # the fault shows only in the regions of this batch, so any of them may have it
         faults.refuse(list(found))
         return bool(found or lost)
 
@@ -493,23 +501,25 @@ class Loader:
 
 
 class _Place(NamedTuple):
-    """A place in the stream, and what restores it there."""
+    """A place in the stream, and what restores a pipeline there."""
 
     epoch: int
     iteration: int
     checkpoint: bytes | None = None
-    mixed: bool | None = None  # None: as `mixup_enabled` and `input_size` say when the epoch starts
+    mixed: bool | None = None  # None: from `mixup_enabled` and `input_size` when the epoch starts
     size: tuple[int, int] | None = None
 
 
-class _Epoch(Iterator):
-    """An epoch under way: a pipeline, and the place after the last batch it handed out."""
+class _Epoch(Iterator[tuple[Any, ...]]):
+    """An epoch under way: a pipeline, and the place after the last delivered batch."""
 
     _pipe: Any = None  # None when closed
 
-    def __init__(self, loader: Loader, place: _Place):
+    def __init__(self, loader: Loader, place: _Place) -> None:
         self.place = place
-        self._loader: Loader | None = None  # while it waits for its turn the loader holds it, not it the loader
+        self._loader: Loader | None = (
+            None  # set by `begin`: before, the loader refers to the epoch, not the epoch to the loader
+        )
         self._pid, self._scheduled = loader._pid, False
         self._indices = loader._order.epoch(place.epoch)
         self._build(loader)
@@ -518,7 +528,7 @@ class _Epoch(Iterator):
         raise TypeError("loader: an epoch under way cannot be copied or pickled")
 
     def start(self) -> None:
-        """Lets the pipeline decode ahead."""
+        """Lets the pipeline decode ahead of need."""
         self._pipe.schedule_run()
         self._scheduled = True
 
@@ -535,11 +545,11 @@ class _Epoch(Iterator):
         if self._pipe is None:
             raise RuntimeError(
                 "loader: this iteration was abandoned, because the loader was iterated again, loaded a state, or was "
-                "closed; make one loader for each loop that runs at the same time"
+                "closed; create one loader for each loop that runs at the same time"
             )
         with _range(loader.device):
             batch = self._batch(loader)
-        # As late as possible: what DALI holds of two epochs at once is small, and the queue never runs dry.
+        # As late as possible without emptying the queue, so that DALI holds little of two epochs at once.
         if len(loader) - self.place.iteration == min(loader._execution.prefetch_queue_depth, len(loader) - 1):
             loader._prepare_next()
         return batch
@@ -547,11 +557,11 @@ class _Epoch(Iterator):
     def _batch(self, loader: Loader) -> tuple[Any, ...]:
         training = loader._order.shuffle
         try:
-            images, *outputs = (torch.from_dlpack(output.as_tensor()) for output in self._run(loader))
+            images, *outputs = (from_dlpack(output.as_tensor()) for output in self._run(loader))
         finally:
             for message in loader._faults.news():
                 warnings.warn(message, stacklevel=3)
-        # A checkpoint taken after an error is already past the batch that failed: take one every time (.2 ms).
+        # Every time (.2 ms): a checkpoint taken after an error would already be past the batch that failed.
         self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
         loader._place = self.place
         if loader._transform.channels_last:
@@ -564,24 +574,27 @@ class _Epoch(Iterator):
         if self._pipe is None:
             return
         if os.getpid() != self._pid:
-            _INHERITED.append((self._pipe, self._feed))  # their threads are the parent's: ending them would hang
+            _INHERITED.append(
+                (self._pipe, self._feed)
+            )  # their threads exist only in the parent: ending them would hang
             self._pipe = None
         else:
             self._pipe = None
             self._feed.close(wait)
 
-    def __del__(self):  # a loop that is left drops its iterator
-        # Garbage is collected in any thread, also in one that holds a lock for which the reads wait.
+    def __del__(self) -> None:  # leaving a loop drops its iterator
+        # Garbage may be collected in any thread, even one that holds a lock for which the reads wait.
         self.close(wait=False)
 
-    def _run(self, loader: Loader) -> tuple:
+    def _run(self, loader: Loader) -> Sequence[Any]:
         stream = torch.cuda.current_stream(loader.device) if loader.device.type == "cuda" else None
         while True:
             try:
                 if not self._scheduled:
                     self._pipe.schedule_run()
                 self._scheduled = False
-                return self._pipe.outputs(stream)
+                outputs: Sequence[Any] = self._pipe.outputs(stream)
+                return outputs
             except RuntimeError as error:
                 size = loader.batch_size
                 if not loader._give_to_pillow(self._indices[self.place.iteration * size :][:size], error):
@@ -589,7 +602,7 @@ class _Epoch(Iterator):
                 self._build(loader)
 
     def _build(self, loader: Loader) -> None:
-        """Makes the pipeline of this epoch, restored to `place`."""
+        """Builds the pipeline of this epoch, restored to `place`."""
         order, place, execution = loader._order, self.place, loader._execution
         self.close()
         self._scheduled = False
@@ -597,7 +610,7 @@ class _Epoch(Iterator):
         transform = dataclasses.replace(loader._transform, size=cast(Any, place.size))
         on_gpu = loader.device.type == "cuda"
         plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, order.shuffle, on_gpu)
-        # The order has a seed of its own: the draws must differ by rank, the order must not.
+        # Not the seed of the order: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
         self._feed = Feed(
             loader._faults, self._indices, order.batch_size, plan, loader._threads, execution.prefetch_queue_depth
@@ -617,10 +630,10 @@ class _Epoch(Iterator):
         )
 
 
-def _range(device: torch.device) -> AbstractContextManager:
-    """A range for torch's profiler and Nsight Systems, within which `device` is the current one.
+def _range(device: torch.device) -> AbstractContextManager[Any]:
+    """A range for PyTorch's profiler and Nsight Systems, with `device` as the current device.
 
-    DALI orders its work after the stream of the calling thread's current device, whatever stream it is given.
+    Whatever stream DALI is given, it orders its work after the stream of the calling thread's current device.
     """
     stack = ExitStack()
     stack.enter_context(torch.profiler.record_function("lumix_dali.Loader"))
@@ -644,7 +657,9 @@ def _device(device: str | torch.device) -> torch.device:
     if wanted.type == "cpu":
         return wanted
     if wanted.type != "cuda" or (wanted.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r}: torch sees {torch.cuda.device_count()} GPU(s) here; give 'cpu' or 'auto'")
+        raise ValueError(
+            f"device={device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s) here; give 'cpu' or 'auto'"
+        )
     return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 

@@ -1,7 +1,7 @@
 """The two pipelines of image classification: training with mixing, and evaluation.
 
-Both run wholly on the CPU (``device_id=None``), or decode and augment on the GPU. They read what a `Feed` gives:
-images, each of which DALI can decode, and the plan of the batch.
+Both run entirely on the CPU (``device_id=None``), or decode and augment on the GPU. They read from a `Feed`: images
+that DALI can decode, and the plan of the batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
 EraseMode = Literal["const", "rand", "pixel"]
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-# A mapped file that is cut while it is decoded ends the process (SIGBUS).
+# A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
@@ -39,16 +39,16 @@ _DALI_TYPES = {np.int64: types.INT64, np.int32: types.INT32, np.float32: types.F
 
 @dataclass(frozen=True)
 class Output:
-    """The form of the images that are handed out.
+    """The format of the delivered images.
 
     Args:
-        size: (H, W) in pixels; a side or timm's (3, H, W) do as well.
+        size: (H, W) in pixels; one side length or timm's (3, H, W) is also accepted.
         mean, std: of the normalisation, in units of [0, 1]; not used for uint8.
         dtype: "float32", "float16", or "uint8" for models that normalise themselves.
         channels_last: NCHW tensors in channels-last memory format.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is outside its range.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -57,7 +57,7 @@ class Output:
     dtype: DType = "float32"
     channels_last: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set(
             size=checks.image_size("input_size", self.size),
             mean=checks.channels("mean", self.mean),
@@ -66,7 +66,9 @@ class Output:
             channels_last=bool(self.channels_last),
         )
         if max(map(abs, (*self.mean, *self.std))) > 2:
-            warnings.warn(f"mean={self.mean}, std={self.std}: their unit is [0, 1], not grey levels", stacklevel=5)
+            warnings.warn(
+                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=5
+            )
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
@@ -78,16 +80,15 @@ class TrainTransform(Output):
     """Random resized crop, flip, augmentation and erasing before mixing: timm's training transform.
 
     Args:
-        scale: range of the crop's share of the image's area.
+        scale: range of the crop's area, as a fraction of the image's.
         ratio: range of the crop's aspect ratio, width over height, drawn log-uniformly.
         hflip: probability of a horizontal flip, before mixing.
-        interpolation: "bicubic" or "bilinear", both with antialiasing, or "random", one of them for each sample.
+        interpolation: "bicubic" or "bilinear", both with antialiasing, or "random", one of the two for each sample.
         auto_augment: timm's RandAugment string, see `augment.parse`; None: off.
-        color_jitter, color_jitter_prob, grayscale_prob: of `augment.color_jitter`; the jitter is left out with
-            `auto_augment`, as timm leaves it out.
-        re_prob, re_mode, re_count: of `augment.erase`, before mixing; a probability of 0: off.
-
-        The others are those of `Output`.
+        color_jitter, color_jitter_prob, grayscale_prob: see `augment.color_jitter`; as in timm, `auto_augment` replaces
+            the jitter.
+        re_prob, re_mode, re_count: see `augment.erase`, applied before mixing; a probability of 0: off.
+        size, mean, std, dtype, channels_last: see `Output`.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -102,7 +103,7 @@ class TrainTransform(Output):
     re_mode: EraseMode = "pixel"
     re_count: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         jitter = augment.jitter_of(self.color_jitter) if self.color_jitter is not None else None
         if self.auto_augment:
@@ -127,18 +128,17 @@ class EvalTransform(Output):
     """Resize and centre crop: timm's evaluation transform.
 
     Args:
-        crop_pct: the crop's share of the resized image's shorter side.
-        crop_mode: "center" keeps the aspect ratio, "squash" does not (timm's words).
+        crop_pct: the crop's side, as a fraction of the resized image's shorter side.
+        crop_mode: "center" keeps the aspect ratio, "squash" does not (timm's terms).
         interpolation: "bicubic" or "bilinear", both with antialiasing.
-
-        The others are those of `Output`.
+        size, mean, std, dtype, channels_last: see `Output`.
     """
 
     crop_pct: float = 0.875
     crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
             crop_pct=checks.fraction("crop_pct", self.crop_pct, positive=True),
@@ -154,21 +154,21 @@ def train_pipeline(
     *,
     decoder: Mapping[str, Any] | None = None,
     reader: Mapping[str, Any] | None = None,
-):
+) -> tuple[DataNode, DataNode, DataNode]:
     """Random resized crop, flip, augment, erase, mix, normalise: timm's training transform, then LUMix Eq. 1.
 
     Args:
-        feed: of the epoch, whose plan says what is mixed.
-        transform: what is done to the images.
+        feed: of the epoch; its plan says what is mixed.
+        transform: applied to the images.
         decoder: further arguments of DALI's decoder, such as `hw_decoder_load`.
         reader: further arguments of ``fn.io.file.read``.
 
     Returns:
-        images [B, C, H, W] or [B, H, W, C], the target as `plan.unpack` reads it, λ0 float32 [B].
+        images [B, C, H, W] or [B, H, W, C], the target as `plan.unpack` reads it, and λ0 float32 [B].
 
     Note:
-        Arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are given by keyword too.
-        The decoder turns nothing by EXIF, as PIL does not.
+        The arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are also given by keyword.
+        As in Pillow, the EXIF orientation is not applied.
     """
     encoded, arrays = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
@@ -178,7 +178,10 @@ def train_pipeline(
 
 
 def _random_crop(shape: DataNode, transform: TrainTransform) -> tuple[DataNode, DataNode]:
-    return fn.random_crop_generator(shape, random_area=list(transform.scale), random_aspect_ratio=list(transform.ratio))
+    start, extent = fn.random_crop_generator(
+        shape, random_area=list(transform.scale), random_aspect_ratio=list(transform.ratio)
+    )
+    return start, extent
 
 
 def _resized_crop(images: DataNode, transform: TrainTransform) -> DataNode:
@@ -226,20 +229,19 @@ def val_pipeline(
     *,
     decoder: Mapping[str, Any] | None = None,
     reader: Mapping[str, Any] | None = None,
-):
+) -> tuple[DataNode, DataNode]:
     """Resize, centre crop, normalise: timm's evaluation transform, within .3 grey level in the mean.
 
     Args:
-        transform: what is done to the images.
-
-        The others are those of `train_pipeline`.
+        transform: applied to the images.
+        feed, decoder, reader: as in `train_pipeline`.
 
     Returns:
         images [B, C, H, W] or [B, H, W, C], and the target as `plan.unpack` reads it.
 
     Note:
-        Only the region that the crop needs is decoded and resized, so that the memory of an image of extreme shape
-        stays that of its crop.
+        Only the region that the crop needs is decoded and resized, so an image of extreme aspect ratio takes no more
+        memory than its crop.
     """
     encoded, arrays = read(feed, reader)
     size = transform.size
@@ -252,7 +254,7 @@ def val_pipeline(
         step = full / fn.cast(resized, dtype=types.FLOAT)
         start = _centre(resized, size) * step
         stop = start + step * np.array(size, np.float32)
-        # Filters reach `radius` pixels of the coarser grid to either side; one more covers what rounding moves.
+        # A filter reaches `radius` pixels of the coarser grid to either side; one more pixel covers the rounding.
         reach = math.max(step, 1.0) * _FILTER_RADIUS[transform.interpolation] + 1.0
         low = fn.cast(math.clamp(math.floor(start - reach), 0.0, full), dtype=types.INT32)
         high = fn.cast(math.clamp(math.ceil(stop + reach), 0.0, full), dtype=types.INT32)
@@ -270,7 +272,7 @@ def _put(node: DataNode) -> DataNode:
 
 
 def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, dict[str, DataNode]]:
-    """Encoded images, and the plan's arrays by name."""
+    """Encoded images, and the arrays of the plan by name."""
     names = feed.plan.inputs
     given, *arrays = fn.external_source(
         feed.__call__,
@@ -285,7 +287,7 @@ def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode,
 
 
 def mixed(images: DataNode, arrays: Mapping[str, DataNode], plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
-    """Images as the plan mixes them, its target and λ0, on the pipeline's device."""
+    """Images mixed by the plan, its target, and λ0, on the pipeline's device."""
     mixing = plan.mixing
     if mixing is None:
         return images, _put(arrays["target"]), _put(arrays["lam0"])
@@ -296,7 +298,7 @@ def mixed(images: DataNode, arrays: Mapping[str, DataNode], plan: Plan) -> tuple
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
-    """Size of the whole image after the resize, as torchvision (square) and timm (else) round it."""
+    """Size of the whole image after the resize, rounded as in torchvision (square targets) or timm (others)."""
     if crop_mode == "squash":
         return full * 0 + np.array(target, np.int32)
     if target[0] == target[1]:
@@ -304,14 +306,14 @@ def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
     exact = fn.cast(full, dtype=types.FLOAT64)
     times = exact / np.array(target, np.float64)
     scaled = exact / math.min(times[0], times[1])
-    # timm rounds halves to even, and in doubles; a cast would round them up.
+    # timm rounds halves to even, in double precision; a cast would round them up.
     whole = math.floor(scaled)
     low, rest = fn.cast(whole, dtype=types.INT32), scaled - whole
     return low + ((rest > 0.5) | ((rest == 0.5) & (low % 2 == 1)))
 
 
 def _centre(resized: DataNode, size: Sequence[int]) -> DataNode:
-    # torchvision rounds the centre half to even; fn.crop's positions would round half up.
+    # torchvision rounds half to even; the positions of fn.crop would round half up.
     margin = resized - np.array(size, np.int32)
     half = margin // 2
     return half + (half & margin & 1)

@@ -1,7 +1,7 @@
-"""The plan of a batch: what the host decides about it, as the arrays that the graph takes and that come out again.
+"""The plan of a batch: what the host decides, as arrays that the graph takes and returns.
 
-Labels, boxes and the rest leave the graph as they went in, as the columns of one array, which torch unpacks without
-a copy. λ0 is not among them: the graph counts it from the box that it pasted.
+Labels, boxes and the rest pass through the graph unchanged, as the columns of one array, which PyTorch unpacks without
+a copy. λ0 is not among them: the graph computes it from the box that it pasted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from ..mixing import Mixing, draw, regions
 from ..target import MixTarget
 
-# dtype and dimensions per sample of each input of the graph beside the images.
+# dtype and number of dimensions per sample of each input of the graph besides the images.
 INPUTS: dict[str, tuple[type, int]] = {
     "target": (np.int64, 1),  # see `Plan.target`
-    "lam0": (np.float32, 0),  # where it is not counted
+    "lam0": (np.float32, 0),  # if it is not computed from the box
     "ids": (np.int32, 1),  # with CutMix
-    "partner": (np.int32, 0),  # instead, for Mixup only
+    "partner": (np.int32, 0),  # with only Mixup, instead of ids
     "anchors": (np.int32, 2),
     "shapes": (np.int32, 2),
-    "height": (np.int32, 0),  # where λ0 is counted
+    "height": (np.int32, 0),  # if λ0 is computed from the box
     "width": (np.int32, 0),
     "weight": (np.float32, 0),
     "is_mixup": (np.bool_, 0),
@@ -41,7 +41,7 @@ class Plan:
         size: (H, W) of the images.
         mixing: the options; None: nothing is mixed.
         training: False: the target is labels and indices only.
-        on_gpu: where the graph mixes. A GPU blends every sample, a CPU those of Mixup alone.
+        on_gpu: whether the graph mixes on a GPU, which blends every sample; a CPU blends only those of Mixup.
     """
 
     seed: int
@@ -72,10 +72,10 @@ class Plan:
         return tuple(found)
 
     def batch(self, iteration: int, labels: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
-        """The arrays named by `inputs`, for samples of these labels and indices (int64 [n])."""
+        """The arrays that `inputs` names, for samples with these labels and indices (int64 [n])."""
         if not self.training:
             return [np.stack([labels, index], axis=1)]
-        # Five words, unlike the order's two, so that the two streams are different ones.
+        # Five words, unlike the two of the order, so that the two streams differ.
         rng = np.random.default_rng([self.seed, self.epoch, self.rank, iteration, 1])
         drawn = draw(rng, len(labels), self.size, self.mixing)
         target = np.zeros((len(labels), _COLUMNS), np.int64)
@@ -91,10 +91,10 @@ class Plan:
 
 
 def unpack(outputs: Sequence[Any], training: bool) -> tuple[Any, Any]:
-    """Target and index of a batch, from the outputs of the pipeline after the images (tensors).
+    """Target and index of a batch, from the outputs of the pipeline that follow the images (tensors).
 
     Returns:
-        `MixTarget` or labels int64 [B], and index int64 [B]; all but λ0 are views of one tensor.
+        `MixTarget` or labels int64 [B], and index int64 [B]; all except λ0 are views of one tensor.
     """
     import torch
 
