@@ -7,7 +7,14 @@ here = Path(__file__).parent
 readme = here / "README.md"
 version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").read_text())[1]
 demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
-bench = [*demo, "opencv-contrib-python-headless", "spdl", "torchmetrics", "webdataset"]  # OpenCV: SaliencyMix
+bench = [
+    *demo,
+    "litdata",
+    "opencv-contrib-python-headless",
+    "spdl",
+    "torchmetrics",
+    "webdataset",
+]  # OpenCV: SaliencyMix
 examples = ["accelerate", "lightning"]
 segmentation = [*demo, "torchmetrics>=1.0"]
 test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]
