@@ -7,14 +7,8 @@ here = Path(__file__).parent
 readme = here / "README.md"
 version = re.search(r'__version__ = "(.+)"', (here / "lumix_dali/__init__.py").read_text())[1]
 demo = ["matplotlib", "pillow", "scikit-learn", "scipy", "tqdm"]
-bench = [
-    *demo,
-    "litdata",
-    "opencv-contrib-python-headless",
-    "spdl",
-    "torchmetrics",
-    "webdataset",
-]  # OpenCV: SaliencyMix
+# OpenCV: SaliencyMix. Not mosaicml-streaming: it pins NumPy below 2.2 and transformers below 5.
+bench = [*demo, "litdata", "opencv-contrib-python-headless", "spdl", "torchmetrics", "webdataset"]
 examples = ["accelerate", "lightning"]
 segmentation = [*demo, "torchmetrics>=1.0"]
 test = [*segmentation, *examples, "aiohttp", "google-crc32c", "hypothesis", "moto[server]", "pytest>=8"]

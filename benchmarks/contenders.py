@@ -684,6 +684,7 @@ ENTRIES = [
         mixing=BOTH,
         **WORKERS,
         packages=("mosaicml-streaming",),
+        excused=True,
         note="MDS shards of 64 MB; StreamingImageNet and StreamingDataLoader; the column is bytes, as its jpeg would "
         f"give PIL images; {DECODED}, {MIXED} in the workers",
     ),

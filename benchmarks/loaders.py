@@ -8,8 +8,8 @@ best of a sweep over worker counts, which is kept. How a turn is timed: `harness
     python -m benchmarks.loaders --threads 1,2,4,8 --out FILE.json      # a row a thread count, workers alike
 
 Needs what ``pip install '.[bench]'`` brings. SPDL asks for FFmpeg's libraries too (``apt install ffmpeg``), FFCV
-for OpenCV's and libjpeg-turbo's headers; only FFCV may be missing. Mosaic's package is not in the extra: it pins NumPy
-below 2.2 and transformers below 5, so give it an environment of its own.
+for OpenCV's and libjpeg-turbo's headers. Mosaic's package is not in the extra, as it pins NumPy below 2.2 and
+transformers below 5: ``pip install --no-deps`` it with what it imports. Only these two, FFCV and Mosaic, may be missing.
 """
 
 import argparse
