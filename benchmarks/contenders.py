@@ -1,10 +1,12 @@
 """The loaders that `benchmarks.loaders` compares, each used as its own documentation recommends.
 
-All crop at random (area .08 to 1, ratio 3/4 to 4/3), flip, resize (bicubic, antialiased) and hand out normalised
-float32 NCHW batches on the device. `note` says how each is used, and what cannot be had alike.
+All crop at random (area .08 to 1, ratio 3/4 to 4/3), flip, resize (antialiased), mix where the row says so, and hand
+out normalised float32 NCHW batches on the device. They read the same files, unchanged: in place, or from the format
+that the library recommends, written beforehand. `note` says how each is used, and what cannot be had alike.
 """
 
 import math
+import multiprocessing
 import random
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,9 @@ from lumix_dali.data.sources import Files
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's a worker
+CHUNK = 1 << 26  # bytes: LitData's and Mosaic's default
+INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+NONE, CUTMIX, BOTH = "none", "CutMix", "CutMix + Mixup"
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Setting:
     device: str
     scratch: Path
     decoder: dict[str, Any] = field(default_factory=dict)  # of DALI's decoder
+    interpolation: str = "bicubic"
 
     @property
     def cuda(self) -> bool:
@@ -84,6 +90,31 @@ class Setting:
         return sorted(map(str, self.scratch.glob("shard-*.tar")))
 
     @cached_property
+    def chunks(self) -> str:
+        """The samples as LitData's chunks, the JPEGs as they are."""
+        import litdata
+
+        folder = str(self.scratch / "litdata")
+        samples = list(zip(self.paths(), self.samples.labels.tolist(), strict=True))
+        method = multiprocessing.get_start_method()
+        litdata.optimize(
+            litdata_sample, samples, folder, chunk_bytes=CHUNK, num_workers=1, start_method="fork", verbose=False
+        )
+        multiprocessing.set_start_method(method, force=True)  # LitData sets it for the whole process
+        return folder
+
+    @cached_property
+    def mds(self) -> str:
+        """The samples as Mosaic's shards, the JPEGs as they are."""
+        from streaming import MDSWriter
+
+        folder = str(self.scratch / "mds")
+        with MDSWriter(out=folder, columns={"x": "bytes", "y": "int"}, size_limit=CHUNK) as shards:
+            for path, label in zip(self.paths(), self.samples.labels.tolist(), strict=True):
+                shards.write({"x": Path(path).read_bytes(), "y": label})
+        return folder
+
+    @cached_property
     def beton(self) -> str:
         """The samples as FFCV's file, JPEGs of their own size."""
         from ffcv.fields import IntField, RGBImageField
@@ -93,6 +124,14 @@ class Setting:
         writer = DatasetWriter(path, {"image": RGBImageField(write_mode="jpg"), "label": IntField()})
         writer.from_indexed_dataset(Pictures(self.samples))
         return path
+
+
+def litdata_sample(sample: tuple[str, int]) -> tuple[Any, int]:
+    """A sample as `litdata.optimize` takes it; its processes import this function."""
+    import litdata
+
+    path, label = sample
+    return litdata.Image(path=path), label
 
 
 class Epoch:
@@ -117,6 +156,7 @@ class Entry:
         swept: takes the best of the worker counts; otherwise `--threads`.
         whole: its batches are images for a model, and are checked.
         note: how it is used, and what differs.
+        packages: the first that is installed gives the row its version.
         excused: may be missing.
     """
 
@@ -127,6 +167,7 @@ class Entry:
     swept: bool = False
     whole: bool = True
     note: str = ""
+    packages: tuple[str, ...] = ()
     excused: bool = False
 
 
@@ -150,13 +191,20 @@ def guarded_crop(images, **decoder: Any):
     return decoding.decode(images, region, **decoder)
 
 
-def cropped(images, size: int, stages: int, decoder: dict[str, Any], crop: Callable = plain_crop):
+def cropped(
+    images,
+    size: int,
+    stages: int,
+    decoder: dict[str, Any],
+    crop: Callable = plain_crop,
+    interpolation: types.DALIInterpType = types.INTERP_CUBIC,
+):
     """Files decoded and cropped (from 2 stages on), resized and flipped (from 3 on)."""
     if stages > 1:
         images = crop(images, **decoder)
     if stages > 2:
         images = fn.resize_crop_mirror(
-            images, size=[size, size], crop=[size, size], interp_type=types.INTERP_CUBIC, mirror=fn.random.coin_flip()
+            images, size=[size, size], crop=[size, size], interp_type=interpolation, mirror=fn.random.coin_flip()
         )
     return images
 
@@ -169,11 +217,18 @@ def normalised_in_dali(images):
 
 
 @pipeline_def
-def dali_pipeline(files: list[str], classes: list[int], size: int, stages: int, decoder: dict[str, Any]):
+def dali_pipeline(
+    files: list[str],
+    classes: list[int],
+    size: int,
+    stages: int,
+    decoder: dict[str, Any],
+    interpolation: types.DALIInterpType,
+):
     """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
     images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
     gpu = Pipeline.current().device_id is not None
-    images = cropped(images, size, stages, decoder)
+    images = cropped(images, size, stages, decoder, interpolation=interpolation)
     if stages > 3:
         images = normalised_in_dali(images)
     return images, labels.gpu() if gpu else labels
@@ -186,6 +241,7 @@ def build_dali(s: Setting, threads: int, stages: int, **options: Any):
         s.size,
         stages,
         s.decoder,
+        INTERPOLATIONS[s.interpolation],
         batch_size=s.batch_size,
         num_threads=threads,
         prefetch_queue_depth=PREFETCH,
@@ -232,6 +288,7 @@ def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -
         num_threads=threads,
         prefetch_queue_depth=PREFETCH,
         decoder=s.decoder,
+        interpolation=s.interpolation,
         **mixing,
     )
 
@@ -267,7 +324,7 @@ def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: in
         scale=SCALE,
         ratio=RATIO,
         color_jitter=0.0,
-        interpolation="bicubic",
+        interpolation=s.interpolation,
         mean=MEAN,
         std=STD,
         num_workers=workers,
@@ -298,22 +355,27 @@ class Pictures(Dataset):
         return len(self.samples)
 
 
-class CutMixCollate:
-    """torchvision's recipe for CutMix in a DataLoader's collate function."""
+class MixingCollate:
+    """torchvision's recipe for CutMix, or for one of CutMix and Mixup a batch, as a DataLoader's collate function."""
 
-    def __init__(self, num_classes: int):
-        self.cutmix = v2.CutMix(num_classes=num_classes)
+    def __init__(self, mixing: str, num_classes: int):
+        mixup = v2.MixUp(alpha=0.8, num_classes=num_classes)
+        cutmix = v2.CutMix(num_classes=num_classes)
+        self.mix = {NONE: None, CUTMIX: cutmix, BOTH: v2.RandomChoice([cutmix, mixup])}[mixing]
 
     def __call__(self, batch: list) -> Any:
-        return self.cutmix(*default_collate(batch))
+        return self.whole(*default_collate(batch))
+
+    def whole(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A collated batch, mixed."""
+        return (images, labels) if self.mix is None else self.mix(images, labels)
 
 
-def torchvision_transform(size: int) -> v2.Compose:
+def torchvision_transform(size: int, interpolation: str) -> v2.Compose:
+    resize = dict(interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                size, scale=SCALE, ratio=RATIO, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-            ),
+            v2.RandomResizedCrop(size, scale=SCALE, ratio=RATIO, **resize),
             v2.RandomHorizontalFlip(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),
@@ -321,16 +383,18 @@ def torchvision_transform(size: int) -> v2.Compose:
     )
 
 
-def open_torchvision(s: Setting, workers: int, batches: int) -> Epoch:
+def workers_of(s: Setting, workers: int) -> dict[str, Any]:
+    """A DataLoader's arguments for its workers, alike for all that use one."""
+    return dict(num_workers=workers, pin_memory=s.cuda, persistent_workers=True, prefetch_factor=PREFETCH)
+
+
+def open_torchvision(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     loader = DataLoader(
-        Pictures(s.repeated(batches), torchvision_transform(s.size)),
+        Pictures(s.repeated(batches), torchvision_transform(s.size, s.interpolation)),
         s.batch_size,
         shuffle=True,
-        num_workers=workers,
-        collate_fn=CutMixCollate(s.num_classes),
-        pin_memory=s.cuda,
-        persistent_workers=True,
-        prefetch_factor=PREFETCH,
+        collate_fn=MixingCollate(mixing, s.num_classes),
+        **workers_of(s, workers),
     )
     return Epoch(lambda: moved(loader, s.device))
 
@@ -343,18 +407,18 @@ def moved(loader: Iterable, device: str) -> Iterator:
 # --- SPDL
 
 
-def open_spdl(s: Setting, workers: int, batches: int) -> Epoch:
+def open_spdl(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
     spdl.io.demux_config()  # loads FFmpeg, or says that it is missing
-    samples = s.repeated(batches)
+    samples, mix = s.repeated(batches), MixingCollate(mixing, s.num_classes).whole
 
     def decode(index: int):
         packets = spdl.io.demux_image(samples.path(index))
         x, y, width, height = random_crop(packets.width, packets.height)
         flip = "hflip," * (random.random() < 0.5)
-        filters = f"crop={width}:{height}:{x}:{y},scale={s.size}:{s.size}:flags=bicubic,{flip}format=rgb24"
+        filters = f"crop={width}:{height}:{x}:{y},scale={s.size}:{s.size}:flags={s.interpolation},{flip}format=rgb24"
         return spdl.io.decode_packets(packets, filter_desc=filters), samples.labels[index]
 
     def collate(items: list):
@@ -370,7 +434,7 @@ def open_spdl(s: Setting, workers: int, batches: int) -> Epoch:
         pipeline = builder.add_sink(PREFETCH).build(num_threads=workers)
         with pipeline.auto_stop():
             for images, labels in pipeline:
-                yield normalised(images.permute(0, 3, 1, 2)), labels
+                yield mix(normalised(images.permute(0, 3, 1, 2)), labels)
 
     return Epoch(epoch)
 
@@ -399,33 +463,81 @@ def random_crop(width: int, height: int) -> tuple[int, int, int, int]:
 class FromBytes:
     """`torchvision_transform` of an encoded image."""
 
-    def __init__(self, size: int):
-        self.transform = torchvision_transform(size)
+    def __init__(self, s: Setting):
+        self.transform = torchvision_transform(s.size, s.interpolation)
 
     def __call__(self, encoded: bytes) -> torch.Tensor:
         file = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return self.transform(decode_image(file, ImageReadMode.RGB))
 
 
-def open_webdataset(s: Setting, workers: int, batches: int) -> Epoch:
+def open_webdataset(mixing: str, rebatched: bool, s: Setting, workers: int, batches: int) -> Epoch:
     import webdataset
 
     dataset = (
         webdataset.WebDataset(s.shards, resampled=True, shardshuffle=False)
         .shuffle(1000)
         .to_tuple("jpg", "cls")
-        .map_tuple(FromBytes(s.size), int)
-        .batched(s.batch_size, partial=False)
+        .map_tuple(FromBytes(s), int)
+        .batched(s.batch_size, collation_fn=MixingCollate(mixing, s.num_classes), partial=False)
         .with_epoch(-(-batches // workers))
     )  # an epoch is each worker's own
-    loader = webdataset.WebLoader(
+    loader = webdataset.WebLoader(dataset, batch_size=None, shuffle=False, **workers_of(s, workers))
+    if rebatched:
+        loader = loader.unbatched().shuffle(10).batched(s.batch_size, partial=False)
+    return Epoch(lambda: moved(loader, s.device))
+
+
+# --- LitData
+
+
+class Transformed:
+    """A `litdata_sample`, its image transformed."""
+
+    def __init__(self, s: Setting):
+        self.transform = torchvision_transform(s.size, s.interpolation)
+
+    def __call__(self, sample: tuple[torch.Tensor, int]) -> tuple[torch.Tensor, int]:
+        return self.transform(sample[0]), sample[1]
+
+
+def open_litdata(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    # Every worker gets equally many whole batches, and what is over is dropped.
+    samples = -(-batches // workers) * workers * s.batch_size
+    times = (samples + 0.5) / len(s.samples)  # LitData rounds down
+    loader = StreamingDataLoader(
+        StreamingDataset(s.chunks, shuffle=True, transform=Transformed(s), subsample=times),
+        batch_size=s.batch_size,
+        drop_last=True,
+        collate_fn=MixingCollate(mixing, s.num_classes),
+        **workers_of(s, workers),
+    )
+    return Epoch(lambda: moved(loader, s.device))
+
+
+# --- MosaicML Streaming
+
+
+def open_mosaic(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
+    from streaming import StreamingDataLoader
+    from streaming.vision import StreamingImageNet
+
+    dataset = StreamingImageNet(
+        local=s.mds,
+        shuffle=True,
+        shuffle_algo="py1e",  # StreamingDataset's default, and what the documentation advises; this class has another
+        batch_size=s.batch_size,
+        epoch_size=batches * s.batch_size,
+        transform=FromBytes(s),
+    )
+    loader = StreamingDataLoader(
         dataset,
-        batch_size=None,
-        shuffle=False,
-        num_workers=workers,
-        pin_memory=s.cuda,
-        persistent_workers=True,
-        prefetch_factor=PREFETCH,
+        batch_size=s.batch_size,
+        drop_last=True,
+        collate_fn=MixingCollate(mixing, s.num_classes),
+        **workers_of(s, workers),
     )
     return Epoch(lambda: moved(loader, s.device))
 
@@ -433,7 +545,7 @@ def open_webdataset(s: Setting, workers: int, batches: int) -> Epoch:
 # --- FFCV
 
 
-def open_ffcv(s: Setting, workers: int, batches: int) -> Epoch:
+def open_ffcv(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, Squeeze, ToDevice, ToTensor, ToTorchImage
@@ -452,14 +564,19 @@ def open_ffcv(s: Setting, workers: int, batches: int) -> Epoch:
         indices=np.arange(batches * s.batch_size) % len(s.samples),
         pipelines={"image": image, "label": label},
     )
-    return Epoch(lambda: ((normalised(images), labels) for images, labels in loader))
+    mix = MixingCollate(mixing, s.num_classes).whole
+    return Epoch(lambda: (mix(normalised(images), labels) for images, labels in loader))
 
 
 # --- all of them
 
-DALI: dict[str, Any] = dict(ahead=lambda threads: PREFETCH + 1)
-TORCH: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swept=True)
-TIMM: dict[str, Any] = dict(mixing="CutMix + Mixup", **TORCH)
+DALI: dict[str, Any] = dict(ahead=lambda threads: PREFETCH + 1, packages=("nvidia-dali-cuda120", "nvidia-dali-cuda130"))
+LUMIX: dict[str, Any] = DALI | dict(packages=("lumix-dali",))
+WORKERS: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swept=True)
+TORCH: dict[str, Any] = dict(packages=("torchvision",), **WORKERS)
+TIMM: dict[str, Any] = dict(mixing=BOTH, packages=("timm",), **WORKERS)
+DECODED = "decode_image and transforms v2"
+MIXED = "mixed a batch at a time by torchvision"
 COLLATED = "create_loader with its prefetcher and FastCollateMixup as collate_fn, as timm's train.py; targets are dense"
 
 
@@ -477,22 +594,22 @@ ENTRIES = [
     Entry("dali/+resize", partial(open_dali, 3), whole=False, note="+ resize_crop_mirror", **DALI),
     Entry("dali/+normalise", partial(open_dali, 4), note="+ crop_mirror_normalize, DLPack: the ceiling", **DALI),
     Entry("dali/pinned", partial(open_dali, 4, set_affinity=True), note="the ceiling with set_affinity", **DALI),
-    Entry("lumix/none", partial(open_lumix, {}), **DALI),
-    Entry("lumix/cutmix elem", partial(open_lumix, mixed("elem")), mixing="CutMix", **DALI),
-    Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing="CutMix", **DALI),
-    Entry("lumix/cutmix+mixup elem", partial(open_lumix, mixed("elem", 0.8)), mixing="CutMix + Mixup", **DALI),
-    Entry("lumix/cutmix+mixup batch", partial(open_lumix, mixed("batch", 0.8)), mixing="CutMix + Mixup", **DALI),
+    Entry("lumix/none", partial(open_lumix, {}), **LUMIX),
+    Entry("lumix/cutmix elem", partial(open_lumix, mixed("elem")), mixing=CUTMIX, **LUMIX),
+    Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing=CUTMIX, **LUMIX),
+    Entry("lumix/cutmix+mixup elem", partial(open_lumix, mixed("elem", 0.8)), mixing=BOTH, **LUMIX),
+    Entry("lumix/cutmix+mixup batch", partial(open_lumix, mixed("batch", 0.8)), mixing=BOTH, **LUMIX),
     Entry(
         "lumix/recipe",
         partial(open_lumix, mixed("batch", 0.8) | RECIPE),
-        mixing="CutMix + Mixup",
-        **DALI,
+        mixing=BOTH,
+        **LUMIX,
         note="batch mode, RandAugment, random erasing: before mixing, on uint8",
     ),
     Entry(
         "dali+torchvision cutmix",
         open_dali_torchvision,
-        mixing="CutMix",
+        mixing=CUTMIX,
         **DALI,
         note="the ceiling's pipeline, DALIClassificationIterator, v2.CutMix on the device; targets are dense",
     ),
@@ -512,33 +629,74 @@ ENTRIES = [
     ),
     Entry(
         "torchvision v2 collate cutmix",
-        open_torchvision,
-        mixing="CutMix",
+        partial(open_torchvision, CUTMIX),
+        mixing=CUTMIX,
         **TORCH,
         note="decode_image to uint8 tensors, transforms v2, CutMix in collate_fn, persistent workers",
     ),
     Entry(
+        "torchvision v2 collate cutmix+mixup",
+        partial(open_torchvision, BOTH),
+        mixing=BOTH,
+        **TORCH,
+        note="as above, with RandomChoice of CutMix and MixUp",
+    ),
+    Entry(
         "spdl",
-        open_spdl,
+        partial(open_spdl, BOTH),
         ahead=lambda workers: PREFETCH + 4,
+        mixing=BOTH,
         swept=True,
-        note="demux_image, decode_packets with FFmpeg's crop, scale (swscale's bicubic) and hflip in threads; "
-        "convert_frames; normalised in torch on the device; nothing is mixed",
+        packages=("spdl", "spdl_io"),
+        note="threads; demux_image and decode_packets with FFmpeg's crop, scale (swscale's, not antialiased alike) and "
+        f"hflip, convert_frames; normalised on the device, and {MIXED}, in the main thread",
     ),
     Entry(
         "webdataset",
-        open_webdataset,
-        **TORCH,
-        note="tar shards, resampled, shuffle(1000), batched in the workers and not anew behind them, WebLoader; "
-        "decode_image and transforms v2, faster than the documentation's PIL; nothing is mixed",
+        partial(open_webdataset, BOTH, True),
+        ahead=lambda workers: PREFETCH * workers + 3,
+        mixing=BOTH,
+        swept=True,
+        packages=("webdataset",),
+        note=f"tar shards, resampled, shuffle(1000), {DECODED}, batched and {MIXED} in the workers; WebLoader, "
+        "unbatched, shuffled between workers and batched again, as its ImageNet notebook does",
+    ),
+    Entry(
+        "webdataset worker batches",
+        partial(open_webdataset, BOTH, False),
+        mixing=BOTH,
+        **WORKERS,
+        packages=("webdataset",),
+        note="as above, without the batching after the workers: faster, and shuffled less",
+    ),
+    Entry(
+        "litdata",
+        partial(open_litdata, BOTH),
+        mixing=BOTH,
+        **WORKERS,
+        packages=("litdata",),
+        note="optimize with Image(path), 64 MB chunks; StreamingDataset, which decodes with decode_jpeg, or "
+        f"with Pillow where there is EXIF; StreamingDataLoader; transforms v2, {MIXED} in the workers",
+    ),
+    Entry(
+        "mosaic streaming",
+        partial(open_mosaic, BOTH),
+        mixing=BOTH,
+        **WORKERS,
+        packages=("mosaicml-streaming",),
+        excused=True,
+        note="MDS shards of 64 MB; StreamingImageNet and StreamingDataLoader; the column is bytes, as its jpeg would "
+        f"give PIL images; {DECODED}, {MIXED} in the workers",
     ),
     Entry(
         "ffcv",
-        open_ffcv,
+        partial(open_ffcv, BOTH),
         ahead=lambda workers: 3 + PREFETCH,
+        mixing=BOTH,
         swept=True,
+        packages=("ffcv",),
         excused=True,
-        note="JPEGs written anew at quality 90; resized with OpenCV's area interpolation, its only one; "
-        "nothing is mixed",
+        note="threads; JPEGs written anew at quality 90, as it stores no others; resized with OpenCV's area "
+        f"interpolation, its only one; normalised on the device, and {MIXED}, in the main thread",
     ),
 ]

@@ -8,10 +8,12 @@ best of a sweep over worker counts, which is kept. How a turn is timed: `harness
     python -m benchmarks.loaders --threads 1,2,4,8 --out FILE.json      # a row a thread count, workers alike
 
 Needs what ``pip install '.[bench]'`` brings. SPDL asks for FFmpeg's libraries too (``apt install ffmpeg``), FFCV
-for OpenCV's and libjpeg-turbo's; only FFCV may be missing.
+for OpenCV's and libjpeg-turbo's headers. Mosaic's package is not in the extra, as it pins NumPy below 2.2 and
+transformers below 5: ``pip install --no-deps`` it with what it imports. Only these two, FFCV and Mosaic, may be missing.
 """
 
 import argparse
+import importlib.metadata
 import math
 import shlex
 import sys
@@ -27,9 +29,9 @@ from tqdm import tqdm
 from lumix_dali.data.sources import Files, load_files
 
 from . import data, harness
-from .contenders import ENTRIES, PREFETCH, RATIO, SCALE, Entry, Setting
+from .contenders import ENTRIES, INTERPOLATIONS, PREFETCH, RATIO, SCALE, Entry, Setting
 
-MOST_FILES = 10_000  # read from disk beforehand, and written again for WebDataset and FFCV
+MOST_FILES = 10_000  # read from disk beforehand, and written again for the loaders with a format of their own
 TURN_SECONDS = 3.0
 REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "timm recipe", "dali+torchvision cutmix")
 
@@ -84,11 +86,21 @@ def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namesp
                     turn.measure,
                     turn.prepare,
                     where=dict(count=threads) if swept else {},
-                    fields=dict(mixing=entry.mixing, note=entry.note),
+                    fields=dict(mixing=entry.mixing, note=entry.note, version=version(entry.packages)),
                     excused=entry.excused,
                 )
             )
     return found
+
+
+def version(packages: Sequence[str]) -> str | None:
+    """The version of the first of `packages` that is installed."""
+    for name in packages:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def some(samples: Files, most: int = MOST_FILES) -> Files:
@@ -130,6 +142,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LIST",
         help="the others take the best of these (default: half, all and twice the CPUs)",
     )
+    add("--interpolation", choices=sorted(INTERPOLATIONS), default="bicubic", help="of the resizing (default: bicubic)")
     add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
     add(
         "--decoder",
@@ -156,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.loaders", *(sys.argv[1:] if argv is None else argv)])
     samples = some(load_files(args.data or data.generate()))
     with tempfile.TemporaryDirectory() as scratch:
-        setting = Setting(samples, args.batch_size, args.input_size, args.device, Path(scratch), args.decoder)
+        setting = Setting(
+            samples, args.batch_size, args.input_size, args.device, Path(scratch), args.decoder, args.interpolation
+        )
         settings = dict(
             files=len(samples),
             classes=len(samples.classes),
@@ -173,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prefetch=PREFETCH,
             torch_threads=torch.get_num_threads(),
             crop=dict(scale=SCALE, ratio=RATIO),
-            interpolation="bicubic, antialiased",
+            interpolation=f"{args.interpolation}, antialiased",
         )
         result = harness.compare(
             candidates(args.entries, setting, args),

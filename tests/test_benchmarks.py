@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import subprocess
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -376,7 +377,7 @@ def test_thread_counts_get_a_row_each(loaders, folder, tmp_path):
 def test_all_loaders_run_to_the_end_and_none_vanishes(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json")
     assert [row["name"] for row in result["rows"]] == [entry.name for entry in loaders.ENTRIES]
-    missing = {name for name in ("webdataset", "ffcv") if importlib.util.find_spec(name) is None}
+    missing = {name for name, package in PEERS.items() if importlib.util.find_spec(package) is None}
     missing |= set() if has_spdl() else {"spdl"}
     assert {row["name"] for row in result["rows"] if row["error"]} == missing
     assert all(row["median"] > 0 for row in result["rows"] if not row["error"])
@@ -439,6 +440,105 @@ def test_spdls_crop_follows_the_law(loaders):
             if width == 500:
                 assert 0.07 < w * h / (width * height) <= 1
                 assert 0.72 < w / h < 1.36
+
+
+COLOURS = np.array(list(itertools.product((40, 200), (30, 90, 150, 210), (60, 190))))  # a class each
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A class folder with an image of one colour for each of `COLOURS`, in their order."""
+    root = tmp_path_factory.mktemp("coloured")
+    for number, colour in enumerate(COLOURS):
+        (root / f"{number:02}").mkdir()
+        Image.new("RGB", (72, 56), tuple(colour.tolist())).save(root / f"{number:02}" / "x.jpg", quality=95)
+    return root
+
+
+def opened(loaders, name, root, scratch, mixing=None, **options):
+    """An epoch of the entry `name`, as long as `root` has images, as a list; `mixing` other than the entry's."""
+    from benchmarks.contenders import Setting
+    from lumix_dali.data.sources import load_files
+
+    (entry,) = (entry for entry in loaders.ENTRIES if entry.name == name)
+    if name in PEERS:
+        pytest.importorskip(PEERS[name])
+    if name == "spdl" and not has_spdl():
+        pytest.skip("FFmpeg's libraries are missing")
+    s = Setting(load_files(root), 4, 16, "cpu", scratch, **options)
+    start = entry.open if mixing is None else partial(entry.open.func, mixing, *entry.open.args[1:])
+    batches = list(start(s, 2, len(COLOURS) // 4))
+    for batch in batches:
+        s.check(batch)
+    return batches
+
+
+def rgb(images):
+    """The mean colour of each normalised image, from 0 to 255."""
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+    return 255 * (images.double().mean(dim=(2, 3)).numpy() * std + mean)
+
+
+PEERS = {
+    "webdataset": "webdataset",
+    "webdataset worker batches": "webdataset",
+    "litdata": "litdata",
+    "mosaic streaming": "streaming",
+    "ffcv": "ffcv",
+}
+RESAMPLED = {"webdataset", "webdataset worker batches"}  # shards are drawn with replacement
+BY_TORCHVISION = ["torchvision v2 collate cutmix+mixup", "spdl", *PEERS]
+COMPILED = {"ffcv": pytest.mark.slow}  # Numba takes a minute
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dali/+normalise",
+        "lumix/none",
+        *(pytest.param(name, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
+    ],
+)
+def test_an_epoch_has_every_image_once_with_its_label(loaders, coloured, tmp_path, name):
+    mixing = "none" if name in BY_TORCHVISION else None
+    batches = opened(loaders, name, coloured, tmp_path, mixing, interpolation="bilinear")
+    labels = np.concatenate([np.asarray(getattr(target, "labels", target)).reshape(-1) for _, target in batches])
+    assert len(labels) == len(COLOURS)
+    if name not in RESAMPLED:
+        assert sorted(labels) == list(range(len(COLOURS)))
+    colours = np.concatenate([rgb(images) for images, _ in batches])
+    assert np.abs(colours - COLOURS[labels]).max() < 8  # JPEG's and swscale's rounding; colours are 60 apart
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [
+        ("dali+torchvision cutmix", 0.0),
+        ("lumix/cutmix+mixup elem", 0.0),
+        ("timm FastCollateMixup elem", 0.1),
+        ("timm Mixup afterwards", 0.1),
+        ("torchvision v2 collate cutmix", 0.0),
+        *(pytest.param(name, 0.0, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
+    ],
+)
+def test_what_is_mixed_has_the_colours_of_its_target(loaders, coloured, tmp_path, name, smoothing):
+    """An image's mean colour is that of its classes, by their weights, whether pasted or blended."""
+    mixed = 0
+    for images, target in opened(loaders, name, coloured, tmp_path):
+        dense = target.dense(len(COLOURS)) if hasattr(target, "dense") else target
+        dense = (dense.double().numpy() - smoothing / len(COLOURS)) / (1 - smoothing)
+        assert dense.shape == (4, len(COLOURS))
+        assert np.abs(dense.sum(1) - 1).max() < 1e-5
+        assert np.abs(rgb(images) - dense @ COLOURS).max() < 8
+        mixed += (dense.max(1) < 0.98).sum()
+    assert mixed > 0
+
+
+def test_a_row_names_its_version(loaders, folder, tmp_path):
+    (row,) = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/read")["rows"]
+    assert row["version"] == importlib.import_module("nvidia.dali").__version__
+    assert loaders.version(("nobody-has-this", "torch")) == importlib.metadata.version("torch")
+    assert loaders.version(("nobody-has-this",)) is None
 
 
 @pytest.mark.parametrize(
