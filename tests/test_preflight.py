@@ -78,6 +78,7 @@ def test_every_damaged_file_is_found_with_a_reason(root, full):
     report = check.scan(root, full=full, workers=2)
     assert sorted(report.bad) == sorted([*(f"a/{name}" for name in DAMAGED), "b c/gone.jpg"])
     assert all(report.bad.values())
+    assert "what to do: --manifest FILE writes a list of the others" in check.show(report)
     assert report.counts == {"a": 5, "b c": 5}
     assert not report.ok
 

@@ -40,6 +40,11 @@ _ODD = {
 }
 _FOREIGN = "DALI is given only JPEG, PNG and WebP"
 _REFUSED = "DALI refuses them"
+_MANIFEST = "--manifest FILE writes a list of the others, for create_loader and pipelines.train"
+_REWRITE = (
+    "copy a shard again that was cut short or changed; for single samples, write the shards again from good files "
+    "(lumix-dali convert)"
+)
 # The rows of docs/reliability.md whose pixels are not timm's.
 _DEEP_GREY = "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"
 _DEEP = "16 bits are rounded to 8, where Pillow takes the upper byte"
@@ -375,7 +380,9 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
             if index.kind_of(path) == "tfrecord":
                 look.bad.update(_checksum_faults(file.fileno()))
             elif os.pread(file.fileno(), 512, max(0, os.fstat(file.fileno()).st_size - 512)).strip(b"\0"):
-                look.warnings.append(f"{os.path.basename(path)}: no end mark; was it cut short between two samples?")
+                look.warnings.append(
+                    f"{os.path.basename(path)}: no end mark; if its original is longer it was cut short: copy it again"
+                )
         if not seen:
             look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
@@ -460,10 +467,15 @@ def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
     shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
     expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
     if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:
-        found.append("sorted by class: no matter on local storage, but remote shards are shuffled only within a window")
+        found.append(
+            "sorted by class: no matter on local storage, but remote shards are shuffled only within a window; "
+            "give shuffle='global', or write them in random order, as lumix-dali convert does"
+        )
     keys = [key for look in looks for key in {os.path.splitext(name)[0] for name in look.names}]
     if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
-        found.append(f"{twice} keys occur in more than one shard: the same samples twice?")
+        found.append(
+            f"{twice} keys occur in more than one shard: if they are the same samples twice, leave one of them out"
+        )
     return found
 
 
@@ -491,4 +503,7 @@ def show(report: Report, most: int = 20) -> str:
             lines.append(f"{len(items)} {title}:")
             lines += [f"  {item}" for item in islice(items, most)]
             lines += [f"  … and {len(items) - most} more"] * (len(items) > most)
+    if report.bad:
+        remedy = _REWRITE if report.files else _MANIFEST
+        lines.append(f"what to do: {remedy}. A run replaces them by others, and counts them (loader.bad)")
     return "\n".join(lines)
