@@ -22,7 +22,7 @@ KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.
 _LOWEST = dict(count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1)
 BOX_COLOUR = (255, 64, 64)
 # What the partner is to the canvas; CutMix' line has the colour of its box.
-PARTNERS = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
+PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
 LEGEND = (
     "below each image: the kind of mixing; the canvas's label, with its weight 1 - lam0; the partner's label, "
     "with lam0: pasted into the red box (CutMix), or blended over the whole image (Mixup)"
@@ -70,7 +70,10 @@ def _tile(image: Image.Image, classes, label: int, partner_label: int, lam0: flo
         y0, x0, y1, x1 = (zoom * edge for edge in box)
         if y0 < y1 and x0 < x1:
             ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR, width=2)
-    lines = [(f"{KINDS[Kind(kind)]}  lam0 = {lam0:.3f}", "black"), (f"canvas {1 - lam0:.3f} {classes[label]}", "black")]
+    lines: list[tuple[str, Any]] = [
+        (f"{KINDS[Kind(kind)]}  lam0 = {lam0:.3f}", "black"),
+        (f"canvas {1 - lam0:.3f} {classes[label]}", "black"),
+    ]
     if kind:
         role, colour = PARTNERS.get(Kind(kind), ("partner", "black"))
         lines.append((f"{role} {lam0:.3f} {classes[partner_label]}", colour))
