@@ -2,13 +2,12 @@
 
 Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too;
 scaling: ranks too, no quartiles.
-A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
-each of which adds a stage to the row before it; its rows of part "step" are whole steps.
+A cost result has rows of part "loader" and "model", each of a stage that comes after the row before it; its rows of
+part "step" are whole steps. Where no row has `until`, the values of a stage hold those of all stages before it.
 An accuracy result is what experiments/ablations.py writes.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import repeat
+from collections.abc import Callable
 from typing import Any
 
 from . import paired
@@ -18,15 +17,14 @@ CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "t
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages of a batch: as given, or a row less the one before it, round by round, in each of two parts."""
-    if "stages" in result:
-        return result["stages"]
+    """The stages of a batch, each without those before it, in each of two parts."""
     found = []
     for part in ("loader", "model"):
-        before: Sequence[float] = ()
-        for row in (row for row in result["rows"] if row.get("part") == part and row["values"]):
-            cost = summary([ms - less for ms, less in zip(row["values"], before or repeat(0.0), strict=False)])
-            found.append(dict(name=row["name"], ms=cost["median"], quartiles=cost["quartiles"]))
+        rows = [row for row in result["rows"] if row.get("part") == part and row["values"]]
+        own, before = any("until" in row for row in rows), [0.0] * len(rows[0]["values"] if rows else ())
+        for row in rows:
+            cost = row if own else summary([ms - less for ms, less in zip(row["values"], before, strict=False)])
+            found.append(dict(name=row["name"], part=part, ms=cost["median"], quartiles=cost["quartiles"]))
             before = row["values"]
     return found
 
