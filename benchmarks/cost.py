@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,14 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
         yield from (c for c in model_candidates(s, args) if c.where["part"] in args.parts)
 
 
+def chained(chosen: list[harness.Candidate]) -> list[harness.Candidate]:
+    """The candidates, of which each stage of the loader and of the model comes after the one before it."""
+    for part in ("loader", "model"):
+        for before, stage in pairwise(candidate for candidate in chosen if candidate.where["part"] == part):
+            stage.after = before.name
+    return chosen
+
+
 def model_candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
     """All that needs a model."""
     steps = {recipe: Step(s, args.model, recipe, args.amp) for recipe in RECIPES}
@@ -461,7 +469,7 @@ def main(argv: list[str] | None = None) -> None:
             executor_statistics=executor_statistics(s, args.threads),
         )
         try:
-            chosen = harness.named(candidates(s, args), args.only)
+            chosen = chained(harness.named(candidates(s, args), args.only))
         except ValueError as error:
             parser.error(str(error))
         result = harness.compare(

@@ -9,6 +9,7 @@ reference round by round, from which the drift cancels.
 
 A row of the result: name, the fields of `where` and `fields`, what `prepare` returned, `values` (one a counted
 round), `median`, `quartiles`, `ratios` {reference: {values, median, quartiles}}, `error` (None, or its last line).
+The values of a stage are what it adds to the stage before it; `until` has what was measured, both and all before.
 """
 
 import argparse
@@ -69,6 +70,8 @@ class Candidate:
         where: fields that set it apart from a candidate of the same name; ratios are made within equal ones.
         fields: further fields of the row.
         excused: a failure is no fault of the run; the row says so, with the error.
+        after: name of the candidate, of the same `where`, whose work a turn of this one does too; the row's values
+            are this one's alone.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Candidate:
     where: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     excused: bool = False
+    after: str | None = None
 
 
 def compare(
@@ -114,6 +118,8 @@ def compare(
     refuse_dirty(out, meta, allow_dirty)
     result = dict(kind=kind, unit=unit, complete=False, rounds=rounds, meta=meta, settings=settings or {}, rows=[])
     rows = [dict(name=c.name, **c.where, **c.fields, values=[], error=None) for c in candidates]
+    for row, candidate in zip(rows, candidates, strict=True):
+        row |= dict(until=dict(values=[])) if candidate.after else {}
     result["rows"] = rows
     try:
         with tqdm(total=(rounds + 1) * len(candidates), unit="turn", disable=None) as bar:
@@ -139,7 +145,7 @@ def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
             row.update(candidate.prepare())
         value = candidate.turn()
         if counted:
-            row["values"].append(value)
+            row.get("until", row)["values"].append(value)
     except Exception as error:
         # A losing or broken candidate must neither vanish nor end the others' run.
         row["error"] = last_line(error)
@@ -149,6 +155,15 @@ def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
 
 def _summarise(rows: list[dict], candidates: Sequence[Candidate], references: Sequence[str]) -> None:
     for row, candidate in zip(rows, candidates, strict=True):
+        if candidate.after:
+            (before,) = (
+                other
+                for other, rival in zip(rows, candidates, strict=True)
+                if (rival.name, rival.where) == (candidate.after, candidate.where)
+            )
+            found, less = row["until"]["values"], before.get("until", before)["values"]
+            row["until"].update(summary(found))
+            row["values"] = [value - other for value, other in zip(found, less, strict=False)]
         row.update(summary(row["values"]))
         row["ratios"] = {
             other["name"]: ratio(row["values"], other["values"])

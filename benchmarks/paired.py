@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 class Moments(NamedTuple):
@@ -42,6 +41,8 @@ def moments(values: Sequence[float]) -> Moments:
 
 def difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], metric: str = "top1") -> Difference:
     """`runs` minus `reference` over the seeds that both have, after the last epoch."""
+    from scipy import stats  # of the extra "bench", without which other results are read
+
     values, others = last(runs, metric), last(reference, metric)
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
     n, mean, sd, error = moments(gaps)

@@ -6,12 +6,6 @@ shows; what stands between markers is compared as it is. NAME "targets" is `TARG
 
     python -m benchmarks.plot             # makes them anew
     python -m benchmarks.plot --check     # changes nothing; exit status 1 if one is not current
-
-Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too;
-scaling: ranks too, no quartiles.
-A cost result has ``stages`` (name, ms, quartiles, in the order of a batch), or rows of part "loader" and "model",
-each of which adds a stage to the row before it; its rows of part "step" are whole steps.
-An accuracy result is what experiments/ablations.py writes.
 """
 
 import argparse
@@ -21,7 +15,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +22,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from . import paired
-from .harness import RESULTS, ROOT, summary
+from .harness import RESULTS, ROOT
+from .tables import CEILING, METRICS, TIMM, metrics_of, over_epochs, signed, source_of, stages, table, whole_steps
 
-CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "timm recipe"
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
 RUN, CUTMIX, BOTH = "loaders-targets", "lumix/cutmix elem", "lumix/cutmix+mixup elem"
@@ -154,28 +147,9 @@ def draw_cost(result: dict[str, Any]) -> Figure:
     return _captioned(figure, result)
 
 
-def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages of a batch: as given, or a row less the one before it, round by round, in each of two parts."""
-    if "stages" in result:
-        return result["stages"]
-    found = []
-    for part in ("loader", "model"):
-        before: Sequence[float] = ()
-        for row in (row for row in result["rows"] if row.get("part") == part and row["values"]):
-            cost = summary([ms - less for ms, less in zip(row["values"], before or repeat(0.0), strict=False)])
-            found.append(dict(name=row["name"], ms=cost["median"], quartiles=cost["quartiles"]))
-            before = row["values"]
-    return found
-
-
-def whole_steps(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are whole steps, fed by the loader or by the replay of a batch."""
-    return [row for row in result["rows"] if row.get("part") == "step" and row["values"]]
-
-
 def draw_loss(result: dict[str, Any]) -> Figure:
     """Forward and backward time against K, a panel for each B and dtype, a line a loss."""
-    rows = [row for row in result["rows"] if _ms(row) is not None]
+    rows = [row for row in result["rows"] if row["median"] is not None]
     batches, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("B", "dtype"))
     names = list(dict.fromkeys(row["name"] for row in rows))
     figure = Figure(figsize=(3 * len(batches), 2.6 * len(dtypes)), layout="constrained")
@@ -184,7 +158,9 @@ def draw_loss(result: dict[str, Any]) -> Figure:
         axes = panels[i][j]
         for number, name in enumerate(names):
             line = sorted(
-                (row["K"], _ms(row)) for row in rows if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch)
+                (row["K"], row["median"])
+                for row in rows
+                if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch)
             )
             if line:
                 label = name if i == j == 0 else None
@@ -211,7 +187,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
             axes.plot(epochs, curve, color=f"C{number}", alpha=0.25, linewidth=0.6)
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
         found = paired.moments([curve[-1] for curve in curves])
-        label = f"{row['name']}: {found.mean:.2f}{_signed('±', found.sd)} (n = {found.n})"
+        label = f"{row['name']}: {found.mean:.2f}{signed('±', found.sd)} (n = {found.n})"
         axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
         last += [curve[-1] for curve in curves]
     if last:  # the climb from chance would press the ends, which are what counts, into one line
@@ -225,7 +201,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
 
 def draw_differences(result: dict[str, Any]) -> Figure:
     """Each row minus CutMix in every metric, and below it what the label weights did, if the runs kept them."""
-    metrics = _metrics(result)
+    metrics = metrics_of(result)
     labels = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("lam")]
     figure = Figure(figsize=(8, 5.6 if labels else 3), layout="constrained")
     panels = figure.subplots(2 if labels else 1, 3, squeeze=False)
@@ -241,7 +217,7 @@ def draw_differences(result: dict[str, Any]) -> Figure:
         others = {"lam_s_q50": "median λ_s", "moved": "mean |λ - λ0|"}
         for axes, (name, title) in zip(panels[1][1:], others.items(), strict=True):
             for number, row in enumerate(labels):
-                axes.plot(*_over_epochs(row, name), color=f"C{number}", label=row["name"])
+                axes.plot(*over_epochs(row, name), color=f"C{number}", label=row["name"])
             axes.set_title(title, fontsize=8)
         panels[1][0].legend(fontsize=7)
         panels[1][1].legend(fontsize=6)
@@ -270,21 +246,14 @@ def _dots(axes: Any, result: dict[str, Any], metric: str) -> None:
 SYMBOLS = {"lam0": "λ0", "lam_s": "λ_s", "lam": "λ"}
 
 
-def _over_epochs(row: dict[str, Any], name: str) -> tuple[range, list[float]]:
-    """Epochs, and the mean over the seeds of a statistic of the label weights."""
-    curves = [run["lam"][name] for run in row["runs"]]
-    means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-    return range(1, len(means) + 1), means
-
-
 def _fan(axes: Any, rows: list[dict], name: str, color: str) -> None:
     for row in rows:
-        epochs, middle = _over_epochs(row, f"{name}_q50")
+        epochs, middle = over_epochs(row, f"{name}_q50")
         axes.plot(epochs, middle, color=color, label=SYMBOLS[name])
         axes.fill_between(
             epochs,
-            _over_epochs(row, f"{name}_q25")[1],
-            _over_epochs(row, f"{name}_q75")[1],
+            over_epochs(row, f"{name}_q25")[1],
+            over_epochs(row, f"{name}_q75")[1],
             color=color,
             alpha=0.2,
             linewidth=0,
@@ -308,7 +277,7 @@ def draw_scaling(result: dict[str, Any]) -> Figure:
 
 
 def _captioned(figure: Figure, result: dict[str, Any]) -> Figure:
-    lines = textwrap.wrap(_where(result), int(17 * figure.get_figwidth()))
+    lines = textwrap.wrap(source_of(result), int(17 * figure.get_figwidth()))
     figure.supxlabel("\n".join(lines), fontsize=7, color="gray")
     return figure
 
@@ -316,199 +285,6 @@ def _captioned(figure: Figure, result: dict[str, Any]) -> Figure:
 def _label(row: dict[str, Any]) -> str:
     unsaid = row.get("mixing", "none") == "none" and not row["name"].startswith(("dali/", "lumix"))
     return row["name"] + " (no mixing)" * unsaid
-
-
-def _ms(row: dict[str, Any]) -> float | None:
-    return row.get("ms", row.get("median"))
-
-
-def _where(result: dict[str, Any]) -> str:
-    machine, dirty = result["meta"]["machine"], "" if result["meta"]["clean"] else ", with uncommitted changes"
-    parts = [
-        f"{machine['affinity']} × {machine['cpu']}",
-        machine.get("gpu"),
-        result["meta"]["date"][:10],
-        f"commit {(result['meta']['commit'] or 'unknown')[:10]}{dirty}",
-    ]
-    return "; ".join(filter(None, [", ".join(part for part in parts if part), result.get("note")]))
-
-
-def table_loaders(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loader: images/s, and its ratio to the ceiling and to timm, recipe to recipe."""
-    counted = [["count"]] if result["kind"] == "loaders-threads" else []
-    lines = [
-        [
-            "loader",
-            *(["threads"] if counted else []),
-            "mixing",
-            "images/s",
-            "quartiles",
-            "of the ceiling",
-            "of timm's loader",
-        ]
-    ]
-    for row in result["rows"]:
-        start = [row["name"], *([str(row["count"])] if counted else []), row.get("mixing", "none")]
-        if row["median"] is None:
-            lines.append([*start, row["error"] or "not measured", "", "", ""])
-            continue
-        low, high = row["quartiles"]
-        ratios = [_ratio(row, CEILING), _ratio(row, TIMM_RECIPE if "recipe" in row["name"] else TIMM)]
-        lines.append([*start, f"{row['median']:.0f}", f"{low:.0f} – {high:.0f}", *ratios])
-    return lines
-
-
-def table_cost(result: dict[str, Any]) -> list[list[str]]:
-    """A line a stage, with its share of them all; a line a whole step, with its ratio to CutMix'."""
-    found, steps = stages(result), whole_steps(result)
-    total = sum(stage["ms"] for stage in found)
-    lines = [(stage["name"], stage["ms"], stage["quartiles"], f"{stage['ms'] / total:.0%}") for stage in found]
-    lines += [
-        (f"whole step, {row['name']}", row["median"], row["quartiles"], _ratio(row, "cutmix replayed", 3))
-        for row in steps
-    ]
-    return [
-        ["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)],
-        *(
-            [name, f"{ms:.2f}", " – ".join(f"{q:.2f}" for q in quartiles or ()), said]
-            for name, ms, quartiles, said in lines
-        ),
-    ]
-
-
-def table_loss(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loss and shape."""
-
-    def ratio(row: dict) -> str:
-        given = row.get("ratio") or next((r["median"] for r in row.get("ratios", {}).values()), None)
-        return f"{given:.2f}" if given is not None else ""
-
-    return [
-        ["loss", "B", "K", "dtype", "ms", "ratio"],
-        *(
-            [
-                row["name"],
-                str(row["B"]),
-                str(row["K"]),
-                row["dtype"],
-                f"{_ms(row):.3g}" if _ms(row) is not None else row["error"],
-                ratio(row),
-            ]
-            for row in result["rows"]
-        ),
-    ]
-
-
-METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
-DIGITS = {"top1": 2, "nll": 3, "ece": 2}
-
-
-def _metrics(result: dict[str, Any]) -> list[str]:
-    found = [row["runs"][0] for row in result["rows"] if row["runs"]]
-    return [name for name in METRICS if not found or name in found[0]]
-
-
-def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
-    """A line per row: each metric and its difference to CutMix seed by seed, and what the row costs."""
-    gpu, metrics = result["settings"]["device"] != "cpu", _metrics(result)
-    compared = {metric: paired.compare(result["rows"], "CutMix", metric) for metric in metrics}
-    paper = any(row["paper"] for row in result["rows"])
-    speed = any("speed" in row for row in result["rows"])
-    columns = [cell for metric in metrics for cell in (METRICS[metric], "− CutMix (95 %; p, Holm)")]
-    lines = [
-        [
-            "row",
-            *["the paper's DeiT-S"] * paper,
-            "n",
-            *columns,
-            "GPU hours" if gpu else "CPU hours",
-            *["images/s, of CutMix'"] * speed,
-        ]
-    ]
-    for row in result["rows"]:
-        start = [row["name"], *["" if row["paper"] is None else f"{row['paper']:.1f}"] * paper]
-        if row["error"] or not row["runs"]:
-            lines.append([*start, "0", row["error"] or "not yet", *[""] * (len(lines[0]) - len(start) - 2)])
-            continue
-        cells = [cell for metric in metrics for cell in _metric(row, metric, compared[metric].get(row["name"]))]
-        jobs = result["settings"]["jobs"]  # models that shared the GPU
-        hours = sum(run["seconds"] / jobs if gpu else run["cpu_seconds"] for run in row["runs"]) / 3600
-        cells += [f"{hours:.3f}", *([_relative_speed(row)] if speed else [])]
-        lines.append([*start, str(len(row["runs"])), *cells])
-    return lines
-
-
-def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
-    """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
-    digits = DIGITS[metric]
-    found = paired.moments(list(paired.last(row["runs"], metric).values()))
-    own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
-    if compared is None or compared[0].mean is None:
-        return [own, ""]
-    one, p = compared
-    said = f"{one.mean:+.{digits}f}"
-    if one.interval:
-        said += f" ({one.interval[0]:+.{digits}f} to {one.interval[1]:+.{digits}f}; {p:.2g})"
-    return [own, said]
-
-
-def read_accuracy(result: dict[str, Any]) -> str:
-    """Which differences hold after Holm's correction, and what became of the labels, in a sentence each."""
-    said = []
-    for metric in _metrics(result):
-        found = paired.compare(result["rows"], "CutMix", metric)
-        holding = [
-            f"{name} ({one.mean:+.{DIGITS[metric]}f})" for name, (one, p) in found.items() if p is not None and p < 0.05
-        ]
-        said.append(f"{METRICS[metric].split(',')[0]}: {', '.join(holding) or 'none'}")
-    text = f"Differences with p < .05 after Holm's correction within the table. {'; '.join(said)}."
-    for row in result["rows"]:
-        if row["name"] == "LUMix" and row["runs"] and row["runs"][0].get("lam"):
-            moved, clamped = (_over_epochs(row, name)[1][-1] for name in ("moved", "clamped"))
-            text += f" In its last epoch LUMix moves λ by {moved:.3f} on average; {clamped:.1%} are clamped."
-    return text
-
-
-def _relative_speed(row: dict[str, Any]) -> str:
-    if row["name"] == "CutMix":
-        return "1"
-    return "{:.2f} ({:.2f} – {:.2f})".format(row["speed"]["ratio"]["median"], *row["speed"]["ratio"]["quartiles"])
-
-
-def _signed(sign: str, value: float | None) -> str:
-    return "" if value is None else f" {sign} {value:.2f}"
-
-
-def table_scaling(result: dict[str, Any]) -> list[list[str]]:
-    """A line each place of the images and number of GPUs."""
-    takes = result["assumed"]["gpu_rate"]
-    return [
-        [
-            "images",
-            "GPUs",
-            "a loader gives, images/s",
-            "a GPU gets, images/s",
-            "of what it takes",
-            "bound by",
-            "loaders needed, × the GPU's rate",
-            "cores needed",
-            "network needed, Gbit/s",
-        ],
-        *(
-            [
-                row["name"],
-                str(row["ranks"]),
-                f"{row['loader']:.0f}",
-                f"{row['median']:.0f}",
-                f"{row['median'] / takes:.0%}",
-                row["bound"],
-                f"{row['headroom']:.2f}",
-                f"{row['cores_needed']:,.0f}",
-                f"{row['gbit_needed']:,.1f}",
-            ]
-            for row in result["rows"]
-        ),
-    ]
 
 
 def draw_start(result: dict[str, Any]) -> Figure:
@@ -524,24 +300,6 @@ def draw_start(result: dict[str, Any]) -> Figure:
     return _captioned(figure, result)
 
 
-def table_start(result: dict[str, Any]) -> list[list[str]]:
-    """A line a source."""
-    return [
-        ["source", "samples", "opened, s", "first batch, s", "memory per rank, MB", "bytes per sample"],
-        *(
-            [
-                row["name"],
-                f"{row['samples']:,.0f}",
-                f"{row['open']:.2f}",
-                f"{row['first']:.2f}",
-                f"{row['held'] / 1e6:.0f}",
-                f"{row['held'] / row['samples']:.0f}",
-            ]
-            for row in result["rows"]
-        ),
-    ]
-
-
 def draw_augment(result: dict[str, Any]) -> Figure:
     """A bar an operation: the mean difference to timm's."""
     rows = result["rows"][::-1]
@@ -550,17 +308,6 @@ def draw_augment(result: dict[str, Any]) -> Figure:
     axes.barh([row["name"] for row in rows], [row["mean"] for row in rows], color=GROUPS["lumix"])
     axes.set_xlabel("grey levels from timm's, mean")
     return _captioned(figure, result)
-
-
-def table_augment(result: dict[str, Any]) -> list[list[str]]:
-    """A line an operation."""
-    return [
-        ["operation", "mean difference, grey levels", "largest", "values more than one off"],
-        *(
-            [row["name"], f"{row['mean']:.3f}", str(row["largest"]), f"{row['beyond_one']:.2%}"]
-            for row in result["rows"]
-        ),
-    ]
 
 
 def draw_tune(result: dict[str, Any]) -> Figure:
@@ -576,48 +323,17 @@ def draw_tune(result: dict[str, Any]) -> Figure:
     return _captioned(figure, result)
 
 
-def table_tune(result: dict[str, Any]) -> list[list[str]]:
-    """A line a value."""
-    return [
-        ["argument", "images/s", "quartiles", "of the default, round by round", "chosen"],
-        *(
-            [
-                f"`{row['name']}`",
-                f"{row['median']:.0f}",
-                "{:.0f} – {:.0f}".format(*row["quartiles"]),
-                _ratio(row, "default", 3),
-                "yes" * row["chosen"],
-            ]
-            for row in result["rows"]
-        ),
-    ]
-
-
-def _ratio(row: dict[str, Any], reference: str, digits: int = 2) -> str:
-    median = row.get("ratios", {}).get(reference, {}).get("median")
-    return "" if median is None else f"{median:.{digits}f}"
-
-
 KINDS = {
-    "loaders": (draw_loaders, table_loaders),
-    "loaders-threads": (draw_threads, table_loaders),
-    "cost": (draw_cost, table_cost),
-    "loss": (draw_loss, table_loss),
-    "accuracy": (draw_accuracy, table_accuracy),
-    "scaling": (draw_scaling, table_scaling),
-    "start": (draw_start, table_start),
-    "augment": (draw_augment, table_augment),
-    "tune": (draw_tune, table_tune),
+    "loaders": draw_loaders,
+    "loaders-threads": draw_threads,
+    "cost": draw_cost,
+    "loss": draw_loss,
+    "accuracy": draw_accuracy,
+    "scaling": draw_scaling,
+    "start": draw_start,
+    "augment": draw_augment,
+    "tune": draw_tune,
 }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Markdown of a result, with where it comes from below."""
-    head, *lines = KINDS[result["kind"]][1](result)
-    cells = [head, ["---"] * len(head), *lines]
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
-    read = [read_accuracy(result)] if result["kind"] == "accuracy" else []
-    return "\n\n".join([text, *read, f"{_where(result)}: `{result['meta']['command']}`"])
 
 
 def table_targets(results: Path) -> str:
@@ -650,7 +366,7 @@ def load(path: Path) -> tuple[dict[str, Any], str]:
 def make_figure(result: dict[str, Any], digest: str, path: Path) -> None:
     """Draws `result` into an SVG that names its hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    KINDS[result["kind"]][0](result).savefig(path, metadata={"Description": digest, "Date": None})
+    KINDS[result["kind"]](result).savefig(path, metadata={"Description": digest, "Date": None})
 
 
 def with_tables(text: str, results: Path) -> str:

@@ -23,10 +23,18 @@ from .target import Kind
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
 _LOWEST = dict(count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1)
 BOX_COLOUR = (255, 64, 64)
+# What the partner is to the canvas; CutMix' line has the colour of its box.
+PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
+LEGEND = (
+    "below each image: the kind of mixing; the canvas's label, with its weight 1 - lam0; the partner's label, "
+    "with lam0: pasted into the red box (CutMix), or blended over the whole image (Mixup)"
+)
 
 
 def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: Any) -> None:
     """Writes a picture of mixed samples as the model gets them: pixels, box, classes and λ0 (arXiv 2211.15846).
+
+    Below each image stand the label of the canvas and that of the partner that is pasted or blended in.
 
     Args:
         root: class folder, list file, manifest or shards.
@@ -72,14 +80,18 @@ def _tile(
         y0, x0, y1, x1 = (zoom * edge for edge in box)
         if y0 < y1 and x0 < x1:
             ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=BOX_COLOUR, width=2)
-    lines = [f"{KINDS[Kind(kind)]}  lam0 = {lam0:.3f}", f"{1 - lam0:.3f}  {classes[label]}"]
+    lines: list[tuple[str, Any]] = [
+        (f"{KINDS[Kind(kind)]}  lam0 = {lam0:.3f}", "black"),
+        (f"canvas {1 - lam0:.3f} {classes[label]}", "black"),
+    ]
     if kind:
-        lines.append(f"{lam0:.3f}  {classes[partner_label]}")
+        role, colour = PARTNERS.get(Kind(kind), ("partner", "black"))
+        lines.append((f"{role} {lam0:.3f} {classes[partner_label]}", colour))
     tile = Image.new("RGB", (image.width + 8, image.height + 58), "white")
     tile.paste(image, (4, 4))
     font = ImageFont.load_default(13)
-    for row, line in enumerate(lines):
-        ImageDraw.Draw(tile).text((4, image.height + 6 + 16 * row), line[:34], "black", font=font)
+    for row, (line, colour) in enumerate(lines):
+        ImageDraw.Draw(tile).text((4, image.height + 6 + 16 * row), line[:34], colour, font=font)
     return tile
 
 
@@ -102,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("show", help="a picture of mixed samples, each with its classes, lam0 and box")
+    command = commands.add_parser(
+        "show", help="a picture of mixed samples, each with its box, its labels and their weights", epilog=LEGEND
+    )
     add = command.add_argument
     add("root", help="class folder (ROOT/CLASS/IMAGE), list file (PATH LABEL a line), manifest, or shards")
     add("-o", "--out", default="mixed.png", help="name of the picture (%(default)s)")
@@ -132,7 +146,7 @@ def _show(args: argparse.Namespace) -> int:
         re_prob=args.reprob,
         seed=args.seed,
     )
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}; {LEGEND}")
     return 0
 
 

@@ -10,24 +10,27 @@
 
 Every result is printed beside the paper's numbers for its baseline and for LUMix: timm's own DeiT-S (--pretrained)
 has to come out at the baseline's, which settles that a protocol is the paper's. A checkpoint of pipelines.train
-brings its model, classes, input size, mean and std, and for top1 also the crop that it was validated with.
+brings its model, classes, input size, mean and std, and for top1 also the crop that it was validated with. The other
+protocols keep the paper's crop, so that "shuffled 1", the whole image, may differ from top1.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import huggingface_hub.constants as hub
 import numpy as np
 import timm
 import torch
+from huggingface_hub.utils import get_session
 from PIL import Image
-from sklearn.metrics import average_precision_score
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer, load_checkpoint
@@ -40,7 +43,7 @@ from tqdm import tqdm
 from lumix_dali import create_loader
 from lumix_dali.data.sources import Files, load_files
 
-from . import metrics, report
+from . import extras, metrics, report
 from .checkpoint import FORMAT
 
 Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): a value a seed, in percent
@@ -63,6 +66,7 @@ EXPECTED = {
 FROM_THE_RUN = ("model", "num_classes", "model_kwargs", "mean", "std")
 SIZE_OF_THE_RUN = ("img_size", "input_size")
 FROM_ITS_VALIDATION = ("crop_pct", "interpolation")
+HUB_SECONDS = 5  # within which a hub that can be reached answers
 BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml anywhere"
 
 
@@ -202,6 +206,8 @@ def imagenet_a(subject: Subject) -> Values:
 
 def imagenet_o(subject: Subject) -> Values:
     """Table 8, lower part: ImageNet-O's images against those that ImageNet has in the folders of the same name."""
+    from sklearn.metrics import average_precision_score
+
     args = subject.args
     outside, outputs = subset(subject)
     validation = read(args, "--val-dir", args.val_dir, IMAGENET)
@@ -296,9 +302,13 @@ def check_grids(flag: str, grids: Iterable[tuple[int, int]], size: tuple[int, in
     """Raises ValueError where cells would not be equal."""
     for rows, columns in grids:
         if size[0] % rows or size[1] % columns:
+            fitting = [
+                max(cells for cells in range(1, wanted + 1) if side % cells == 0)
+                for side, wanted in zip(size, (rows, columns), strict=True)
+            ]
             raise ValueError(
                 f"{flag} {rows}x{columns}: it does not divide images of {size[0]}x{size[1]}; give a "
-                "grid that does, or another --img-size"
+                f"grid that does, such as {flag} {fitting[0]}x{fitting[1]}, or another --img-size"
             )
 
 
@@ -346,6 +356,9 @@ def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], to
 def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function of uint8 images that gives DINO's attention [B, rows, columns], of the head asked for."""
     args = subject.args
+    if timm.is_model(args.dino_model.split(".")[0]):
+        with torch.device("meta"):  # nothing is fetched for a model that cannot be used
+            check_patches(timm.create_model(args.dino_model), subject.size, "--dino-model")
     model = build(args.dino_model, args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
     set_size(model, subject.size, "--dino-model")
     attend = class_attention(subject, model)
@@ -463,7 +476,8 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
         raise ValueError(f"{model_flag} {name}: timm knows no such model; see timm.list_models()")
     if not checkpoint:
         try:
-            return timm.create_model(name, pretrained=True, **options)
+            with offline_unless_answered():
+                return timm.create_model(name, pretrained=True, **options)
         except Exception as error:  # whatever a hub and a network raise
             raise ValueError(
                 f"{model_flag} {name}: timm could not get its weights ({first_line(error)}); "
@@ -484,6 +498,24 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
     return model
 
 
+@contextmanager
+def offline_unless_answered() -> Iterator[None]:
+    """The Hugging Face hub in its offline mode, its cache alone, if it does not answer a first request.
+
+    Its own client repeats each request for half a minute before it gives up.
+    """
+    before = hub.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(hub.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # of whichever library the hub's client uses
+        hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
 def first_line(error: Exception) -> str:
     """Type and start of an error, short enough for a message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -494,11 +526,7 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
     patches = getattr(model, "patch_embed", None)
     if patches is None or not hasattr(model, "set_input_size") or tuple(patches.img_size) == tuple(size):
         return
-    if any(side % patch for side, patch in zip(size, patches.patch_size, strict=True)):
-        raise ValueError(
-            f"{flag}: its patches of {patches.patch_size} do not divide images of {tuple(size)}; "
-            "give another --img-size"
-        )
+    check_patches(model, size, flag)
     before, grid = getattr(model, "pos_embed", None), patches.grid_size
     model.set_input_size(img_size=size)
     if isinstance(model, VisionTransformer) and before is not None:
@@ -506,6 +534,15 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         model.pos_embed = nn.Parameter(
             resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix, antialias=False)
+        )
+
+
+def check_patches(model: Any, size: tuple[int, int], flag: str) -> None:
+    """Raises ValueError where a model's patches do not divide images of this size."""
+    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if any(side % patch for side, patch in zip(size, patch_size, strict=True)):
+        raise ValueError(
+            f"{flag}: its patches of {patch_size} do not divide images of {tuple(size)}; give another --img-size"
         )
 
 
@@ -685,6 +722,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def require_packages(args: argparse.Namespace) -> None:
+    """Raises ValueError where a package is missing that this command needs, before it does any work."""
+    if args.protocol == "imagenet-o":
+        extras.require("sklearn", args.protocol)
+    if args.protocol == "wsol" and args.component == "largest":
+        extras.require("scipy", "--component largest")
+    if args.figure:
+        extras.require("matplotlib", f"--figure {args.figure}")
+
+
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluates as the command line says, prints the result, writes and draws it where asked to.
@@ -696,9 +743,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         The result, as `--out` gets it.
 
     Raises:
-        ValueError: a wrong argument, data that are missing, weights that cannot be had.
+        ValueError: a wrong argument; data, weights or a package that are missing.
     """
     args = parse_args(argv)
+    require_packages(args)
     torch.set_float32_matmul_precision("high")
     subject = build_subject(args)
     values = PROTOCOLS[args.protocol](subject)

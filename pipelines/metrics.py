@@ -7,7 +7,6 @@ from it, and an argument gives the corrected value.
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import ndimage
 from torchvision.ops import masks_to_boxes
 
 
@@ -149,6 +148,8 @@ def mask_box(mask: torch.Tensor, largest: bool = True, corners: bool = False) ->
         float64 [4] on the CPU: (x0, y0, x1, y1), half-open, in units of the mask's width and height.
     """
     if largest:
+        from scipy import ndimage
+
         parts, _ = ndimage.label(mask.cpu(), np.ones((3, 3)) if corners else None)
         mask = torch.from_numpy(parts == 1 + np.bincount(parts[parts > 0] - 1).argmax())
     x0, y0, x1, y1 = masks_to_boxes(mask[None].cpu())[0].double()  # which ends at the last cell, not behind it

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
 from nvidia import dali
 
 from lumix_dali import __version__
@@ -67,6 +66,8 @@ PAPER = {
     ("wsas", "", "Jaccard index"): (29.2, 29.5),
     ("wsol", "", "box IoU"): (34.9, 41.8),
 }
+# The row of unchanged images.
+WHOLE = {"shuffle": "shuffled 1", "occlusion": "a loss of 0"}
 ABSCISSA = {"shuffle": "cells", "occlusion": "information loss, %"}
 
 
@@ -114,7 +115,17 @@ def build(
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     whose = f"paper: {result['paper_model']}"
-    lines = [f"{result['protocol']}, {result['model']}, in %", f"{'':36}{'here':>8}{'':9}  {whose:>22}   + LUMix"]
+    size, crop = "x".join(map(str, result["input"]["input_size"][1:])), result["input"]["crop_pct"]
+    images = f"images of {size} pixels, {result['input']['interpolation']}"
+    if result["protocol"] not in ("wsas", "wsol"):  # which squash the whole image into the input
+        images += f", crop_pct {crop:g}"
+    if result["protocol"] in WHOLE:
+        images += f"; {WHOLE[result['protocol']]} differs from top1 where that has another crop or interpolation"
+    lines = [
+        f"{result['protocol']}, {result['model']}, in %",
+        images,
+        f"{'':36}{'here':>8}{'':9}  {whose:>22}   + LUMix",
+    ]
     for row in result["rows"]:
         spread = f"± {row['std']:5.2f}" if row["std"] is not None else ""
         baseline, lumix = (f"{value:g}" for value in row["paper"]) if row["paper"] else ("-", "-")
@@ -125,6 +136,8 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: str) -> None:
     """Accuracy over cells or loss where the protocol has such curves, else a bar a number; with the paper's."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4), layout="constrained")  # without pyplot no display is looked for
     axes, found = figure.subplots(), result["rows"]
     labels = (f"paper, {result['paper_model']}", f"paper, {result['paper_model']} + LUMix")

@@ -164,6 +164,47 @@ def test_ratios_are_made_within_equal_conditions(tmp_path):
     assert [row["ratios"]["a"]["median"] for row in rows] == [1, 3, 1, 6]
 
 
+def test_a_stage_has_its_own_cost_and_what_was_measured(tmp_path):
+    """12, 10, 11 until the end of c, after 4, 5, 4 until the end of b, after 1, 2, 3 for a: round by round."""
+    values = {"a": [9.0, 1, 2, 3], "b": [9.0, 4, 5, 4], "c": [9.0, 12, 10, 11]}
+    left = {name: iter(found) for name, found in values.items()}
+
+    def stage(name, after, part="model"):
+        return Candidate(name, lambda: next(left[name]), where=dict(part=part), after=after)
+
+    others = [Candidate("a", lambda: 100.0, where=dict(part="loader"))]  # of the same name, of another chain
+    stages = [stage("a", None), stage("b", "a"), stage("c", "b")]
+    result = compare([*others, *stages], kind="cost", unit="ms", command="none", out=tmp_path / "x.json", rounds=3)
+    _, a, b, c = result["rows"]
+    assert (a["values"], b["values"], c["values"]) == ([1, 2, 3], [3, 3, 1], [8, 5, 7])
+    assert (b["median"], b["quartiles"], c["median"]) == (3, [2, 3], 7)
+    assert "until" not in a
+    assert c["until"] == {"values": [12, 10, 11], "median": 11, "quartiles": [10.5, 11.5]}
+    assert json.loads((tmp_path / "x.json").read_text()) == result
+
+
+def test_stages_are_the_same_whichever_way_a_result_keeps_them():
+    from benchmarks import tables
+
+    before = [dict(name=name, part="loader", values=found) for name, found in (("a", [1.0, 2]), ("b", [4.0, 6]))]
+    now = [
+        dict(name="a", part="loader", values=[1.0, 2], median=1.5, quartiles=[1.25, 1.75]),
+        dict(name="b", part="loader", values=[3.0, 4], median=3.5, quartiles=[3.25, 3.75], until=dict(values=[4.0, 6])),
+    ]
+    wanted = [("a", 1.5, [1.25, 1.75]), ("b", 3.5, [3.25, 3.75])]
+    for rows in (before, now):
+        found = tables.stages(dict(rows=rows))
+        assert [(stage["name"], stage["ms"], stage["quartiles"]) for stage in found] == wanted
+
+
+def test_picked_stages_follow_each_other():
+    from benchmarks import cost
+
+    parts = [("read", "loader"), ("resize", "loader"), ("forward", "model"), ("loss", "model"), ("build", "epoch")]
+    chosen = cost.chained([Candidate(name, float, where=dict(part=part)) for name, part in parts])
+    assert [candidate.after for candidate in chosen] == [None, "read", None, "forward", None]
+
+
 @pytest.mark.parametrize("where", ["prepare", "first turn", "later turn"])
 def test_a_failing_candidate_does_not_stop_the_run_and_keeps_its_error(where, tmp_path, capsys):
     turns = itertools.count()
@@ -824,10 +865,21 @@ COST = {
 }
 LOSS = {
     "kind": "loss",
+    "rounds": 3,
     "meta": META,
     "rows": [
-        {"name": name, "B": 128, "K": classes, "dtype": "float32", "ms": ms * classes, "ratio": ms}
-        for name, ms in (("LUMix", 0.5), ("timm", 1.0))
+        {
+            "name": name,
+            "B": 128,
+            "K": classes,
+            "dtype": "float32",
+            "values": [ms * classes] * 3,
+            "median": ms * classes,
+            "quartiles": [ms * classes] * 2,
+            "error": None,
+            "ratios": {"timm soft target": {"median": ms, "quartiles": [ms, ms]}},
+        }
+        for name, ms in (("LUMix eager", 0.5), ("timm soft target", 1.0))
         for classes in (10, 1000)
     ],
 }
@@ -861,7 +913,7 @@ def test_tables_are_made_from_the_results(report):
     assert "| spdl | 2 | none | 200 | 190 – 206 | 0.50 |  |" in lines
     assert "| decode | 10.00 | 10.00 – 11.00 | 59% |" in lines  # 10, 12, 10: round by round
     assert "| whole step, lumix replayed | 19.00 | 19.00 – 19.50 | 1.006 |" in lines
-    assert "| LUMix | 128 | 1000 | float32 | 500 | 0.50 |" in lines
+    assert "| LUMix eager | 128 | 1000 | float32 | 500 | 0.50 |" in lines
     assert "2 × A CPU, 2030-01-02, commit 0123456789: `python -m benchmarks.loaders --out x`" in lines
     assert {path.name for path in (report.root / "figures").iterdir()} == {
         "loaders.svg",

@@ -1,23 +1,32 @@
 """The evaluation protocols, end to end on small data sets of each layout, against loops written anew."""
 
+import ast
+import contextlib
+import importlib.util
 import json
 import shutil
+import socket
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score, jaccard_score
 from timm.data import ImageNetInfo
 
 from lumix_dali import create_loader
 from pipelines import evaluate, metrics, report, train
+from pipelines.checkpoint import FORMAT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WNIDS = ImageNetInfo().label_names()
 MEAN = STD = (0.5, 0.5, 0.5)  # of timm's test models
 SIZE = 64
+ROOT = Path(__file__).parents[1]
 
 
 def picture(rng, path, size=(70, 90)):
@@ -549,6 +558,8 @@ def test_figure_and_table(protocol, imagenet, benchmarks, checkpoint, tmp_path, 
     data = {"shuffle": imagenet, "imagenet-a": benchmarks / "set"}[protocol]
     evaluate.main(argv(protocol, data, checkpoint, "--figure", tmp_path / "figure.png"))
     lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("images of 64x64 pixels, bilinear, crop_pct 0.875")
+    assert ("shuffled 1 differs from top1 where that has another crop" in lines[1]) == (protocol == "shuffle")
     row = {"shuffle": "shuffled 8 ", "imagenet-a": "AURRA"}[protocol]
     paper = {"shuffle": ["73.3", "73.6"], "imagenet-a": ["23.8", "27.4"]}[protocol]
     assert next(line for line in lines if line.startswith(row)).split()[-2:] == paper
@@ -588,8 +599,11 @@ def test_missing_parts(imagenet, benchmarks, checkpoint, tmp_path):
         (argv("imagenet-o", benchmarks / "set", checkpoint), "--val-dir None"),
         (argv("imagenet-o", benchmarks / "set", checkpoint, "--val-dir", imagenet), "--val-dir .*lacks .* class"),
         (argv("wsol", imagenet, checkpoint), "--boxes None: no ILSVRC2012_val_.*xml.*bbox_val_v3.tgz"),
-        (argv("shuffle", imagenet, checkpoint, "--grids", "3x3"), "--grids 3x3: .* not divide images of 64x64"),
-        (argv("occlusion", imagenet, checkpoint, "--drop", "random"), "--drop-grid 14x14"),
+        (
+            argv("shuffle", imagenet, checkpoint, "--grids", "3x3"),
+            "--grids 3x3: .* not divide images of 64x64.*such as --grids 2x2",
+        ),
+        (argv("occlusion", imagenet, checkpoint, "--drop", "random"), "--drop-grid 14x14.*such as --drop-grid 8x8"),
         (argv("shuffle", imagenet, tmp_path / "no.pth"), "--checkpoint .*no.pth: no such file"),
         (argv("shuffle", imagenet, checkpoint, "--num-classes", 5), "--checkpoint .*does not fit test_vit"),
         (argv("shuffle", imagenet, checkpoint, "--model", "vitt"), "--model vitt: timm knows no such model"),
@@ -617,6 +631,116 @@ def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
         evaluate.main(argv("occlusion", imagenet, checkpoint, "--drop", "salient"))
     with pytest.raises(ValueError, match=r"deit_small.*timm could not.*--checkpoint FILE"):
         evaluate.main(["top1", "--data-dir", str(imagenet), "--model", "deit_small_patch16_224", "--pretrained"])
+
+
+class Answers:
+    """A hub on the loopback that hangs up on every request; counts them."""
+
+    def __enter__(self):
+        self.asked, self.socket = 0, socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+        return self
+
+    def serve(self):
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                connection, _ = self.socket.accept()
+                self.asked += 1
+                connection.close()
+
+    def __exit__(self, *_):
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        self.thread.join(60)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch, tmp_path):
+    """No hub, and an empty cache of it."""
+    import huggingface_hub.constants as hub
+
+    with Answers() as server:
+        url = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "ENDPOINT", url)
+        monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+    assert hub.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(silent_hub, imagenet, checkpoint):
+    """Its own client asks six times for each of two files, which takes most of a minute."""
+    with pytest.raises(ValueError, match=r"vit_small_patch16_224.dino: timm could not.*--dino-checkpoint FILE"):
+        evaluate.main(argv("occlusion", imagenet, checkpoint, "--drop", "salient"))
+    assert silent_hub.asked == 1
+
+
+def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
+    weights = timm.create_model("test_vit").state_dict()
+    folder = tmp_path / "cache" / "models--timm--test_vit.r160_in1k"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    for directory in (snapshot, folder / "refs"):
+        directory.mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    save_file(weights, snapshot / "model.safetensors")
+    model = evaluate.build("test_vit.r160_in1k", None, "--checkpoint")
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert silent_hub.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--drop-grid 14x14: .*images of 32x32; give .* such as --drop-grid 8x8, or another --img-size"),
+        (["--img-size", "40", "--drop-grid", "8x8"], r"--dino-model: its patches of \(16, 16\) do not divide .*40"),
+        (["--drop", "salient"], "timm could not get its weights.*--dino-checkpoint FILE"),
+    ],
+)
+def test_occlusion_on_the_demo_s_checkpoint(silent_hub, tmp_path, more, message):
+    """What is wrong is said before anything is fetched, and with what to give instead."""
+    (tmp_path / "data" / "0").mkdir(parents=True)
+    model = timm.create_model("resnet10t", num_classes=1)
+    args = dict.fromkeys((*evaluate.FROM_THE_RUN, *evaluate.FROM_ITS_VALIDATION, "input_size"))
+    args |= dict(model="resnet10t", img_size=32, model_kwargs={}, mean=[0.5] * 3, std=[0.5] * 3)
+    content = dict(run_format=FORMAT, args=args, classes=["0"], state_dict=model.state_dict())
+    torch.save(content, tmp_path / "last.pth.tar")
+    command = ["occlusion", "--data-dir", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "last.pth.tar")]
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([*command, "--device", "cpu", *more])
+    assert silent_hub.asked == ("weights" in message)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("sklearn", ["imagenet-o"]),
+        ("scipy", ["wsol"]),
+        ("matplotlib", ["top1", "--figure", "x.png"]),
+    ],
+)
+def test_a_missing_package_is_named_before_the_work(package, arguments, monkeypatch):
+    """The other commands do without."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    rest = ["--data-dir", "no", "--checkpoint", "no.pth", "--model", "test_vit"]
+    with pytest.raises(ValueError, match=rf"needs the package {package}; install it by pip install '\.\[demo\]'"):
+        evaluate.main([*arguments, *rest])
+    with pytest.raises(ValueError, match=r"--checkpoint no.pth: no such file"):
+        evaluate.main(["top1", *rest])
+
+
+def test_what_only_some_commands_need_is_imported_there():
+    """pip install '.[cuda12]' brings none of these; the demo needs them whatever it does."""
+    for path in (ROOT / "pipelines").glob("*.py"):
+        names = [
+            name.partition(".")[0]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        ]
+        assert path.name == "demo.py" or not {"sklearn", "scipy", "matplotlib"} & set(names), path.name
 
 
 @pytest.mark.parametrize(

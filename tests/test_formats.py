@@ -3,6 +3,7 @@
 One loader for each size of image, set so that nothing is resized, and timm's own data set over the same folder.
 """
 
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 
 from lumix_dali import create_loader
+from lumix_dali.data import check
+from lumix_dali.data.formats import MAX_PIXELS
 
 timm_data = pytest.importorskip("timm.data")
 Image.init()
@@ -100,6 +103,19 @@ def test_pixels_are_timms(delivered, name):
 def test_who_decodes(delivered, name):
     wanted = formats.STATEMENTS[name].decoder == "Pillow"
     assert [each.row.what for each in delivered[name] if each.by_pillow != wanted] == []
+
+
+@pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
+def test_what_check_notes(delivered, name):
+    """Each file that Pillow decodes, or whose pixels are not timm's."""
+    stated = formats.STATEMENTS[name]
+    for each in delivered[name]:
+        note = check._look(io.BytesIO(each.row.content), MAX_PIXELS)
+        if stated.decoder == "Pillow" or stated.largest:
+            assert note.decoder.name == stated.decoder.upper(), each.row[:3]
+            assert ("clips" in note.why) == (stated.largest > 1), each.row[:3]
+        else:
+            assert note is None, each.row[:3]
 
 
 def test_nothing_is_resized(delivered):

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from lumix_dali import create_loader
 from lumix_dali.cli import main
 from lumix_dali.data import check, sources
+from lumix_dali.data.formats import Decoder
 
 
 def encoded(kind, seed=0, size=(64, 48)):
@@ -76,6 +78,7 @@ def test_every_damaged_file_is_found_with_a_reason(root, full):
     report = check.scan(root, full=full, workers=2)
     assert sorted(report.bad) == sorted([*(f"a/{name}" for name in DAMAGED), "b c/gone.jpg"])
     assert all(report.bad.values())
+    assert "what to do: --manifest FILE writes a list of the others" in check.show(report)
     assert report.counts == {"a": 5, "b c": 5}
     assert not report.ok
 
@@ -182,3 +185,94 @@ def test_a_check_that_is_killed_takes_its_processes_along(root):
     while any(os.path.exists(f"/proc/{child}") for child in found):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def deep_png(colour):
+    """A PNG of 16 bits per channel, written by hand; `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    row = b"\0" + bytes(8 * 2 * {0: 1, 2: 3, 4: 2, 6: 4}[colour])
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)
+    data = chunk(b"IDAT", zlib.compress(row * 8))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+def notable():
+    """{name: content}: what Pillow decodes, and what DALI decodes to other pixels than timm's."""
+    animated, first = io.BytesIO(), Image.new("RGB", (8, 8))
+    first.save(animated, "PNG", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+    exif = Image.Exif()
+    exif[274] = 6
+    webp, cmyk = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8)).save(webp, "WEBP", exif=exif)
+    Image.new("CMYK", (8, 8)).save(cmyk, "JPEG")
+    found = {f"{kind}-{i}.tif": encoded("TIFF", i) for i in range(3) for kind in ("a", "b")}
+    found |= {"still.gif": encoded("GIF"), "moving.png": animated.getvalue(), "turned.webp": webp.getvalue()}
+    found |= {"print.jpg": cmyk.getvalue(), "plain.png": PNG, "flat.webp": encoded("WEBP")}
+    return found | {f"deep-{colour}.png": deep_png(colour) for colour in (0, 2, 4, 6)}
+
+
+# By format: who decodes how many of `notable`, and what its line says.
+NOTES = {
+    ("TIFF", "PILLOW", 6, "only JPEG, PNG and WebP"),
+    ("GIF", "PILLOW", 1, "only JPEG, PNG and WebP"),
+    ("PNG", "PILLOW", 1, "animated"),
+    ("WEBP", "PILLOW", 1, "EXIF"),
+    ("JPEG", "PILLOW", 1, "three components"),
+    ("PNG", "DALI", 1, "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"),
+    ("PNG", "DALI", 3, "16 bits are rounded to 8, where Pillow takes the upper byte"),
+}
+
+
+@pytest.fixture(params=["folder", "list", "shards"])
+def notable_source(request, tmp_path):
+    """The files of `notable`, and one that no decoder reads, as a source of each kind."""
+    contents = notable() | {"cut.tif": encoded("TIFF")[:200]}
+    (tmp_path / "c").mkdir()
+    for name, content in contents.items():
+        # A list takes files of any name; a folder and a shard know these by their extensions.
+        name = name if request.param == "list" else name.replace(".gif", ".jpg")
+        (tmp_path / "c" / name).write_bytes(content)
+    names = sorted(os.listdir(tmp_path / "c"))
+    if request.param == "list":
+        (tmp_path / "list.txt").write_text("".join(f"c/{name} 0\n" for name in names))
+        return tmp_path / "list.txt"
+    if request.param == "shards":
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name in names:
+                archive.add(tmp_path / "c" / name, name)
+                label = tarfile.TarInfo(f"{Path(name).stem}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(b"0"))
+        return tmp_path / "a.tar"
+    return tmp_path
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
+def test_who_decodes_slowly_or_otherwise_is_counted_by_format(notable_source, full):
+    """The cut TIFF counts until decoding shows that it is bad."""
+    stated = {(kind, decoder, count + (kind == "TIFF" and not full)): why for kind, decoder, count, why in NOTES}
+    report = check.scan(notable_source, full=full, workers=1)
+    found = {(note["format"], note["decoder"], note["images"]): note["why"] for note in report.as_dict()["notes"]}
+    assert found.keys() == stated.keys()
+    lines = [line for line in check.show(report).splitlines() if line.startswith("note: ")]
+    assert len(lines) == len(NOTES)
+    for (kind, decoder, number), why in stated.items():
+        assert why in found[kind, decoder, number]
+        start = f"note: {number} {kind} decoded {'by Pillow' if decoder == 'PILLOW' else 'to other pixels'}"
+        assert [line.endswith(found[kind, decoder, number]) for line in lines if line.startswith(start)] == [True]
+    assert lines[0].startswith(f"note: {6 if full else 7} TIFF")  # the most frequent first
+    assert [Path(name).name for name in report.bad] == ["cut.tif"] * full
+
+
+def test_what_dali_refuses_is_told_by_the_full_scan(root):
+    """A PNG with an unknown critical chunk, as in test_feed.py: only decoding shows it."""
+    chunk = struct.pack(">I", 0) + b"ABCD" + struct.pack(">I", zlib.crc32(b"ABCD"))
+    (root / "a" / "odd.png").write_bytes(PNG[:33] + chunk + PNG[33:])
+    expected = {check.Note("JPEG", Decoder.PILLOW, check._ODD["JPEG"]): 1}  # the CMYK file of `root`
+    assert check.scan(root, workers=1).notes == expected
+    report = check.scan(root, full=True, workers=1)
+    assert report.ok
+    assert report.notes == expected | {check.Note("PNG", Decoder.PILLOW, "DALI refuses them"): 1}

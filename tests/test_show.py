@@ -47,19 +47,23 @@ def test_tiles_hold_the_delivered_images(root, tmp_path, size, zoom, columns):
         np.testing.assert_array_equal(drawn, outline)
         assert (tile[4:-54, 4:-4][drawn] == program.BOX_COLOUR).all()
         assert (tile[-54:] < 100).any()  # the text
+        assert (tile[-54:] == program.BOX_COLOUR).all(-1).any() == (kind == 2)  # the pasted label, in the box's colour
 
 
 def test_text_names_classes_and_weights(root, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(program.ImageDraw.ImageDraw, "text", lambda self, at, text, *_, **__: lines.append(text))
+    monkeypatch.setattr(program.ImageDraw.ImageDraw, "text", lambda self, at, *line, font: lines.append(line))
     program.show(str(root), str(tmp_path / "mixed.png"), count=6, input_size=32, **OPTIONS)
     _, target = delivered(root, 32)
     expected = []
     for label, partner, lam0, _, kind in zip(*(field.tolist() for field in target[:5]), strict=True):
+        assert kind in (1, 2)
         expected += [
-            f"{program.KINDS[kind]}  lam0 = {lam0:.3f}",
-            f"{1 - lam0:.3f}  class {label}",
-            f"{lam0:.3f}  class {partner}",
+            (f"{program.KINDS[kind]}  lam0 = {lam0:.3f}", "black"),
+            (f"canvas {1 - lam0:.3f} class {label}", "black"),
+            (f"pasted {lam0:.3f} class {partner}", (255, 64, 64))
+            if kind == 2
+            else (f"blended {lam0:.3f} class {partner}", "black"),
         ]
     assert lines == expected
 
@@ -91,7 +95,7 @@ def test_command_line(root, tmp_path, capsys):
         )
         == 0
     )
-    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert capsys.readouterr().out == f"wrote {out}; {program.LEGEND}\n"
     assert Image.open(out).size == (4 * (28 * 8 + 8), 2 * (28 * 8 + 58))  # six files, one tile each
 
 

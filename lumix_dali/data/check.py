@@ -13,7 +13,8 @@ import os
 import signal
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -32,6 +33,31 @@ from .sources import Files
 _Task = Callable[[list[Any]], dict[Any, Any]]
 _CHUNK = 256
 _DECODED = 32  # images that are decoded at once, and in memory
+# Why `formats.look` gives images of these formats to Pillow.
+_ODD = {
+    "JPEG": "neither grey nor of three components, or not Huffman-coded with 8 bits",
+    "MPO": "neither grey nor of three components, or not Huffman-coded with 8 bits",
+    "PNG": "animated, or without an end",
+    "WEBP": "with EXIF, or damaged",
+}
+_FOREIGN = "DALI is given only JPEG, PNG and WebP"
+_REFUSED = "DALI refuses them"
+_MANIFEST = "--manifest FILE writes a list of the others, for create_loader and pipelines.train"
+_REWRITE = (
+    "copy a shard again that was cut short or changed; for single samples, write the shards again from good files "
+    "(lumix-dali convert)"
+)
+# The rows of docs/reliability.md whose pixels are not timm's.
+_DEEP_GREY = "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"
+_DEEP = "16 bits are rounded to 8, where Pillow takes the upper byte"
+
+
+class Note(NamedTuple):
+    """What sets a usable image apart: Pillow decodes it, or DALI does so to other pixels than timm's loader."""
+
+    format: str
+    decoder: Decoder
+    why: str
 
 
 @dataclass
@@ -46,6 +72,7 @@ class Report:
         counts: usable images of each class.
         files: of shards: usable samples of each.
         warnings: of shards: what hinders training, though every sample can be used.
+        notes: number of usable images of each kind that Pillow decodes, or whose pixels are not timm's.
     """
 
     samples: Files
@@ -55,6 +82,7 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: dict[Note, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -84,7 +112,12 @@ class Report:
             ignored=self.ignored,
             files=self.files,
             warnings=self.warnings,
+            notes=[dict(images=number, **_plain(note)) for note, number in self.notes.items()],
         )
+
+
+def _plain(note: Note) -> dict[str, str]:
+    return note._asdict() | dict(decoder=note.decoder.name)
 
 
 def scan(
@@ -117,9 +150,10 @@ def scan(
     paths = [found.path(i) for i in range(len(found))]
     chunks = _chunks(paths, _CHUNK)
     task = partial(_decode_files if full else _look_at_files, max_pixels=max_pixels)
-    reasons: dict[str, str] = {}
-    for faults in progress(_in_children(task, chunks, workers), len(chunks)):
-        reasons |= faults
+    found_of: dict[str, str | Note] = {}
+    for part in progress(_in_children(task, chunks, workers), len(chunks)):
+        found_of |= part
+    reasons = {path: said for path, said in found_of.items() if isinstance(said, str)}
     good = [i for i, path in enumerate(paths) if path not in reasons]
     samples = Files(found.root, [found.names[i] for i in good], found.labels[good], found.classes)
     numbers = np.bincount(samples.labels, minlength=len(found.classes))
@@ -130,7 +164,13 @@ def scan(
         ignored=ignored,
         empty=sorted({*empty, *(name for name, number in counts.items() if not number)}, key=sources.natural_key),
         counts=counts,
+        notes=_counted(found_of[path] for path in paths if path in found_of),
     )
+
+
+def _counted(found: Iterable[str | Note]) -> dict[Note, int]:
+    """Numbers of the notes, the most frequent first."""
+    return dict(Counter(note for note in found if isinstance(note, Note)).most_common())
 
 
 def _chunks(items: list[Any], size: int) -> list[list[Any]]:
@@ -193,21 +233,24 @@ def _found(source: storage.StrPath) -> tuple[Files, list[str], list[str]]:
     return Files(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
 
 
-def _look_at_files(paths: list[str], max_pixels: int) -> dict[str, str]:
-    """{path: reason} of those whose header or end says that they cannot be used."""
-    found = {}
+def _look_at_files(paths: list[str], max_pixels: int) -> dict[str, str | Note]:
+    """{path: reason} of those whose header or end says that they cannot be used, {path: note} of notable ones."""
+    found: dict[str, str | Note] = {}
     for path in paths:
         try:
             with formats.open_regular(path) as file:
-                _look(file, max_pixels)
+                note = _look(file, max_pixels)
         except BadImage as error:
             found[path] = str(error)
+        else:
+            if note:
+                found[path] = note
     return found
 
 
-def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str]:
-    """{path: reason} of those that cannot be decoded."""
-    found: dict[str, str] = {}
+def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str | Note]:
+    """{path: reason} of those that cannot be decoded, {path: note} of notable ones."""
+    found: dict[str, str | Note] = {}
     for some in _chunks(paths, _DECODED):
         images: dict[str, bytes] = {}
         for path in some:
@@ -220,35 +263,38 @@ def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str]:
     return found
 
 
-def _decode(images: dict[str, bytes], max_pixels: int) -> dict[str, str]:
-    """{name: reason} of encoded images that neither DALI nor Pillow can decode."""
+def _decode(images: dict[str, bytes], max_pixels: int) -> dict[str, str | Note]:
+    """{name: reason} of encoded images that neither DALI nor Pillow can decode, {name: note} of notable ones."""
     from ..decoding import refused  # the processes of the fast scan need no DALI
 
-    found, names = {}, list(images)
-    decoders = {}
+    found: dict[str, str | Note] = {}
+    looks, names = {}, list(images)
     for name, image in images.items():
         try:
-            decoders[name] = formats.look(io.BytesIO(image), max_pixels).decoder
+            looks[name] = formats.look(io.BytesIO(image), max_pixels)
         except BadImage as error:
             found[name] = str(error)
     encoded = {
         number: np.frombuffer(images[name], np.uint8)
         for number, name in enumerate(names)
-        if decoders.get(name) == Decoder.DALI
+        if name in looks and looks[name].decoder == Decoder.DALI
     }
-    for number in refused(encoded):
-        decoders[names[number]] = Decoder.PILLOW
-    for name, decoder in decoders.items():
-        if decoder == Decoder.PILLOW:
+    again = {names[number] for number in refused(encoded)}
+    for name, look in looks.items():
+        file = io.BytesIO(images[name])
+        note = Note(look.format, Decoder.PILLOW, _REFUSED) if name in again else _note(file, look)
+        if note:
+            found[name] = note
+        if note and note.decoder == Decoder.PILLOW:
             try:
-                formats.pillow_pixels(io.BytesIO(images[name]), max_pixels)
+                formats.pillow_pixels(file, max_pixels)
             except BadImage as error:
                 found[name] = str(error)
     return found
 
 
-def _look(file: BinaryIO, max_pixels: int) -> None:
-    """Raises `BadImage` where the header, or the end of a JPEG, says that this file cannot be used."""
+def _look(file: BinaryIO, max_pixels: int) -> Note | None:
+    """What is notable about an image; raises `BadImage` where its header, or a JPEG's end, says that it is bad."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd metadata
         found = formats.look(file, max_pixels)
@@ -257,6 +303,20 @@ def _look(file: BinaryIO, max_pixels: int) -> None:
         is_odd = found.decoder == Decoder.PILLOW or not _has_end(file, found)
         if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
             formats.pillow_pixels(file, max_pixels)
+        return _note(file, found)
+
+
+def _note(file: BinaryIO, found: formats.Look) -> Note | None:
+    """Whether Pillow decodes an image, or DALI does so to other pixels than timm's loader."""
+    if found.decoder == Decoder.PILLOW:
+        return Note(found.format, found.decoder, _ODD.get(found.format, _FOREIGN))
+    if found.format != "PNG":
+        return None
+    file.seek(24)
+    depth, colour = file.read(2)
+    if depth != 16:
+        return None
+    return Note(found.format, found.decoder, _DEEP if colour else _DEEP_GREY)
 
 
 def _has_end(file: BinaryIO, found: formats.Look) -> bool:
@@ -272,6 +332,7 @@ class _Look(NamedTuple):
     bad: dict[str, str]
     ignored: list[str]
     warnings: list[str]
+    notes: dict[str, Note]
 
 
 def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress: Progress) -> list[_Look]:
@@ -287,36 +348,43 @@ def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: 
         found_there = dict(zip(paths, looks, strict=True))
         reasons = _in_children(partial(_decode_samples, max_pixels=max_pixels), chunks, workers)
         for faults in progress(reasons, len(chunks)):
-            for (path, name), reason in faults.items():
-                found_there[path].bad.setdefault(name, reason)
+            for (path, name), said in faults.items():
+                if isinstance(said, Note):
+                    found_there[path].notes[name] = said
+                else:
+                    found_there[path].bad.setdefault(name, said)
     return looks
 
 
 def _looked(look: _Look | str) -> _Look:
-    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [], [])
+    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [], [], {})
 
 
 def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
     """{path: what it holds} of the one shard in `chunk`."""
     (path,) = chunk
-    look, seen = _Look([], [], {}, [], []), set()
+    look, seen = _Look([], [], {}, [], [], {}), set()
     if storage.is_remote(path):
         raise ValueError(f"source={path!r}: remote shards are not scanned; scan them before the upload")
     try:
         with open(path, "rb", buffering=0) as file:
             for row in index.rows(path, file.fileno(), look.ignored):
                 key = row.name if index.kind_of(path) == "tfrecord" else index.split_name(row.name)[0]
-                fault = "its key occurs twice" if key in seen else _row_fault(path, file.fileno(), row, max_pixels)
+                said = "its key occurs twice" if key in seen else _look_at_row(path, file.fileno(), row, max_pixels)
                 seen.add(key)
-                if fault:
-                    look.bad[row.name] = fault
+                if isinstance(said, str):
+                    look.bad[row.name] = said
                     continue
+                if said:
+                    look.notes[row.name] = said
                 look.names.append(row.name)
                 look.labels.append(row.label)
             if index.kind_of(path) == "tfrecord":
                 look.bad.update(_checksum_faults(file.fileno()))
             elif os.pread(file.fileno(), 512, max(0, os.fstat(file.fileno()).st_size - 512)).strip(b"\0"):
-                look.warnings.append(f"{os.path.basename(path)}: no end mark; was it cut short between two samples?")
+                look.warnings.append(
+                    f"{os.path.basename(path)}: no end mark; if its original is longer it was cut short: copy it again"
+                )
         if not seen:
             look.bad[""] = "no sample in it"
     except (ValueError, OSError) as error:
@@ -324,14 +392,14 @@ def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
     return {path: look}
 
 
-def _row_fault(path: str, handle: int, row: index.Row, max_pixels: int) -> str | None:
+def _look_at_row(path: str, handle: int, row: index.Row, max_pixels: int) -> str | Note | None:
+    """Why a sample cannot be used, or what is notable about it."""
     if row.label < 0:
         return index.reason_at(path, handle, row.offset, row.label)
     try:
-        _look(io.BytesIO(os.pread(handle, row.size, row.offset)), max_pixels)
+        return _look(io.BytesIO(os.pread(handle, row.size, row.offset)), max_pixels)
     except BadImage as error:
         return str(error)
-    return None
 
 
 def _checksum_faults(handle: int) -> dict[str, str]:
@@ -353,15 +421,15 @@ def _checksum_faults(handle: int) -> dict[str, str]:
     return found
 
 
-def _decode_samples(chunk: list[tuple[str, str]], max_pixels: int) -> dict[tuple[str, str], str]:
-    """{(shard, sample): reason} of those samples of one shard that cannot be decoded."""
+def _decode_samples(chunk: list[tuple[str, str]], max_pixels: int) -> dict[tuple[str, str], str | Note]:
+    """{(shard, sample): reason} of samples that cannot be decoded, and notes, from one shard."""
     path, wanted = chunk[0][0], {name for _, name in chunk}
-    found: dict[str, str] = {}
+    found: dict[str, str | Note] = {}
     with open(path, "rb", buffering=0) as file:
         rows = [row for row in index.rows(path, file.fileno()) if row.name in wanted]
         for some in _chunks(rows, _DECODED):
             found |= _decode({row.name: os.pread(file.fileno(), row.size, row.offset) for row in some}, max_pixels)
-    return {(path, name): reason for name, reason in found.items()}
+    return {(path, name): said for name, said in found.items()}
 
 
 def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
@@ -393,7 +461,11 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     counts = {name: int(number) for name, number in zip(classes, numbers, strict=True)}
     empty = [name for name, number in counts.items() if not number]
     samples = Files(root, names, np.array(labels, np.int64), classes)
-    return Report(samples, bad, ignored, empty, counts, files, _warnings(samples, looks))
+    usable = zip(shown, looks, strict=True)
+    notes = _counted(
+        note for shard, look in usable for name, note in look.notes.items() if f"{shard}/{name}" not in bad
+    )
+    return Report(samples, bad, ignored, empty, counts, files, _warnings(samples, looks), notes)
 
 
 def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
@@ -401,10 +473,15 @@ def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
     shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
     expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
     if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:
-        found.append("sorted by class: no matter on local storage, but remote shards are shuffled only within a window")
+        found.append(
+            "sorted by class: no matter on local storage, but remote shards are shuffled only within a window; "
+            "give shuffle='global', or write them in random order, as lumix-dali convert does"
+        )
     keys = [key for look in looks for key in {os.path.splitext(name)[0] for name in look.names}]
     if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
-        found.append(f"{twice} keys occur in more than one shard: the same samples twice?")
+        found.append(
+            f"{twice} keys occur in more than one shard: if they are the same samples twice, leave one of them out"
+        )
     return found
 
 
@@ -419,6 +496,10 @@ def show(report: Report, most: int = 20) -> str:
         sizes = report.files.values()
         lines.append(f"{len(sizes)} shards of {min(sizes)} to {max(sizes)} samples")
     lines += [f"warning: {warning}" for warning in report.warnings]
+    for note, number in report.notes.items():
+        slow = note.decoder == Decoder.PILLOW
+        how = "by Pillow, slower than by DALI" if slow else "to other pixels than timm's"
+        lines.append(f"note: {number} {note.format} decoded {how}: {note.why}")
     for title, items in (
         ("cannot be used", [f"{name!r}: {reason}" for name, reason in report.bad.items()]),
         ("classes without a usable image", [repr(name) for name in report.empty]),
@@ -428,4 +509,7 @@ def show(report: Report, most: int = 20) -> str:
             lines.append(f"{len(items)} {title}:")
             lines += [f"  {item}" for item in islice(items, most)]
             lines += [f"  … and {len(items) - most} more"] * (len(items) > most)
+    if report.bad:
+        remedy = _REWRITE if report.files else _MANIFEST
+        lines.append(f"what to do: {remedy}. A run replaces them by others, and counts them (loader.bad)")
     return "\n".join(lines)
