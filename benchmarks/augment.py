@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lumix_dali import augment
 from lumix_dali.data.sources import load_files
 
-from . import data, harness
+from . import data, harness, readings
 from .contenders import MEAN
 
 MAGNITUDE = 9
@@ -111,18 +111,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = load_files(args.data or data.generate())
     chosen = np.random.default_rng(0).permutation(len(samples))[: args.images]
     images = photographs([samples.path(i) for i in chosen], args.input_size)
-    rows = list(differences(images))
-    harness.write(
-        args.out,
-        dict(
-            kind="augment",
-            unit="grey levels",
-            complete=True,
-            meta=meta,
-            settings=dict(images=len(images), input_size=args.input_size),
-            rows=rows,
-        ),
+    result = dict(
+        kind="augment",
+        unit="grey levels",
+        complete=True,
+        meta=meta,
+        settings=dict(images=len(images), input_size=args.input_size),
+        rows=list(differences(images)),
     )
+    harness.write(args.out, result)
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ that the library recommends, written beforehand. `note` says how each is used, a
 import math
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from lumix_dali import create_loader, decoding
-from lumix_dali.data.sources import Files
+from lumix_dali.data.sources import Files, Source, load
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -88,6 +88,18 @@ class Setting:
                 label = str(self.samples.labels[i])
                 shards.write({"__key__": f"{i:07}", "jpg": Path(path).read_bytes(), "cls": label})
         return sorted(map(str, self.scratch.glob("shard-*.tar")))
+
+    @cached_property
+    def records(self) -> list[str]:
+        """The samples as TFRecord files, 100 images each."""
+        from . import records
+
+        samples = list(zip(self.paths(), self.samples.labels.tolist(), strict=True))
+        made = []
+        for k in range(0, len(samples), 100):
+            images = [(Path(path).read_bytes(), label, "") for path, label in samples[k : k + 100]]
+            made.append(records.write_records(self.scratch / f"shard-{k // 100:06}.tfrecord", images))
+        return sorted(map(str, made))
 
     @cached_property
     def chunks(self) -> str:
@@ -279,9 +291,9 @@ def open_dali_torchvision(s: Setting, threads: int, batches: int) -> Epoch:
 # --- ours
 
 
-def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -> Iterable:
+def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int, source: Any = None) -> Iterable:
     return create_loader(
-        s.repeated(batches),
+        source or s.repeated(batches),
         batch_size=s.batch_size,
         input_size=s.size,
         device=s.device,
@@ -291,6 +303,54 @@ def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int) -
         interpolation=s.interpolation,
         **mixing,
     )
+
+
+class Again:
+    """A source whose samples come as often as an epoch needs them."""
+
+    def __init__(self, source: Source, length: int):
+        self.source, self.length = source, length
+        self.classes, self.digest = source.classes, source.digest
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return self.source.name(index % len(self.source))
+
+    def read(self, indices: Sequence[int]) -> tuple[list, np.ndarray]:
+        return self.source.read([index % len(self.source) for index in indices])
+
+
+def open_lumix_shards(kind: str, s: Setting, threads: int, batches: int) -> Iterable:
+    source = load(s.shards if kind == "tar" else s.records, cache_dir=s.scratch)
+    return open_lumix({}, s, threads, batches, Again(source, batches * s.batch_size))
+
+
+def open_lumix_dynamic(s: Setting, threads: int, batches: int) -> Epoch:
+    import nvidia.dali.experimental.dynamic as ndd
+
+    from lumix_dali import Mixing, dynamic
+
+    ndd.set_num_threads(threads)
+    mixing, device = Mixing(cutmix_alpha=1.0), "gpu" if s.cuda else "cpu"
+    mean, std = ([255 * value for value in values] for values in (MEAN, STD))
+
+    def epoch() -> Iterator:
+        samples = s.repeated(batches)
+        files, rng = [samples.path(i) for i in range(len(samples))], np.random.default_rng(0)
+        reader = ndd.readers.File(files=files, labels=samples.labels.tolist(), random_shuffle=True)
+        for encoded, labels in reader.next_epoch(batch_size=s.batch_size):
+            images = ndd.decoders.image_random_crop(
+                encoded, device=device, random_area=SCALE, random_aspect_ratio=RATIO, adjust_orientation=False
+            )
+            images = ndd.resize(images, size=(s.size, s.size), interp_type=INTERPOLATIONS[s.interpolation])
+            images = ndd.flip(images, horizontal=ndd.random.coin_flip(batch_size=s.batch_size))
+            images, target = dynamic.mix(images, labels.torch().flatten(), mixing, rng)
+            images = ndd.crop_mirror_normalize(images, dtype=ndd.float32, output_layout="CHW", mean=mean, std=std)
+            yield images.torch(), target
+
+    return Epoch(epoch)
 
 
 # --- timm
@@ -605,6 +665,15 @@ ENTRIES = [
         mixing=BOTH,
         **LUMIX,
         note="batch mode, RandAugment, random erasing: before mixing, on uint8",
+    ),
+    Entry("lumix/none tar", partial(open_lumix_shards, "tar"), **LUMIX, note="WebDataset's shards of 100 images"),
+    Entry("lumix/none tfrecord", partial(open_lumix_shards, "tfrecord"), **LUMIX, note="TFRecord shards of 100 images"),
+    Entry(
+        "lumix dynamic cutmix",
+        open_lumix_dynamic,
+        mixing=CUTMIX,
+        **LUMIX,
+        note="a loop of one's own in DALI's dynamic mode with lumix_dali.dynamic.mix; nothing is decoded ahead",
     ),
     Entry(
         "dali+torchvision cutmix",

@@ -41,7 +41,7 @@ from lumix_dali.data.sources import Files, load_files
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan, unpack
 
-from . import data, harness
+from . import data, harness, readings
 from .contenders import PREFETCH, Epoch, Setting, cropped, guarded_crop, normalised_in_dali
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
@@ -483,30 +483,9 @@ def main(argv: list[str] | None = None) -> None:
             settings=settings,
             allow_dirty=args.allow_dirty,
         )
-        print(*verdict(result["rows"]), sep="\n")
+        print(readings.report(result))
         if args.trace:
             write_trace(s, args)
-
-
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """What the run says of whole steps, in words, as far as it has them."""
-    found = {row["name"]: {name: r["median"] for name, r in row["ratios"].items()} for row in rows}
-
-    def ratio(name: str, reference: str) -> float | None:
-        return found.get(name, {}).get(reference)
-
-    said = {
-        "LUMix / CutMix, whole step": ratio("lumix replayed", "cutmix replayed"),
-        "CutMix / nothing, whole step": ratio("cutmix replayed", "none replayed"),
-        "loaded / replayed": (slower := ratio("lumix loaded", "lumix replayed")),
-        "DLPack / copied": ratio("dlpack", "copied"),
-        "CutMix / nothing, tiny images": ratio("tiny cutmix", "tiny none"),
-        "CutMix + Mixup / nothing, tiny images": ratio("tiny cutmix+mixup", "tiny none"),
-    }
-    lines = [f"{what}: {value:.3f}" for what, value in said.items() if value is not None]
-    if slower is not None:
-        lines.append(f"so the {'model' if slower < 1.05 else 'loader'} is the bottleneck")
-    return lines
 
 
 if __name__ == "__main__":

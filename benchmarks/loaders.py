@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lumix_dali.data.sources import Files, load_files
 
-from . import data, harness
+from . import data, harness, readings
 from .contenders import ENTRIES, INTERPOLATIONS, PREFETCH, RATIO, SCALE, Entry, Setting
 
 MOST_FILES = 10_000  # read from disk beforehand, and written again for the loaders with a format of their own
@@ -201,8 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings=settings,
             allow_dirty=args.allow_dirty,
         )
-    for row in result["rows"]:
-        print(f"{row['name']:32}", f"{row['median']:8.0f} images/s" if row["values"] else row["error"])
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from lumix_dali import LUMixLoss, MixTarget
 
-from . import harness
+from . import harness, readings
 
 SMOOTHING = 0.1
 REFERENCE, FLOOR = "timm soft target", "floor"
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         args.rounds, args.batch_sizes, args.classes = 1, args.batch_sizes[:1], args.classes[:1]
     device = harness.resolve_device(args.device)
-    harness.compare(
+    result = harness.compare(
         list(candidates(args.batch_sizes, args.classes, args.dtypes, device)),
         kind="loss",
         unit="ms",
@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_dirty=args.allow_dirty,
         settings=dict(device=device, smoothing=SMOOTHING, torch_threads=torch.get_num_threads()),
     )
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan
 from lumix_dali.mixing import Mixing
 
-from . import harness
+from . import harness, readings
 from .contenders import MEAN, STD, normalised_in_dali
 
 FLOOR, NOTHING = "floor: copy", "nothing"
@@ -267,10 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_dirty=args.allow_dirty,
         settings=dict(batch_size=args.batch_size, input_size=args.input_size, device=device, threads=args.threads),
     )
-    for row in result["rows"]:
-        kernel = f"  {row['kernel_us']:8.0f} µs of kernels" if "kernel_us" in row else ""
-        kernel = f"  {row['cpu_ms']:8.3f} ms of CPU{kernel}" if "cpu_ms" in row else ""
-        print(f"{row['name']:24}", f"{row['median']:8.3f} ms{kernel}" if row["values"] else row["error"])
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Every ``benchmarks/results/NAME.json`` becomes ``benchmarks/figures/NAME.svg``, 
 markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure holds its result's hash, so that a stale one
 shows; what stands between markers is compared as it is. NAME "targets" is `TARGETS` beside what was measured.
 
-    python -m benchmarks.plot             # makes them anew
-    python -m benchmarks.plot --check     # changes nothing; exit status 1 if one is not current
+    python -m benchmarks.plot                           # makes them anew
+    python -m benchmarks.plot --check                   # changes nothing; exit status 1 if one is not current
+    python -m benchmarks.plot FILE.json -o FILE.png     # draws any result, and prints its table and what it says
 """
 
 import argparse
@@ -21,13 +22,26 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from . import paired
+from . import paired, readings
 from .harness import RESULTS, ROOT
-from .tables import CEILING, METRICS, TIMM, metrics_of, over_epochs, signed, source_of, stages, table, whole_steps
+from .tables import (
+    BOTH,
+    CEILING,
+    CUTMIX,
+    METRICS,
+    TIMM,
+    metrics_of,
+    over_epochs,
+    signed,
+    source_of,
+    stages,
+    table,
+    whole_steps,
+)
 
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
-RUN, CUTMIX, BOTH = "loaders-targets", "lumix/cutmix elem", "lumix/cutmix+mixup elem"
+RUN = "loaders-targets"
 # What, at least or (negative) at most, in which result, whose ratio to whom, under which condition.
 TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
     ("this loader with CutMix ÷ without mixing", 0.96, RUN, CUTMIX, "lumix/none", {}),
@@ -148,28 +162,46 @@ def draw_cost(result: dict[str, Any]) -> Figure:
 
 
 def draw_loss(result: dict[str, Any]) -> Figure:
-    """Forward and backward time against K, a panel for each B and dtype, a line a loss."""
-    rows = [row for row in result["rows"] if row["median"] is not None]
-    batches, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("B", "dtype"))
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(3 * len(batches), 2.6 * len(dtypes)), layout="constrained")
-    panels = figure.subplots(len(dtypes), len(batches), squeeze=False, sharex=True)
-    for (i, dtype), (j, batch) in ((d, b) for d in enumerate(dtypes) for b in enumerate(batches)):
-        axes = panels[i][j]
-        for number, name in enumerate(names):
-            line = sorted(
-                (row["K"], row["median"])
-                for row in rows
-                if (row["name"], row["dtype"], row["B"]) == (name, dtype, batch)
-            )
-            if line:
-                label = name if i == j == 0 else None
-                axes.loglog(*zip(*line, strict=True), marker="o", color=f"C{number}", label=label)
-        axes.set_title(f"B = {batch}, {dtype}", fontsize=8)
-    for axes in panels[-1]:
-        axes.set_xlabel("classes K")
-    figure.supylabel("ms, forward + backward", fontsize=8)
-    figure.legend(loc="outside upper center", ncols=4, fontsize=7)
+    """LUMix' time over that of the fastest loss it can replace, with quartiles; a line a size."""
+    found = readings.to_best_peer(result)
+    sizes = sorted({(row["dtype"], row["B"] * row["K"], row["K"], row["B"]) for row in found})
+    names = list(dict.fromkeys(row["name"] for row in found))
+    figure = Figure(figsize=(8, 1.6 + 0.2 * len(sizes)), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        rows = {(row["dtype"], row["B"] * row["K"], row["K"], row["B"]): row for row in found if row["name"] == name}
+        places = [place + 0.3 * (number + 0.5) / len(names) - 0.15 for place, size in enumerate(sizes) if size in rows]
+        ours = [rows[size] for size in sizes if size in rows]
+        ratios = [row["median"] for row in ours]
+        axes.errorbar(ratios, places, xerr=whiskers(ours), fmt="o", markersize=4, color=f"C{number}", label=name)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--", label="the best peer")
+    axes.set_yticks(range(len(sizes)), [f"{b:,} × {k:,}, {dtype}" for dtype, _, k, b in sizes])
+    axes.invert_yaxis()
+    axes.set(
+        xscale="log",
+        ylabel="batch × classes",
+        xlabel="time, forward + backward, ÷ that of the fastest loss it can replace",
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.legend(fontsize=7)
+    return _captioned(figure, result)
+
+
+def draw_mix(result: dict[str, Any]) -> Figure:
+    """A bar a stage, with quartiles; failed ones keep their place and say why."""
+    rows = result["rows"][::-1]
+    figure = Figure(figsize=(8, 0.8 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        if row["median"] is None:
+            axes.text(0, place, f" {row['error']}", va="center", color="gray", fontsize=7)
+        else:
+            shade = GROUPS["lumix" if row["name"].startswith("loader") else "dali/"]
+            axes.barh(place, row["median"], color=shade, xerr=whiskers([row]), capsize=2)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_xlabel("ms a batch; green: as the loader mixes")
     return _captioned(figure, result)
 
 
@@ -328,6 +360,7 @@ KINDS = {
     "loaders-threads": draw_threads,
     "cost": draw_cost,
     "loss": draw_loss,
+    "mix": draw_mix,
     "accuracy": draw_accuracy,
     "scaling": draw_scaling,
     "start": draw_start,
@@ -357,16 +390,39 @@ def load(path: Path) -> tuple[dict[str, Any], str]:
         ValueError: it cannot be drawn.
     """
     content = path.read_bytes()
-    result = json.loads(content)
-    if result.get("kind") not in KINDS:
-        raise ValueError(f"{path}: its kind is {result.get('kind')!r}; give one of {', '.join(KINDS)}")
+    try:
+        result = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); give what a benchmark wrote with --out") from error
+    kind = result.get("kind") if isinstance(result, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"{path}: its kind is {kind!r}; give a result of a benchmark, one of {', '.join(KINDS)}")
     return result, f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def make_figure(result: dict[str, Any], digest: str, path: Path) -> None:
-    """Draws `result` into an SVG that names its hash."""
+    """Draws `result` into a file; an SVG names its hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    KINDS[result["kind"]](result).savefig(path, metadata={"Description": digest, "Date": None})
+    metadata = {"Description": digest, "Date": None} if path.suffix == ".svg" else None
+    KINDS[result["kind"]](result).savefig(path, metadata=metadata, dpi=150)
+
+
+def draw_file(source: Path, out: Path) -> str:
+    """Draws one result, whoever made it; returns its table and what it says.
+
+    Raises:
+        ValueError: it is no result of a kind that is known, or nothing in it was measured.
+    """
+    result, digest = load(source)
+    try:
+        text = readings.report(result)
+        make_figure(result, digest, out)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{source}: a {result['kind']} result without what its figure shows ({type(error).__name__}: {error}); "
+            "was it changed, or did nothing in it succeed?"
+        ) from error
+    return text
 
 
 def with_tables(text: str, results: Path) -> str:
@@ -415,13 +471,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("texts", nargs="*", type=Path, help="files with tables (default: README.md, docs/*.md)")
+    add("files", nargs="*", type=Path, help="texts with tables (default: README.md, docs/*.md); with -o one result")
+    add("-o", "--out", type=Path, metavar="FILE.png", help="draw the given result here: .png, .svg, .pdf")
     add("--check", action="store_true", help="change nothing; exit with 1 if something is not current")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is")
     add("--figures", type=Path, default=ROOT / "benchmarks" / "figures", metavar="DIR", help="where the SVG go")
     args = parser.parse_args(argv)
+    results = [path for path in args.files if path.suffix == ".json"]
+    if (args.out or results) and (not args.out or args.check or len(args.files) != 1):
+        parser.error("to draw a result give it alone, and where to: FILE.json -o FILE.png")
     try:
-        found = stale(args.results, args.figures, args.texts or TEXTS, args.check)
+        if args.out:
+            print(draw_file(args.files[0], args.out))
+            return 0
+        found = stale(args.results, args.figures, args.files or TEXTS, args.check)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for path in found:

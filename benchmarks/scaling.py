@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import harness
+from . import harness, readings
 
 RANKS = (1, 8, 64, 256, 1000)
 LOADER, READER = "lumix/cutmix elem", "dali/read"
@@ -216,21 +216,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     core = measured(args.results)
     assumed = {key: value for key, value in vars(args).items() if key not in ("out", "results", "allow_dirty")}
     found = rows(core, args)
-    harness.write(
-        args.out,
-        dict(
-            kind="scaling",
-            unit="images/s a GPU",
-            complete=True,
-            meta=meta,
-            note=note(core, assumed),
-            measured=core,
-            assumed=assumed,
-            rows=found,
-        ),
+    result = dict(
+        kind="scaling",
+        unit="images/s a GPU",
+        complete=True,
+        meta=meta,
+        note=note(core, assumed),
+        measured=core,
+        assumed=assumed,
+        rows=found,
     )
-    for row in found:
-        print("{name:20} {ranks:5} GPUs  {median:7.0f} images/s a GPU, bound by {bound}".format(**row))
+    harness.write(args.out, result)
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

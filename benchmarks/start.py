@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import harness
+from . import harness, readings
 
 CLASSES, FEW, PER_SHARD, LINKS = 1000, 1000, 10_000, 30_000
 
@@ -149,18 +149,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for name, kind, path in prepare(Path(folder), args.files, args.index):
             rounds = [in_child(kind, path) for _ in range(1 if "first" in name else args.rounds)]
-            row = dict(rounds[0]) | {key: float(np.median([each[key] for each in rounds])) for key in rounds[0]}
+            found = {key: harness.summary([each[key] for each in rounds]) for key in rounds[0]}
+            row: dict[str, Any] = {key: float(each["median"]) for key, each in found.items()}
+            row |= dict(quartiles={key: found[key]["quartiles"] for key in ("open", "first")})
             base = rows[0]["anonymous"] if rows else row["anonymous"]
             rows.append(dict(name=name, **row, rounds=len(rounds), held=row["anonymous"] - base))
-            print(
-                "{name:24} {samples:12,.0f} samples: open {open:7.2f} s, first batch {first:7.2f} s, "
-                "{mb:6.0f} MB a rank".format(**rows[-1], mb=rows[-1]["held"] / 1e6),
-                flush=True,
-            )
+            print(f"{name}: measured", flush=True)
     note = "medians of rounds in processes of their own, page cache warm; 4x4 pixels, batch 256 at 32x32"
-    harness.write(args.out, dict(kind="start", unit="s", complete=True, meta=meta, note=note, rows=rows))
-    slow = [row["name"] for row in rows if row["open"] > 5 and row["name"] in ("manifest", "tar shards, again")]
-    print(f"opened within 5 s: {'all but ' + ', '.join(slow) if slow else 'manifest and kept index'}")
+    result = dict(kind="start", unit="s", complete=True, rounds=args.rounds, meta=meta, note=note, rows=rows)
+    harness.write(args.out, result)
+    print(readings.report(result))
 
 
 if __name__ == "__main__":

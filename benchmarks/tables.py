@@ -13,6 +13,7 @@ from typing import Any
 from . import paired
 from .harness import summary
 
+CUTMIX, BOTH = "lumix/cutmix elem", "lumix/cutmix+mixup elem"
 CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "timm recipe"
 
 
@@ -78,7 +79,7 @@ def table_loaders(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_cost(result: dict[str, Any]) -> list[list[str]]:
-    """A line a stage, with its share of them all; a line a whole step, with its ratio to CutMix'."""
+    """A line a stage, with its share of them all; a line for anything else, with its ratio to its reference."""
     found, steps = stages(result), whole_steps(result)
     total = sum(stage["ms"] for stage in found)
     lines = [(stage["name"], stage["ms"], stage["quartiles"], f"{stage['ms'] / total:.0%}") for stage in found]
@@ -86,6 +87,11 @@ def table_cost(result: dict[str, Any]) -> list[list[str]]:
         (f"whole step, {row['name']}", row["median"], row["quartiles"], _ratio(row, "cutmix replayed", 3))
         for row in steps
     ]
+    others = {"handover": "copied", "mixing": "tiny none", "epoch": ""}
+    for row in result["rows"]:
+        if row.get("part") in others and row["values"]:
+            said = _ratio(row, others[row["part"]], 3)
+            lines.append((f"{row['part']}, {row['name']}", row["median"], row["quartiles"], said))
     return [
         ["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)],
         *(
@@ -96,26 +102,39 @@ def table_cost(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_loss(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loss and shape."""
-
-    def ratio(row: dict) -> str:
-        given = row.get("ratio") or next((r["median"] for r in row.get("ratios", {}).values()), None)
-        return f"{given:.2f}" if given is not None else ""
-
+    """A line a loss and size."""
     return [
-        ["loss", "B", "K", "dtype", "ms", "ratio"],
+        ["loss", "B", "K", "dtype", "ms", "quartiles", "of timm's"],
+        *(
+            [row["name"], str(row["B"]), str(row["K"]), row["dtype"], *_timed(row), _ratio(row, "timm soft target")]
+            for row in result["rows"]
+        ),
+    ]
+
+
+def table_mix(result: dict[str, Any]) -> list[list[str]]:
+    """A line a stage."""
+    kernels = any("kernel_us" in row for row in result["rows"])
+    return [
+        ["stage", "ms a batch", "quartiles", "of a copy", "CPU, ms", *["kernels, µs"] * kernels],
         *(
             [
                 row["name"],
-                str(row["B"]),
-                str(row["K"]),
-                row["dtype"],
-                f"{row['median']:.3g}" if row["median"] is not None else row["error"],
-                ratio(row),
+                *_timed(row),
+                _ratio(row, "floor: copy"),
+                f"{row['cpu_ms']:.3g}" if "cpu_ms" in row else "",
+                *[f"{row['kernel_us']:.0f}" if "kernel_us" in row else ""] * kernels,
             ]
             for row in result["rows"]
         ),
     ]
+
+
+def _timed(row: dict[str, Any]) -> list[str]:
+    """Median and quartiles in three digits, or why there are none."""
+    if row["median"] is None:
+        return [row["error"] or "not measured", ""]
+    return [f"{row['median']:.3g}", "{:.3g} – {:.3g}".format(*row["quartiles"])]
 
 
 METRICS = {"top1": "top-1, %", "nll": "NLL, nats", "ece": "ECE, %"}
@@ -240,14 +259,18 @@ def table_start(result: dict[str, Any]) -> list[list[str]]:
             [
                 row["name"],
                 f"{row['samples']:,.0f}",
-                f"{row['open']:.2f}",
-                f"{row['first']:.2f}",
+                *(_seconds(row, key) for key in ("open", "first")),
                 f"{row['held'] / 1e6:.0f}",
                 f"{row['held'] / row['samples']:.0f}",
             ]
             for row in result["rows"]
         ),
     ]
+
+
+def _seconds(row: dict[str, Any], key: str) -> str:
+    found = row.get("quartiles", {}).get(key)
+    return f"{row[key]:.2f}" + (" ({:.2f} – {:.2f})".format(*found) if found else "")
 
 
 def table_augment(result: dict[str, Any]) -> list[list[str]]:
@@ -288,6 +311,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
     "loaders-threads": table_loaders,
     "cost": table_cost,
     "loss": table_loss,
+    "mix": table_mix,
     "accuracy": table_accuracy,
     "scaling": table_scaling,
     "start": table_start,

@@ -330,6 +330,8 @@ def test_set_epoch(make, ramp_files):
         assert_same(stream(loader), expected[epoch])
     with pytest.raises(ValueError, match="epoch=-1: give a whole number >= 0"):
         loader.set_epoch(-1)
+    with pytest.raises(ValueError, match="epoch=2147483648: give a whole number >= 0 and < 2147483648"):
+        loader.set_epoch(2**31)
 
 
 def test_after_a_break_comes_a_whole_epoch(make, ramp_files):
@@ -888,6 +890,7 @@ def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
         ({"is_training": False, "crop_pct": 1.5}, "crop_pct=1.5: give a number in"),
         ({"seed": -1}, "seed=-1: give a whole number >= 0"),
         ({"seed": None}, "seed=None: give a whole number >= 0"),
+        ({"seed": 5 * 2**32 + 7}, "seed=21474836487: give a whole number >= 0 and < 4294967296"),
         ({"rank": 1}, r"rank=1: give a rank in \[0, world_size\), world_size=1"),
         ({"rank": "0"}, "rank='0': give a whole number >= 0"),
         ({"world_size": 0}, "world_size=0: give a whole number >= 1"),
@@ -900,6 +903,38 @@ def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
 def test_a_bad_argument_is_named(ramp_files, options, message):
     with pytest.raises(ValueError, match=message):
         create_loader(ramp_files, **{"batch_size": 4, "device": "cpu"} | options)
+
+
+def test_no_two_places_draw_alike(make, ramp_files, monkeypatch):
+    """The largest seed and epoch are a word each: whatever is seeded with them is seeded with them alone."""
+    seeded = []
+    for name in ("default_rng", "SeedSequence"):
+        real = getattr(np.random, name)
+        monkeypatch.setattr(np.random, name, lambda words, real=real: seeded.append(list(words)) or real(words))
+    seed, epoch = 2**32 - 1, 2**31 - 1  # the epochs after it are words, too
+    loader = make(ramp_files, **MIX | dict(seed=seed, rank=1, world_size=2))
+    loader.set_epoch(epoch)
+    next(iter(loader))
+    assert {tuple(found[:3]) for found in seeded} >= {(seed, epoch), (seed, epoch, 1), (seed, epoch + 1)}
+    assert all(0 <= word < 2**32 for found in seeded for word in found)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((123.0, 117.0, 104.0), (0.2, 0.2, 0.2)),
+        ((0.5, 0.5, 0.5), (58.4, 57.1, 57.4)),
+        ((123.7, 116.3, 103.5), (1, 1, 1)),
+    ],
+)
+def test_grey_levels_as_mean_or_std_are_warned_of(ramp_files, mean, std):
+    with pytest.warns(UserWarning, match=r"their unit is \[0, 1\], not grey levels") as caught:
+        create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std).close()
+    (warning,) = [one for one in caught if "grey levels" in str(one.message)]
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_loader(ramp_files, batch_size=4, device="cpu", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

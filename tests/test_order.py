@@ -1,6 +1,7 @@
 """Orders deal samples out fairly, by brute force over numbers of samples, batch sizes, ranks and epochs."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -213,3 +214,16 @@ def test_a_window_mixes_and_every_epoch_is_new():
     assert 60 < moved.mean() < 140  # two draws from 400 places differ by 133, less at the ends
     orders = {tuple(Window(**options, seed=seed).epoch(epoch)) for seed in range(2) for epoch in range(3)}
     assert len(orders) == 6
+
+
+@pytest.mark.parametrize("kind", [Order, partial(Window, counts=(3, 5))])
+def test_a_seed_is_one_word(kind):
+    """SeedSequence([5 * 2**32 + 7, 3, 0]) is SeedSequence([7, 5, 3]); so a seed of more than 32 bits is refused."""
+    same = [np.random.SeedSequence(words).generate_state(4).tolist() for words in ([5 * 2**32 + 7, 3, 0], [7, 5, 3])]
+    assert same[0] == same[1]
+    with pytest.raises(ValueError, match="seed=21474836487: give a whole number >= 0 and < 4294967296"):
+        kind(8, 2, seed=5 * 2**32 + 7)
+    with pytest.raises(ValueError, match="seed=-1"):
+        kind(8, 2, seed=-1)
+    orders = {tuple(kind(8, 2, seed=seed).epoch(0)) for seed in (0, 7, 2**32 - 1)}
+    assert len(orders) == 3

@@ -102,7 +102,7 @@ def test_rates_are_those_of_the_result(tmp_path, capsys):
     first = result["rows"][0]
     assert (first["name"], first["ranks"], first["bound"]) == ("a copy on each node", 1, "decode")
     assert first["median"] == pytest.approx(16 * 210)
-    assert "1000 GPUs" in capsys.readouterr().out
+    assert "at 1000 they get 6%, bound by network." in capsys.readouterr().out
     text = plot.table(result)
     assert "| one store | 1000 | 455 | 455 | 6% | network | 0.99 | 33,333 | 6,160.0 |" in text
     assert "measured: 210 images/s and 4500 files/s a core of a CPU (2 threads), 110.0 kB a file" in text

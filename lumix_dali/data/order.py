@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import checks
+
 
 @dataclass(frozen=True)
 class Order:
@@ -26,12 +28,12 @@ class Order:
         batch_size: samples per batch and rank.
         shuffle: draw a new order in every epoch.
         drop_last: leave out the incomplete last batch.
-        seed: of the order; the same on all ranks.
+        seed: of the order, < 2**32; the same on all ranks.
         rank, world_size: this process's part of each epoch.
         repeats: repeated augmentation; 0: off.
 
     Raises:
-        ValueError: the rank is out of range, or with `drop_last` there are not enough samples for one batch per rank.
+        ValueError: an argument is out of range, or with `drop_last` there are not enough samples for one batch per rank.
     """
 
     n: int
@@ -44,6 +46,9 @@ class Order:
     repeats: int = 0
 
     def __post_init__(self) -> None:
+        # A SeedSequence takes a word of 32 bits from a smaller number, and two from a larger one: [5 * 2**32 + 7, 3]
+        # would draw as [7, 5, 3].
+        checks.whole("seed", self.seed, 0, 2**32)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank}: give a rank in [0, world_size), world_size={self.world_size}")
         if self.drop_last and len(self) == 0:

@@ -383,7 +383,7 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0."""
-        if checks.whole("epoch", epoch, 0) != self._next.epoch:
+        if checks.whole("epoch", epoch, 0, 2**31) != self._next.epoch:
             self._next = _Place(epoch, 0)
         self._place = None
 
