@@ -521,6 +521,8 @@ def rgb(images):
 
 
 PEERS = {
+    "lumix dynamic cutmix": "nvidia.dali.experimental.dynamic",
+    "lumix/none tar": "webdataset",
     "webdataset": "webdataset",
     "webdataset worker batches": "webdataset",
     "litdata": "litdata",
@@ -528,7 +530,7 @@ PEERS = {
     "ffcv": "ffcv",
 }
 RESAMPLED = {"webdataset", "webdataset worker batches"}  # shards are drawn with replacement
-BY_TORCHVISION = ["torchvision v2 collate cutmix+mixup", "spdl", *PEERS]
+BY_TORCHVISION = ["torchvision v2 collate cutmix+mixup", "spdl", *(name for name in PEERS if "lumix" not in name)]
 COMPILED = {"ffcv": pytest.mark.slow}  # Numba takes a minute
 
 
@@ -537,6 +539,8 @@ COMPILED = {"ffcv": pytest.mark.slow}  # Numba takes a minute
     [
         "dali/+normalise",
         "lumix/none",
+        "lumix/none tar",
+        "lumix/none tfrecord",
         *(pytest.param(name, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
     ],
 )
@@ -556,6 +560,7 @@ def test_an_epoch_has_every_image_once_with_its_label(loaders, coloured, tmp_pat
     [
         ("dali+torchvision cutmix", 0.0),
         ("lumix/cutmix+mixup elem", 0.0),
+        ("lumix dynamic cutmix", 0.0),
         ("timm FastCollateMixup elem", 0.1),
         ("timm Mixup afterwards", 0.1),
         ("torchvision v2 collate cutmix", 0.0),

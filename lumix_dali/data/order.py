@@ -33,7 +33,7 @@ class Order:
         repeats: repeated augmentation; 0: off.
 
     Raises:
-        ValueError: an argument is out of range, or with `drop_last` there are not enough samples for one batch per rank.
+        ValueError: an argument is out of range; with `drop_last`, there is not one batch for each rank.
     """
 
     n: int
