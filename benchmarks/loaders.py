@@ -9,7 +9,7 @@ best of a sweep over worker counts, which is kept. How a turn is timed: `harness
 
 Needs what ``pip install '.[bench]'`` brings. SPDL asks for FFmpeg's libraries too (``apt install ffmpeg``), FFCV
 for OpenCV's and libjpeg-turbo's headers. Mosaic's package is not in the extra, as it pins NumPy below 2.2 and
-transformers below 5: ``pip install --no-deps`` it with what it imports. Only these two, FFCV and Mosaic, may be missing.
+transformers below 5: ``pip install --no-deps`` it with what it imports. Only FFCV and Mosaic may be missing.
 """
 
 import argparse
