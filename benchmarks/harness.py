@@ -54,6 +54,10 @@ PACKAGES = (
     "nvidia-nvjpeg",
     "pytest",
     "opencv-contrib-python-headless",
+    "opencv-python-headless",
+    "litdata",
+    "mosaicml-streaming",
+    "spdl",
     "torchmetrics",
     "scipy",
 )

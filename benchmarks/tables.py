@@ -55,10 +55,12 @@ def source_of(result: dict[str, Any]) -> str:
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
     """A line a loader: images/s, and its ratio to the ceiling and to timm, recipe to recipe."""
-    counted = [["count"]] if result["kind"] == "loaders-threads" else []
+    counted = result["kind"] == "loaders-threads"
+    versioned = any(row.get("version") for row in result["rows"])  # not in results of before 0.2
     lines = [
         [
             "loader",
+            *(["version", "threads or workers"] if versioned else []),
             *(["threads"] if counted else []),
             "mixing",
             "images/s",
@@ -68,7 +70,10 @@ def table_loaders(result: dict[str, Any]) -> list[list[str]]:
         ]
     ]
     for row in result["rows"]:
-        start = [row["name"], *([str(row["count"])] if counted else []), row.get("mixing", "none")]
+        start = [row["name"]]
+        if versioned:
+            start += [row.get("version") or "", str(row.get("workers", row.get("threads", "")))]
+        start += [*([str(row["count"])] if counted else []), row.get("mixing", "none")]
         if row["median"] is None:
             lines.append([*start, row["error"] or "not measured", "", "", ""])
             continue
