@@ -1,5 +1,7 @@
 """The programs in examples/ run as they stand."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -41,3 +43,47 @@ def test_a_loop_in_dynamic_mode(folder):
     losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\d\.\d+)", done.stdout)]
     assert len(losses) == 2
     assert all(1.5 < loss < 5 for loss in losses)  # ten classes, an untrained model
+
+
+NOTEBOOK = ROOT / "examples" / "tour.ipynb"
+
+
+def cells(kind):
+    return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def test_the_stored_notebook_is_whole():
+    """Its cells parse and were run in order, without an error, a warning or this machine's paths in what they print."""
+    found = cells("code")
+    for number, cell in enumerate(found, 1):
+        ast.parse(re.sub("^%.*", "", "".join(cell["source"]), flags=re.MULTILINE))
+        assert cell["execution_count"] == number
+    outputs = [output for cell in found for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    assert not re.search(r"(^|\s)/\w+/", text)
+    assert sum("image/jpeg" in output.get("data", {}) for output in outputs) == 3
+    assert NOTEBOOK.stat().st_size < 500_000
+
+
+def test_the_notebooks_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)]+)\)", "".join(line for cell in cells("markdown") for line in cell["source"]))
+    assert targets
+    assert not [target for target in targets if not (NOTEBOOK.parent / target).exists()]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    weights = re.findall(r"CUTMIX +partner \d  lam0 (\d\.\d+)  box (\d\.\d+)", text)
+    assert weights
+    assert all(lam0 == box for lam0, box in weights)
+    assert float(re.search(r"top-1 after \d+ epochs: (\d+\.\d) %", text)[1]) > 60
+    assert "True" in [output.data["text/plain"] for output in outputs if "data" in output]  # resumed at the same batch
