@@ -213,3 +213,10 @@ def test_a_window_mixes_and_every_epoch_is_new():
     assert 60 < moved.mean() < 140  # two draws from 400 places differ by 133, less at the ends
     orders = {tuple(Window(**options, seed=seed).epoch(epoch)) for seed in range(2) for epoch in range(3)}
     assert len(orders) == 6
+
+
+def test_a_window_of_two_swaps_an_eighth_of_the_neighbours():
+    """i comes after i + 1 where u_i > 1 + u_(i + 1), of two draws from [0, 2)."""
+    order = Window(n=4000, batch_size=1, counts=(4000,), window=2).epoch(0)
+    swapped = np.diff(np.argsort(order)) < 0
+    assert abs(swapped.mean() - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / 4000)
