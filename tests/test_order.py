@@ -227,3 +227,10 @@ def test_a_seed_is_one_word(kind):
         kind(8, 2, seed=-1)
     orders = {tuple(kind(8, 2, seed=seed).epoch(0)) for seed in (0, 7, 2**32 - 1)}
     assert len(orders) == 3
+
+
+def test_a_window_of_two_swaps_an_eighth_of_the_neighbours():
+    """i comes after i + 1 where u_i > 1 + u_(i + 1), of two draws from [0, 2)."""
+    order = Window(n=4000, batch_size=1, counts=(4000,), window=2).epoch(0)
+    swapped = np.diff(np.argsort(order)) < 0
+    assert abs(swapped.mean() - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / 4000)
