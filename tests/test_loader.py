@@ -9,6 +9,7 @@ import ast
 import contextlib
 import gc
 import itertools
+import json
 import re
 import shutil
 import warnings
@@ -917,6 +918,31 @@ def test_no_two_places_draw_alike(make, ramp_files, monkeypatch):
     next(iter(loader))
     assert {tuple(found[:3]) for found in seeded} >= {(seed, epoch), (seed, epoch, 1), (seed, epoch + 1)}
     assert all(0 <= word < 2**32 for found in seeded for word in found)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training):
+    """torch.profiler has a range for a DataLoader's batches; so it has for these, which a trace then shows."""
+    options = dict(batch_size=4, input_size=SIZE, num_threads=1, is_training=is_training)
+    with (
+        create_loader(ramp_files, device="cpu", **options) as loader,
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
+        for images, _ in loader:
+            with torch.profiler.record_function("step"):
+                images.sum()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = {
+        name: sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == name and e.get("ph") == "X")
+        for name in ("lumix_dali.Loader", "step")
+    }
+    assert len(spans["step"]) == len(loader) > 1
+    assert len(spans["lumix_dali.Loader"]) in (len(loader), len(loader) + 1)  # the last one finds the end
+    for (_, ready), (begin, done), (asked, _) in zip(
+        spans["lumix_dali.Loader"], spans["step"], [*spans["lumix_dali.Loader"][1:], (float("inf"),) * 2], strict=False
+    ):
+        assert ready <= begin <= done <= asked  # of the waits alone, not of what is done with a batch
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""`check` on damaged bytes: it never fails, and it says of a file what the loader would say.
+
+Small images of each format are cut, changed, doubled in parts and spliced with each other. The loader's own verdict
+comes from `feed.Faults`, which is what it asks for each sample.
+"""
+
+import io
+import warnings
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lumix_dali.data import check
+from lumix_dali.data.formats import BadImage, Decoder, pillow_pixels
+from lumix_dali.data.sources import Files
+from lumix_dali.loading.feed import Faults
+from tests import odd
+
+MAX_PIXELS = 10**6  # a damaged header may claim anything
+KINDS = {
+    "JPEG": [dict(), dict(progressive=True), dict(mode="L"), dict(mode="CMYK")],
+    "PNG": [dict(), dict(mode="P"), dict(mode="RGBA"), dict(save_all=True, append_images=[Image.new("RGB", (20, 16))])],
+    "WEBP": [dict(), dict(lossless=True), dict(mode="RGBA"), dict(exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0")],
+    "GIF": [dict(mode="P")],
+    "BMP": [dict(), dict(mode="L")],
+    "TIFF": [dict(), dict(compression="tiff_lzw"), dict(mode="I;16")],
+    "JPEG2000": [dict(), dict(no_jp2=True)],
+    "PPM": [dict(), dict(mode="L")],
+    "TGA": [dict(compression="tga_rle")],
+    "ICO": [dict(mode="RGBA")],
+    "DDS": [dict()],
+    "AVIF": [dict()],
+    "EPS": [dict()],
+}
+
+
+@cache
+def originals():
+    """(format, content) of small images, some with bytes behind their end."""
+    small = Image.fromarray(odd.base()).resize((20, 16))
+    found = []
+    for kind, variants in KINDS.items():
+        for options in variants:
+            deep = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16))
+            image = deep if options.get("mode") == deep.mode else small
+            found.append((kind, odd.encoded(kind, image=image, **options)))
+    motion = odd.encoded("JPEG", image=small) + bytes(5000)
+    return [*found, ("JPEG", motion), ("JPEG", motion[:-5002])]
+
+
+PLACES = st.integers(0, 10**6)  # of the length, in millionths
+
+
+@st.composite
+def damaged(draw):
+    """An image's bytes after up to three faults."""
+    _, content = draw(st.sampled_from(originals()))
+    for _ in range(draw(st.integers(0, 3))):
+        low, high = sorted(place * len(content) // 10**6 for place in (draw(PLACES), draw(PLACES)))
+        if draw(st.booleans()):  # what decides lies in the header
+            low, high = min(low, draw(st.integers(0, 60))), min(high, 64)
+        fault = draw(st.sampled_from(["cut", "change", "double", "drop", "splice"]))
+        if fault == "cut":
+            content = content[:high]
+        elif fault == "change":
+            content = content[:low] + draw(st.binary(max_size=8)) + content[low + 8 :]
+        elif fault == "double":
+            content = content[:high] + content[low:]
+        elif fault == "drop":
+            content = content[:low] + content[high:]
+        else:
+            content = content[:low] + draw(st.sampled_from(originals()))[1][low:]
+    return content
+
+
+def of_the_loader(content):
+    """(decoder, reason) in training; the reason is None where the image can be used."""
+    faults = Faults(Files("", ["x"], np.zeros(1, np.int64), ["c"]), 1, MAX_PIXELS)
+    try:
+        faults.bitmap(0, io.BytesIO(content))
+    except BadImage as error:
+        return Decoder(faults.decoder[0]), str(error)
+    return Decoder(faults.decoder[0]), None
+
+
+def of_check(content):
+    """(note, reason)."""
+    try:
+        return check._look(io.BytesIO(content), MAX_PIXELS), None
+    except BadImage as error:
+        return None, str(error)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=250, deadline=None, database=None)
+@given(content=damaged())
+@example(content=b"")
+def test_check_says_what_the_loader_says(content):
+    decoder, reason = of_the_loader(content)
+    note, found = of_check(content)
+    if decoder == Decoder.UNKNOWN:  # by its header
+        assert found == reason
+    elif decoder == Decoder.DALI:  # bad only where the end of a JPEG is missing, and Pillow cannot do without it
+        assert reason is None
+        if found:
+            assert content[:2] == b"\xff\xd8" and b"\xff\xd9" not in content[-4096:]
+            with pytest.raises(BadImage), warnings.catch_warnings():
+                pillow_pixels(io.BytesIO(content), MAX_PIXELS)
+    else:  # of other formats only the header is looked at; decoding them is the full scan's
+        assert found in (reason, None)
+        assert found == reason or not content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"))
+    if not found:
+        assert (note is not None and note.decoder == Decoder.PILLOW) == (decoder == Decoder.PILLOW)
+
+
+def test_originals_are_what_they_are_called():
+    """So that damage is all that is wrong with what is derived from them."""
+    for kind, content in originals():
+        decoder, reason = of_the_loader(content)
+        assert (reason is None) == (kind != "EPS"), (kind, reason)
+        assert (decoder == Decoder.UNKNOWN) == (kind == "EPS")
