@@ -30,8 +30,7 @@ class LabelWeights:
         """
         with torch.no_grad():
             lam = criterion.lam(logits, target, lam_r)
-            z = logits.gather(1, torch.stack((target.partner_labels, target.labels), 1)).to(lam.dtype)
-            lam_s, lam0 = torch.sigmoid(z[:, 0] - z[:, 1]), target.lam0.to(lam.dtype)
+            lam_s, lam0 = criterion.lam_s(logits, target), target.lam0.to(lam.dtype)
             raw = (1 - criterion.r_r - criterion.r_s) * lam0 + criterion.r_s * lam_s
             if lam_r is not None:
                 raw = raw + criterion.r_r * lam_r.to(lam.dtype)

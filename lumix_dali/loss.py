@@ -192,6 +192,25 @@ class LUMixLoss(nn.Module):
             return torch.zeros(len(target), dtype=dtype, device=logits.device)
         return self._mix(logits.gather(1, _columns(target)).to(dtype), target, lam_r)[0]
 
+    @torch.no_grad()
+    def lam_s(self, logits: Tensor, target: MixTarget) -> Tensor:
+        """The model's own weight of each partner, λ_s = p_a / (p_a + p_b) (Eq. 5), for logs; whatever r_s is.
+
+        Args:
+            logits: [B, K], any floating dtype.
+            target: MixTarget on the logits' device.
+
+        Returns:
+            [B] in [0, 1], float32 or float64, without gradient; 1/2 where both classes are the same.
+
+        Raises:
+            ValueError: as in `forward`, and for labels [B], which have no partner.
+        """
+        if not isinstance(target, MixTarget):
+            raise ValueError(f"target is a {type(target).__name__}: pass a MixTarget, which has partners")
+        _check_shapes(logits, target, None)
+        return _lam_s(logits.gather(1, _columns(target)).to(_compute_dtype(logits)))
+
     def draw(self, logits: Tensor) -> Tensor:
         """Draws one λ_r per row of `logits` from PyTorch's default generator: [B], on the logits' device."""
         size, dtype, device = logits.shape[0], _compute_dtype(logits), logits.device

@@ -38,13 +38,13 @@ from timm.utils import AttentionExtract, ParseKwargs
 from torch import nn
 from torchvision.datasets import VOCSegmentation
 from torchvision.ops import box_iou
-from tqdm import tqdm
 
 from lumix_dali import create_loader
 from lumix_dali.data.sources import Files, load_files
 
 from . import extras, metrics, report
 from .checkpoint import FORMAT
+from .progress import progress
 
 Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): a value a seed, in percent
 Variant = tuple[tuple[str, str | int], int, torch.Tensor]  # key, number of the seed, images
@@ -123,21 +123,6 @@ class Subject:
         """float32 [B, K]."""
         with self.autocast:
             return self.network(images).float()
-
-
-def progress(total: int, what: str) -> tqdm:
-    """A bar; in a log file it speaks once a minute."""
-    interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=interval,
-        delay=interval,
-    )
 
 
 # Protocols: each takes the subject and gives its values.

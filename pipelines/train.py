@@ -46,7 +46,6 @@ from timm.data import resolve_data_config
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad, distribute_bn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from lumix_dali import Kind, LUMixLoss, MixTarget, __version__, check_target
 
@@ -55,6 +54,7 @@ from .checkpoint import SUMS, Found, Run, metric_name, read_checkpoint, resume, 
 from .flags import ONCE, parse_args, ratios
 from .folder import claimed, write_log, write_text
 from .headspace import ADVICE, DataWait, headspace
+from .progress import progress
 from .ranks import Stop, gathered, joined, summed
 from .sizes import check_sizes, size_of_epoch
 from .smoke import shrink
@@ -92,7 +92,7 @@ def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, st
     run.model.train()
     loader, first, start, wait = run.train, run.step, time.perf_counter(), DataWait(run.train.device)
     everywhere = args.batch_size * args.world_size
-    with progress(len(loader) * everywhere, f"epoch {run.epoch}", args, first * everywhere) as bar:
+    with progress(len(loader) * everywhere, f"epoch {run.epoch}", first * everywhere, disable=args.rank > 0) as bar:
         for images, target in wait.batches(remaining(run, args)):
             loss = train_step(run, images, target, criterion, args)
             bar.update(everywhere)
@@ -158,12 +158,11 @@ def train_step(
 def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget, lam_r: torch.Tensor | None) -> torch.Tensor:
     """SUMS[2:] of a batch: number of samples that LUMix applies to, their λ0, λ_s and λ, and the clamped ones."""
     lam = criterion.lam(logits, target, lam_r)
-    pair = logits.to(lam.dtype).gather(1, torch.stack([target.partner_labels, target.labels], 1))
     applied = (target.lam0 > 0) & (target.lam0 < 1)
     if criterion.apply_to == "cutmix":
         applied &= target.kind == int(Kind.CUTMIX)
     clamped = (lam <= 0) | (lam >= 1)
-    columns = (torch.ones_like(lam), target.lam0, pair.softmax(1)[:, 0], lam, clamped)
+    columns = (torch.ones_like(lam), target.lam0, criterion.lam_s(logits, target), lam, clamped)
     return (torch.stack([column.to(lam.dtype) for column in columns]) * applied).sum(1)
 
 
@@ -215,7 +214,7 @@ def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]
         model.eval()
     sums = torch.zeros(len(models), 3, dtype=torch.float64, device=run.val.device)
     count = torch.zeros((), dtype=torch.float64, device=run.val.device)
-    with progress(len(run.val.dataset), "validation", args) as bar:
+    with progress(len(run.val.dataset), "validation", disable=args.rank > 0) as bar:
         for images, labels in run.val:
             for scores, model in zip(sums, models.values(), strict=True):
                 with run.autocast:
@@ -233,23 +232,6 @@ def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]
         prefix + name: value / total * (1 if name == "val_loss" else 100)
         for (prefix, name), value in zip(names, values, strict=True)
     }
-
-
-def progress(total: int, what: str, args: argparse.Namespace, initial: int = 0) -> tqdm:
-    """Rank 0's bar, with the images/s of all; in a log file it speaks once a minute."""
-    interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=interval,
-        delay=interval,
-        initial=initial,
-        disable=args.rank > 0,
-    )
 
 
 def best_epochs(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:

@@ -111,6 +111,7 @@ STATEMENTS = {
     ("ICO, ICNS", "RGB, alpha"): Statement(remark="the largest image; " + NO_ALPHA),
     ("TGA", "grey, palette, RGB, alpha"): Statement(remark="run lengths, either orientation; " + NO_ALPHA),
     ("others", "DDS, SGI, PCX, IM, QOI, BLP, MSP, XBM"): Statement(),
+    ("others", "CUR, DCX, FITS, GBR, PIXAR, PSD, SUN, XPM, XV thumbnails"): Statement(),
     ("others", "SGI, IM, SPIDER of 16 bits or float"): Statement(remark="SGI: the upper byte; others: " + CLIPPED),
 }
 
@@ -553,6 +554,8 @@ def others() -> Iterator[Row]:
                 content = saved(image(mode), "TGA", **options)
                 yield Row("TGA", "grey, palette, RGB, alpha", f"{mode} {options}", content)
     yield from _old()
+    for name, content in _read_only().items():
+        yield Row("others", "CUR, DCX, FITS, GBR, PIXAR, PSD, SUN, XPM, XV thumbnails", name, content)
 
 
 def _gif_and_pnm() -> Iterator[Row]:
@@ -596,6 +599,30 @@ def _old() -> Iterator[Row]:
     yield Row("others", "SGI, IM, SPIDER of 16 bits or float", "IM I;16", saved(image("I;16"), "IM"))
     yield Row("others", "SGI, IM, SPIDER of 16 bits or float", "IM F", saved(image("F"), "IM"))
     yield Row("others", "SGI, IM, SPIDER of 16 bits or float", "SPIDER", saved(image("F"), "SPIDER"))
+
+
+def _read_only() -> dict[str, bytes]:
+    """Formats that Pillow reads and does not write."""
+    height, width = SIZE
+    colours, grey = picture(), np.asarray(image("L"))
+    cards = ["SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 2", f"NAXIS1  = {width}", f"NAXIS2  = {height}", "END"]
+    head = f'"{width} {height} 2 1",\n"a c #ff2010",\n"b c #0010ff"'
+    lines = "".join(f',\n"{"".join("ab"[x // 8 % 2] for x in range(y, y + width))}"' for y in range(height))
+    pixar = b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<HHHHHH", height, width, 0, 0, 14, 2)
+    icon = saved(image("RGB"), "ICO", sizes=[SIZE[::-1]], bitmap_format="bmp")
+    return {
+        "CUR": icon[:2] + b"\2" + icon[3:],
+        "DCX": struct.pack("<III", 0x3ADE68B1, 12, 0) + saved(image("L"), "PCX"),
+        "FITS": "".join(card.ljust(80) for card in cards).ljust(2880).encode() + grey.tobytes(),
+        "GBR": struct.pack(">5I", 21, 1, width, height, 1) + b"x" + grey.tobytes(),
+        "PIXAR": pixar.ljust(1024, b"\0") + colours.tobytes(),
+        "PSD": struct.pack(">4sH6xHIIHH", b"8BPS", 1, 3, height, width, 8, 3)
+        + bytes(14)
+        + colours.transpose(2, 0, 1).tobytes(),
+        "SUN": struct.pack(">8I", 0x59A66A95, width, height, 24, colours.size, 1, 0, 0) + colours[..., ::-1].tobytes(),
+        "XPM": f"/* XPM */\nstatic char *x[] = {{\n{head}{lines}}};\n".encode(),
+        "XV": f"P7 332\n#IMGINFO:x\n#END_OF_COMMENTS\n{width} {height} 255\n".encode() + grey.tobytes(),
+    }
 
 
 @functools.cache

@@ -569,8 +569,8 @@ MUTANTS = [
     Mutant(
         "λ_s of the canvas",
         LABELS,
-        "torch.sigmoid(z[:, 0] - z[:, 1])",
-        "torch.sigmoid(z[:, 1] - z[:, 0])",
+        "criterion.lam_s(logits, target), target",
+        "1 - criterion.lam_s(logits, target), target",
         tests("ablations", "label_weights_by_hand"),
     ),
     Mutant("normal for t", PAIRED, "ppf(0.975, n - 1)", "ppf(0.975, 1e9)", BY_HAND),

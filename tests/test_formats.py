@@ -28,6 +28,8 @@ pytestmark = [
 ]
 # What Pillow passes on to another program, or to a handler that is not there.
 NOT_READ_AGAIN = {"BUFR", "EPS", "GRIB", "HDF5", "WMF"}
+# What Pillow reads, and neither it nor tests/formats.py writes. Its MPEG reader knows the size alone.
+NOT_WRITTEN = {"FLI", "FTEX", "IMT", "IPTC", "MCIDAS", "MPEG", "PCD"}
 BEGIN, END = "<!-- formats -->\n", "\n<!-- /formats -->"
 RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
 
@@ -131,14 +133,14 @@ def test_16_bits_are_scaled_and_rounded(delivered):
             assert np.abs(each.ours - values / 257).max() <= 0.5, each.row[:3]
 
 
-def test_every_format_that_pillow_writes_and_reads_is_here(tmp_path):
+def test_every_format_that_pillow_reads_is_here(tmp_path):
     (tmp_path / "file").touch()
     found = set()
     for row in formats.rows():
         (tmp_path / "file").write_bytes(row.content)
         with Image.open(tmp_path / "file") as image:
-            found.add(image.format)
-    assert found == {*Image.SAVE} & {*Image.OPEN} - NOT_READ_AGAIN | {"MPO"}
+            found.add(image.format.upper())
+    assert found == {*Image.OPEN} - NOT_READ_AGAIN - NOT_WRITTEN | {"MPO"}
 
 
 def test_every_file_has_a_statement():

@@ -130,6 +130,25 @@ def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
     assert set(target.kind[changed].tolist()) == ({2} if apply_to == "cutmix" else {1, 2, 3})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_lam_s_is_the_partners_share_of_the_two_probabilities(dtype):
+    """p_a / (p_a + p_b) of the whole softmax, in NumPy, whatever the shares and whether LUMix applies."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    labels, partners = torch.tensor([0, 1, 2, 3, 4, 2]), torch.tensor([4, 3, 1, 0, 2, 2])
+    z = logits.detach().double().numpy()
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    own, other = p[range(6), labels], p[range(6), partners]
+    for options in ({}, {"r_s": 0.0, "r_r": 0.0}, {"apply_to": "all"}):
+        found = LUMixLoss(**options).lam_s(logits, make_target(labels, partners, 0.0))
+        np.testing.assert_allclose(found.numpy(), other / (own + other), rtol=1e-6)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not found.requires_grad
+    masked = torch.tensor([[-torch.inf, 0.0, 0.0], [-torch.inf, -torch.inf, 0.0]])
+    assert LUMixLoss().lam_s(masked, make_target([0, 0], [1, 1], 0.5)).tolist() == [1, 0.5]
+    with pytest.raises(ValueError, match="target is a Tensor: pass a MixTarget"):
+        LUMixLoss().lam_s(masked, torch.tensor([0, 0]))
+
+
 def test_lam_of_labels_is_zero():
     assert LUMixLoss().lam(torch.zeros(3, 4), torch.tensor([0, 1, 2])).tolist() == [0, 0, 0]
 
