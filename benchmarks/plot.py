@@ -394,8 +394,8 @@ def table_targets(results: Path) -> str:
 def table_headline(results: Path) -> str:
     """Markdown of `HEADLINE`."""
     lines = ["| ratio within one run | median | quartiles |", "| --- | --- | --- |"]
-    for what, *where in HEADLINE:
-        ratio = _measured(results, *where)
+    for what, name, row, reference, where in HEADLINE:
+        ratio = _measured(results, name, row, reference, where)
         lines.append(f"| {what} | {ratio['median']:.2f} | " + "{:.2f} – {:.2f} |".format(*ratio["quartiles"]))
     return "\n".join(lines)
 
