@@ -666,8 +666,8 @@ ENTRIES = [
         **LUMIX,
         note="batch mode, RandAugment, random erasing: before mixing, on uint8",
     ),
-    Entry("lumix/none tar", partial(open_lumix_shards, "tar"), **LUMIX, note="WebDataset's shards of 100 images"),
-    Entry("lumix/none tfrecord", partial(open_lumix_shards, "tfrecord"), **LUMIX, note="TFRecord shards of 100 images"),
+    Entry("lumix tar", partial(open_lumix_shards, "tar"), **LUMIX, note="WebDataset's shards of 100 images"),
+    Entry("lumix tfrecord", partial(open_lumix_shards, "tfrecord"), **LUMIX, note="TFRecord shards of 100 images"),
     Entry(
         "lumix dynamic cutmix",
         open_lumix_dynamic,

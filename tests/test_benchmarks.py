@@ -522,7 +522,7 @@ def rgb(images):
 
 PEERS = {
     "lumix dynamic cutmix": "nvidia.dali.experimental.dynamic",
-    "lumix/none tar": "webdataset",
+    "lumix tar": "webdataset",
     "webdataset": "webdataset",
     "webdataset worker batches": "webdataset",
     "litdata": "litdata",
@@ -539,8 +539,8 @@ COMPILED = {"ffcv": pytest.mark.slow}  # Numba takes a minute
     [
         "dali/+normalise",
         "lumix/none",
-        "lumix/none tar",
-        "lumix/none tfrecord",
+        "lumix tar",
+        "lumix tfrecord",
         *(pytest.param(name, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
     ],
 )

@@ -954,7 +954,7 @@ def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training
     ],
 )
 def test_grey_levels_as_mean_or_std_are_warned_of(ramp_files, mean, std):
-    with pytest.warns(UserWarning, match=r"their unit is \[0, 1\], not grey levels") as caught:
+    with pytest.warns(UserWarning, match=r"units of \[0, 1\], not in grey levels") as caught:
         create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std).close()
     (warning,) = [one for one in caught if "grey levels" in str(one.message)]
     assert warning.filename == __file__
