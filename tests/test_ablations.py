@@ -135,7 +135,7 @@ def test_rows_from_files_share_weights_order_and_crops(folder, tmp_path):
         Training(args, Row("", None, PLAIN, "resizemix"), seed=3, epochs=2)
 
 
-def test_rows_that_differ_in_the_loss_alone_see_the_same_batches(folder, tmp_path):
+def test_rows_that_differ_only_in_the_loss_see_the_same_batches(folder, tmp_path):
     args, rows = arguments(folder, tmp_path / "x.json"), TABLES["2"]
     one, other = Training(args, rows[0], 1, 2), Training(args, rows[-1], 1, 2)
     for _ in range(3):
@@ -144,7 +144,7 @@ def test_rows_that_differ_in_the_loss_alone_see_the_same_batches(folder, tmp_pat
     assert not torch.equal(Training(args, rows[0], 2, 2).batch()[0], images)
 
 
-def test_a_seed_has_its_own_images_of_each_class():
+def test_each_seed_has_its_own_images_of_each_class():
     labels = np.repeat([0, 1, 2], 50)
     chosen = subset(labels, 4, 0)
     np.testing.assert_array_equal(labels[chosen], np.repeat([0, 1, 2], 4))
@@ -175,7 +175,7 @@ def test_statistics_by_hand():
     assert found.p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5, abs=1e-9)
 
 
-def test_only_seeds_that_both_have_are_compared():
+def test_only_common_seeds_are_compared():
     assert paired.difference(runs(91.0, 94.0), runs(90.0)) == (1, 1.0, None, None)
     assert paired.difference([], runs(90.0)) == (0, None, None, None)
 
@@ -258,7 +258,7 @@ def accuracies(result):
     return {row["name"]: [(run["seed"], run["top1"]) for run in row["runs"]] for row in result["rows"]}
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
+def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch, whole):
     args, real, calls = arguments(folder, tmp_path / "x.json"), training.train, []
 
     def stops(*task):
@@ -285,19 +285,19 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize(
     ("more", "named"), [(["--lr", "1e-4"], "lr was 0.002 and is 0.0001"), (["--seeds", "3"], "seeds was 2 and is 3")]
 )
-def test_another_run_is_refused(folder, tmp_path, whole, more, named):
+def test_a_different_run_is_refused(folder, tmp_path, whole, more, named):
     (tmp_path / "x.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=named):
         ablations.run(arguments(folder, tmp_path / "x.json", *more), "none")
 
 
-def test_another_commit_is_refused(folder, tmp_path, whole):
+def test_a_different_commit_is_refused(folder, tmp_path, whole):
     (tmp_path / "x.json").write_text(json.dumps(whole | dict(meta=whole["meta"] | dict(commit="abc"))))
     with pytest.raises(ValueError, match="commit was 'abc'"):
         ablations.run(arguments(folder, tmp_path / "x.json"), "none")
 
 
-def test_a_row_that_the_model_cannot_have_says_why(folder, tmp_path, monkeypatch):
+def test_a_row_that_does_not_fit_the_model_says_why(folder, tmp_path, monkeypatch):
     rows = [row for row in TABLES["6"] if row.name in ("CutMix", "TransMix")]
     monkeypatch.setitem(TABLES, "6", rows)
     args = arguments(folder, tmp_path / "x.json", "--seeds", "1", "--epochs", "1", table=6)
@@ -386,7 +386,7 @@ def components(*rows):
     )
 
 
-def test_metrics_side_by_side_and_what_holds():
+def test_metrics_side_by_side_and_which_differences_hold():
     """Differences 2, 2.1, 1.9 hold after a correction by 2; the other row's, -1, 1, 0, do not; ECE is equal."""
     result = components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]), ("other", [89, 93, 94]))
     head, _, lumix, _ = tables.table_accuracy(result)

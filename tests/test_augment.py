@@ -99,7 +99,7 @@ def assert_close(name, found, wanted):
         assert (wrong > 1).mean() < 1e-4
 
 
-def test_there_are_timms_operations():
+def test_the_operations_are_timms():
     for known in (timms._RAND_INCREASING_TRANSFORMS, timms._RAND_TRANSFORMS):
         assert {name.removesuffix("Increasing") for name in known} == set(NAMES)
 
@@ -114,7 +114,7 @@ def test_there_are_timms_operations():
         (False, 3, "LINEAR"),
     ],
 )
-def test_operations_are_timms(monkeypatch, device, photographs, increasing, magnitude, interpolation):
+def test_operations_match_timms(monkeypatch, device, photographs, increasing, magnitude, interpolation):
     pillows = {"LINEAR": Image.BILINEAR, "CUBIC": Image.BICUBIC}[interpolation]
     found = ours(
         monkeypatch,
@@ -159,7 +159,7 @@ def test_equalize_is_within_two_grey_levels_at_224(monkeypatch, device):
     assert wrong.mean() < 0.7
 
 
-def test_layers_come_one_after_the_other(monkeypatch, photographs):
+def test_layers_are_applied_in_order(monkeypatch, photographs):
     pairs = [(a, b) for a in EXACT for b in EXACT]
     found = ours(monkeypatch, photographs, [[outcome(name) for name in pair] for pair in pairs], "rand-m4-inc1")
     for pair, images in zip(pairs, found, strict=True):
@@ -186,7 +186,7 @@ def test_magnitudes_above_ten(monkeypatch, photographs, increasing):
         assert_close(name, images, wanted)
 
 
-def test_channels_without_contrast_stay(monkeypatch):
+def test_channels_without_contrast_are_unchanged(monkeypatch):
     images = np.full((1, 8, 8, 3), [7, 0, 255], np.uint8)
     names = ["AutoContrast", "Equalize"]
     for found in ours(monkeypatch, images, [[outcome(name)] for name in names], SPEC.replace("m9", "m9-n1")):
@@ -242,7 +242,7 @@ def our_draws(spec, count):
 
 
 @pytest.mark.parametrize("spec", [SPEC, "rand-m7-n3-p0.3-mstd2", "rand-m5-mstd101-mmax4-inc1", "rand-m9-inc1"])
-def test_draws_follow_timms_law(spec):
+def test_draws_follow_timms_distribution(spec):
     count = 20000
     theirs, (mine, negative) = timms_draws(spec, count), our_draws(spec, count)
     lengths = [np.bincount([len(row) for row in drawn], minlength=4) for drawn in (theirs, mine)]
@@ -258,7 +258,7 @@ def test_draws_follow_timms_law(spec):
         assert (mine.round(4) == 10).mean() == pytest.approx(stats.norm.sf(2), abs=0.004)
 
 
-def test_layers_are_drawn_apart():
+def test_layers_are_drawn_independently():
     (outcomes, _) = run(lambda: augment.draw(augment.parse("rand-p1")), 20000)
     both = np.histogram2d(*((outcomes.T - 1) // 2), bins=15)[0]
     assert stats.chi2_contingency(both).pvalue > 1e-3
@@ -297,7 +297,7 @@ def test_parse(spec, wanted):
         (9, "9"),
     ],
 )
-def test_what_is_not_supported_is_named(spec, part):
+def test_unsupported_options_are_named(spec, part):
     with pytest.raises(ValueError) as error:
         augment.parse(spec)
     assert str(error.value).startswith(f"auto_augment={spec!r}: {part!r} is not supported; give ")
@@ -306,7 +306,7 @@ def test_what_is_not_supported_is_named(spec, part):
 # Colour jitter
 
 
-def test_jitter_is_torchvisions_in_one_order(monkeypatch, device, photographs):
+def test_jitter_matches_torchvisions_in_one_order(monkeypatch, device, photographs):
     factors = [1.3, 0.7, 1.2]
     given = iter(factors)
 
@@ -326,7 +326,7 @@ def test_jitter_is_torchvisions_in_one_order(monkeypatch, device, photographs):
 
 
 @pytest.mark.parametrize(("jitter", "low", "high"), [((0.4, 0, 0), 0.6, 1.4), ((1.5, 0, 0, 0), 0.0, 2.5)])
-def test_factors_of_the_jitter(jitter, low, high):
+def test_jitter_factors(jitter, low, high):
     images = np.full((2000, 2, 2, 3), 100, np.uint8)
     (found,) = run(partial(augment.color_jitter, jitter=jitter, prob=0.7), 2000, images=images)
     levels = found[:, 0, 0, 0]
@@ -351,7 +351,7 @@ def test_grey_and_hue(photographs):
 
 
 @pytest.mark.parametrize("jitter", [-0.1, (0.4, 0.4), (0.4,) * 5, (0.1, 0.1, 0.1, 0.6), "0.4", None, np.nan])
-def test_a_wrong_jitter_is_named(jitter):
+def test_an_invalid_jitter_is_named(jitter):
     with pytest.raises(ValueError) as error:
         augment.jitter_of(jitter)
     assert str(error.value).startswith(f"color_jitter={jitter!r}: give a number >= 0, or three or four of them")
@@ -388,7 +388,7 @@ def timms_region(monkeypatch, size, row, number):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 50), (9, 9), (224, 112)])
-def test_regions_are_timms(monkeypatch, size):
+def test_regions_match_timms(monkeypatch, size):
     rng = np.random.default_rng(0)
     drawn = rng.uniform(0.001, 0.999, (300, 11, 3)).astype(np.float32)
     too_long = [0.99, 0.01 if size[0] > size[1] else 0.99]  # for the short side
@@ -446,7 +446,7 @@ def test_what_is_erased(device, mode):
 
 
 @pytest.mark.parametrize(("size", "count"), [((24, 30), 1), ((24, 30), 3), ((14, 60), 1)])
-def test_erased_areas_follow_timms_law(size, count):
+def test_erased_areas_follow_timms_distribution(size, count):
     _, ours = erased(np.zeros((3000, *size, 3), np.uint8), prob=1.0, mode="const", count=count)
     random.seed(0)
     theirs = torch.ones(3000, 1, *size)
@@ -457,6 +457,6 @@ def test_erased_areas_follow_timms_law(size, count):
         assert stats.ks_2samp(feature(ours), feature(theirs)).pvalue > 1e-3
 
 
-def test_a_wrong_mode_is_named():
+def test_an_invalid_mode_is_named():
     with pytest.raises(ValueError, match="re_mode='noise': give one of 'const', 'rand', 'pixel'"):
         augment.erase(None, mode="noise")

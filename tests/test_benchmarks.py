@@ -92,7 +92,7 @@ def test_a_known_delay_measures_as_that_delay():
     assert speed == pytest.approx(200, rel=1e-3)
 
 
-def test_a_queue_refilled_while_idle_is_no_credit():
+def test_a_queue_refilled_while_idle_earns_no_credit():
     loader = Prefetching(0.03, depth=4, length=17)
     clock.sleep(0.3)  # others have their turns
     fooled = throughput(loader, batch_size=1, timed=4, ahead=0)
@@ -102,14 +102,14 @@ def test_a_queue_refilled_while_idle_is_no_credit():
     assert fooled > 2 / 0.03  # the test would notice
 
 
-def test_an_epoch_that_leaves_nothing_behind_is_refused():
+def test_an_epoch_that_is_too_short_is_refused():
     length = harness.epoch_length(timed=4, ahead=2)
     assert length == 2 + 1 + 4 + 2
     with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
         throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
 
 
-def test_cpu_time_is_all_threads_and_no_waiting():
+def test_cpu_time_counts_all_threads_and_no_waiting():
     def step():
         clock.sleep(0.5)
         clock.work(0.01, threads=3)
@@ -154,7 +154,7 @@ def test_candidates_take_turns_and_the_first_round_is_not_counted(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
-def test_ratios_are_made_within_equal_conditions(tmp_path):
+def test_ratios_compare_equal_conditions(tmp_path):
     candidates = [
         Candidate(name, lambda v=v * count: v, where={"count": count})
         for count in (1, 2)
@@ -164,7 +164,7 @@ def test_ratios_are_made_within_equal_conditions(tmp_path):
     assert [row["ratios"]["a"]["median"] for row in rows] == [1, 3, 1, 6]
 
 
-def test_a_stage_has_its_own_cost_and_what_was_measured(tmp_path):
+def test_a_stage_has_its_own_cost_and_the_measured_times(tmp_path):
     """12, 10, 11 until the end of c, after 4, 5, 4 until the end of b, after 1, 2, 3 for a: round by round."""
     values = {"a": [9.0, 1, 2, 3], "b": [9.0, 4, 5, 4], "c": [9.0, 12, 10, 11]}
     left = {name: iter(found) for name, found in values.items()}
@@ -183,7 +183,7 @@ def test_a_stage_has_its_own_cost_and_what_was_measured(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
-def test_stages_are_the_same_whichever_way_a_result_keeps_them():
+def test_stages_are_the_same_however_a_result_stores_them():
     from benchmarks import tables
 
     before = [dict(name=name, part="loader", values=found) for name, found in (("a", [1.0, 2]), ("b", [4.0, 6]))]
@@ -197,7 +197,7 @@ def test_stages_are_the_same_whichever_way_a_result_keeps_them():
         assert [(stage["name"], stage["ms"], stage["quartiles"]) for stage in found] == wanted
 
 
-def test_picked_stages_follow_each_other():
+def test_picked_stages_follow_their_predecessors():
     from benchmarks import cost
 
     parts = [("read", "loader"), ("resize", "loader"), ("forward", "model"), ("loss", "model"), ("build", "epoch")]
@@ -300,7 +300,7 @@ def test_metadata_says_where_a_result_comes_from():
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
-def test_a_device_that_is_not_there_is_named(device):
+def test_a_missing_device_is_named(device):
     with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
         harness.resolve_device(device)
 
@@ -391,7 +391,7 @@ def quick(loaders, folder, out, *more):
     return json.loads(out.read_text())
 
 
-def test_a_part_of_the_loaders_runs(loaders, folder, tmp_path):
+def test_a_subset_of_the_loaders_runs(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/+normalise,lumix/cutmix+mixup elem,ffcv")
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["dali/+normalise", "lumix/cutmix+mixup elem", "ffcv"]
@@ -415,7 +415,7 @@ def test_thread_counts_get_a_row_each(loaders, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_loaders_run_to_the_end_and_none_vanishes(loaders, folder, tmp_path):
+def test_all_loaders_run_to_the_end_and_none_is_missing(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json")
     assert [row["name"] for row in result["rows"]] == [entry.name for entry in loaders.ENTRIES]
     missing = {name for name, package in PEERS.items() if importlib.util.find_spec(package) is None}
@@ -434,7 +434,7 @@ def has_spdl():
     return True
 
 
-def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
+def test_the_best_worker_count_is_taken_and_the_sweep_kept(loaders):
     from benchmarks.contenders import Entry
 
     delays = {1: 0.03, 2: 0.01, 3: 0.02}
@@ -453,7 +453,7 @@ def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
     assert 0.5 * 1000 < turn.measure() < 1.05 * 1000
 
 
-def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_path):
+def test_an_unexpected_batch_is_refused(loaders, folder, tmp_path):
     from benchmarks.contenders import Setting
     from lumix_dali.data.sources import load
 
@@ -470,7 +470,7 @@ def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_
             s.check((images, None))
 
 
-def test_spdls_crop_follows_the_law(loaders):
+def test_spdls_crop_follows_the_distribution(loaders):
     from benchmarks.contenders import random_crop
 
     for width, height in ((500, 375), (40, 400)):
@@ -567,7 +567,7 @@ def test_an_epoch_has_every_image_once_with_its_label(loaders, coloured, tmp_pat
         *(pytest.param(name, 0.0, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
     ],
 )
-def test_what_is_mixed_has_the_colours_of_its_target(loaders, coloured, tmp_path, name, smoothing):
+def test_mixed_images_have_the_colours_of_their_target(loaders, coloured, tmp_path, name, smoothing):
     """An image's mean colour is that of its classes, by their weights, whether pasted or blended."""
     mixed = 0
     for images, target in opened(loaders, name, coloured, tmp_path):
@@ -596,7 +596,7 @@ def test_a_row_names_its_version(loaders, folder, tmp_path):
         (["--device", "cuda:99"], "--device cuda:99"),
     ],
 )
-def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
+def test_invalid_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         loaders.main(["--out", str(tmp_path / "x.json"), *arguments])
     assert message in capsys.readouterr().err
@@ -649,7 +649,7 @@ def cost_on(folder, tmp_path):
     return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
 
 
-def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
+def test_operators_and_copies_are_counted_in_a_gpu_graph(monkeypatch, cost_on):
     """Defined, not built: a label is copied once however often it is used, and a shape is read back."""
     from nvidia.dali import fn, pipeline_def
 
@@ -670,7 +670,7 @@ def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
 
 
 @pytest.mark.parametrize("stages", range(1, 6))
-def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
+def test_every_stage_is_a_gpu_graph(cost_on, stages):
     """What is mixed and its target come from the GPU; `_Shape` reads metadata alone."""
     from benchmarks import cost
 
@@ -682,7 +682,7 @@ def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
     assert all(on_gpu) if stages > 3 else on_gpu == [stages > 1, False, False]
 
 
-def test_memory_of_each_operator_is_told(cost_on):
+def test_memory_of_each_operator_is_reported(cost_on):
     from benchmarks import cost
 
     found = cost.executor_statistics(cost_on("cpu"), 1)
@@ -700,7 +700,7 @@ def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
 
 
 @pytest.mark.slow
-def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
+def test_epoch_and_handover_costs_run(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
     cost.main(
@@ -738,7 +738,7 @@ def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
 # --- tune
 
 
-def test_the_fastest_value_of_each_knob_is_chosen_if_it_is_no_noise(monkeypatch):
+def test_the_fastest_value_of_each_knob_is_chosen_unless_it_is_noise(monkeypatch):
     from benchmarks import tune
 
     seen, saved, speeds = [], [], {1: 100.0, 2: 120.0, 4: 110.0}
@@ -767,7 +767,7 @@ def test_one_round_chooses_nothing():
 
 
 @pytest.mark.parametrize(("median", "lower", "chosen"), [(1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
-def test_a_value_has_to_beat_the_default_in_most_rounds(median, lower, chosen):
+def test_a_value_must_beat_the_default_in_most_rounds(median, lower, chosen):
     from benchmarks import tune
 
     assert tune.better({"ratios": {"default": {"median": median, "quartiles": [lower, 1.4]}}}) == chosen
@@ -967,7 +967,7 @@ def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
     ]
 
 
-def test_check_finds_what_is_not_current(report, capsys):
+def test_check_finds_what_is_outdated(report, capsys):
     assert report.main("--check") == 1  # nothing is made yet, and nothing is made by looking
     assert not (report.root / "figures").exists()
     report.main()
@@ -1004,7 +1004,7 @@ def test_figures_are_the_same_for_the_same_result(report):
         ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
     ],
 )
-def test_wrong_markers_are_named(report, text, message, capsys):
+def test_invalid_markers_are_named(report, text, message, capsys):
     report.text.write_text(text)
     with pytest.raises(SystemExit):
         report.main()

@@ -117,7 +117,7 @@ def test_check_says_what_the_loader_says(content):
         assert (note is not None and note.decoder == Decoder.PILLOW) == (decoder == Decoder.PILLOW)
 
 
-def test_originals_are_what_they_are_called():
+def test_originals_are_valid():
     """So that damage is all that is wrong with what is derived from them."""
     for kind, content in originals():
         decoder, reason = of_the_loader(content)

@@ -82,7 +82,7 @@ def photographs(tmp_path_factory):
     ids=["square", "small", "non-square", "squash"],
 )
 @pytest.mark.parametrize("interpolation", get_args(pipelines.Interpolation))
-def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
+def test_evaluation_matches_timms_within_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
     ours, labels = run(
         pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation, mean=MEAN, std=STD, **options
     )
@@ -137,7 +137,7 @@ def test_output(tmp_path, device, name, dtype, channels_last):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
+def test_exif_orientation_is_ignored(tmp_path, device, name, kind):
     """Pillow, torchvision and timm do not turn it either. Orientation 6 is a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -152,7 +152,7 @@ def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_any_colour_mode_comes_as_rgb(tmp_path, mode):
+def test_every_colour_mode_is_delivered_as_rgb(tmp_path, mode):
     grey = Image.fromarray(np.uint8(np.linspace(0, 255, 600).reshape(20, 30)))
     file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     grey.convert("RGB").convert(mode).save(file)
@@ -219,7 +219,7 @@ def assert_same_law(ours, theirs, size):
         ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
     ],
 )
-def test_the_training_crop_follows_timms_law(tmp_path, size, options, seed):
+def test_the_training_crop_follows_timms_distribution(tmp_path, size, options, seed):
     from scipy import stats
 
     ours, flipped = crops(tmp_path, size, 2000, seed, hflip=0.3, **options)
@@ -233,7 +233,7 @@ def test_always_and_never_flipped(tmp_path, hflip):
     assert (flipped == hflip).all()
 
 
-def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
+def test_random_interpolation_picks_one_of_two_per_sample(tmp_path):
     from scipy import stats
 
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")

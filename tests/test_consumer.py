@@ -26,7 +26,7 @@ def test_blocks_become_modules(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_misspelt_is_found(tmp_path):
+def test_misspelt_names_are_found(tmp_path):
     faults = {"LUMixLoss, create": "LUMixLos, create", "mixup_alpha=": "mixup_alfa=", '"elem"': '"elm"', "r_r=": "rr="}
     pages = []
     for number, (right, wrong) in enumerate(faults.items()):

@@ -60,7 +60,7 @@ def broken(page):
             yield target
 
 
-def test_anchors_are_githubs():
+def test_anchors_match_githubs():
     text = "# The `fn.mix` of λ0\n## A, b & c\n```bash\n# no heading\n```\n## [Two](x.md) (2)\n## A, b & c\n"
     assert anchors(text) == ["the-fnmix-of-λ0", "a-b--c", "two-2", "a-b--c-1"]
 
@@ -302,7 +302,7 @@ def check(argv, whole=True):
 
 
 @pages
-def test_commands_exist_with_these_flags(page):
+def test_commands_and_their_flags_exist(page):
     for argv, whole in commands(page):
         check(argv, whole)
 

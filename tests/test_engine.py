@@ -52,14 +52,14 @@ def readable(content):
     return True
 
 
-def test_pixels_of_the_corpus_are_pillows_where_it_has_none_of_its_own():
+def test_stated_pixels_match_pillows():
     """So a wrong array in the corpus shows; Pillow clips grey of 16 bits, DALI scales it."""
     for name, each in odd().items():
         if each.verdict == "pillow" and each.pixels is not None:
             assert np.abs(pillow(each.content).astype(float) - each.pixels).mean() <= max(each.tolerance, 0), name
 
 
-def test_causes_are_kinds():
+def test_every_cause_is_a_kind():
     assert len(odd()) >= 300
     assert not set(CAUSES) - odd().keys()
 
@@ -194,7 +194,7 @@ def of_loader(answer, kinds, labels, found):
     return wrong
 
 
-def test_a_wrong_answer_is_seen():
+def test_a_wrong_answer_is_detected():
     """The judge itself: each of these answers differs from the right one in one thing."""
     labels = list(range(GOOD))
     orders = {("folder", "evaluation"): dict(labels=labels, memory=10**8)}
@@ -237,7 +237,7 @@ def spread(kinds, sources=SOURCES, modes=MODES):
     return [(kind, *circumstances[17 * number % len(circumstances)]) for number, kind in enumerate(kinds)]
 
 
-def test_each_cause_in_a_process_of_its_own(workers, orders):
+def test_each_cause_in_its_own_process(workers, orders):
     answers = workers.run(case_of(*each, orders) for each in spread(CAUSES))
     assert_right(answers, orders)
 
@@ -267,7 +267,7 @@ def assert_right(answers, orders):
     assert not wrong, f"{len(wrong)} of {len(answers)} cases:\n" + "\n".join(wrong)
 
 
-def test_what_is_no_file_is_named_and_replaced(workers, orders):
+def test_what_is_not_a_file_is_named_and_replaced(workers, orders):
     """A folder, a FIFO, a device, a socket, a broken link, nothing at all, in a list of files."""
     answers = workers.run(
         dict(kinds=[], path=path, label=2, source="list", mode=mode, threads=2)

@@ -315,7 +315,7 @@ def test_imagenet_o(benchmarks, checkpoint):
     assert result == {("", "AUPR"): [pytest.approx(100 * expected, rel=1e-4)]}
 
 
-def test_the_slice_of_imagenet_a_is_timm_s(benchmarks, checkpoint, tmp_path):
+def test_the_imagenet_a_classes_are_timms(benchmarks, checkpoint, tmp_path):
     """With ImageNet-A's real folders the outputs are those that timm keeps a list of."""
     import pkgutil
 
@@ -504,7 +504,7 @@ def run(request, tmp_path_factory):
     return root / "run" / "last.pth.tar", root / "data", summary, request.param
 
 
-def test_a_run_s_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
+def test_a_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
     """Its model, its classes, its average of the weights, its input: all from the file."""
     checkpoint, data, summary, model = run
     result = evaluate.main(
@@ -540,7 +540,7 @@ def test_protocols_keep_their_own_input(run, protocol, size, crop_pct):
     assert data["interpolation"] == "bilinear"
 
 
-def test_folders_are_told_apart_by_name(run, tmp_path):
+def test_folders_are_identified_by_name(run, tmp_path):
     """With one class left, the label is still that class's output."""
     checkpoint, data, summary, _ = run
     accuracy = {}
@@ -567,7 +567,7 @@ def test_figure_and_table(protocol, imagenet, benchmarks, checkpoint, tmp_path, 
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10
 
 
-def test_the_paper_s_numbers_agree_with_each_other():
+def test_the_papers_numbers_are_consistent():
     """Each average is the mean of its row."""
     for table in (report.TABLE_7, report.TABLE_9):
         for which in (0, 1):
@@ -575,7 +575,7 @@ def test_the_paper_s_numbers_agree_with_each_other():
             assert np.mean(points) == pytest.approx(table["average"][which], abs=0.051)
 
 
-def test_an_average_over_other_points_is_not_the_paper_s(imagenet, checkpoint):
+def test_an_average_over_other_points_is_not_the_papers(imagenet, checkpoint):
     result = evaluate.main(argv("shuffle", imagenet, checkpoint, "--grids", "1x1", "2x2"))
     assert [row["paper"] for row in result["rows"]] == [(79.9, 80.5), (75.6, 76.3), None]
 
@@ -622,7 +622,7 @@ def test_a_model_without_class_token(voc, tmp_path):
         evaluate.main(command[:place] + command[place + 2 :])
 
 
-def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
+def test_unavailable_weights(imagenet, checkpoint, monkeypatch):
     """As without a network, for the model and for DINO."""
     import huggingface_hub.constants
 
@@ -670,7 +670,7 @@ def silent_hub(monkeypatch, tmp_path):
     assert hub.HF_HUB_OFFLINE is False
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(silent_hub, imagenet, checkpoint):
+def test_a_silent_hub_is_asked_once(silent_hub, imagenet, checkpoint):
     """Its own client asks six times for each of two files, which takes most of a minute."""
     with pytest.raises(ValueError, match=r"vit_small_patch16_224.dino: timm could not.*--dino-checkpoint FILE"):
         evaluate.main(argv("occlusion", imagenet, checkpoint, "--drop", "salient"))
@@ -698,7 +698,7 @@ def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
         (["--drop", "salient"], "timm could not get its weights.*--dino-checkpoint FILE"),
     ],
 )
-def test_occlusion_on_the_demo_s_checkpoint(silent_hub, tmp_path, more, message):
+def test_occlusion_on_the_demos_checkpoint(silent_hub, tmp_path, more, message):
     """What is wrong is said before anything is fetched, and with what to give instead."""
     (tmp_path / "data" / "0").mkdir(parents=True)
     model = timm.create_model("resnet10t", num_classes=1)
@@ -731,7 +731,7 @@ def test_a_missing_package_is_named_before_the_work(package, arguments, monkeypa
         evaluate.main(["top1", *rest])
 
 
-def test_what_only_some_commands_need_is_imported_there():
+def test_optional_packages_are_imported_only_where_needed():
     """pip install '.[cuda12]' brings none of these; the demo needs them whatever it does."""
     for path in (ROOT / "pipelines").glob("*.py"):
         names = [
@@ -756,7 +756,7 @@ def test_what_only_some_commands_need_is_imported_there():
         (["top1", "--pretrained"], "give either --checkpoint FILE or --pretrained"),
     ],
 )
-def test_wrong_flags(arguments, message, capsys):
+def test_invalid_flags(arguments, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args([*arguments, "--data-dir", "x", "--checkpoint", "y"])
     assert message in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_every_accuracy_is_in_the_text():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_its_result(name):
+def test_each_table_matches_its_result(name):
     """Means, deviations, intervals, p after Holm's correction, and the sentence below."""
     head, _, *lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in TABLES[name].splitlines() if line.startswith("|")
@@ -76,7 +76,7 @@ def test_intervals_on_digits_are_wider_than_the_papers_effects():
     assert "The half-widths of the 95 % intervals below are larger than that" in TEXT
 
 
-def test_the_validation_sets_own_error():
+def test_the_sampling_error_of_the_validation_sets():
     p = np.mean([*last("accuracy-table2", "top1")["CutMix"].values()]) / 100
     assert f"{100 * (p * (1 - p) / 360) ** 0.5:.1f} points at the CutMix row's accuracy" in TEXT
     assert f"{100 * (0.45 * 0.55 / 10_000) ** 0.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT

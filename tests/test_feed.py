@@ -130,7 +130,7 @@ def test_what_is_bad(content, reason):
     ],
     ids=lambda content: f"{content[:4]}{len(content)}",
 )
-def test_dali_gets_no_odd_header(content):
+def test_dali_never_sees_an_odd_header(content):
     assert formats._dali(io.BytesIO(content)) is None
 
 
@@ -220,7 +220,7 @@ def test_pillows_pixels_arrive_bit_for_bit(tmp_path, batch_size):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_dali_refuses_and_pillow_reads_is_delivered(tmp_path):
+def test_images_that_dali_refuses_and_pillow_reads_are_delivered(tmp_path):
     """A PNG with an unknown critical chunk: DALI's decoder refuses it, Pillow reads its pixels."""
     contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
     samples = write_files(tmp_path / "a", contents)
@@ -247,7 +247,7 @@ def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
     np.testing.assert_array_equal(delivered(resumed), after)
 
 
-def test_files_that_are_no_files(tmp_path):
+def test_paths_that_are_not_regular_files(tmp_path):
     """Neither a FIFO nor a device is waited for."""
     for name in ("0", "5"):
         write(PIXELS, tmp_path / "a" / f"{name}.png")
@@ -283,7 +283,7 @@ SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000
     "shape",
     [pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "2x30000")) for name, shape in SHAPES.items()],
 )
-def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
+def test_evaluation_needs_only_the_memory_of_the_crop(tmp_path, shape):
     """White stays white to the corners, in less than half a GB more than an ordinary image takes."""
     (tmp_path / "a").mkdir()
     Image.new("L", shape[::-1], 255).save(tmp_path / "a" / "0.png")

@@ -86,7 +86,7 @@ def assert_one_draw(target):
 @pytest.mark.parametrize("count", BATCH_SIZES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_what_the_target_says(graph, name, mode, count, size):
+def test_pixels_match_the_target(graph, name, mode, count, size):
     operation, options = OPERATIONS[name]
     run = graph(operation, count, mode=mode, **options)
     varied = False
@@ -110,7 +110,7 @@ def test_partial_batches(graph, mode):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_labels_of_readers_and_of_lists(graph, shape, dtype):
+def test_labels_from_readers_and_from_lists(graph, shape, dtype):
     images, labels = batch_of(7)
     labels = (labels % 97 + np.arange(7) * 2).astype(dtype)
     if dtype == np.int64:
@@ -130,7 +130,7 @@ def test_inside_a_pipeline_with_conditionals(graph, name):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_numbers_of_channels(graph, channels):
+def test_other_channel_counts(graph, channels):
     images, labels = batch_of(8)
     images = np.resize(images.transpose(3, 0, 1, 2), (channels, 8, 16, 16)).transpose(1, 2, 3, 0).copy()
     assert_true(images, labels, *graph(mixfn.mix, mixup_alpha=0.8)(images, labels))
@@ -261,7 +261,7 @@ def apply_weights(images, labels, partner, kind, weight):
 
 
 @pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, Kind.CUTMIX), (apply_weights, Kind.MIXUP)])
-def test_given_boxes_alone_and_weights_alone(graph, operation, kind):
+def test_only_boxes_or_only_weights_given(graph, operation, kind):
     images, labels = batch_of(8, (9, 20))
     drawn = given_batch() | {"kind": np.int32([kind, 0] * 4)}
     del drawn["weight" if kind == Kind.CUTMIX else "box"]
@@ -272,7 +272,7 @@ def test_given_boxes_alone_and_weights_alone(graph, operation, kind):
     assert_pixels(images, drawn["partner"], mixed, target)
 
 
-def test_every_pair_of_levels_blends_within_one(graph):
+def test_every_pair_of_levels_blends_within_one_level(graph):
     """Weights that split white into two halves ending in .5 included: rounded up twice they would make 256."""
     own, other = np.mgrid[:256, :256].astype(np.uint8)
     weight = np.float32([0, 1, 0.5, 1e-6, *(np.arange(0, 255, 10) + 0.5) / 255, 1 / 3, 0.999, 1 - 2**-24])
@@ -287,7 +287,7 @@ def test_every_pair_of_levels_blends_within_one(graph):
     assert np.abs(mixed - blend).max() <= 1 + 1e-4
 
 
-def test_a_given_lam0_is_emitted_as_it_is(graph):
+def test_a_given_lam0_is_emitted_unchanged(graph):
     def weighed(images, labels, partner, kind, box, weight, lam0):
         size = images.shape(dtype=types.INT32)[:2]
         return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight, lam0))
@@ -390,7 +390,7 @@ def gpu_graph(operation, **options):
     ],
     ids=["cutmix", "mix", "mixup"],
 )
-def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known):
+def test_gpu_graph_stays_within_the_budget(alphas, unknown, known):
     """What is delivered is made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
     for budget, options in ((unknown, {}), (known, {"size": (16, 16)})):
@@ -417,7 +417,7 @@ def test_unmixed_delivers_from_the_gpu():
     assert outputs == dict.fromkeys(ON_GPU, "gpu")
 
 
-def test_what_is_off_is_not_in_the_graph():
+def test_disabled_mixing_is_not_in_the_graph():
     blend, paste = ("brightnesscontrast",), ("multipaste", "uniform")
     both = gpu_graph(mixfn.mix, mixup_alpha=0.8)[1]
     assert all(name in both for name in (*blend, *paste))
@@ -448,7 +448,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "value", "remedy"), BAD, ids=[value.replace("\\", "") for _, value, _ in BAD])
-def test_wrong_arguments_are_named_with_a_remedy(options, value, remedy):
+def test_invalid_arguments_are_named_with_a_remedy(options, value, remedy):
     with pytest.raises(ValueError, match=f"{value}.*{remedy}"):
         gpu_graph(mixfn.mix, **options)
 

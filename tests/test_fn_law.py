@@ -156,7 +156,7 @@ def test_centres_at_size(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_samples_are_drawn_apart(seed):
+def test_samples_are_drawn_independently(seed):
     """Neighbours in a batch, and the same place in the next batch, know nothing of each other."""
     lam0 = emitted(ODD_AND_EVEN, seed).lam0
     for lag in (1, BATCH):
@@ -164,14 +164,14 @@ def test_samples_are_drawn_apart(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_partners_are_anybody_else(seed):
+def test_partners_are_uniform_over_the_other_samples(seed):
     target = emitted(ODD_AND_EVEN, seed)
     offset = (target.partner_labels - target.labels) % BATCH
     assert_frequencies(offset.tolist(), dict.fromkeys(range(1, BATCH), 1 / (BATCH - 1)))
 
 
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_the_seed_decides(mode):
+def test_the_seed_determines_the_draws(mode):
     options = {"draws": 50, "mode": mode, "mixup_alpha": 0.8, "correct_lam": False}
     first, again, other = (emitted(ODD_AND_EVEN, seed, **options) for seed in (1, 1, 2))
     for one, two in zip(first, again, strict=True):

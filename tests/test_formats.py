@@ -91,7 +91,7 @@ def delivered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
-def test_pixels_are_timms(delivered, name):
+def test_pixels_match_timms(delivered, name):
     """As far from timm's as stated, and no nearer either: the table is to be true."""
     stated = formats.STATEMENTS[name]
     for each in delivered[name]:
@@ -133,7 +133,7 @@ def test_16_bits_are_scaled_and_rounded(delivered):
             assert np.abs(each.ours - values / 257).max() <= 0.5, each.row[:3]
 
 
-def test_every_format_that_pillow_reads_is_here(tmp_path):
+def test_every_format_that_pillow_reads_is_covered(tmp_path):
     (tmp_path / "file").touch()
     found = set()
     for row in formats.rows():
@@ -147,7 +147,7 @@ def test_every_file_has_a_statement():
     assert {row[:2] for row in formats.rows()} == {*formats.STATEMENTS}
 
 
-def test_the_table_in_the_docs_is_this_one():
+def test_the_table_in_the_docs_is_current():
     _, begin, rest = RELIABILITY.read_text(encoding="utf-8").partition(BEGIN)
     table, end, _ = rest.partition(END)
     assert begin and end, f"{RELIABILITY.name} lacks its markers"

@@ -114,7 +114,7 @@ def no_waiting(where):
 # From DALI to PyTorch
 
 
-def test_batches_are_dalis_own_memory(files, where, monkeypatch):
+def test_batches_share_dalis_memory(files, where, monkeypatch):
     """Neither images nor metadata are copied on their way out of DALI: all are views of its three outputs."""
     given, take = set(), torch.from_dlpack
 
@@ -131,7 +131,7 @@ def test_batches_are_dalis_own_memory(files, where, monkeypatch):
     assert len(given) == 3
 
 
-def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, where):
+def test_a_training_step_never_synchronises_and_its_loss_matches_the_oracle(files, where):
     """From the loader's batch to the optimiser's step; loss and gradient of the delivered target in float64."""
     model, criterion = model_of(where), LUMixLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -235,7 +235,7 @@ AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": 
     ],
     ids=["plain", "mixup", "cutmix", "mix", "augmented", "jitter", "evaluation"],
 )
-def test_a_batch_is_the_cpus(files, where, options):
+def test_a_batch_matches_the_cpus(files, where, options):
     """Draws are made on the CPU on either backend: targets are equal, and pixels but for interpolation."""
     ours, theirs = (
         next(iter(make(files, device, batch_size=CLASSES, dtype="uint8", **options))) for device in (where, "cpu")
@@ -255,7 +255,7 @@ def test_a_batch_is_the_cpus(files, where, options):
 
 
 @pytest.mark.parametrize("subsampling", [0, 2], ids=["4:4:4", "4:2:0"])
-def test_decoded_pixels_are_pillows(device, where, subsampling):
+def test_decoded_pixels_match_pillows(device, where, subsampling):
     """On the CPU to the bit; a GPU has another inverse transform and another way to enlarge the chroma."""
     from nvidia.dali import fn, pipeline_def
 
@@ -313,7 +313,7 @@ def captured(step, where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
+def test_a_cuda_graph_of_the_loss_follows_its_inputs(where, dtype):
     """Forward, backward and the draw, captured once, replayed on other logits, targets and noise."""
     criterion, (logits, target, lam_r) = LUMixLoss(), case(where, dtype)
     held = {}
@@ -361,7 +361,7 @@ def test_a_step_is_captured_while_a_loader_works(files, where):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("base", ["softmax", "bce"])
-def test_low_precision_logits_cost_a_rounding_of_the_gradient_alone(where, dtype, base):
+def test_low_precision_logits_only_round_the_gradient(where, dtype, base):
     """The loss of low-precision logits is float32, and the oracle's of these very logits."""
     logits, target, lam_r = case(where, dtype)
     loss = LUMixLoss(base=base)(logits, target, lam_r)
@@ -390,7 +390,7 @@ def test_autocast_leaves_the_loss_in_float32(files, where, dtype):
     np.testing.assert_allclose(logits.grad.float().cpu(), gradient, rtol=1e-2, atol=1e-5)
 
 
-def test_compiled_it_is_the_oracles(where):
+def test_the_compiled_loss_matches_the_oracle(where):
     """One graph, and on a GPU inductor's kernels; aot_eager stands in for them on the CPU."""
     if where.type == "cuda":
         pytest.importorskip("triton")

@@ -79,14 +79,14 @@ def floor(name):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_point_down(path):
+def test_modules_import_only_from_lower_floors(path):
     assert dotted(path) in FLOORS, f"{path.name} has no floor yet: give it one here"
     for name in imports(path):
         below = floor(name)
         assert below is None or below < FLOORS[dotted(path)], f"{dotted(path)} imports {name}"
 
 
-def test_floors_are_told_apart():
+def test_floors_of_modules_and_names():
     """Names as `imports` gives them, of modules, of their contents and of the package's lazy names."""
     loader = FLOORS["loading.loader"]
     names = {
@@ -125,7 +125,7 @@ def test_programs_import_only_the_package_and_their_own(path):
         ("mixing", False, {"numpy", "lumix_dali"}),
     ],
 )
-def test_ground_floors_need_nothing_else(module, top_level_only, allowed):
+def test_the_lowest_floors_need_nothing_else(module, top_level_only, allowed):
     names = imports(ROOT / "lumix_dali" / f"{module}.py", top_level_only)
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= allowed
 
@@ -173,7 +173,7 @@ def test_functions_can_be_read_without_scrolling(path):
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
-def test_nobody_asks_which_order_it_is(path):
+def test_no_code_asks_which_order_it_has(path):
     """`Order` and `Window` have one interface."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "type")]
@@ -190,7 +190,7 @@ def distribution():
         return distutils.core.run_setup("setup.py", stop_after="config")
 
 
-def test_the_wheel_has_every_package_and_the_marker_of_types(distribution):
+def test_the_wheel_has_every_package_and_the_typing_marker(distribution):
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lumix_dali").rglob("__init__.py")}
     assert set(distribution.packages) == folders >= {"lumix_dali", "lumix_dali.data", "lumix_dali.loading"}
     assert "py.typed" in distribution.package_data["lumix_dali"]
@@ -205,14 +205,14 @@ def test_the_package_page_has_no_dead_links(distribution):
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_the_version_is_the_packages(distribution):
+def test_the_version_matches_the_package(distribution):
     import lumix_dali
 
     assert distribution.metadata.version == lumix_dali.__version__
     assert f"\nversion: {lumix_dali.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_command_tells_the_packages_version(distribution, capsys):
+def test_the_command_prints_the_packages_version(distribution, capsys):
     from lumix_dali import cli
 
     with pytest.raises(SystemExit, match="0"):

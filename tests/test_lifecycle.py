@@ -229,7 +229,7 @@ def test_50_loaders_made_and_dropped_leave_neither_memory_nor_threads(folder):
     assert readings[-1][1] - readings[5][1] < 20
 
 
-def test_files_that_are_cut_while_they_are_read_end_nothing(tmp_path):
+def test_truncating_files_during_reading_does_not_end_the_process(tmp_path):
     """Every file is overwritten while DALI reads and decodes: with a map of it, the process got SIGBUS."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
     for i in range(64):

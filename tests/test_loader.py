@@ -166,7 +166,7 @@ def recount(levels, batch, colours, labels, target):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("mixing", "kinds"), [({"cutmix_alpha": 1.0}, {2}), (MIX, {1, 2})], ids=["cutmix", "mix"])
-def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, kinds, dtype, channels_last):
+def test_delivered_pixels_match_the_target(make, colour_files, mixing, kinds, dtype, channels_last):
     root, colours, labels = colour_files
     loader = make(root, batch_size=8, dtype=dtype, channels_last=channels_last, **mixing)
     order, seen = Order(COUNT, 8), set()
@@ -190,7 +190,7 @@ def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, k
         ({**MIX, "batch_size": 1}, {0}),
     ],
 )
-def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, options, kinds):
+def test_every_kind_of_mixing_matches_the_target(make, colour_files, options, kinds):
     root, colours, labels = colour_files
     options = {"batch_size": 8, **options}
     loader, seen = make(root, **options), set()
@@ -227,7 +227,7 @@ def test_erasing_comes_before_mixing(make, colour_files):
     assert seen > 20
 
 
-def test_batches_that_are_kept_stay_as_they_were(make, ramp_files):
+def test_kept_batches_do_not_change(make, ramp_files):
     loader = make(ramp_files, batch_size=2, **MIX)
     kept, copies = [], []
     for batch in itertools.islice(itertools.chain.from_iterable([loader, loader]), 15):
@@ -306,7 +306,7 @@ def test_threads_and_prefetch_change_nothing(make, ramp_files, threads, prefetch
         assert_same(ours, theirs)
 
 
-def test_switching_mixing_off_waits_for_the_next_epoch(make, ramp_files):
+def test_switching_mixing_off_takes_effect_at_the_next_epoch(make, ramp_files):
     mixed = epochs(make(ramp_files, **MIX), 3)
     loader, batches = make(ramp_files, **MIX), []
     for batch in loader:
@@ -335,7 +335,7 @@ def test_set_epoch(make, ramp_files):
         loader.set_epoch(2**31)
 
 
-def test_after_a_break_comes_a_whole_epoch(make, ramp_files):
+def test_a_complete_epoch_follows_a_break(make, ramp_files):
     expected = epochs(make(ramp_files, **MIX), 3)
     loader = make(ramp_files, **MIX)
     assert_same(stream(itertools.islice(loader, 2)), expected[0][:2])
@@ -452,7 +452,7 @@ def test_every_state_of_an_augmented_stream_leads_to_the_same(make, ramp_files):
         other.load_state_dict(states[0])
 
 
-def test_a_state_goes_into_a_loader_under_way(make, ramp_files):
+def test_a_state_can_be_loaded_in_mid_epoch(make, ramp_files):
     loader, batches = make(ramp_files, **MIX), []
     for batch in loader:
         batches.append(flat(batch))
@@ -487,7 +487,7 @@ def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
     assert len(stream(loader)) == 5
 
 
-def test_a_state_behind_the_last_batch_starts_the_next_epoch(make, ramp_files):
+def test_a_state_after_the_last_batch_starts_the_next_epoch(make, ramp_files):
     loader, resumed = make(ramp_files, **MIX), make(ramp_files, **MIX)
     batches = iter(loader)
     for _ in range(len(loader)):
@@ -625,7 +625,7 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
 
 
 @pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/1"}, b"state"])
-def test_another_format_is_named(make, ramp_files, other):
+def test_an_unknown_state_format_is_named(make, ramp_files, other):
     with pytest.raises(ValueError, match=r"state: its format is .*, but this version reads 'lumix_dali.loader/3'"):
         make(ramp_files).load_state_dict(other)
 
@@ -677,7 +677,7 @@ def test_a_damaged_file_is_named_and_replaced(make, spoilt, damage, batch):
     assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
 
 
-def test_a_file_that_spoils_during_the_epoch(make, spoilt):
+def test_a_file_damaged_during_the_epoch(make, spoilt):
     samples, spoil = spoilt
     loader = make(samples, prefetch_queue_depth=1, **MIX)
     iterator = iter(loader)
@@ -690,7 +690,7 @@ def test_a_file_that_spoils_during_the_epoch(make, spoilt):
     assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
 
 
-def test_replacements_last(make, spoilt):
+def test_replacements_persist(make, spoilt):
     """Two damaged files side by side, one replaced in each epoch: no second warning, no second count."""
     samples, spoil = spoilt
     spoil(7, 8)
@@ -713,7 +713,7 @@ def test_replacements_last(make, spoilt):
     assert set(replaced(loader)) == {7, 8, 12}
 
 
-def test_a_substitute_that_spoils_is_replaced(make, spoilt):
+def test_a_damaged_substitute_is_replaced(make, spoilt):
     samples, spoil = spoilt
     spoil(7)
     loader = make(samples, batch_size=20)
@@ -737,7 +737,7 @@ def test_ranks_stay_in_step(make, spoilt):
     assert [len(each) for each in batches] == [2, 2]
 
 
-def test_evaluation_replaces_too(make, spoilt):
+def test_evaluation_also_replaces_bad_files(make, spoilt):
     samples, spoil = spoilt
     spoil(19)
     loader = make(samples, is_training=False)
@@ -784,7 +784,7 @@ def test_more_bad_files_than_allowed(make, spoilt):
     assert len(loader.bad) == 2
 
 
-def test_nothing_but_bad_files(make, spoilt):
+def test_only_bad_files(make, spoilt):
     samples, spoil = spoilt
     spoil(*range(20))
     with pytest.raises(ValueError, match=r"'.*' cannot be used \(.*\), nor can any of the 19 samples after it"):
@@ -828,7 +828,7 @@ def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch
         "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
     ],
 )
-def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
+def test_timms_data_config_is_accepted_unchanged(make, ramp_files, name):
     config = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     for is_training in (True, False):
         images, _ = next(iter(make(ramp_files, batch_size=1, is_training=is_training, **config)))
@@ -906,7 +906,7 @@ def test_a_bad_argument_is_named(ramp_files, options, message):
         create_loader(ramp_files, **{"batch_size": 4, "device": "cpu"} | options)
 
 
-def test_no_two_places_draw_alike(make, ramp_files, monkeypatch):
+def test_no_two_seeds_are_alike(make, ramp_files, monkeypatch):
     """The largest seed and epoch are a word each: whatever is seeded with them is seeded with them alone."""
     seeded = []
     for name in ("default_rng", "SeedSequence"):
@@ -953,7 +953,7 @@ def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training
         ((123.7, 116.3, 103.5), (1, 1, 1)),
     ],
 )
-def test_grey_levels_as_mean_or_std_are_warned_of(ramp_files, mean, std):
+def test_mean_or_std_in_grey_levels_is_warned_about(ramp_files, mean, std):
     with pytest.warns(UserWarning, match=r"their unit is \[0, 1\], not grey levels") as caught:
         create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std).close()
     (warning,) = [one for one in caught if "grey levels" in str(one.message)]
@@ -971,7 +971,7 @@ def test_without_a_gpu(ramp_files):
     assert create_loader(ramp_files, batch_size=4).device == torch.device("cpu")
 
 
-def test_threads_are_shared_by_the_local_ranks(ramp_files, monkeypatch):
+def test_local_ranks_share_the_threads(ramp_files, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12))
     for ranks, threads in ((None, 12), ("4", 3), ("100", 1)):
         if ranks:

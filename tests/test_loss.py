@@ -103,7 +103,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
-def test_every_option_equals_the_oracle(options):
+def test_every_option_matches_the_oracle(options):
     for seed in range(2):
         logits, target, lam_r = random_case(seed=seed)
         loss, grad = loss_and_grad(LUMixLoss(**options, reduction="none"), logits, target, lam_r)
@@ -113,7 +113,7 @@ def test_every_option_equals_the_oracle(options):
 
 
 @pytest.mark.parametrize("apply_to", ["cutmix", "all"])
-def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
+def test_lam_matches_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
     logits, target, lam_r = random_case()
     lam = LUMixLoss(apply_to=apply_to).lam(logits.requires_grad_(), target, lam_r)
     labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
@@ -226,7 +226,7 @@ def test_same_class_twice_does_not_depend_on_lam():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_labels_alone_get_smoothed_cross_entropy(smoothing):
+def test_plain_labels_get_smoothed_cross_entropy(smoothing):
     logits = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8)
     expected = loss_and_grad(torch.nn.CrossEntropyLoss(label_smoothing=smoothing), logits, labels)
@@ -322,7 +322,7 @@ MASKED_TARGET = make_target([0, 1, 3, 0], [2, 2, 1, 1], [0.0, 0.0, 1.0, 0.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_masked_class_in_the_target_without_weight_is_pytorchs(target, smoothing, detach, plain):
+def test_a_masked_target_class_without_weight_matches_pytorch(target, smoothing, detach, plain):
     """-inf logits: no 0·∞, and with smoothing PyTorch's infinity; `plain` is the path of torch.func."""
     criterion = LUMixLoss(smoothing=smoothing, detach_lam_s=detach, reduction="none")
     expected, expected_grad = loss_and_grad(
@@ -397,7 +397,7 @@ def dense_loss(logits, target, lam, smoothing=0.1, eta=1.0):
 
 @pytest.mark.parametrize("options", TWICE, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_those_of_finite_differences(options, reduction):
+def test_second_derivatives_match_finite_differences(options, reduction):
     logits, target, lam_r = smooth_case()
     criterion = LUMixLoss(**options, reduction=reduction)
     _, expected = loss_and_grad(criterion, logits, target, lam_r)
@@ -408,7 +408,7 @@ def test_second_derivatives_are_those_of_finite_differences(options, reduction):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_gradient_penalty_is_pytorchs(smoothing):
+def test_a_gradient_penalty_matches_pytorch(smoothing):
     """The squared norm of the input's gradient, differentiated by the weights; with labels and plain CutMix."""
     generator = torch.Generator().manual_seed(0)
     images, hidden, out = (
@@ -483,7 +483,7 @@ def test_vmap_over_models_and_over_backward_passes():
         np.testing.assert_allclose(by_row[rows, rows], expected[0][1], atol=1e-9)
 
 
-def test_a_transform_that_cannot_be_right_says_so():
+def test_an_unsupported_transform_is_an_error():
     logits, target, _ = random_case(batch=4)
     with pytest.raises(RuntimeError, match=r"vmap.*'same' or 'different' randomness"):
         torch.vmap(lambda z: LUMixLoss()(z, target))(logits[None])
@@ -539,7 +539,7 @@ def test_nothing_is_copied(options, labels):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing):
+def test_the_only_dense_tensor_besides_the_logits_is_their_gradient(smoothing):
     logits, target, lam_r = random_case(batch=64, classes=50, dtype=torch.float32)
     logits.requires_grad_()
     with LargeTensors(64 * 25) as large:
@@ -548,7 +548,7 @@ def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing):
     assert list(large.made) == [grad.untyped_storage().data_ptr()]
 
 
-def test_no_gradient_is_kept_in_evaluation():
+def test_evaluation_keeps_no_gradient():
     logits, target, lam_r = random_case()
     with torch.no_grad():
         loss = LUMixLoss()(logits.requires_grad_(), target, lam_r)
@@ -570,7 +570,7 @@ LAWS = {
 
 @pytest.mark.parametrize("noise", LAWS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_noise_follows_its_law(noise, seed):
+def test_noise_follows_its_distribution(noise, seed):
     from scipy import stats  # not at the top: the GPU tests of this file do without
 
     torch.manual_seed(seed)
@@ -590,7 +590,7 @@ def test_beta_noise_is_finite_in_float32(alpha):
     assert lam_r.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_loss_draws_per_sample_from_the_default_generator_and_only_when_it_has_to():
+def test_the_loss_draws_per_sample_from_the_default_generator_and_only_when_needed():
     logits, target, lam_r = random_case()
     criterion = LUMixLoss(reduction="none")
     torch.manual_seed(1)
@@ -629,7 +629,7 @@ def test_compiled_in_one_graph_it_equals_eager(backend, options):
 
 
 @pytest.mark.parametrize("noise", [("beta", 0.8), ("normal", 0.5, 1.0), None], ids=str)
-def test_a_schedule_compiles_once_more_for_leaving_zero(noise):
+def test_a_schedule_recompiles_once_on_leaving_zero(noise):
     """r_r, r_s, η and the noise's numbers change at every step, from 0 on."""
     torch._dynamo.reset()
     logits, target, lam_r = random_case(batch=16)
@@ -648,7 +648,7 @@ def test_a_schedule_compiles_once_more_for_leaving_zero(noise):
     assert counter.frame_count <= 2
 
 
-def test_scheduled_numbers_read_as_they_were_set():
+def test_scheduled_numbers_read_back_as_they_were_set():
     criterion = LUMixLoss(r_r=0.4, r_s=0.0)
     assert (criterion.r_r, criterion.r_s, criterion.eta, criterion.noise) == (0.4, 0.0, 1.0, ("beta", 2.0))
     criterion.r_r, criterion.r_s, criterion.eta, criterion.noise = 0.3, torch.tensor(0.5), 2, ("normal", 0, 1)
@@ -662,7 +662,7 @@ def test_scheduled_numbers_read_as_they_were_set():
         assert torch.equal(twin(*case), expected)
 
 
-def test_a_number_set_in_inference_mode_serves_in_training():
+def test_a_number_set_in_inference_mode_works_in_training():
     case, criterion = random_case(), LUMixLoss(detach_lam_s=False)
     with torch.inference_mode():
         criterion.r_s, criterion.eta = 0.3, 0.5
@@ -751,7 +751,7 @@ def test_no_host_synchronisation(options, dtype):
         ({"noise": "beta"}, "noise='beta': choose"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_invalid_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LUMixLoss(**options)
 
@@ -795,7 +795,7 @@ GOOD = make_target(LABELS, LABELS.flip(0), 0.5)
     ],
 )
 @pytest.mark.parametrize("method", ["forward", "lam"])
-def test_wrong_tensors_are_named(logits, target, lam_r, message, method):
+def test_invalid_tensors_are_named(logits, target, lam_r, message, method):
     with pytest.raises(ValueError, match=message):
         getattr(LUMixLoss(), method)(logits, target, lam_r)
 
@@ -827,13 +827,13 @@ def test_check_target_names_the_first_wrong_value(target, message):
         check_target(target, 4)
 
 
-def test_check_target_accepts_what_is_right():
+def test_check_target_accepts_valid_targets():
     check_target(GOOD, 3)
     check_target(LABELS, 3)
     check_target(rows(kind=[0, 1, 3], box=[[0] * 4] * 3, lam0=[0.0, 1.0, 0.5]), 3)
 
 
-def test_values_are_not_looked_at_in_the_loss():
+def test_the_loss_does_not_check_values():
     """They could only be read by waiting for the GPU; on meta tensors there are none to read."""
     criterion = LUMixLoss(reduction="none")
     loss = criterion(torch.zeros(3, 4, device="meta", requires_grad=True), GOOD.to("meta"))

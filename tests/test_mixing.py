@@ -113,7 +113,7 @@ def test_equal_draws_still_give_a_permutation(graph, monkeypatch):
     np.testing.assert_array_equal(mixed, images)
 
 
-def test_each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean(graph):
+def test_each_patch_has_its_own_weight_and_lam0_is_their_mean(graph):
     size, patch = (8, 12), 4
     images, labels = plain_images(size)
     images, all_weights = np.where(labels[:, None, None, None] % 2, 255, images // 3), []
@@ -142,7 +142,7 @@ def test_images_that_cannot_be_cut_are_refused():
 
 
 @pytest.mark.parametrize("point", [(10, 20), (25, 9), (16, 40)])
-def test_the_most_salient_point_is_the_only_thing_there_is(point):
+def test_the_most_salient_point_is_the_only_object(point):
     pytest.importorskip("cv2")
     image = np.full((64, 64, 3), 40, np.uint8)
     image[point] = 255

@@ -46,20 +46,20 @@ def boxes(found):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_boxes_follow_their_law(mode, seed):
+def test_boxes_follow_their_distribution(mode, seed):
     found = drawn(ODD_AND_EVEN, seed) if mode == "elem" else drawn_in_batches(ODD_AND_EVEN, seed, 5000, mode="batch")
     assert_frequencies(boxes(found), box_law(ODD_AND_EVEN, alpha=1))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_minmax_boxes_follow_timms_law(seed):
+def test_minmax_boxes_follow_timms_distribution(seed):
     found = drawn((5, 4), seed, cutmix_minmax=(0.2, 0.8))
     assert_frequencies(boxes(found), minmax_law((5, 4), (0.2, 0.8)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_kinds_and_weights_follow_their_laws(mode, seed):
+def test_kinds_and_weights_follow_their_distributions(mode, seed):
     options = dict(mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8, switch_prob=0.3, mode=mode)
     find = drawn if mode == "elem" else drawn_in_batches
     found = find(ODD_AND_EVEN, seed, DRAWS if mode == "elem" else 5000, **options)
@@ -86,7 +86,7 @@ def test_sides_and_centres_at_size(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_partners_are_anybody_else(seed):
+def test_partners_are_uniform_over_the_other_samples(seed):
     n = 50
     found = [derangement(rng, n) for rng in [np.random.default_rng(seed)] for _ in range(400)]
     assert all(sorted(partner) == list(range(n)) for partner in found)
@@ -94,7 +94,7 @@ def test_partners_are_anybody_else(seed):
     assert_frequencies(offset.ravel().tolist(), dict.fromkeys(range(1, n), 1 / (n - 1)))
 
 
-def test_every_derangement_of_four_alike():
+def test_every_derangement_of_four_is_equally_likely():
     rng = np.random.default_rng(0)
     law = [p for p in permutations(range(4)) if all(i != k for i, k in enumerate(p))]
     assert len(law) == 9
@@ -112,7 +112,7 @@ def test_every_derangement_of_four_alike():
     ids=["cutmix", "mix", "minmax", "small alpha"],
 )
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_graph_draws_from_the_same_law(options, seed):
+def test_the_graph_draws_from_the_same_distribution(options, seed):
     """`fn.mix` against `draw`: kinds, drawn weights, and each edge of the box."""
     size = (9, 14)
     graph, host = emitted(size, seed, correct_lam=False, **options), drawn(size, seed, **options)
@@ -165,7 +165,7 @@ def test_kinds_that_occur(options, kinds):
     assert not found.box[found.kind != Kind.CUTMIX].any()
 
 
-def test_minmax_from_nothing_to_all_but_everything():
+def test_minmax_from_nothing_to_almost_everything():
     """Sides from 0 to one less than the image's, as NumPy's `randint` excludes its end."""
     found = drawn((3, 4), 0, 5000, cutmix_minmax=(0.0, 1.0))
     sides = found.box[:, 2:] - found.box[:, :2]
@@ -201,7 +201,7 @@ def test_a_batch_has_one_draw_and_many_partners(options):
         assert len(np.unique(several.box, axis=0)) > 1 or len(set(several.kind.tolist())) > 1
 
 
-def test_draw_is_a_function_of_the_generator_alone():
+def test_draw_depends_only_on_the_generator():
     options = dict(mixup_alpha=0.8, prob=0.9)
     first, again, other = (drawn((6, 5), seed, 64, **options) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -303,7 +303,7 @@ def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
 @pytest.mark.parametrize("size", [(9, 20), (1, 1), (7, 1)])
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["blends Mixup", "blends all"])
-def test_pixels_and_lam0_are_what_the_target_says(name, size, on_gpu):
+def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
     """Against the images that the same graph gives without mixing, and the oracle's mixing of them."""
     mixing = Mixing(**GRAPHS[name])
     plain = (images for images, *_ in delivered(size, None))
@@ -337,7 +337,7 @@ def assert_counted(target, size, mixing, planned):
 
 @settings(deadline=None, max_examples=100)
 @given(mixing=MIXINGS, n=st.integers(1, 9), on_gpu=st.booleans())
-def test_a_plan_is_what_the_graph_takes(mixing, n, on_gpu):
+def test_a_plan_has_the_form_that_the_graph_takes(mixing, n, on_gpu):
     """dtype, dimensions and contiguity of each input; labels and indices travel unchanged."""
     from lumix_dali.loading.plan import INPUTS
 

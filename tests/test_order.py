@@ -114,7 +114,7 @@ def test_a_rank_outside_the_world(rank, world_size):
 @pytest.mark.parametrize("repeats", [1, 3, 4])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize("n", [10, 255, 256, 700, 1024])
-def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
+def test_repeated_augmentation_matches_timms(monkeypatch, n, world_size, repeats):
     """Given the same permutation, each rank reads what timm's sampler gives it."""
     torch = pytest.importorskip("torch")
     sampler = pytest.importorskip("timm.data.distributed_sampler").RepeatAugSampler
@@ -207,7 +207,7 @@ def test_repeats_of_a_window_go_to_different_ranks(options, repeats, epoch):
         np.testing.assert_array_equal(rank.epoch(epoch), order[:share])
 
 
-def test_a_window_mixes_and_every_epoch_is_new():
+def test_a_window_shuffles_and_every_epoch_differs():
     options = dict(n=4000, batch_size=1, counts=(1000,) * 4, window=400)
     order = Window(**options).epoch(0)
     moved = np.abs(np.argsort(order) - np.argsort(Window(**options | dict(window=1)).epoch(0)))
@@ -217,7 +217,7 @@ def test_a_window_mixes_and_every_epoch_is_new():
 
 
 @pytest.mark.parametrize("kind", [Order, partial(Window, counts=(3, 5))])
-def test_a_seed_is_one_word(kind):
+def test_a_seed_fits_in_one_word(kind):
     """SeedSequence([5 * 2**32 + 7, 3, 0]) is SeedSequence([7, 5, 3]); so a seed of more than 32 bits is refused."""
     same = [np.random.SeedSequence(words).generate_state(4).tolist() for words in ([5 * 2**32 + 7, 3, 0], [7, 5, 3])]
     assert same[0] == same[1]

@@ -99,7 +99,7 @@ def test_a_header_that_claims_too_much(root):
     assert "a/2.jpg" in check.scan(root, max_pixels=64 * 48 - 1).bad
 
 
-def test_names_passed_over_and_empty_classes_are_listed(root):
+def test_skipped_names_and_empty_classes_are_listed(root):
     (root / "c").mkdir()
     (root / "c" / "notes.txt").write_text("x")
     (root / "a" / "._0.jpg").write_bytes(JPEG)
@@ -111,7 +111,7 @@ def test_names_passed_over_and_empty_classes_are_listed(root):
     assert not report.ok
 
 
-def test_the_manifest_is_what_the_loader_takes(root, tmp_path_factory):
+def test_the_loader_accepts_the_manifest(root, tmp_path_factory):
     (root / "a" / "cut.jpg").write_bytes(DAMAGED["cut.jpg"])
     manifest = tmp_path_factory.mktemp("out") / "train.json"
     assert main(["check", str(root), "--manifest", str(manifest)]) == 1
@@ -152,7 +152,7 @@ def test_the_report_is_for_scripts(root, tmp_path_factory, capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_lists_are_checked_too(root):
+def test_lists_are_also_checked(root):
     (root / "list.txt").write_text("a/0.jpg 0\nb c/1.jpg 1\na/gone.jpg 1\n")
     report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
@@ -160,13 +160,13 @@ def test_lists_are_checked_too(root):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
-def test_a_film_behind_a_photo_is_fine(root, full):
+def test_a_video_after_a_photo_is_accepted(root, full):
     """As motion photos have it: more bytes behind the end marker than are searched for it."""
     (root / "a" / "motion.jpg").write_bytes(encoded("JPEG", 3) + bytes(5000))
     assert check.scan(root, full=full, workers=1).ok
 
 
-def test_a_check_that_is_killed_takes_its_processes_along(root):
+def test_killing_a_check_ends_its_processes(root):
     for i in range(3000):
         os.link(root / "a" / "2.jpg", root / "a" / f"more {i}.jpg")
     run = subprocess.Popen(
@@ -251,7 +251,7 @@ def notable_source(request, tmp_path):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
-def test_who_decodes_slowly_or_otherwise_is_counted_by_format(notable_source, full):
+def test_slow_and_differing_decoding_is_counted_by_format(notable_source, full):
     """The cut TIFF counts until decoding shows that it is bad."""
     stated = {(kind, decoder, count + (kind == "TIFF" and not full)): why for kind, decoder, count, why in NOTES}
     report = check.scan(notable_source, full=full, workers=1)
@@ -267,7 +267,7 @@ def test_who_decodes_slowly_or_otherwise_is_counted_by_format(notable_source, fu
     assert [Path(name).name for name in report.bad] == ["cut.tif"] * full
 
 
-def test_what_dali_refuses_is_told_by_the_full_scan(root):
+def test_the_full_scan_reports_what_dali_refuses(root):
     """A PNG with an unknown critical chunk, as in test_feed.py: only decoding shows it."""
     chunk = struct.pack(">I", 0) + b"ABCD" + struct.pack(">I", zlib.crc32(b"ABCD"))
     (root / "a" / "odd.png").write_bytes(PNG[:33] + chunk + PNG[33:])

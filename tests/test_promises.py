@@ -127,7 +127,7 @@ def labels_of(batches):
     return [label for _, target in batches for label in target.labels.tolist()]
 
 
-def test_the_stream_is_that_of_every_source(source, reference):
+def test_every_source_gives_the_same_stream(source, reference):
     options = dict(return_index=True, drop_last=False, **MIX)
     with make(source, **options) as ours, make(reference, **options) as theirs:
         for _ in range(2):
@@ -215,7 +215,7 @@ def test_resume_is_exact(spoilt, is_training):
 
 
 @pytest.mark.parametrize("kind", ["tar", "tfrecord"])
-def test_a_shard_that_shrinks_under_the_run_is_an_error(kind, tmp_path):
+def test_a_shard_that_shrinks_during_the_run_is_an_error(kind, tmp_path):
     """Every one that is open, at once; never a SIGBUS."""
     root = write_source(kind, tmp_path / "data")[0]
     loader = make(root, drop_last=False, prefetch_queue_depth=1)

@@ -47,7 +47,7 @@ def test_the_cut_is_the_best_of_all_labellings(rng, grid, labels):
         assert puzzlemix.cost(found, unary, down, right) == pytest.approx(best)
 
 
-def test_a_block_that_must_not_be_half():
+def test_a_block_that_must_not_be_halved():
     """Its neighbours are, and no cut may have it both ways: out of order, its nodes' edges would cost nothing."""
     unary = np.tile([50, 0, 50], (3, 3, 1))
     unary[1, 1] = [0, 100, 1]
@@ -116,7 +116,7 @@ def test_a_half_is_in_the_middle(rng):
 # --- transport
 
 
-def test_a_salient_block_goes_to_the_sample_s_place():
+def test_a_salient_block_goes_to_the_samples_place():
     """Nearly all saliency is in the first of 2 x 2 blocks, and only the last place is kept.
 
     The first block goes there if moving, ε·2, costs less than its share of .97; else the last one stays.
@@ -185,7 +185,7 @@ def test_the_target_weighs_the_partner(rng):
     torch.testing.assert_close(1 - target.lam0[0], mixed[0].mean())
 
 
-def test_images_that_blocks_do_not_fit_are_refused(rng):
+def test_images_that_do_not_divide_into_blocks_are_refused(rng):
     images, salient, partner = pairs(rng, 6)
     with pytest.raises(ValueError, match=r"images of 6 x 6: .* multiple of the 4 blocks"):
         puzzlemix.mix_pairs(images, salient, partner, 0.5, 4)
@@ -193,7 +193,7 @@ def test_images_that_blocks_do_not_fit_are_refused(rng):
 
 @pytest.mark.slow
 @pytest.mark.skipif("PUZZLEMIX" not in os.environ, reason="PUZZLEMIX names no checkout of the authors' code")
-def test_the_authors_code_gives_the_same(rng, monkeypatch):
+def test_the_authors_code_gives_the_same_result(rng, monkeypatch):
     """Energies, masks, ratios and pixels; the authors' α-β swap may miss the optimum, which ours never does."""
     monkeypatch.setattr(sys, "path", [os.environ["PUZZLEMIX"], *sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

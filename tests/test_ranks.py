@@ -181,7 +181,7 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
+def test_damaged_files_on_one_rank_stall_no_rank(start, tmp_path):
     """All of the corpus, and a good file in six, on rank 1 alone: both ranks take the same steps, in time."""
     for rank in range(2):
         for number in range(24):
@@ -266,7 +266,7 @@ def test_sync_bn(start, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])  # of three, the order in which gradients are added matters
-def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
+def test_ranks_resume_after_kill_9(ranks, start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     told, _ = finished(start(ranks, argv(data, tmp_path / "whole", *NOISY, "-b", "4")), tmp_path, ranks)
     flags = argv(data, tmp_path, *NOISY, "-b", "4")
@@ -282,7 +282,7 @@ def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_is_refused(start, tmp_path):
+def test_a_different_number_of_ranks_is_refused(start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     train.main(argv(data, tmp_path, "--epochs", "1"))
     agent = start(2, argv(data, tmp_path, "--epochs", "1", "--resume"))
@@ -316,7 +316,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_takes_the_other_with_it(start, tmp_path):
+def test_a_failing_rank_ends_the_other(start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     agent = start(2, argv(data, tmp_path), FAILS="1")
     out, _ = agent.communicate(timeout=120)

@@ -51,12 +51,12 @@ def paper(name):
     return dict(zip(FIELDS, PAPER[name], strict=True))
 
 
-def test_one_for_each_row():
+def test_every_row_has_a_recipe():
     assert {file.stem for file in FOLDER.glob("*.yaml")} == PAPER.keys()
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_what_the_paper_says(name, capsys):
+def test_recipes_match_the_paper(name, capsys):
     expected, text = paper(name), (FOLDER / f"{name}.yaml").read_text()
     args = vars(train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"]))
     assert capsys.readouterr().err == ""  # every key is a flag
@@ -75,7 +75,7 @@ def test_what_the_paper_says(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_small", "convnext_base"])
-def test_convnexts_schedule_is_its_repositorys(name):
+def test_convnexts_schedule_matches_its_repository(name):
     """Its `cosine_scheduler` joins a linear warm-up and a cosine over the rest of the 300 epochs."""
     args = train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"])
     updates, warm, total = 1251, 20 * 1251, 300 * 1251
@@ -97,7 +97,7 @@ def test_convnexts_average_spans_as_many_images():
         assert recipe["model_ema_decay"] ** 4 == pytest.approx(0.9999, abs=1e-8)
 
 
-def test_the_rest_is_alike():
+def test_all_other_settings_agree():
     recipes = [yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")]
     common = [{key: value for key, value in recipe.items() if key not in OWN} for recipe in recipes]
     assert all(each == common[0] for each in common)

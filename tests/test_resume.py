@@ -131,7 +131,7 @@ def test_checkpoints_are_written_within_epochs(whole):
         *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10))),
     ],
 )
-def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
+def test_resume_is_bit_exact(place, whole, data, tmp_path):
     folder, kept = whole
     resumed = folder_with(kept[place], tmp_path)
     train.main(argv(data, tmp_path, *NOISY, "--resume"))
@@ -144,7 +144,7 @@ def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
     assert not list(resumed.glob("tmp*"))
 
 
-def test_goes_on_after_kill_9(whole, data, tmp_path):
+def test_a_run_resumes_after_kill_9(whole, data, tmp_path):
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     last, deadline = tmp_path / "run" / "last.pth.tar", time.monotonic() + 100
@@ -289,7 +289,7 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
     assert results(tmp_path / "run") == results(whole[0])
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -302,7 +302,7 @@ def test_what_is_ignored_stays_ignored():
 
 
 @pytest.mark.slow
-def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
+def test_closing_the_terminal_ends_the_run_with_a_checkpoint(data, tmp_path):
     """Writing to it is an error from then on, which must not come before the checkpoint."""
     ours, theirs = pty.openpty()
     code = (
@@ -348,13 +348,13 @@ def test_a_run_is_stopped_and_continued(whole, data, tmp_path):
     assert results(tmp_path / "run") == results(whole[0])
 
 
-def test_without_a_file_it_starts_anew(data, tmp_path, capsys):
+def test_without_a_checkpoint_a_run_starts_from_scratch(data, tmp_path, capsys):
     train.main(argv(data, tmp_path, "--epochs", "1", "--resume"))
     assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
-def test_a_path_is_a_run_of_its_own(given, whole, data, tmp_path, capsys):
+def test_a_path_resumes_the_run_in_its_folder(given, whole, data, tmp_path, capsys):
     """Without --experiment the run goes on where it lies; nothing is left to do here."""
     folder = folder_with(whole[1][3, 0], tmp_path)
     path = folder if given == "folder" else folder / "last.pth.tar"
@@ -416,7 +416,7 @@ def test_changed_flags_are_refused(flags, message, whole, data, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "training"), ("validation", "validation")])
-def test_other_data_are_refused(split, name, whole, data, tmp_path):
+def test_different_data_are_refused(split, name, whole, data, tmp_path):
     folder_with(whole[1][1, 4], tmp_path)
     other = shutil.copytree(data, tmp_path / "other")
     file = next((other / split / "red").iterdir())
@@ -491,7 +491,7 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(damage, whole, data, tmp
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
+def test_a_nan_loss_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
     folder = folder_with(whole[1][1, 4], tmp_path)
     monkeypatch.setattr(train, "lam_sums", lambda *_: torch.zeros(5))
     forward = train.LUMixLoss.forward
@@ -502,7 +502,7 @@ def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp
 
 
 @pytest.mark.slow
-def test_plateau_goes_on(data, tmp_path, monkeypatch):
+def test_plateau_resumes(data, tmp_path, monkeypatch):
     """The one schedule that remembers: after ten epochs without a better score it lowers the rate."""
     more = ["--sched", "plateau", "--epochs", "14", "--decay-rate", ".5", "--lr", "1e-6", "-b", "32"]
     warnings.simplefilter("ignore", FutureWarning)  # timm's, of the schedule

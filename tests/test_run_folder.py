@@ -89,7 +89,7 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         pytest.fail("it was written")
 
 
-def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_text_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "args.yaml"
     file.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -124,7 +124,7 @@ class Clock:
             yield number
 
 
-def test_waiting_is_what_lies_between_step_and_batch(monkeypatch):
+def test_waiting_is_the_time_between_step_and_batch(monkeypatch):
     clock = Clock(monkeypatch)
     wait = headspace.DataWait(torch.device("cpu"))
     for _ in wait.batches(clock.batches(0.25, 8)):

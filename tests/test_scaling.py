@@ -93,7 +93,7 @@ def loaders(tmp_path, **changes):
     return tmp_path / "loaders.json"
 
 
-def test_rates_are_those_of_the_result(tmp_path, capsys):
+def test_rates_come_from_the_result(tmp_path, capsys):
     out = tmp_path / "scaling.json"
     scaling.main(["--out", str(out), "--results", str(loaders(tmp_path)), "--spread", "0"])
     result = json.loads(out.read_text())
@@ -120,13 +120,13 @@ def test_the_committed_result_has_the_committed_rates():
 @pytest.mark.parametrize(
     "changes", [{"kind": "loss"}, {"rows": []}, {"settings": {"device": "cuda:0", "mean_kb": 1.0}}]
 )
-def test_another_result_is_refused(changes, tmp_path):
+def test_a_different_result_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"--results .*give a result of python -m benchmarks.loaders"):
         scaling.measured(loaders(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("flags", [["--link", "0"], ["--gpu-rate", "-1"], ["--spread", "3"]])
-def test_wrong_flags(flags, capsys):
+def test_invalid_flags(flags, capsys):
     with pytest.raises(SystemExit):
         args(*flags)
     assert f"{flags[0]} " in capsys.readouterr().err

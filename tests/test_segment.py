@@ -378,7 +378,7 @@ def test_the_run_is_a_function_of_its_seed(context):
     assert [other.index(k) for k in range(24)] != [source.index(k) for k in range(24)]
 
 
-def test_law_of_the_draw():
+def test_distribution_of_the_draws():
     """MMSegmentation's: scale, crop and flip uniform; each colour changed half of the time."""
     rng, transform = np.random.default_rng(0), data.TrainTransform(480, 520)
     mask = np.uint8(np.random.default_rng(1).integers(0, 9, (375, 500)))  # no class dominates
@@ -462,7 +462,7 @@ def test_colours():
         ((100, 2000), 520, (208, 4160)),
     ],
 )
-def test_sizes_are_mmcvs(size, short, expected):
+def test_sizes_match_mmcvs(size, short, expected):
     assert tuple(data.resized(size, short)) == expected
 
 
@@ -554,7 +554,7 @@ def test_transform_checks_itself(options, message):
 
 
 @pytest.mark.parametrize(("length", "expected"), [(480, [0]), (520, [0, 40]), (1000, [0, 320, 520])])
-def test_windows_begin(length, expected):
+def test_where_windows_begin(length, expected):
     assert evaluation.starts(length, 480, 320) == expected
 
 
@@ -610,7 +610,7 @@ def test_scores():
     assert result["IoU"] == pytest.approx(100 * jaccard_score(truth, found, average=None))
 
 
-def test_scores_of_classes_that_are_not_there():
+def test_scores_of_absent_classes():
     """MMSegmentation's nanmean: class 2 is predicted and never true, class 3 neither."""
     confusion = torch.tensor([[6, 2, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     result = evaluation.scores(confusion)
@@ -663,7 +663,7 @@ def train_small(context, tmp_path, *flags):
     return cli.main(["train", "--data-dir", str(context), *SMALL, "--output", str(tmp_path), *flags])
 
 
-def test_resume_bit_for_bit(context, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
     flags = ["--iterations", "5", "--checkpoint-interval", "2", "--log-interval", "3"]
     train_small(context, tmp_path, *flags, "--experiment", "whole")
     step = training.step
@@ -744,7 +744,7 @@ def test_checkpoint_of_another_program(tmp_path):
         (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
     ],
 )
-def test_wrong_flags(flags, message, capsys):
+def test_invalid_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(["train", *flags])
     assert message in capsys.readouterr().err

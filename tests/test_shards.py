@@ -132,7 +132,7 @@ def test_every_way_to_name_shards(folder, kind, tmp_path):
     assert (unknown.classes, unknown.num_classes, unknown.dataset.class_to_idx) == (None, None, {})
 
 
-def test_archives_beside_class_folders_are_passed_over(tmp_path):
+def test_archives_beside_class_folders_are_ignored(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(JPEG)
     pack(tmp_path / "old.tar", ("a.jpg", JPEG))
@@ -260,7 +260,7 @@ def test_every_state_leads_to_the_same_stream(folder, is_training):
         assert_same(stream(itertools.islice(endless, len(expected))), expected)
 
 
-def test_after_a_break_comes_a_whole_epoch(folder):
+def test_a_complete_epoch_follows_a_break(folder):
     expected = [stream(loader) for loader in [make(folder)] for _ in range(2)]
     loader = make(folder)
     next(iter(loader))
@@ -360,7 +360,7 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
         b"1" + b" " * 90,
     ],
 )
-def test_a_label_that_is_no_number_is_named(tmp_path, text):
+def test_a_label_that_is_not_a_number_is_named(tmp_path, text):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"3"), ("1.jpg", JPEG), ("1.cls", text))
     loader = make(tmp_path / "a.tar", batch_size=2, is_training=False)
     if text == b"1 ":
@@ -379,7 +379,7 @@ def test_a_label_beyond_the_classes_is_named(copy, files):
     assert max(labels) == 21
 
 
-def test_a_shard_that_is_cut_under_the_run_is_an_error(copy, kind):
+def test_a_shard_truncated_during_the_run_is_an_error(copy, kind):
     loader = make(copy, is_training=False)
     list(loader)
     path = sorted(copy.glob(f"*{SUFFIX[kind]}"))[2]
@@ -441,7 +441,7 @@ def test_only_shards_have_a_window(files, folder):
     assert_same(stream(make(folder, shuffle="global")), stream(make(folder)))
 
 
-def test_shards_of_no_use(copy, kind):
+def test_unusable_shards(copy, kind):
     suffix = SUFFIX[kind]
     first = copy / f"shard-000000{suffix}"
     content = first.read_bytes()
@@ -535,7 +535,7 @@ def test_the_description(files, converted):
 
 
 @pytest.mark.parametrize("stop", range(0, COUNT, 4))
-def test_a_conversion_that_was_killed_goes_on(files, converted, tmp_path, monkeypatch, stop):
+def test_a_killed_conversion_resumes(files, converted, tmp_path, monkeypatch, stop):
     out, read, count = tmp_path / "out", storage.read_bytes, itertools.count()
 
     def killed(path):
@@ -562,7 +562,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_has_a_shards_name_is_whole(files, converted, tmp_path, monkeypatch):
+def test_a_file_with_a_shards_name_is_complete(files, converted, tmp_path, monkeypatch):
     """Killed before each single renaming in turn: a shard that is there is right."""
     replace, out = os.replace, tmp_path / "out"
     for stop in itertools.count():
@@ -644,7 +644,7 @@ def test_the_command(tmp_path, capsys):
         ("show", "--input-size", 0),
     ],
 )
-def test_a_number_that_cannot_be_is_named_by_its_flag(tmp_path, capsys, command, flag, value):
+def test_an_impossible_number_is_named_by_its_flag(tmp_path, capsys, command, flag, value):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(JPEG)
     out = ["--out", str(tmp_path / "out")] if command == "convert" else []
@@ -713,7 +713,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../up.jpg"])
-def test_a_member_that_leads_out_is_refused(tmp_path, name):
+def test_a_member_outside_its_folder_is_refused(tmp_path, name):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"0"), (name, JPEG))
     report = check.scan(tmp_path / "a.tar", workers=1)
     assert "leads out of the archive; refused" in report.bad["a.tar"]
@@ -736,7 +736,7 @@ def test_a_tfrecord_that_was_changed_is_named(copy, kind):
         assert reason == "its checksum at byte 0 does not match"
 
 
-def test_cut_shards(copy, kind):
+def test_truncated_shards(copy, kind):
     cut = copy / f"shard-000000{SUFFIX[kind]}"
     cut.write_bytes(cut.read_bytes()[:1000])
     report = check.scan(copy, workers=1)
@@ -744,7 +744,7 @@ def test_cut_shards(copy, kind):
     assert "cut short" in report.bad[cut.name]
 
 
-def test_sorted_shards_and_repeated_keys_are_warned_of(tmp_path):
+def test_sorted_shards_and_repeated_keys_are_warned_about(tmp_path):
     def members(labels):
         return [
             pair for i, label in enumerate(labels) for pair in ((f"{i}.jpg", JPEG), (f"{i}.cls", str(label).encode()))

@@ -136,7 +136,7 @@ def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
         (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
     ],
 )
-def test_folders_of_no_use(tmp_path, files, message):
+def test_unusable_folders(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=f"source='{tmp_path}': {message}"):
         sources.load(tmp_path)
@@ -314,7 +314,7 @@ def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "test")])
-def test_the_parent_of_splits_is_warned_of(tmp_path, names):
+def test_the_parent_of_splits_is_warned_about(tmp_path, names):
     touch(tmp_path, *(f"{name}/cat/a.jpg" for name in names))
     with pytest.warns(UserWarning, match=f"its classes are {', '.join(sorted(names, key=str.lower))}") as caught:
         sources.load(tmp_path)
@@ -392,7 +392,7 @@ def test_an_image_folder_of_torchvision(tmp_path):
         (None, "source=None: give a folder"),
     ],
 )
-def test_what_is_no_source_is_named(source, message):
+def test_what_is_not_a_source_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         sources.load(source)
 
@@ -470,7 +470,7 @@ def test_rows_of_hugging_faces_datasets():
     assert sources.Rows(rows.rename_column("label", "fine"), label="fine").read([1])[1].tolist() == [1]
 
 
-def test_a_source_of_ones_own():
+def test_a_custom_source():
     class Digits:
         classes = ("zero", "one")
         digest = "digits of mine, version 1"
@@ -508,7 +508,7 @@ def test_a_source_of_ones_own():
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(names=st.lists(st.binary(max_size=8).map(os.fsdecode), max_size=8), data=st.data())
-def test_names_are_the_list_they_were_made_of(names, data):
+def test_names_equal_the_list_they_were_made_from(names, data):
     ours = sources.Names(names)
     assert (list(ours), len(ours), list(reversed(ours))) == (names, len(names), names[::-1])
     piece = data.draw(st.slices(max(1, len(names))))
@@ -521,6 +521,6 @@ def test_names_are_the_list_they_were_made_of(names, data):
     assert repr(ours) == f"<{len(names)} names>"
 
 
-def test_names_that_differ_only_in_their_ends_have_other_hashes():
+def test_names_that_differ_only_in_their_ends_have_different_hashes():
     digests = [sources.Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
     assert len(set(digests)) == 3

@@ -243,7 +243,7 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         ("memory://empty", "no class folder in it"),
     ],
 )
-def test_what_is_not_there_is_named(memory, source, message):
+def test_missing_sources_are_named(memory, source, message):
     memory.pipe("/empty/readme.txt", b"")
     with pytest.raises(ValueError, match=f"source='{source.replace('*', '.')}.*{message}"):
         sources.load(source)
@@ -294,7 +294,7 @@ def test_braces_of_local_shards(shards, tmp_path):
 # The cache
 
 
-def test_a_changed_remote_is_never_served_old(memory, cache):
+def test_a_changed_remote_is_never_served_stale(memory, cache):
     def write(label):
         pack(path := cache.parent.parent / "a.tar", ("0.jpg", b"image"), ("0.cls", b"%d" % label))
         memory.pipe("/a.tar", path.read_bytes())
@@ -392,7 +392,7 @@ def test_four_processes_copy_each_shard_once(shards, tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == [f"shard-{k:06}.tar" for k in range(5)]
 
 
-def test_a_copy_that_was_killed_is_never_taken_for_a_whole_one(shards, tmp_path, cache):
+def test_a_killed_copy_is_never_taken_for_a_complete_one(shards, tmp_path, cache):
     killed = reader(shards, tmp_path / "log", slow=0.3)
     deadline = time.monotonic() + 120
     while not (parts := [path for path in cache.glob("*.part") if path.stat().st_size >= 1000]):
@@ -435,7 +435,7 @@ def test_a_full_disk_is_an_error_that_names_the_shard(memory, shards, monkeypatc
         sources.load("memory://data").read([0])
 
 
-def test_shards_are_copied_ahead_and_let_go(memory, shards, fetched):
+def test_shards_are_copied_ahead_and_released(memory, shards, fetched):
     put(memory, shards, "/data")
     source = sources.load("memory://data")
     source.prefetch(np.array([7, 6, 11, 20]))
@@ -570,7 +570,7 @@ def test_s3_gives_what_the_disk_gives(bucket, files, shards, tmp_path):
     assert contents(sources.load("s3://images/list.txt")) == (contents(local)[0], [1] * 6)
 
 
-def test_a_changed_object_is_never_served_old(bucket, shards):
+def test_a_changed_object_is_never_served_stale(bucket, shards):
     put(bucket, shards, "images/changing")
     assert sources.load("s3://images/changing").read([0])[1].tolist() == sources.load(shards).read([0])[1].tolist()
     source = sources.load("s3://images/changing")
@@ -589,6 +589,6 @@ def test_a_changed_object_is_never_served_old(bucket, shards):
         ("s3://images/nowhere.tar", "does not exist"),
     ],
 )
-def test_what_is_not_in_s3_is_named(bucket, source, message):
+def test_missing_s3_objects_are_named(bucket, source, message):
     with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
         sources.load(source)

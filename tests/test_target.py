@@ -74,7 +74,7 @@ HALF = [torch.int64, torch.int64, torch.float16, torch.int32, torch.int32, torch
         ((torch.zeros(1, dtype=torch.float16),), {}, "cpu", HALF),
     ],
 )
-def test_to_takes_torchs_forms_and_a_dtype_touches_lam0_alone(args, kwargs, device, expected):
+def test_to_takes_torchs_forms_and_a_dtype_changes_only_lam0(args, kwargs, device, expected):
     moved = make_target().to(*args, **kwargs)
     assert dtypes(moved) == expected
     assert {field.device.type for field in moved} == {device}
@@ -159,7 +159,7 @@ def test_dense_equals_timms_mixup_target_at_one_minus_lam0(lam0):
 @pytest.mark.parametrize(
     ("args", "message"), [((0,), "num_classes=0"), ((5, 1.0), "smoothing=1.0"), ((5, -0.1), "smoothing=-0.1")]
 )
-def test_dense_names_a_wrong_argument(args, message):
+def test_dense_names_an_invalid_argument(args, message):
     with pytest.raises(ValueError, match=message):
         make_target().dense(*args)
 
@@ -205,7 +205,7 @@ def test_mix_of_multi_hot_labels():
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_mix_leaves_what_is_not_mixed_as_it_is(odd):
+def test_mix_leaves_unmixed_rows_unchanged(odd):
     """A row without a number reaches those alone that are mixed with it."""
     target = make_target(batch=4)._replace(lam0=torch.tensor([0.0, 0.0, 0.5, 1.0]), partner=torch.tensor([1, 0, 1, 0]))
     values = torch.arange(12.0).reshape(4, 3)
@@ -227,7 +227,7 @@ def test_mix_passes_gradients_to_both():
 
 
 @pytest.mark.parametrize("values", [torch.zeros(6, 2, dtype=torch.int64), torch.zeros(5, 2), torch.tensor(0.0)])
-def test_mix_names_wrong_values(values):
+def test_mix_names_invalid_values(values):
     with pytest.raises(ValueError, match=r"values=.*give floating point numbers, one row per sample \(6\)"):
         make_target().mix(values)
 

@@ -54,7 +54,7 @@ def test_the_page_is_made_from_the_tables():
     assert PAGE.read_text() == timm_flags.table(build_parser()), how
 
 
-def test_every_flag_of_timms_is_in_a_table():
+def test_every_timm_flag_is_in_a_table():
     theirs = flags_of(train_py())
     ours = {action.dest: action.default for action in build_parser()._actions}
     built = ours.keys() - timm_flags.FOREIGN.keys()

@@ -114,7 +114,7 @@ def test_train_one_epoch(prefetcher, samples):
         assert (set(kinds) == {0}) == prefetcher  # without it, train.py would switch off a Mixup of its own
 
 
-def test_target_without_mixing_is_plain_cross_entropy(samples):
+def test_a_target_without_mixing_gives_plain_cross_entropy(samples):
     """After --mixup-off-epoch; the images are the ones that the order says."""
     with training(samples) as loader:
         loader.mixup_enabled = False

@@ -107,7 +107,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_second_start_leaves_the_first_run_alone(run, data):
+def test_a_second_start_leaves_the_first_run_untouched(run, data):
     folder, *_ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(ValueError, match=r"a run is there already \(.*last.pth.tar.*--resume.*--exp.*--overwrite"):
@@ -253,7 +253,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_update_that_is_left_over(data, tmp_path):
+def test_an_incomplete_last_update(data, tmp_path):
     """12 batches in updates of 5 are three updates, the last of two batches."""
     train.main(argv(data, tmp_path, "--epochs", "1", "--grad-accum-steps", "5"))
     state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
@@ -327,7 +327,7 @@ def test_amp_and_compile(data, tmp_path):
     timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
 
 
-def test_no_lumix_is_timms_soft_cross_entropy():
+def test_no_lumix_equals_timms_soft_cross_entropy():
     args = train.parse_args(["--data-dir", ".", "--no-lumix", "--smoothing", ".2"])
     criterion = train.build_criterion(args)
     torch.manual_seed(0)
@@ -421,7 +421,7 @@ def test_flags_reach_the_run(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("milestone-1*"))
 
 
-def test_no_aug_is_timms(tmp_path):
+def test_no_aug_matches_timms(tmp_path):
     """Of square images, within a grey level in the mean: DALI's resize against Pillow's."""
     data = write_folder(tmp_path / "data", {"train": 3, "val": 1}, size=(40, 40))
     args = train.parse_args(
@@ -498,7 +498,7 @@ def test_sched_none(data, tmp_path):
     assert [row["lr"] for row in rows(tmp_path / "run")] == [3e-3, 3e-3]
 
 
-def test_warmup_prefix_comes_on_top(data, tmp_path):
+def test_warmup_prefix_adds_its_epochs(data, tmp_path):
     """As timm counts: two epochs of schedule after one of warm-up."""
     train.main(argv(data, tmp_path, "--warmup-epochs", "1", "--warmup-prefix", "-b", "32"))
     assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([1e-5, 3e-3, 1.5e-3])
@@ -510,7 +510,7 @@ def test_the_data_folder_may_be_positional(data):
 
 
 @pytest.mark.slow
-def test_an_error_is_a_line(data, tmp_path):
+def test_an_error_is_one_line(data, tmp_path):
     """Of the program itself, where the functions raise."""
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, "--opt", "adamm")]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
@@ -607,7 +607,7 @@ def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
         (["--grad-accum-steps", "4"], 2, 0.4),
     ],
 )
-def test_learning_rate_scales_as_timms(flags, world_size, expected, monkeypatch):
+def test_learning_rate_scales_as_in_timm(flags, world_size, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert train.parse_args(["--data-dir", ".", "-b", "128", *flags]).lr == pytest.approx(expected)
 
@@ -746,7 +746,7 @@ def test_bad_value(flags, message, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_differ(tmp_path):
+def test_folders_with_different_classes(tmp_path):
     data = write_folder(tmp_path / "data", {"train": 8})
     write_folder(data, {"val": 2}, classes=["blue", "red"])
     with pytest.raises(ValueError, match=r"differ in the classes .*green"):

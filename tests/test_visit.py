@@ -32,7 +32,7 @@ def alive(pid):
     return False
 
 
-def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
+def test_a_visit_continues_whatever_a_step_does(tmp_path, monkeypatch, capsys):
     """One step ends well, one fails, one hangs and ignores Ctrl-C, one lacks a module; lines are there at once."""
     out, pids, seen = tmp_path / "out", tmp_path / "pids", []
     sleep = SLEEPER.format(str(pids))
@@ -91,7 +91,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypatch, device):
+def test_every_step_is_a_command_line_that_its_program_accepts(tmp_path, monkeypatch, device):
     """And of at most 8 files in all."""
     for folder in ("images", "cifar/train", "cifar/test"):
         (tmp_path / folder).mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_every_test_that_needs_a_gpu_is_part_of_the_visit():
     assert argv[argv.index("-m") + 1] == "gpu and not slow"
 
 
-def test_a_third_of_eight_minutes_is_the_tests(tmp_path, monkeypatch):
+def test_the_tests_take_a_third_of_eight_minutes(tmp_path, monkeypatch):
     """Eight of a command's ten; the order is environment, tests, loaders and mixing, cost, loss, training."""
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     args = gpu.parse_args(["--out", str(tmp_path / "out")])
@@ -318,7 +318,7 @@ PIXELS = {"training 4:2:0": dict(most=0), "training 4:2:0 fancy": dict(most=9), 
         ("cuda:0", {"training 4:2:0": "cpu", "evaluation 4:4:4": "gpu"}),
     ],
 )
-def test_the_decoder_that_ran_is_told_by_its_pixels(monkeypatch, device, ran):
+def test_the_decoder_that_ran_is_identified_by_its_pixels(monkeypatch, device, ran):
     monkeypatch.setattr(probe, "loaded", lambda library: [f"/usr/lib/{library}"])
 
     def version(name):
@@ -358,7 +358,7 @@ def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
-def test_the_decoder_is_told_before_its_rates(monkeypatch, capsys):
+def test_the_decoder_is_reported_before_its_rates(monkeypatch, capsys):
     """They take longest, and a crash there must not hide that the CPU decodes."""
 
     def decoding(index):
@@ -389,7 +389,7 @@ def test_loaded_libraries_are_those_of_this_process():
     assert probe.loaded("no such library") == []
 
 
-def test_a_decoders_rate_is_that_of_its_steady_state(monkeypatch):
+def test_a_decoders_rate_is_measured_in_its_steady_state(monkeypatch):
     clock = [0.0]
     calls = []
 
@@ -446,13 +446,13 @@ def test_tuned_values_reach_the_decoder(name, value):
         (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
     ],
 )
-def test_a_wrong_visit_is_named(tmp_path, argv, message, capsys):
+def test_an_invalid_visit_is_named(tmp_path, argv, message, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "out"), *argv])
     assert message in capsys.readouterr().err
 
 
-def test_results_are_not_written_over(tmp_path, capsys):
+def test_results_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("{}")
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
