@@ -1,13 +1,13 @@
-"""One-line faults, each put into a copy of the tree, that the tests must notice.
+"""One-line faults that the tests must catch, each inserted into a copy of the tree.
 
     python -m tests.mutants              every mutant; exit status 1 if one survives or no longer applies
-    python -m tests.mutants box smooth   those whose file or fault names one of these words
+    python -m tests.mutants box smooth   those whose file or fault contains one of these words
 
 A fault counts as caught when one of its tests fails; a crash, a timeout or tests that cannot be collected do
 not count. The same tests must pass on the unchanged copy first, or every fault would look caught.
 
-mutmut makes the simple faults of the pure modules (``[tool.mutmut]`` in pyproject.toml). Here are only those that it
-cannot make: in graphs of DALI and in programs, and wrong formulas and exchanged variables elsewhere.
+mutmut makes the simple faults of the pure modules (``[tool.mutmut]`` in pyproject.toml). This file has only those that
+it cannot make: in DALI graphs and in programs, and wrong formulas and swapped variables elsewhere.
 """
 
 import os
@@ -193,7 +193,7 @@ MUTANTS = [
         "uniform[0] * (longest - shortest + 1)",
         tests("fn_law", "minmax_boxes"),
     ),
-    # who, and whether
+    # partners, and whether a sample is mixed
     Mutant("labels not permuted", FN, "fn.permute_batch(labels, indices=drawn.partner)", "labels", PIXELS),
     Mutant(
         "labels permuted apart from the images",
@@ -414,7 +414,7 @@ MUTANTS = [
         "partners = values.flip(0)",
         tests("target", "mix_is_the_weighted_sum_of_rows"),
     ),
-    # what the GPU's kernels can take
+    # what the GPU kernels accept
     Mutant(
         "samples without a box are pasted",
         FN,
@@ -461,7 +461,7 @@ MUTANTS = [
     Mutant(
         "an empty region is erased", AUGMENT, "fn.reductions.min(sides) > 0", "fn.reductions.min(sides) >= 0", ERASED
     ),
-    # the benchmarks' mixing methods, and what is said of accuracies
+    # the benchmarks' mixing methods, and the text about accuracies
     Mutant(
         "ResizeMix crops",
         MIXING,
@@ -1068,7 +1068,7 @@ MUTANTS = [
         "np.tile(self._shuffled(epoch), self.repeats)",
         tests("order", "repeated_augmentation_matches_timms"),
     ),
-    # in other programs
+    # integration with other programs
     Mutant(
         "no sampler to set the epoch of",
         LOADER,
@@ -1230,7 +1230,7 @@ def line_of(mutant):
 
 
 def run_tests(arguments, mutant=None):
-    """pytest in a copy of the tree, with the mutant in it."""
+    """Runs pytest in a copy of the tree that contains the mutant."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder, "tree")
@@ -1243,9 +1243,9 @@ def run_tests(arguments, mutant=None):
 
 
 def judge(tree, arguments):
-    """(did a test fail, which)."""
+    """(whether a test failed, which one)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
-    # the copy comes before an installed package, in the processes that tests start as well
+    # the copy shadows an installed package, also in the processes that tests start
     env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=SECONDS)

@@ -1,4 +1,4 @@
-"""The ablations: paired rows, statistics by hand, a run that resumes where it was stopped."""
+"""The ablations: paired rows, hand-worked statistics, and a run that resumes where it was stopped."""
 
 import json
 from functools import partial
@@ -75,11 +75,11 @@ def arguments(folder, out, *more, table=2):
     )
 
 
-# --- what is compared
+# --- comparisons
 
 
 def test_tables_are_the_papers():
-    """Ratios and accuracies as the paper's tables have them; each with one row of plain CutMix."""
+    """Ratios and accuracies are those of the paper's tables; each table has one row of plain CutMix."""
     loss = {
         number: [(row.loss["r_r"], row.loss["r_s"], row.loss["eta"]) for row in rows] for number, rows in TABLES.items()
     }
@@ -124,7 +124,7 @@ def test_rows_from_files_share_weights_order_and_crops(folder, tmp_path):
     for one, other in zip(plain.model.parameters(), mixed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert plain.steps == mixed.steps == 2
-    for _ in range(5):  # two epochs and more
+    for _ in range(5):  # more than two epochs
         (images, target), (changed, mixed_target) = plain.batch(), mixed.batch()
         assert images.shape == (4, 16, 16, 3) and torch.equal(target.labels, mixed_target.labels)
         assert not torch.equal(images, changed)
@@ -201,11 +201,11 @@ def test_comparisons_are_corrected_over_their_table():
     assert found["a"][1] == pytest.approx(2 * found["a"][0].p) and found["b"][1] == pytest.approx(found["b"][0].p)
 
 
-# --- what is measured
+# --- measurements
 
 
 def test_label_weights_by_hand():
-    """λ_s = σ(z_a - z_b); λ = .5·λ0 + .4·λ_r + .1·λ_s; the second -.24 is clamped, the third is not mixed."""
+    """λ_s = σ(z_a - z_b); λ = .5·λ0 + .4·λ_r + .1·λ_s; the second, -.24, is clamped; the third is not mixed."""
     target = MixTarget(
         torch.tensor([0, 1, 0]),
         torch.tensor([1, 0, 1]),
@@ -229,7 +229,7 @@ def test_label_weights_by_hand():
 
 
 def test_validation_by_hand(folder, tmp_path):
-    """Logits of ±l on eight images, six of them right: p = σ(2l), all in one bin."""
+    """Logits of ±l on eight images, six of them correct: p = σ(2l), all in one bin."""
     training = Training(arguments(folder, tmp_path / "x.json"), TABLES["2"][0], 0, 1)
     logits = torch.where(torch.from_numpy(training.val.labels)[:, None] == torch.arange(2), 1.0, -1.0)
     logits[[0, 7]] *= -1
@@ -250,7 +250,7 @@ def test_it_learns_colours(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """A run in one go."""
+    """An uninterrupted run."""
     return ablations.run(arguments(folder, tmp_path_factory.mktemp("whole") / "x.json"), "none")
 
 
@@ -272,11 +272,11 @@ def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch, whole):
         ablations.run(args, "none")
     partial = json.loads((tmp_path / "x.json").read_text())
     assert not partial["complete"] and sum(len(row["runs"]) for row in partial["rows"]) == 3
-    assert len(tables.table_accuracy(partial)) == 6  # it can be looked at
+    assert len(tables.table_accuracy(partial)) == 6  # a partial result can be inspected
 
     result = ablations.run(args, "none")
     assert result["complete"] and calls[3:] == [calls[3], *calls[4:]] and len(calls) == 11
-    assert len(set(calls)) == 10  # what was done is not done again
+    assert len(set(calls)) == 10  # finished work is not repeated
     assert result == json.loads((tmp_path / "x.json").read_text())
     assert accuracies(result) == accuracies(whole)
     assert ablations.run(args, "none") == result and len(calls) == 11
@@ -353,7 +353,7 @@ def test_table_by_hand():
 
 
 def components(*rows):
-    """A result with three metrics, no speed, and label weights: name, and top-1 of each seed."""
+    """A result with three metrics, no speed, and label weights, from a name and each seed's top-1."""
     weights = dict(
         moved=[0.2, 0.1],
         clamped=[0.0, 0.25],

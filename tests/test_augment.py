@@ -1,7 +1,7 @@
-"""Augmentation does what timm's does: each operation at each level, the law of the draws, regions that are erased.
+"""Augmentation matches timm's: each operation at each level, the distribution of the draws, and the erased regions.
 
 The operations are compared on pieces of photographs with timm's own `AugmentOp` of the same magnitude and sign,
-through the whole graph: only what `random.choice` drew is given. timm is 1.0.31.
+through the whole graph: only the outcome of `random.choice` is given. Tested with timm 1.0.31.
 """
 
 import random
@@ -50,19 +50,19 @@ def run(define, batch_size, device="cpu", seed=0, steps=1, **inputs):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """uint8 [4, 90, 130, 3]: pieces of two photographs, one of little contrast."""
+    """uint8 [4, 90, 130, 3]: pieces of two photographs, one with little contrast."""
     first, second = load_sample_images().images
     dull = second[300:390, 40:170] // 4 + 90
     return np.stack([first[:90, :130], first[200:290, 300:430], second[150:240, 250:380], dull])
 
 
 def drawing(monkeypatch, outcomes):
-    """Has `augment.draw` find these outcomes [layers] for every sample."""
+    """Makes `augment.draw` return these outcomes [layers] for every sample."""
     monkeypatch.setattr(augment.fn.random, "choice", lambda *_, **__: outcomes)
 
 
 def ours(monkeypatch, images, outcomes, spec, device="cpu", **options):
-    """Every row of `outcomes` [N, layers] done to every image: uint8 [N, images, H, W, 3]."""
+    """Applies every row of `outcomes` [N, layers] to every image: uint8 [N, images, H, W, 3]."""
 
     def define(images, outcomes):
         with monkeypatch.context() as patch:
@@ -90,12 +90,12 @@ def assert_close(name, found, wanted):
         wrong = np.abs(found.astype(int) - wanted)
         assert wrong.mean((1, 2, 3)).max() < 1.5
         return
-    edge = slice(1, -1) if name == "Sharpness" else slice(None)  # Pillow leaves the outermost pixels
+    edge = slice(1, -1) if name == "Sharpness" else slice(None)  # Pillow leaves the outermost pixels unchanged
     wrong = np.abs(found.astype(int) - wanted)[:, edge, edge]
-    # Pillow's Equalize counts in steps of a whole number of pixels, which shows where they are few.
+    # Pillow's Equalize counts in steps of a whole number of pixels, which shows in small images.
     most = {"Color": 2, "Equalize": 1 + 255 // (found[0, ..., 0].size // 255)}
     assert wrong.max() <= (0 if name in EXACT else most.get(name, 1))
-    if name == "Color":  # where Pillow's grey level is not OpenCV's
+    if name == "Color":  # where the grey levels of Pillow and OpenCV differ
         assert (wrong > 1).mean() < 1e-4
 
 
@@ -170,7 +170,7 @@ def test_layers_are_applied_in_order(monkeypatch, photographs):
 
 
 def test_no_bits_are_black(monkeypatch, photographs):
-    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: once black, with Pillow 13 an error."""
+    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: black in older versions, an error in Pillow 13."""
     assert not ours(monkeypatch, photographs, [[outcome("Posterize")]], "rand-m10-n1-inc1").any()
 
 
@@ -195,14 +195,14 @@ def test_channels_without_contrast_are_unchanged(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_small_batches(photographs, count):
-    """Branches that no sample takes do no harm."""
+    """Branches that no sample takes are harmless."""
     images = np.tile(photographs, (2 * count, 1, 1, 1))[: 4 * count]
     (found,) = run(lambda images: augment.rand_augment(images, SPEC), count, steps=4, images=images)
     assert found.shape == images.shape
     assert found.dtype == np.uint8
 
 
-# The law
+# The distribution
 
 
 def timms_draws(spec, count):
@@ -226,7 +226,7 @@ def timms_draws(spec, count):
 
 
 def our_draws(spec, count):
-    """The same of ours, and the share of negative signs."""
+    """The same for our draws, and the share of negative signs."""
     policy = augment.parse(spec)
     outcomes, arguments = run(lambda: augment.draw(policy), count)
     table = augment.OPERATIONS if policy.increasing else augment.OPERATIONS | augment._NOT_INCREASING
@@ -321,7 +321,7 @@ def test_jitter_matches_torchvisions_in_one_order(monkeypatch, device, photograp
         for step, factor in zip(steps, factors, strict=True):
             wanted = step(wanted, factor)
         wrong = np.abs(image.astype(int) - np.asarray(wanted))
-        assert wrong.max() <= 3  # each step within one, and the next may double it
+        assert wrong.max() <= 3  # each step is within one, and the next may double it
         assert wrong.mean() < 1
 
 
@@ -332,7 +332,7 @@ def test_jitter_factors(jitter, low, high):
     levels = found[:, 0, 0, 0]
     assert (found == levels[:, None, None, None]).all()
     assert stats.binomtest(int((levels != 100).sum()), 2000, 0.7).pvalue > 1e-3
-    uniform = levels[levels != 100] + np.random.default_rng(0).uniform(0, 1, (levels != 100).sum())  # cut off
+    uniform = levels[levels != 100] + np.random.default_rng(0).uniform(0, 1, (levels != 100).sum())  # truncated
     assert stats.kstest(uniform / 100, stats.uniform(low, high - low).cdf).pvalue > 1e-3
 
 
@@ -361,7 +361,7 @@ def test_an_invalid_jitter_is_named(jitter):
 
 
 class Replayed:
-    """Stands in for `random` in timm: area and aspect of the attempts, and the place, from given uniforms."""
+    """Replaces `random` in timm: area and aspect of the attempts, and the position, come from given uniforms."""
 
     def __init__(self, attempts, place):
         self.attempts, self.place = iter(attempts.ravel().tolist()), iter(place.tolist())
@@ -377,7 +377,7 @@ class Replayed:
 
 
 def timms_region(monkeypatch, size, row, number):
-    """bool [H, W] of the first of `number` regions, and how many attempts it took."""
+    """bool [H, W]: the first of `number` regions; and the number of attempts it took."""
     eraser = RandomErasing(1.0, mode="const", min_count=number, device="cpu")
     image, replay = torch.ones(1, *size), Replayed(row[:10, :2], row[10, :2])
     with monkeypatch.context() as patch:
@@ -394,7 +394,7 @@ def test_regions_match_timms(monkeypatch, size):
     too_long = [0.99, 0.01 if size[0] > size[1] else 0.99]  # for the short side
     drawn[:150, :3, :2] = too_long
     drawn[:10, :10, :2] = too_long
-    drawn[:, :10, 2] = np.linspace(0.9, 0.1, 10)  # the first has most weight
+    drawn[:, :10, 2] = np.linspace(0.9, 0.1, 10)  # the first has the largest weight
     numbers = np.int32(1 + np.arange(300) % 3)
     sizes = np.float32([size] * 300)
     starts, sides = run(augment.region_of, 300, size=sizes, drawn=drawn, number=numbers)
@@ -420,7 +420,7 @@ def erased(images, device="cpu", seed=0, **options):
 
 @pytest.mark.parametrize("mode", augment.ERASE_MODES)
 def test_what_is_erased(device, mode):
-    """One region, all of it, in the right share of images; and the colours of it."""
+    """One complete region in the right share of images, filled with the right colours."""
     images = np.full((600, 24, 30, 3), [3, 250, 4], np.uint8)
     found, is_erased = erased(images, device, prob=0.3, mode=mode)
     hit = is_erased.any((1, 2))
@@ -439,7 +439,7 @@ def test_what_is_erased(device, mode):
         assert np.abs(neighbours[~np.eye(3, 6, dtype=bool)]).max() < 0.02
         first, second = (found[row][is_erased[row]][:20] for row in np.flatnonzero(hit)[:2])
         assert (first != second).any()
-    samples = samples + np.random.default_rng(0).uniform(-0.5, 0.5, samples.shape)  # what rounding took
+    samples = samples + np.random.default_rng(0).uniform(-0.5, 0.5, samples.shape)  # what rounding removed
     samples = (samples - LEVELS) / (255 * np.array(STD))
     for channel in samples.T[:, :20000]:
         assert stats.kstest(channel, stats.norm(0, 1).cdf).pvalue > 1e-3

@@ -1,4 +1,4 @@
-"""The docs' examples are typed, as strict mypy sees them; what is misspelt in one is found."""
+"""The docs' examples pass strict mypy, and a misspelt name in one is found."""
 
 import pytest
 

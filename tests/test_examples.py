@@ -1,4 +1,4 @@
-"""The programs in examples/ run as they stand."""
+"""The programs in examples/ run unchanged."""
 
 import ast
 import json
@@ -53,7 +53,7 @@ def cells(kind):
 
 
 def test_the_stored_notebook_is_complete():
-    """Its cells parse and were run in order, without an error, a warning or this machine's paths in what they print."""
+    """Its cells parse and were run in order; their output has no error, warning or path of the author's machine."""
     found = cells("code")
     for number, cell in enumerate(found, 1):
         ast.parse(re.sub("^%.*", "", "".join(cell["source"]), flags=re.MULTILINE))

@@ -1,4 +1,4 @@
-"""docs/experiments.md says what the committed results say: every table is recomputed here from the runs."""
+"""docs/experiments.md matches the committed results: every table is recomputed here from the runs."""
 
 import json
 import re
@@ -16,13 +16,13 @@ METRICS = {"top-1, %": ("top1", 2), "NLL, nats": ("nll", 3), "ECE, %": ("ece", 2
 
 
 def last(name, metric):
-    """{row: {seed: value after the last epoch}} of a result."""
+    """{row: {seed: value after the last epoch}} from a result."""
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return {row["name"]: {run["seed"]: run[metric][-1] for run in row["runs"]} for row in result["rows"]}
 
 
 def compared(name, metric):
-    """{row: (mean, half the 95 % interval, p times what Holm has left)} of the differences to CutMix."""
+    """{row: (mean, half of the 95 % interval, p after Holm's correction)} of the differences from CutMix."""
     values, found = last(name, metric), {}
     base = values["CutMix"]
     for row in values.keys() - {"CutMix"}:
@@ -95,7 +95,7 @@ def test_table_7s_seventh_column_is_inferred_from_both_averages():
 
 
 def test_seeds_on_another_machine():
-    """Table 2 again, at the same commit: what is said of it is counted over the CutMix row."""
+    """Table 2 again, at the same commit: the text says how many seeds of its CutMix row differ, and by how much."""
     name = "accuracy-table2-again"
     if name not in TABLES:
         pytest.skip("not run on a second machine yet")

@@ -1,4 +1,4 @@
-"""The index of shards, against `tarfile`, hand-made TFRecords, and shards cut or damaged everywhere."""
+"""The index of shards, against `tarfile`, hand-made TFRecords, and shards truncated or damaged anywhere."""
 
 import os
 import struct
@@ -31,7 +31,7 @@ def members(path):
 
 
 def theirs(path):
-    """(name, offset, size) of the regular, unhidden members, as tarfile sees them."""
+    """(name, offset, size) of the regular members that are not hidden, according to tarfile."""
     with tarfile.open(path) as archive:
         return [
             (info.name, info.offset_data, info.size)
@@ -78,7 +78,7 @@ def test_members_match_tarfiles(tmp_path_factory, format, sizes, data):
             found.append((name, os.urandom(size)))
     try:
         pack(path, *found, format=format)
-    except ValueError:  # ustar has no room for such a name
+    except ValueError:  # such a name does not fit into ustar
         return
     assert members(path) == theirs(path)
 
@@ -98,7 +98,7 @@ def test_long_names(tmp_path, format, length):
 
 
 def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
-    """A member of 8 GiB and more, in a sparse file, is passed over to the next one's header."""
+    """A member of 8 GiB and more, in a sparse file, is skipped up to the next header."""
     size = 2**33 + 5
     for number, format in enumerate([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]):
         path = tmp_path / f"{number}.tar"
@@ -114,9 +114,9 @@ def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
 
 
 def test_sparse_members_links_and_devices_are_skipped(tmp_path):
-    """GNU's old sparse members have blocks of a map between header and content; pax names what is stored."""
+    """GNU's old sparse members have map blocks between header and content; pax names the stored size."""
     head = bytearray(info("hole.jpg", tarfile.GNUTYPE_SPARSE, size=512).tobuf(format=tarfile.GNU_FORMAT))
-    head[482] = 1  # the map goes on in two more blocks
+    head[482] = 1  # the map continues in two more blocks
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     more = bytearray(512)
@@ -203,7 +203,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, format):
-    """Between two members nothing tells; then there are fewer samples, and `check` misses the end mark."""
+    """A cut between two members leaves no trace: there are fewer samples, and `check` reports the missing end mark."""
     path = pack(tmp_path / "a.tar", *SAMPLES, format=format)
     whole, content = rows(path), path.read_bytes()
     ends = [member.offset + -(-member.size // 512) * 512 for member in members(path)]
@@ -344,7 +344,7 @@ def labels(source):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Receives the path of each shard that is scanned."""
+    """A list that receives the path of each scanned shard."""
     found, scan = [], index.scan
     monkeypatch.setattr(index, "scan", lambda path, handle: found.append(os.path.basename(path)) or scan(path, handle))
     return found
@@ -394,7 +394,7 @@ def test_the_index_of_a_read_only_folder_goes_into_the_cache(shards, cache, scan
 
 
 def test_processes_that_start_at_once_scan_once(shards, scans):
-    """Threads are as good: the lock is one of open files."""
+    """Threads are enough: the lock belongs to open files."""
     found = []
     threads = [threading.Thread(target=lambda: found.append(labels(shards))) for _ in range(4)]
     for thread in threads:
@@ -407,7 +407,7 @@ def test_processes_that_start_at_once_scan_once(shards, scans):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """16 shards, which two processes scan."""
+    """16 shards, enough for two processes."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     (tmp_path / "many").mkdir()
     for k in range(16):
@@ -421,7 +421,7 @@ def test_several_processes_scan_many_shards(many, scans):
 
 
 def test_no_main_guard_is_needed(many, tmp_path):
-    """A script without a guard, which `multiprocessing` would run again in each child."""
+    """A script without a guard, which `multiprocessing` would execute again in each child."""
     script = tmp_path / "script.py"
     script.write_text(f"""print("once")
 import os

@@ -1,8 +1,8 @@
-"""The law of mixing on the host: what `mixing.draw` draws, and what `mixing.regions` hands to DALI's paste.
+"""The distribution of mixing on the host: what `mixing.draw` draws, and what `mixing.regions` passes to DALI's paste.
 
-Boxes, kinds, weights and partners are held against laws that are written out here or are timm's, and against
-`fn.mix`, which draws in the graph. The contract of the paste (`test_contracts.py`) is checked on the very arrays that
-the loader's graph is given.
+Boxes, kinds, weights and partners are compared with distributions computed here, with timm's, and with
+`fn.mix`, which draws in the graph. The contract of the paste (`test_contracts.py`) is checked on the same arrays that
+the loader's graph receives.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def boxes(found):
     return [tuple(box) for box in found.box.tolist()]
 
 
-# Against laws written out
+# Against exact distributions
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -71,7 +71,7 @@ def test_kinds_and_weights_follow_their_distributions(mode, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sides_and_centres_at_size(seed):
-    """Against a simulation of timm's law, on an image whose boxes are too many for a χ²."""
+    """Against a simulation of timm's distribution, on an image with too many boxes for a χ² test."""
     size, count = np.array((48, 64)), 100_000
     found = drawn(size, seed, cutmix_alpha=0.5)
     rng = np.random.default_rng([seed, 1])
@@ -166,7 +166,7 @@ def test_kinds_that_occur(options, kinds):
 
 
 def test_minmax_from_nothing_to_almost_everything():
-    """Sides from 0 to one less than the image's, as NumPy's `randint` excludes its end."""
+    """Sides from 0 to one less than the image's, because NumPy's `randint` excludes its end."""
     found = drawn((3, 4), 0, 5000, cutmix_minmax=(0.0, 1.0))
     sides = found.box[:, 2:] - found.box[:, :2]
     assert [set(side) for side in sides.T.tolist()] == [{0, 1, 2}, {0, 1, 2, 3}]
@@ -214,7 +214,7 @@ def test_draw_depends_only_on_the_generator():
     assert all(np.array_equal(a, b) for a, b in zip(one, draw(before, 8, (6, 5), Mixing(**options)), strict=True))
 
 
-# What the paste is handed
+# What the paste receives
 
 MIXINGS = st.builds(
     Mixing,
@@ -237,11 +237,11 @@ def test_no_patch_is_empty_or_leaves_the_image(mixing, n, size, seed):
     assert_patches(found, patches, size)
     assert [field.dtype for field in found] == [np.int64, np.int32, np.int32, np.float32]
     assert [field.dtype for field in patches] == [np.int32] * 5 + [np.float32, np.bool_]
-    assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI takes no strides
+    assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI accepts no strides
 
 
 def assert_patches(found, patches, size):
-    """DALI's contract, and that the patches are the draw."""
+    """DALI's contract, and that the patches match the draw."""
     n, own = len(found.kind), np.arange(len(found.kind))
     np.testing.assert_array_equal(np.stack([patches.height, patches.width], axis=1), patches.shapes[:, 1])
     assert ((patches.ids >= 0) & (patches.ids < n)).all()
@@ -260,12 +260,12 @@ def assert_patches(found, patches, size):
             assert kind == Kind.CUTMIX
             assert patch == (found.partner[i], *box[:2], box[2] - box[0], box[3] - box[1])
             assert patches.weight[i] == 1
-        else:  # its own pixel over itself
+        else:  # its own pixel pasted onto itself
             assert (patch, patches.weight[i]) == ((i, 0, 0, 1, 1), 0)
         assert patches.is_mixup[i] == (kind == Kind.MIXUP)
 
 
-# The loader's graph, on what it was handed
+# The loader's graph, with its inputs
 
 BATCHES = (8, 8, 3, 1, 2)
 GRAPHS = {
@@ -286,7 +286,7 @@ def contents(count=8):
 
 
 def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
-    """Batches (images uint8 [n, H, W, 3], target, what was handed to the graph) of `train_pipeline` on the CPU."""
+    """Batches (images uint8 [n, H, W, 3], target, the graph's inputs) of `train_pipeline` on the CPU."""
     import torch
 
     transform = pipelines.TrainTransform(size=size, dtype="uint8", channels_last=True, hflip=0.0, scale=(1.0, 1.0))
@@ -304,7 +304,7 @@ def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["blends Mixup", "blends all"])
 def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
-    """Against the images that the same graph gives without mixing, and the oracle's mixing of them."""
+    """Against the oracle's mixing of the images that the same graph gives without mixing."""
     mixing = Mixing(**GRAPHS[name])
     plain = (images for images, *_ in delivered(size, None))
     for (mixed, target, index, planned), images in zip(delivered(size, mixing, on_gpu=on_gpu), plain, strict=True):
@@ -321,7 +321,7 @@ def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
 
 
 def assert_counted(target, size, mixing, planned):
-    """λ0 to the last bit: the float32 quotient of pixels; Mixup's weight as it was drawn."""
+    """λ0 bit exact: the float32 quotient of pixel counts; for Mixup the drawn weight."""
     area = (target.box[:, 2:] - target.box[:, :2]).prod(1)
     counted = (area.astype(np.float32) / np.float32(np.prod(size))).astype(np.float32)
     is_cutmix, is_mixup = target.kind == Kind.CUTMIX, target.kind == Kind.MIXUP

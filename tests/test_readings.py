@@ -1,4 +1,4 @@
-"""What a benchmark prints at its end, from results made by hand whose right reading is known."""
+"""The summary that a benchmark prints at its end, from hand-made results with a known reading."""
 
 import json
 import re
@@ -20,7 +20,7 @@ META = dict(
 
 
 def rows_of(named, references, **where):
-    """Rows as `harness.compare` leaves them, of {name: values}."""
+    """Rows as `harness.compare` returns them, from {name: values}."""
     return [
         dict(
             name=name,
@@ -48,7 +48,7 @@ def loss(eager, timm, torch, k=10, compiled=None):
 
 
 def test_the_loss_is_compared_with_its_best_peer():
-    """PyTorch's is the faster one here, so that half of timm's time is no merit."""
+    """PyTorch's loss is faster here, so taking half of timm's time is no merit."""
     said, _ = readings.read(result_of("loss", loss([2.0, 2.2, 2.1], [4.0, 4.0, 4.0], [1.0, 1.1, 1.0])))
     assert said == [
         "LUMix eager ÷ the best peer: 2.000 (2.000 – 2.050), slower.",
@@ -237,7 +237,7 @@ MADE = {
 def test_one_round_gives_no_verdict_and_every_run_has_its_table(kind):
     result = MADE[kind]() | dict(rounds=1)
     lines = readings.report(result).splitlines()
-    assert len(lines) == 1 + len(result["rows"]) + 3  # head, rows, blank, what it says, what to do next
+    assert len(lines) == 1 + len(result["rows"]) + 3  # header, rows, blank line, verdict, next step
     assert lines[-2] == "One round is a smoke test: everything ran, and no figure of it is a verdict."
     assert lines[-1].startswith("Next: the same without --quick, and with --rounds 5")
 
@@ -252,7 +252,7 @@ def test_an_interrupted_run_says_so():
 
 @pytest.fixture
 def plot(tmp_path, capsys):
-    """`plot(content, *arguments)`: status, what was printed, and the figure's path."""
+    """`plot(content, *arguments)`: exit status, printed output, and the figure's path."""
     program = pytest.importorskip("benchmarks.plot")
 
     def run(content, *arguments):

@@ -1,7 +1,7 @@
-"""Shards through the loader: what is read from them is what was written, once, and again after a resume.
+"""Shards through the loader: it reads what was written, once per epoch, and the same after a resume.
 
-Every sample has a label of its own, so that the labels of a stream tell which samples it held. What `convert`
-writes is compared with `tarfile`.
+Every sample has a unique label, so a stream's labels identify its samples. The output of `convert`
+is compared with `tarfile`.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def labels_of(batches):
 
 
 def write(files, out, kind, shard_size):
-    """Shards of either kind, with a description."""
+    """Writes shards of either kind, with a description."""
     convert(files, out, shard_size=shard_size)
     if kind == "tfrecord":
         for path in out.glob("*.tar"):
@@ -68,7 +68,7 @@ def write(files, out, kind, shard_size):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """`Files` of 23 images, a class each."""
+    """`Files` of 23 images, one class each."""
     return ramp_samples(tmp_path_factory.mktemp("ramps"), COUNT)
 
 
@@ -93,18 +93,18 @@ def folder(folders, kind):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A copy of `folder`, to be spoilt."""
+    """A copy of `folder`, to be damaged."""
     return shutil.copytree(folder, tmp_path / "copy")
 
 
 JPEG = encoded(np.random.default_rng(0).integers(0, 256, (32, 40, 3)), "JPEG", quality=90)
 
 
-# What is read
+# Contents
 
 
 def test_shards_hold_what_the_files_hold(files, folder):
-    """Unshuffled, the stream is that of a list in the order in which the shards were written."""
+    """Without shuffling, the stream equals that of a list in the order in which the shards were written."""
     order = np.random.default_rng(0).permutation(COUNT)
     written = sources.Files(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
     loader = make(folder, is_training=False)
@@ -141,7 +141,7 @@ def test_archives_beside_class_folders_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_labels_are_int64_scalars_whatever_holds_them(tmp_path, is_training):
-    """Text of one to nine digits, newline or not; extensions in capitals; members that are no sample's."""
+    """Text of one to nine digits, with or without a newline; uppercase extensions; members that belong to no sample."""
     labels = [0, 7, 10, 42, 999, 123456, 5]
     texts = [b"0", b"7\n", b"10", b"042", b"999\r\n", b"123456", b"000000005"]
     members = [("notes.txt", b"x"), ("._0.jpg", b"x")]
@@ -156,7 +156,7 @@ def test_labels_are_int64_scalars_whatever_holds_them(tmp_path, is_training):
 
 
 def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
-    """Protocol buffers allow both; TensorFlow writes the first."""
+    """Protocol buffers allow both; TensorFlow writes packed integers."""
     content = b"".join(
         record(example({index.IMAGE: bytes_feature(JPEG), index.LABEL: int_feature(label, packed=packed)}))
         for label in (3, 300, 70000)
@@ -167,11 +167,11 @@ def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
     assert labels_of(loader) == [3, 3, 300, 300, 70000, 70000]
 
 
-# Who reads what
+# Which rank reads what
 
 
 def assert_fair(source, n, batch_size, world_size, epochs=3):
-    """Training: equal batches, a sample at most once an epoch. Evaluation: each sample exactly once."""
+    """Training: equal batch counts, each sample at most once per epoch. Evaluation: each sample exactly once."""
     small = {"batch_size": batch_size, "world_size": world_size, "input_size": 4}
     val = [make(source, is_training=False, rank=rank, **small) for rank in range(world_size)]
     per_rank = [labels_of(loader) for loader in val]
@@ -223,7 +223,7 @@ def test_ranks_seeds_and_epochs_differ(counted):
 
 
 def test_shards_come_in_a_new_order_every_epoch(folder, files):
-    """With a window of one, only the order of the shards is left of the shuffle, drawn from (seed, epoch)."""
+    """With a window of one, the shuffle only reorders the shards, drawn from (seed, epoch)."""
     written = np.random.default_rng(0).permutation(COUNT).tolist()
     loader = make(folder, batch_size=COUNT, shuffle="window", window=1, seed=3)
     for epoch in range(3):
@@ -300,7 +300,7 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
 
 @pytest.fixture
 def spoilt(kind, tmp_path):
-    """`spoilt(damage)`: shards of 12 good samples but for one, its number in them, and the words that name it."""
+    """`spoilt(damage)`: shards of 12 samples of which one is bad, its index, and the text that names it."""
 
     def build(damage):
         for i in range(12):
@@ -384,7 +384,9 @@ def test_a_shard_truncated_during_the_run_is_an_error(copy, kind):
     list(loader)
     path = sorted(copy.glob(f"*{SUFFIX[kind]}"))[2]
     with open(path, "rb") as file:
-        offset, size, _ = index.scan(str(path), file.fileno())[-1].tolist()  # cut in the middle of its last sample
+        offset, size, _ = index.scan(str(path), file.fileno())[
+            -1
+        ].tolist()  # truncated in the middle of its last sample
     os.truncate(path, offset + size // 2)
     with pytest.raises(ValueError, match=rf"source='{path}': it ends before byte \d+; it was longer when the run"):
         list(loader)
@@ -404,7 +406,7 @@ def test_a_shard_that_changed_before_it_was_opened_is_an_error(copy, kind, chang
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # the promises of test_promises.py, by the training program
+@pytest.mark.slow  # the promises of test_promises.py, through the training program
 def test_training_from_shards(kind, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
     for name in ("train", "val"):
@@ -412,7 +414,7 @@ def test_training_from_shards(kind, tmp_path):
     train.main(argv(data, tmp_path / "a", "--epochs", "1"))
     train.main(argv(tmp_path / "shards", tmp_path / "b", "--epochs", "1"))
     ours, theirs = (rows(tmp_path / name / "run")[0] for name in "ba")
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=0.7)  # another order and other draws
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=0.7)  # a different order and different draws
     (tmp_path / "shards" / "train" / "shards.json").unlink()
     with pytest.raises(ValueError, match="nothing says which classes the shards in train have"):
         train.main(argv(tmp_path / "shards", tmp_path / "c"))
@@ -563,7 +565,7 @@ def contents(folder):
 
 
 def test_a_file_with_a_shards_name_is_complete(files, converted, tmp_path, monkeypatch):
-    """Killed before each single renaming in turn: a shard that is there is right."""
+    """Killed before each rename in turn: every shard that exists is complete."""
     replace, out = os.replace, tmp_path / "out"
     for stop in itertools.count():
         count = itertools.count()
@@ -722,7 +724,7 @@ def test_a_member_outside_its_folder_is_refused(tmp_path, name):
 
 
 def test_a_tfrecord_that_was_changed_is_named(copy, kind):
-    """DALI itself reads on where a checksum does not match."""
+    """DALI itself reads on after a checksum mismatch."""
     path = copy / f"shard-000001{SUFFIX[kind]}"
     content = bytearray(path.read_bytes())
     place = content.index(b"IDAT") + 20
@@ -759,7 +761,7 @@ def test_sorted_shards_and_repeated_keys_are_warned_about(tmp_path):
     report = check.scan(tmp_path, workers=1)
     (warning,) = report.warnings
     assert re.match(r"3 keys occur in more than one shard: .*leave one of them out$", warning)
-    assert report.ok  # they can be read
+    assert report.ok  # they can still be read
 
 
 def test_the_report_of_shards(folder, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`lumix-dali show`: the picture's tiles are what the loader delivers, and a wrong call says what is wrong."""
+"""`lumix-dali show`: the picture's tiles show what the loader delivers, and an invalid call explains the error."""
 
 import runpy
 import sys

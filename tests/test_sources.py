@@ -1,4 +1,4 @@
-"""Folders, lists, pairs and rows become the samples they should. Classes are numbered as timm numbers them."""
+"""Folders, lists, pairs and rows become the expected samples. Classes are numbered as in timm."""
 
 import contextlib
 import itertools
@@ -51,7 +51,7 @@ def test_natural_order_is_not_alphabetical(tmp_path):
 
 
 def scan_in_order(monkeypatch, key, scandir=os.scandir):
-    """Lets `os.scandir` list in the order of `key`, as another file system might."""
+    """Makes `os.scandir` list in the order of `key`, as another file system might."""
     monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(sorted(scandir(path), key=key)))
 
 
@@ -289,7 +289,7 @@ def test_a_folder_that_moves_keeps_its_digest(tmp_path):
     assert sources.folder(tmp_path / "there").digest == before
 
 
-# Links, and folders that are not what they seem
+# Links and unusual folders
 
 
 def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
@@ -398,7 +398,7 @@ def test_what_is_not_a_source_is_named(source, message):
 
 
 class Listed:
-    """Like a list of bytes: what a user wrote in five lines."""
+    """Like a list of bytes: a source that a user might write in five lines."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -456,7 +456,7 @@ def test_rows_of_bytes_and_paths(tmp_path, wrap):
 
 
 def test_rows_of_hugging_faces_datasets():
-    """A decoding column is switched over, class names are taken, rows come in one request."""
+    """Decoding is switched off for the image column, class names are taken over, and rows are read in one request."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
     content = [encoded(np.full((4, 5, 3), k), "PNG") for k in range(3)]

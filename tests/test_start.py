@@ -1,4 +1,4 @@
-"""`benchmarks.start` on few samples: its sources hold what they say, and its result becomes a table."""
+"""`benchmarks.start` on a few samples: its sources hold what their names say, and its result becomes a table."""
 
 import json
 

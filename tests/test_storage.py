@@ -1,4 +1,4 @@
-"""Remote sources: in memory, from a local web server, from an S3 server on the loopback; and the cache of copies."""
+"""Remote sources in memory, on a local web server and on an S3 server on the loopback; and the cache of copies."""
 
 import functools
 import hashlib
@@ -69,7 +69,7 @@ def contents(source):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """Receives what is copied."""
+    """A list that receives the path of each copied file."""
     found, get = [], MemoryFileSystem.get_file
     monkeypatch.setattr(
         MemoryFileSystem,
@@ -302,7 +302,7 @@ def test_a_changed_remote_is_never_served_stale(memory, cache):
     write(1)
     source = sources.load("memory://a.tar")
     assert source.read([0])[1].tolist() == [1]
-    write(2)  # as long as before
+    write(2)  # same length as before
     assert sources.load("memory://a.tar").read([0])[1].tolist() == [2]
     source = sources.load("memory://a.tar", cache_dir=cache / "another")
     write(3)
@@ -332,11 +332,11 @@ def test_the_limit_is_kept_and_readers_survive(memory, cache):
     assert 4 in kept()
     large = storage.Cache(str(cache), 10)
     os.close(large.open("memory://1", entries[1]))
-    assert kept() == [1]  # what is in use is never removed for its own size
+    assert kept() == [1]  # a shard in use is never removed for its own size
 
 
 class Slow(LocalFileSystem):
-    """Copies a kilobyte at a time, and counts the copies, for processes that are killed or race."""
+    """Copies a kilobyte at a time and counts the copies, for tests that kill processes or let them race."""
 
     protocol = "slow"
 
@@ -402,7 +402,7 @@ def test_a_killed_copy_is_never_taken_for_a_complete_one(shards, tmp_path, cache
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert 0 < parts[0].stat().st_size < max(path.stat().st_size for path in shards.glob("*.tar"))
-    orphan = cache / f"{'0' * 64}.part"  # of a remote that has changed since
+    orphan = cache / f"{'0' * 64}.part"  # from a remote that has since changed
     orphan.write_bytes(b"x" * 100)
     whole = reader(shards, tmp_path / "log")
     assert whole.communicate(timeout=300)[0].strip() == digest(sources.load(shards))
@@ -465,7 +465,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(params=[True, False], ids=["listed", "not listed"])
 def web(request, tmp_path):
-    """(address, folder, whether the server lists it) of a web server."""
+    """(address, folder, whether the server lists it) for a web server."""
     pytest.importorskip("aiohttp")
     handler = type("Handler", (Quiet,), {"listed": request.param})
     (tmp_path / "web").mkdir()
@@ -514,7 +514,7 @@ def test_folders_and_lists_of_a_web_server(web, files):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A file system of a server on the loopback, with an empty bucket."""
+    """A file system on a loopback server, with an empty bucket."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with socket.socket() as free:
