@@ -1,7 +1,7 @@
 """Runs cases of the corpus of odd files, each in its own process.
 
 ``python -m tests.odd_worker FOLDER`` reads one case per line of its input, as JSON, and answers each with a line.
-It imports the package once and then forks for each case, before anything of DALI has started: a tenth of the cost
+It imports the package once and then forks for each case, before any part of DALI has started: a tenth of the cost
 of a fresh interpreter. If a signal ended a case, the answer has the signal's name.
 
 A case has

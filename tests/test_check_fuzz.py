@@ -78,7 +78,7 @@ def damaged(draw):
 
 
 def of_the_loader(content):
-    """(decoder, reason) in training; the reason is None where the image can be used."""
+    """(decoder, reason) in training; the reason is None if the image can be used."""
     faults = Faults(Files("", ["x"], np.zeros(1, np.int64), ["c"]), 1, MAX_PIXELS)
     try:
         faults.bitmap(0, io.BytesIO(content))

@@ -1,7 +1,7 @@
-"""The graph does what its target says: pixels, pairing, checkpoints, devices, bad input.
+"""The graph matches its target: pixels, pairing, checkpoints, devices, bad input.
 
-Every batch is checked against the NumPy oracle, given the target that the graph emitted. Which samples were mixed
-is read from unique labels, and λ0 is recounted from pixels that carry the colour of one sample.
+Every batch is checked against the NumPy oracle, given the target that the graph emitted. Partners are
+read from unique labels, and λ0 is recounted from pixels that carry the colour of one sample.
 The distributions of the draws are tested in `test_fn_law.py`.
 """
 
