@@ -9,7 +9,7 @@ from benchmarks.records import write_records
 
 
 def pack(path, *members, **options):
-    """A tar of (name, content) or `TarInfo`."""
+    """A tar archive of (name, content) pairs or `TarInfo` objects."""
     with tarfile.open(path, "w", **options) as archive:
         for member in members:
             if isinstance(member, tarfile.TarInfo):

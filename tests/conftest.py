@@ -1,4 +1,4 @@
-"""Small graphs fed by hand: what goes in and what comes out are NumPy arrays, on either backend."""
+"""Small graphs fed by hand: NumPy arrays in, NumPy arrays out, on either backend."""
 
 import inspect
 import signal
@@ -9,8 +9,8 @@ import pytest
 from lumix_dali.loading.plan import Plan
 from lumix_dali.target import MixTarget
 
-# A shell's background job ignores SIGINT, one under nohup SIGHUP, and so would the processes that tests start in
-# order to interrupt them.
+# A shell's background job ignores SIGINT, and a job under nohup ignores SIGHUP. Child processes inherit this, but tests
+# interrupt theirs.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
@@ -18,7 +18,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
-    """DALI's backend; "gpu" is skipped where there is none."""
+    """DALI's backend; "gpu" is skipped on machines without one."""
     if request.param == "gpu":
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ def device(request):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Models this small gain nothing from threads, which cost much where the CPUs are shared."""
+    """Models this small gain nothing from threads, and threads are expensive on shared CPUs."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,11 +37,11 @@ def one_thread():
 
 
 class SmallFeed:
-    """A feed for `train_pipeline` and `val_pipeline`: these files or encoded images over and over, labelled by place.
+    """A feed for `train_pipeline` and `val_pipeline`: repeats these files or encoded images, labelled by position.
 
     Args:
-        images: paths, or uint8 arrays; None: the graph is not run.
-        batch_sizes: of the batches, the last one again and again.
+        images: paths, or uint8 arrays; None if the graph is not run.
+        batch_sizes: sizes of the batches; the last one repeats.
     """
 
     def __init__(self, images, size, mixing=None, training=True, batch_sizes=(8,), paths=True, on_gpu=False):
@@ -70,10 +70,10 @@ def graph(device):
 
 
 def _build(operation, batch_size, device, seed, conditionals, options):
-    """A function of (images, labels, **further inputs) that gives (mixed images, MixTarget) in NumPy.
+    """A function of (images, labels, **further inputs) that returns (mixed images, MixTarget) in NumPy.
 
     Args:
-        operation: as `fn.mix`; after images and labels, parameters without a default are inputs too.
+        operation: such as `fn.mix`; parameters without a default after images and labels are also inputs.
         options: keyword arguments of `operation`.
     """
     from nvidia.dali import fn, pipeline_def
@@ -85,7 +85,7 @@ def _build(operation, batch_size, device, seed, conditionals, options):
     ]
     further = [name for name in required[2:] if name not in options]
 
-    # a depth of one lets `run` be fed batch by batch
+    # a queue depth of one allows feeding `run` batch by batch
     @pipeline_def(
         batch_size=batch_size,
         num_threads=2,
@@ -106,7 +106,7 @@ def _build(operation, batch_size, device, seed, conditionals, options):
     pipe.build()
 
     def run(images, labels, **inputs):
-        images = list(images)  # a list may hold images of unequal size
+        images = list(images)  # a list may hold images of different sizes
         outputs = pipe.run(images=images, labels=labels, **inputs)
         mixed, *target = (np.array(output.as_cpu().as_array()) for output in outputs)
         return mixed, MixTarget(*target)

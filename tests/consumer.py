@@ -1,8 +1,8 @@
-"""mypy as a user of the package runs it, strict, over the Python blocks of README.md and docs/.
+"""Runs strict mypy, as a user of the package would, over the Python blocks of README.md and docs/.
 
-    python -m tests.consumer             exit status 1 where a name or an argument is misspelt
+    python -m tests.consumer             exit status 1 if a name or an argument is misspelt
 
-Names that an example takes from its reader's program (`model`, `args`, ...) are declared as anything; the examples'
+Names that an example takes from the reader's program (`model`, `args`, ...) are declared as `Any`; the examples'
 own functions need no annotations.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Without annotations of their own; what they call is checked all the same.
+# The examples have no annotations of their own, but the calls in them are checked.
 OPTIONS = [
     "--strict",
     "--follow-imports=silent",
@@ -34,14 +34,14 @@ follow_imports_for_stubs = true
 
 
 def blocks(page):
-    """{line of its first line: text} of a page's Python blocks."""
+    """{number of the first line: text} of a page's Python blocks."""
     text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return {text[: match.start(1)].count("\n") + 1: match[1] for match in found}
 
 
 def dedented(block):
-    """A block with indented lines of a longer program moved to the left."""
+    """A block, dedented if it is an excerpt of a longer program."""
     try:
         ast.parse(block)
     except IndentationError:
@@ -50,7 +50,7 @@ def dedented(block):
 
 
 def module(block):
-    """A block as a module, in which free names are anything."""
+    """A block as a module, in which free names are `Any`."""
     block = dedented(block)
     tree = ast.parse(block)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
@@ -63,12 +63,12 @@ def module(block):
         elif isinstance(node, ast.arg):
             known.add(node.arg)
     free = sorted({name.id for name in names} - known)
-    # On one line, so that the numbers of lines stay near those of the page.
+    # On one line, to keep line numbers close to those of the page.
     return "import typing; " + "; ".join(f"{name}: typing.Any" for name in free) + "\n" + block
 
 
 def check(pages):
-    """(exit status, output) of mypy over the blocks of these pages."""
+    """(exit status, output) of mypy on the blocks of these pages."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "mypy.ini").write_text(CONFIG)
         files = []

@@ -1,6 +1,6 @@
-"""One file per format, bit depth, colour space, orientation and notable option, and what becomes of its pixels.
+"""One file per format, bit depth, colour space, orientation and notable option, and how its pixels are decoded.
 
-`rows` makes the files; `STATEMENTS` says who decodes them and how far the pixels are from timm's. ``python -m
+`rows` makes the files; `STATEMENTS` says which decoder reads them and how far the pixels are from timm's. ``python -m
 tests.formats`` prints them as the table of docs/reliability.md; test_formats.py checks them all.
 """
 
@@ -18,11 +18,11 @@ from PIL import Image, ImageCms
 
 SIZE = (64, 96)  # height and width, whole MCUs of every JPEG subsampling
 SHAPES = [(1, 1), (1, 97), (97, 1), (2, 3), (17, 33), (63, 95)]
-APP0, APP14 = 0xE0, 0xEE  # JFIF's marker and Adobe's
+APP0, APP14 = 0xE0, 0xEE  # the JFIF and Adobe markers
 
 
 class Row(NamedTuple):
-    """A file: `format` and `contents` name its statement, and `what` tells it from the statement's other files."""
+    """A file: `format` and `contents` name its statement, and `what` tells the statement's files apart."""
 
     format: str
     contents: str
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Statement(NamedTuple):
-    """Who decodes a file, and how far its pixels are from timm's, in grey levels."""
+    """Which decoder reads a file, and how far its pixels are from timm's, in grey levels."""
 
     decoder: str = "Pillow"
     mean: float = 0.0
@@ -126,7 +126,7 @@ def picture(height: int = SIZE[0], width: int = SIZE[1]) -> np.ndarray:
 
 
 def image(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
-    """`picture` in a mode of Pillow's."""
+    """`picture` in a Pillow mode."""
     colours = Image.fromarray(picture(*size))
     if mode == "LAB":
         spaces = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -135,7 +135,7 @@ def image(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
         faded = colours.convert(mode)
         faded.putalpha(Image.fromarray(alpha(size)))
         return faded
-    if mode == "I;16":  # Pillow clips such values at 255: some below, some above
+    if mode == "I;16":  # Pillow clips such values at 255: some are below, some above
         return Image.fromarray(np.asarray(colours.convert("L")).astype(np.uint16) * 2)
     if mode in ("I", "F"):
         return Image.fromarray(np.asarray(colours.convert("L")).astype({"I": np.int32, "F": np.float32}[mode]))
@@ -143,7 +143,7 @@ def image(mode: str = "RGB", size: tuple[int, int] = SIZE) -> Image.Image:
 
 
 def turned() -> Image.Image:
-    """Another picture of the same size, for what follows the first."""
+    """Another picture of the same size, to follow the first."""
     return image().transpose(Image.Transpose.ROTATE_180)
 
 
@@ -153,12 +153,12 @@ def alpha(size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def deep(pixels: np.ndarray) -> np.ndarray:
-    """uint16: `pixels` with a second byte that is not the first one's copy."""
+    """uint16: `pixels` with a low byte that is not a copy of the high byte."""
     return (pixels.astype(np.uint16) << 8) | (pixels[::-1] ^ 0x5A)
 
 
 def saved(what: Image.Image, kind: str, **options) -> bytes:
-    """The file that Pillow writes."""
+    """The file as Pillow writes it."""
     file = io.BytesIO()
     what.save(file, kind, **options)
     return file.getvalue()
@@ -178,7 +178,7 @@ def profile(space: str) -> bytes:
 
 
 def segments(content: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
-    """(marker, payload) of a JPEG's segments before its scan, and the rest from SOS on."""
+    """(marker, payload) of a JPEG's segments before its scan, and the remainder from SOS on."""
     found, place = [], 2
     while (marker := content[place + 1]) != 0xDA:
         length = struct.unpack(">H", content[place + 2 : place + 4])[0]
@@ -192,18 +192,18 @@ def joined(parts: list[tuple[int, bytes]], rest: bytes) -> bytes:
 
 
 def with_segments(content: bytes, *added: tuple[int, bytes], without: tuple[int, ...] = ()) -> bytes:
-    """A JPEG with segments put before its others, and those of `without` taken out."""
+    """A JPEG with segments inserted before the others, and those in `without` removed."""
     parts, rest = segments(content)
     return joined([*added, *(part for part in parts if part[0] not in without)], rest)
 
 
 def adobe(transform: int) -> tuple[int, bytes]:
-    """Adobe's APP14: 0 says RGB or CMYK, 1 YCbCr, 2 YCCK."""
+    """Adobe's APP14: 0 means RGB or CMYK, 1 YCbCr, 2 YCCK."""
     return 0xEE, b"Adobe" + struct.pack(">HHHB", 100, 0, 0, transform)
 
 
 def with_components(content: bytes, ids: bytes | None = None, sampling: int | None = None) -> bytes:
-    """A JPEG whose components have other numbers, or whose first has another sampling (as many blocks an MCU)."""
+    """A JPEG whose components have other numbers, or whose first has another sampling (as many blocks per MCU)."""
     parts, rest = segments(content)
     frame = next(i for i, (marker, _) in enumerate(parts) if marker in (0xC0, 0xC1, 0xC2))
     payload, scan = bytearray(parts[frame][1]), bytearray(rest)
@@ -219,7 +219,7 @@ def with_components(content: bytes, ids: bytes | None = None, sampling: int | No
 
 
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-PNG_CONTENTS = {  # by colour type, and whether it has 16 bits
+PNG_CONTENTS = {  # by colour type and whether it has 16 bits
     (0, False): "grey of 1, 2, 4 or 8 bits",
     (0, True): "grey of 16 bits",
     (2, False): "RGB of 8 bits",
@@ -230,7 +230,7 @@ PNG_CONTENTS = {  # by colour type, and whether it has 16 bits
     (6, False): "grey or RGB with alpha, of 8 bits",
     (6, True): "RGB, with alpha or without, of 16 bits",
 }
-COLOUR_CHUNKS = {  # what each says, by colour type
+COLOUR_CHUNKS = {  # what each contains, by colour type
     "gAMA 1": lambda colour: struct.pack(">I", 100000),
     "gAMA 2.2": lambda colour: struct.pack(">I", 45455),
     "cHRM": lambda colour: struct.pack(">8I", 31270, 32900, 70800, 29200, 17000, 79700, 13100, 4600),
@@ -248,7 +248,7 @@ def chunk(name: bytes, payload: bytes = b"") -> bytes:
 
 
 def samples(colour: int, depth: int, size: tuple[int, int]) -> np.ndarray:
-    """uint16 [H, W, channels] of `picture` in this colour type."""
+    """uint16 [H, W, channels]: `picture` in this colour type."""
     colours = picture(*size)
     grey = np.asarray(Image.fromarray(colours).convert("L"))[..., None]
     if colour == 3:
@@ -259,7 +259,7 @@ def samples(colour: int, depth: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def rows_of(values: np.ndarray, depth: int) -> bytes:
-    """Scan lines without a filter."""
+    """Unfiltered scan lines."""
     flat = values.reshape(len(values), -1)
     if depth == 16:
         lines = flat.astype(">u2").view(np.uint8)
@@ -270,14 +270,14 @@ def rows_of(values: np.ndarray, depth: int) -> bytes:
 
 
 def png(colour: int, depth: int, *chunks: bytes, interlaced: bool = False, size: tuple[int, int] = SIZE) -> bytes:
-    """A PNG with `chunks` before its pixels. By hand, as Pillow writes none interlaced, nor 16 bits of colour."""
+    """A PNG with `chunks` before its pixels. Made by hand: Pillow writes neither interlaced PNGs nor 16-bit colour."""
     values = samples(colour, depth, size)
     parts = [values[y::dy, x::dx] for y, x, dy, dx in PASSES] if interlaced else [values]
     pixels = b"".join(rows_of(part, depth) for part in parts if part.size)
     header = struct.pack(">IIBBBBB", size[1], size[0], depth, colour, 0, 0, interlaced)
     levels = np.linspace(0, 255, 2 ** min(depth, 8)).astype(np.uint8)
     palette = [chunk(b"PLTE", np.stack([levels, 255 - levels, levels // 2], axis=1).tobytes())] * (colour == 3)
-    after = [each for each in chunks if each[4:8] in (b"tRNS", b"bKGD")]  # these speak of the palette
+    after = [each for each in chunks if each[4:8] in (b"tRNS", b"bKGD")]  # these refer to the palette
     before = [each for each in chunks if each not in after]
     return b"".join(
         [
@@ -293,7 +293,7 @@ def png(colour: int, depth: int, *chunks: bytes, interlaced: bool = False, size:
 
 
 def transparent(colour: int, depth: int) -> bytes:
-    """tRNS: the colour of the picture's middle, or alphas of a palette's entries."""
+    """tRNS: the colour at the picture's centre, or the alphas of a palette's entries."""
     if colour == 3:
         return chunk(b"tRNS", bytes(np.linspace(0, 255, 2**depth).astype(np.uint8)))
     middle = samples(colour, depth, SIZE)[SIZE[0] // 2, SIZE[1] // 2]
@@ -301,7 +301,7 @@ def transparent(colour: int, depth: int) -> bytes:
 
 
 def jpegs() -> Iterator[Row]:
-    """JPEG, as Pillow writes it and with markers changed by hand."""
+    """JPEG, as Pillow writes it and with markers edited by hand."""
     rgb, grey = image(), image("L")
     for name, sampling in {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}.items():
         for options in ({"quality": 50}, {"quality": 95}, {"progressive": True}, {"optimize": True}):
@@ -334,7 +334,7 @@ def jpegs() -> Iterator[Row]:
 
 
 def _jpeg_markers(plain: bytes) -> Iterator[Row]:
-    """Which colour space it is, libjpeg guesses from JFIF's and Adobe's markers and the components' numbers."""
+    """libjpeg guesses the colour space from the JFIF and Adobe markers and the components' numbers."""
     bare = with_segments(plain, without=(APP0,))
     yield Row("JPEG", "YCbCr by other markers", "Adobe 1 and JFIF", with_segments(plain, adobe(1)))
     yield Row("JPEG", "YCbCr by other markers", "Adobe 0 and JFIF", with_segments(plain, adobe(0)))
@@ -357,7 +357,7 @@ def _jpeg_markers(plain: bytes) -> Iterator[Row]:
 
 
 def pngs() -> Iterator[Row]:
-    """PNG: all colour types and depths by hand, Pillow's own, chunks that speak of colour or orientation."""
+    """PNG: all colour types and depths by hand, Pillow's own, and chunks about colour or orientation."""
     for colour, depths in DEPTHS.items():
         for depth in depths:
             contents = PNG_CONTENTS[colour, depth == 16]
@@ -401,7 +401,7 @@ def pngs() -> Iterator[Row]:
 
 
 def webps() -> Iterator[Row]:
-    """WebP: lossy and lossless, with alpha, and what its extended header announces."""
+    """WebP: lossy and lossless, with alpha, and with the features of the extended header."""
     for quality in (30, 80, 100):
         yield Row("WebP", "lossy", f"{quality}", saved(image(), "WEBP", quality=quality))
         yield Row("WebP", "alpha", f"lossy {quality}", saved(image("RGBA"), "WEBP", quality=quality))
@@ -443,7 +443,7 @@ def webps() -> Iterator[Row]:
 
 
 def _small_first_frame() -> bytes:
-    """An animated WebP, by hand: a frame of 48×32 at (8, 16), then one over the whole canvas."""
+    """An animated WebP, made by hand: a frame of 48×32 at (8, 16), then one over the whole canvas."""
 
     def part(name: bytes, payload: bytes) -> bytes:
         return name + struct.pack("<I", len(payload)) + payload + bytes(len(payload) % 2)
@@ -467,7 +467,7 @@ def _small_first_frame() -> bytes:
 
 
 def tiffs() -> Iterator[Row]:
-    """TIFF: Pillow's modes and compressions; 16 bits a colour by hand."""
+    """TIFF: Pillow's modes and compressions; 16 bits per colour by hand."""
     contents = dict.fromkeys(["1", "L", "P"], "grey of 1 or 8 bits, palette")
     contents |= dict.fromkeys(["LA", "RGBA"], "grey or RGB with alpha")
     contents |= {"I;16": "grey of 16 bits", "I": "grey of 32 bits", "F": "grey of 32 bits"}
@@ -486,7 +486,7 @@ def tiffs() -> Iterator[Row]:
 
 
 def _deep_tiff() -> bytes:
-    """A TIFF of 3 × 16 bits in one strip, which Pillow reads and does not write."""
+    """A TIFF of 3 × 16 bits in one strip, which Pillow reads but does not write."""
     pixels = deep(picture()).astype("<u2").tobytes()
     bits = struct.pack("<3H", 16, 16, 16)
     tags = {256: SIZE[1], 257: SIZE[0], 258: 8, 259: 1, 262: 2, 273: 14, 277: 3, 278: SIZE[0], 279: len(pixels)}
@@ -498,7 +498,7 @@ def _deep_tiff() -> bytes:
 
 
 def bmps() -> Iterator[Row]:
-    """BMP, and by hand its 16 bits, masks and run lengths."""
+    """BMP, and by hand its 16-bit, bit-mask and run-length variants."""
     for mode in ("1", "L", "P", "RGB"):
         yield Row("BMP", "1, 8 and 24 bits", mode, saved(image(mode), "BMP"))
     yield Row("BMP", "32 bits", "RGBA", saved(image("RGBA"), "BMP"))
@@ -514,14 +514,14 @@ def bmps() -> Iterator[Row]:
 
 
 def _bmp(bits: int, compression: int, between: bytes, pixels: bytes) -> bytes:
-    """A BMP, lowest row first, with masks or a palette between header and pixels."""
+    """A BMP, bottom row first, with masks or a palette between header and pixels."""
     start = 54 + len(between)
     info = struct.pack("<IiiHHIIiiII", 40, SIZE[1], SIZE[0], 1, bits, compression, len(pixels), 2835, 2835, 0, 0)
     return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + info + between + pixels
 
 
 def others() -> Iterator[Row]:
-    """Every other format that Pillow writes and reads again."""
+    """Every other format that Pillow can both write and read."""
     yield from _gif_and_pnm()
     for options in ({}, {"irreversible": True}, {"no_jp2": True}, {"tile_size": (32, 32)}):
         for mode in ("L", "LA", "RGB", "RGBA"):
@@ -602,7 +602,7 @@ def _old() -> Iterator[Row]:
 
 
 def _read_only() -> dict[str, bytes]:
-    """Formats that Pillow reads and does not write."""
+    """Formats that Pillow reads but does not write."""
     height, width = SIZE
     colours, grey = picture(), np.asarray(image("L"))
     cards = ["SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 2", f"NAXIS1  = {width}", f"NAXIS2  = {height}", "END"]
@@ -632,7 +632,7 @@ def rows() -> list[Row]:
 
 
 def table() -> str:
-    """The statements in Markdown, a line each."""
+    """The statements as a Markdown table, one per line."""
     lines = ["| format | contents | decoder | mean | max | remark |", "|---|---|---|---|---|---|"]
     for (kind, contents), (decoder, mean, largest, remark) in STATEMENTS.items():
         lines.append(f"| {kind} | {contents} | {decoder} | {mean:g} | {largest} | {remark} |")

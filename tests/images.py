@@ -1,4 +1,4 @@
-"""Images whose pixels tell what was done to them, and folders of them."""
+"""Images whose pixels reveal what was done to them, and folders of such images."""
 
 import io
 
@@ -19,17 +19,17 @@ def colours(count, seed=0):
 
 
 def colour_folder(root, count, per_class=3, size=(20, 26)):
-    """One colour a file: ROOT/CLASS/NUMBER.png. Gives the colours, in the order of `sources.folder`."""
+    """One colour per file: ROOT/CLASS/NUMBER.png. Returns the colours in the order of `sources.folder`."""
     chosen = colours(count)
     for number, colour in enumerate(chosen):
-        # sizes differ by file, and tell nothing of the class
+        # sizes differ by file and are unrelated to the class
         pixels = np.broadcast_to(colour, (size[0] + number % 3, size[1] - number % 5, 3))
         write(pixels, root / f"class {number // per_class}" / f"{number:03}.png")
     return chosen
 
 
 def ramps(height, width, blue=0):
-    """uint8 [H, W, 3]: red is the column, green the row, both from 0 up; blue says which image it is."""
+    """uint8 [H, W, 3]: red is the column, green the row, both from 0; blue identifies the image."""
     image = np.full((height, width, 3), blue, np.uint8)
     image[..., 0] += np.arange(width, dtype=np.uint8)
     image[..., 1] += np.arange(height, dtype=np.uint8)[:, None]
@@ -37,7 +37,7 @@ def ramps(height, width, blue=0):
 
 
 def ramp_samples(root, count, size=(40, 48)):
-    """`Files` of `ramps` whose label and blue tell the file; crop, flip and mixing show in the pixels."""
+    """`Files` of `ramps` whose label and blue identify the file; crop, flip and mixing show in the pixels."""
     for number in range(count):
         write(
             ramps(size[0] + number % 4, size[1] - number % 3) * [4, 5, 0] + [0, 0, 9 * number],
@@ -54,14 +54,14 @@ def write(pixels, path, **options):
 
 
 def encoded(pixels, kind, **options):
-    """Bytes of an image file of `kind`, Pillow's name of a format."""
+    """Bytes of an image file of `kind`, Pillow's name for a format."""
     file = io.BytesIO()
     Image.fromarray(np.uint8(pixels)).save(file, kind, **options)
     return file.getvalue()
 
 
 def damaged():
-    """{name: content} of files that cannot be decoded; None: no such file."""
+    """{name: content} of files that cannot be decoded; None if the file does not exist."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 40, 3))
     jpeg, png, gif = encoded(noise, "JPEG", quality=90), encoded(noise, "PNG"), encoded(noise, "GIF")
     return {

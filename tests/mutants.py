@@ -1,13 +1,13 @@
-"""One-line faults, each put into a copy of the tree, that the tests must notice.
+"""One-line faults that the tests must catch, each inserted into a copy of the tree.
 
     python -m tests.mutants              every mutant; exit status 1 if one survives or no longer applies
-    python -m tests.mutants box smooth   those whose file or fault names one of these words
+    python -m tests.mutants box smooth   those whose file or fault contains one of these words
 
 A fault counts as caught when one of its tests fails; a crash, a timeout or tests that cannot be collected do
 not count. The same tests must pass on the unchanged copy first, or every fault would look caught.
 
-mutmut makes the simple faults of the pure modules (``[tool.mutmut]`` in pyproject.toml). Here are only those that it
-cannot make: in graphs of DALI and in programs, and wrong formulas and exchanged variables elsewhere.
+mutmut makes the simple faults of the pure modules (``[tool.mutmut]`` in pyproject.toml). This file has only those that
+it cannot make: in DALI graphs and in programs, and wrong formulas and swapped variables elsewhere.
 """
 
 import os
@@ -54,23 +54,23 @@ def tests(module, *names):
     return " ".join(f"tests/test_{module}.py::test_{name}" for name in names)
 
 
-PIXELS = tests("fn", "pixels_are_what_the_target_says")
+PIXELS = tests("fn", "pixels_match_the_target")
 GIVEN = tests("fn", "given_draws")
 KINDS = tests("fn", "kinds_that_occur")
 MINMAX = tests("fn", "minmax_counts_its_boxes")
-BAD = tests("fn", "wrong_arguments_are_named_with_a_remedy")
-DELIVERED = tests("loader", "delivered_pixels_are_what_the_target_says")
+BAD = tests("fn", "invalid_arguments_are_named_with_a_remedy")
+DELIVERED = tests("loader", "delivered_pixels_match_the_target")
 BOXES = tests("fn_law", "boxes")
-OPERATIONS = tests("augment", "operations_are_timms")
+OPERATIONS = tests("augment", "operations_match_timms")
 MIXED, BOXED = tests("contracts", "pastes_of_a_mix"), tests("contracts", "pastes_of_given_boxes")
 ERASED = tests("contracts", "pastes_of_erasing")
 TRAINED = tests("contracts", "no_cpu_operator_of_training_reads_gpu_data")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
-ORACLE = tests("loss", "every_option_equals_the_oracle")
-MASKED = tests("loss", "a_masked_class_in_the_target_without_weight_is_pytorchs")
-SCHEDULE = tests("loss", "a_schedule_compiles_once_more_for_leaving_zero")
+ORACLE = tests("loss", "every_option_matches_the_oracle")
+MASKED = tests("loss", "a_masked_target_class_without_weight_matches_pytorch")
+SCHEDULE = tests("loss", "a_schedule_recompiles_once_on_leaving_zero")
 SHARES = tests("loss", "shares_above_one_are_refused_by_the_next_loss")
-LAM = tests("loss", "lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply")
+LAM = tests("loss", "lam_matches_the_oracle_and_is_lam0_where_lumix_does_not_apply")
 OCCLUSION, WSOL = tests("evaluate", "occlusion"), tests("evaluate", "wsol")
 RESIZE = tests("mixing", "resizemix_pastes_the_whole_partner_into_the_box")
 TRANSMIX = tests("mixing", "transmix_by_hand", "transmix_leaves_other_kinds_alone")
@@ -78,14 +78,14 @@ BY_HAND = tests("ablations", "statistics_by_hand")
 LAWS = {
     name: tests("mixing_law", test)
     for name, test in dict(
-        partners="partners_are_anybody_else",
-        boxes="boxes_follow_their_law",
-        minmax="minmax_boxes_follow_timms_law",
-        kinds="kinds_and_weights_follow_their_laws",
+        partners="partners_are_uniform_over_the_other_samples",
+        boxes="boxes_follow_their_distribution",
+        minmax="minmax_boxes_follow_timms_distribution",
+        kinds="kinds_and_weights_follow_their_distributions",
         occur="kinds_that_occur",
         smallest="the_smallest_batches",
         patches="no_patch_is_empty_or_leaves_the_image",
-        pixels="pixels_and_lam0_are_what_the_target_says",
+        pixels="pixels_and_lam0_match_the_target",
         differ="plans_differ_by_seed_epoch_rank_and_iteration",
     ).items()
 }
@@ -120,14 +120,14 @@ MUTANTS = [
         FN,
         "Draw(partner, lam0=lam0, pixels=pixels)",
         "Draw(partner, pixels=pixels)",
-        tests("fn", "a_given_lam0_is_emitted_as_it_is"),
+        tests("fn", "a_given_lam0_is_emitted_unchanged"),
     ),
     Mutant(
         "blend wraps white around to black",
         FN,
         "BELOW_HALF = -1e-3 / 255",
         "BELOW_HALF = 0.0",
-        tests("fn", "every_pair_of_levels_blends_within_one"),
+        tests("fn", "every_pair_of_levels_blends_within_one_level"),
     ),
     # the box
     Mutant("box not clipped below 0", FN, "return math.clamp(low, 0, size)", "return low", PIXELS),
@@ -193,7 +193,7 @@ MUTANTS = [
         "uniform[0] * (longest - shortest + 1)",
         tests("fn_law", "minmax_boxes"),
     ),
-    # who, and whether
+    # partners, and whether a sample is mixed
     Mutant("labels not permuted", FN, "fn.permute_batch(labels, indices=drawn.partner)", "labels", PIXELS),
     Mutant(
         "labels permuted apart from the images",
@@ -214,7 +214,7 @@ MUTANTS = [
         FN,
         "fn.cast(_put(labels, device), dtype=types.INT64)",
         "fn.cast(fn.cast(_put(labels, device), dtype=types.FLOAT), dtype=types.INT64)",
-        tests("fn", "labels_of_readers_and_of_lists"),
+        tests("fn", "labels_from_readers_and_from_lists"),
     ),
     Mutant("own partner", FN, "fn.batch_permutation(no_fixed_points=True)", "fn.batch_permutation()", PIXELS),
     Mutant(
@@ -266,14 +266,14 @@ MUTANTS = [
         FN,
         "weights.append(_put(drawn.weight, device))",
         "weights.append(drawn.weight)",
-        tests("fn", "gpu_graph_keeps_to_the_budget"),
+        tests("fn", "gpu_graph_stays_within_the_budget"),
     ),
     Mutant(
         "a CPU operator too many",
         FN,
         "kind = reduce(add, kinds)",
         "drawn = drawn._replace(partner=drawn.partner + 0 + 0); kind = reduce(add, kinds)",
-        tests("fn", "gpu_graph_keeps_to_the_budget"),
+        tests("fn", "gpu_graph_stays_within_the_budget"),
     ),
     Mutant("mode='pair' taken for batch", LAW, "self.mode not in get_args(Mode)", 'self.mode[0] not in "ebp"', BAD),
     # the plan of a batch
@@ -414,7 +414,7 @@ MUTANTS = [
         "partners = values.flip(0)",
         tests("target", "mix_is_the_weighted_sum_of_rows"),
     ),
-    # what the GPU's kernels can take
+    # what the GPU kernels accept
     Mutant(
         "samples without a box are pasted",
         FN,
@@ -461,7 +461,7 @@ MUTANTS = [
     Mutant(
         "an empty region is erased", AUGMENT, "fn.reductions.min(sides) > 0", "fn.reductions.min(sides) >= 0", ERASED
     ),
-    # the benchmarks' mixing methods, and what is said of accuracies
+    # the benchmarks' mixing methods, and the text about accuracies
     Mutant(
         "ResizeMix crops",
         MIXING,
@@ -502,14 +502,14 @@ MUTANTS = [
         MIXING,
         "fn.reductions.mean(weight)",
         "fn.reductions.max(weight)",
-        tests("mixing", "each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean"),
+        tests("mixing", "each_patch_has_its_own_weight_and_lam0_is_their_mean"),
     ),
     Mutant(
         "random λ weighs the canvas",
         MIXING,
         "own + (other - own) * spread",
         "other + (own - other) * spread",
-        tests("mixing", "each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean"),
+        tests("mixing", "each_patch_has_its_own_weight_and_lam0_is_their_mean"),
     ),
     Mutant(
         "the canvas' salient point",
@@ -603,7 +603,7 @@ MUTANTS = [
         ABLATIONS,
         'commit=meta.get("commit")',
         "commit=None",
-        tests("ablations", "another_commit_is_refused"),
+        tests("ablations", "a_different_commit_is_refused"),
     ),
     # MixTarget.dense
     Mutant(
@@ -675,7 +675,7 @@ MUTANTS = [
         LOSS,
         "c.clamp(torch.minimum(a, b), torch.maximum(a, b))",
         "torch.minimum(a, b)",
-        tests("loss", "noise_follows_its_law"),
+        tests("loss", "noise_follows_its_distribution"),
     ),
     Mutant(
         "check_target lets -100 through",
@@ -724,7 +724,7 @@ MUTANTS = [
         LOSS,
         "torch.inference_mode(False)",
         "torch.inference_mode(torch.is_inference_mode_enabled())",
-        tests("loss", "a_number_set_in_inference_mode_serves_in_training"),
+        tests("loss", "a_number_set_in_inference_mode_works_in_training"),
     ),
     Mutant(
         "the shares' sum is checked too early",
@@ -761,21 +761,21 @@ MUTANTS = [
         PIPELINES,
         "half + (half & margin & 1)",
         "half + (margin & 1)",
-        tests("classification", "evaluation_is_timms_to_three_tenths_of_a_grey_level"),
+        tests("classification", "evaluation_matches_timms_within_three_tenths_of_a_grey_level"),
     ),
     Mutant(
         "scale and ratio exchanged",
         PIPELINES,
         "random_area=list(transform.scale),",
         "random_area=[0.5, 1.0],",
-        tests("classification", "the_training_crop_follows_timms_law"),
+        tests("classification", "the_training_crop_follows_timms_distribution"),
     ),
     Mutant(
         "images turned by EXIF",
         DECODING,
         "        adjust_orientation=False,\n        **options",
         "        adjust_orientation=True,\n        **options",
-        tests("classification", "nothing_is_turned_by_exif"),
+        tests("classification", "exif_orientation_is_ignored"),
     ),
     # the loader and its order
     Mutant(
@@ -818,14 +818,14 @@ MUTANTS = [
         FORMATS,
         "components in (1, 3)",
         "components in (1, 3, 4)",
-        tests("feed", "dali_gets_no_odd_header"),
+        tests("feed", "dali_never_sees_an_odd_header"),
     ),
     Mutant(
         "arithmetic JPEG to DALI",
         FORMATS,
         "marker in (0xC0, 0xC1, 0xC2)",
         "marker in (0xC0, 0xC1, 0xC2, 0xC9)",
-        tests("feed", "dali_gets_no_odd_header"),
+        tests("feed", "dali_never_sees_an_odd_header"),
     ),
     Mutant(
         "PNG without its end to DALI",
@@ -851,7 +851,7 @@ MUTANTS = [
         FORMATS,
         "not stat.S_ISREG(os.fstat(handle).st_mode)",
         "False",
-        tests("feed", "files_that_are_no_files"),
+        tests("feed", "paths_that_are_not_regular_files"),
     ),
     Mutant(
         "bitmaps freed at once",
@@ -908,35 +908,35 @@ MUTANTS = [
         LOADER,
         "(from_dlpack(output.as_tensor()) for",
         "(from_dlpack(output.as_tensor()).clone() for",
-        tests("gpu", "batches_are_dalis_own_memory"),
+        tests("gpu", "batches_share_dalis_memory"),
     ),
     Mutant(
         "the loss of low-precision logits in their own type",
         LOSS,
         "torch.float64 else torch.float32\n",
         "torch.float64 else logits.dtype\n",
-        tests("gpu", "low_precision_logits_cost_a_rounding_of_the_gradient_alone"),
+        tests("gpu", "low_precision_logits_only_round_the_gradient"),
     ),
     Mutant(
         "what a stopped step started lives on",
         VISIT,
         "os.killpg(process.pid, number)",
         "os.kill(process.pid, number)",
-        tests("visit", "a_visit_goes_on_whatever_a_step_does"),
+        tests("visit", "a_visit_continues_whatever_a_step_does"),
     ),
     Mutant(
         "results come at the end alone",
         VISIT,
         "        results.flush()\n",
         "",
-        tests("visit", "a_visit_goes_on_whatever_a_step_does"),
+        tests("visit", "a_visit_continues_whatever_a_step_does"),
     ),
     Mutant(
         "a visit's step has a flag that its program lacks",
         VISIT,
         '"--steps", "20"',
         '"--stepps", "20"',
-        tests("visit", "every_step_is_a_command_line_that_its_program_takes"),
+        tests("visit", "every_step_is_a_command_line_that_its_program_accepts"),
     ),
     Mutant(
         "unpaired seeds are compared",
@@ -964,7 +964,7 @@ MUTANTS = [
         "benchmarks/probe.py",
         'difference["most"] else',
         "True else",
-        tests("visit", "the_decoder_that_ran_is_told_by_its_pixels"),
+        tests("visit", "the_decoder_that_ran_is_identified_by_its_pixels"),
     ),
     Mutant(
         "training's region is another in every run",
@@ -978,7 +978,7 @@ MUTANTS = [
         "benchmarks/cost.py",
         'if readers := operators(build(s, threads, len(LOADER_STAGES)))["read_from_gpu"]:',
         "if readers := []:",
-        tests("benchmarks", "operators_and_copies_are_counted_on_a_gpus_graph"),
+        tests("benchmarks", "operators_and_copies_are_counted_in_a_gpu_graph"),
     ),
     Mutant(
         "any thread can fail a capture",
@@ -1038,21 +1038,21 @@ MUTANTS = [
         AUGMENT,
         "chances = [1 - policy.prob] + [policy.prob /",
         "chances = [0] + [1 /",
-        tests("augment", "draws_follow_timms_law"),
+        tests("augment", "draws_follow_timms_distribution"),
     ),
     Mutant(
         "magnitudes twice as spread",
         AUGMENT,
         "stddev=policy.std, shape=[policy.layers])",
         "stddev=2 * policy.std, shape=[policy.layers])",
-        tests("augment", "draws_follow_timms_law"),
+        tests("augment", "draws_follow_timms_distribution"),
     ),
     Mutant(
         "erased areas up to a third and more",
         AUGMENT,
         "(1 / 3 - 0.02) + 0.02",
         "(1 / 3) + 0.02",
-        tests("augment", "regions_are_timms"),
+        tests("augment", "regions_match_timms"),
     ),
     Mutant(
         "noise in units of the whole range",
@@ -1066,9 +1066,9 @@ MUTANTS = [
         ORDER,
         "np.repeat(self._shuffled(epoch), self.repeats)",
         "np.tile(self._shuffled(epoch), self.repeats)",
-        tests("order", "repeated_augmentation_is_timms"),
+        tests("order", "repeated_augmentation_matches_timms"),
     ),
-    # in other programs
+    # integration with other programs
     Mutant(
         "no sampler to set the epoch of",
         LOADER,
@@ -1230,7 +1230,7 @@ def line_of(mutant):
 
 
 def run_tests(arguments, mutant=None):
-    """pytest in a copy of the tree, with the mutant in it."""
+    """Runs pytest in a copy of the tree that contains the mutant."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder, "tree")
@@ -1243,9 +1243,9 @@ def run_tests(arguments, mutant=None):
 
 
 def judge(tree, arguments):
-    """(did a test fail, which)."""
+    """(whether a test failed, which one)."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
-    # the copy comes before an installed package, in the processes that tests start as well
+    # the copy shadows an installed package, also in the processes that tests start
     env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=SECONDS)

@@ -1,6 +1,6 @@
-"""Unparsable, damaged and odd files, made from scratch, each with the verdict it must get.
+"""Unparsable, damaged and odd files, made from scratch, each with its expected verdict.
 
-Every file that is delivered is 96 wide and 64 high (three exceptions), so that a loader whose output has that
+Every delivered file is 96 wide and 64 high (with three exceptions), so that a loader whose output has that
 size returns the decoded pixels themselves. Nothing here uses the package: Pillow writes the formats, or they are
 written by hand where Pillow has no writer or the file must be wrong.
 """
@@ -25,15 +25,15 @@ PNG_START, ZEROS = b"\x89PNG\r\n\x1a\n", bytes(2000)
 
 @dataclass(frozen=True)
 class Odd:
-    """A file and its right verdict.
+    """A file and its expected verdict.
 
     Args:
         content: bytes of the file.
         verdict: "pillow" (delivered, with Pillow's pixels), "dali" (delivered, DALI decodes it), "bad" (named with
             a reason and replaced), or "either" (delivered or bad).
         pixels: uint8 [64, 96, 3], the pixels that must be delivered; None: those of Pillow's ``convert("RGB")``.
-        tolerance: max mean absolute difference from them, in grey levels.
-        memory: max bytes that the process may need beyond those that a good file needs.
+        tolerance: max mean absolute difference from `pixels`, in grey levels.
+        memory: max bytes that the process may need beyond those for a good file.
     """
 
     content: bytes
@@ -63,7 +63,7 @@ def base() -> np.ndarray:
 
 
 def pillow(content: bytes) -> np.ndarray:
-    """What timm's loader makes of a file."""
+    """The pixels that timm's loader decodes from a file."""
     with Image.open(io.BytesIO(content)) as image:
         return np.array(image.convert("RGB"))
 
@@ -77,7 +77,7 @@ PATHS = ("folder", "missing", "broken link", "loop", "fifo", "socket", "device",
 
 
 def odd_path(name: str, path: Path) -> None:
-    """Makes something at `path` that is no readable regular file: all of them are bad."""
+    """Creates something at `path` that is not a readable regular file; all of these are bad."""
     if name == "folder":
         path.mkdir()
     elif name == "broken link":
@@ -90,13 +90,13 @@ def odd_path(name: str, path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
     elif name == "device":
-        path.symlink_to("/dev/zero")  # reading it never ends
+        path.symlink_to("/dev/zero")  # reading it would never end
     elif name == "unreadable":
         path.write_bytes(encoded("JPEG"))
         path.chmod(0)
 
 
-# Some of each cause by which a file ends the process or takes its memory, and the files with pixels of their own.
+# Examples of each cause by which a file ends the process or exhausts its memory, and the files with their own pixels.
 CAUSES = (
     *("html", "svg", "text", "nothing", "one byte", "zeros", "gif", "avif", "ico", "pnm, PAM", "start of PNG"),
     *("jpeg, cut after 50 bytes", "jpeg, cut at half of its scan", "jpeg, without its end marker"),
@@ -117,7 +117,7 @@ CAUSES = (
 
 
 def encoded(kind: str, mode: str = "RGB", image: Image.Image | None = None, **options) -> bytes:
-    """`base()`, or `image`, in a format of Pillow's."""
+    """`base()`, or `image`, in a Pillow format."""
     buffer = io.BytesIO()
     image = Image.fromarray(base()) if image is None else image
     (image if image.mode == mode else image.convert(mode)).save(buffer, kind, **options)
@@ -142,7 +142,7 @@ def _exact(verdict: str, contents: dict[str, bytes], tolerance: float = 0.0) -> 
     return {name: Odd(content, verdict, tolerance=tolerance) for name, content in contents.items()}
 
 
-# Files that are no image at all
+# Files that are not images
 
 
 def _foreign() -> dict[str, Odd]:
@@ -175,7 +175,7 @@ def _foreign() -> dict[str, Odd]:
 
 
 def _starts() -> dict[str, Odd]:
-    """Only the first bytes of each format."""
+    """The first bytes of each format, and nothing else."""
     starts = {
         "JPEG": b"\xff\xd8\xff",
         "JPEG, two bytes": b"\xff\xd8",
@@ -215,7 +215,7 @@ def _starts() -> dict[str, Odd]:
 
 
 def segments(jpeg: bytes) -> list[tuple[int, int]]:
-    """(marker, place) of a JPEG's segments, up to the scan."""
+    """(marker, offset) of a JPEG's segments, up to the scan."""
     found, place = [], 2
     while True:
         marker, length = jpeg[place + 1], int.from_bytes(jpeg[place + 2 : place + 4], "big")
@@ -268,7 +268,7 @@ def _jpeg_good() -> dict[str, Odd]:
         "jpeg, 10 kB behind its end": jpeg + np.random.default_rng(0).bytes(10_000),
         "jpeg, another behind its end": jpeg + encoded("JPEG", "L"),
         "jpeg, fill bytes before a marker": jpeg[:frame] + b"\xff" * 5 + jpeg[frame:],
-        "jpeg, without Huffman tables": _without(jpeg, 0xC4),  # as in Motion JPEG: the standard's own are taken
+        "jpeg, without Huffman tables": _without(jpeg, 0xC4),  # as in Motion JPEG: the standard tables are used
         "jpeg, bits flipped in the scan": _flipped(jpeg),
         "jpeg, header of arithmetic coding": _patched(jpeg, frame + 1, b"\xc9"),
         "jpeg, frame header behind 640 kB": jpeg[:2] + comment * 10 + jpeg[2:],
@@ -281,7 +281,7 @@ def _jpeg_rare() -> dict[str, Odd]:
     jpeg, cmyk = encoded("JPEG", quality=90), encoded("JPEG", "CMYK")
     comment = b"\xff\xfe\xff\xff" + b"c" * 65533
     adobe = _segment(cmyk, 0xEE)
-    claim = Odd(_sized(jpeg, 9000, 9000), "either")  # below the limit of pixels; whether it is cut is a matter of taste
+    claim = Odd(_sized(jpeg, 9000, 9000), "either")  # below the pixel limit; whether it is truncated is debatable
     return {"jpeg, claims 9000x9000": claim} | _exact(
         "pillow",
         {
@@ -355,7 +355,7 @@ def _jpeg_bad() -> dict[str, Odd]:
 
 
 def chunk(name: bytes, data: bytes, length: int | None = None, crc: int | None = None) -> bytes:
-    """A chunk of a PNG file, with a false length or checksum where given."""
+    """A chunk of a PNG file, with a wrong length or checksum if given."""
     crc = zlib.crc32(name + data) if crc is None else crc
     return struct.pack(">I", len(data) if length is None else length) + name + data + struct.pack(">I", crc)
 
@@ -366,13 +366,13 @@ def header(width: int = WIDTH, height: int = HEIGHT, depth: int = 8, colour: int
 
 
 def _rows(pixels: np.ndarray) -> bytes:
-    """Rows of bytes, each after its filter's number, 0."""
+    """Rows of bytes, each preceded by the filter number 0."""
     rows = np.ascontiguousarray(pixels).view(np.uint8).reshape(len(pixels), -1)
     return np.pad(rows, ((0, 0), (1, 0))).tobytes()
 
 
 def png(first: bytes, data: bytes, *before: bytes) -> bytes:
-    """A PNG file of IHDR, further chunks, and rows to be compressed."""
+    """A PNG file of IHDR, further chunks, and rows, which are compressed here."""
     return PNG_START + first + b"".join(before) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -434,7 +434,7 @@ def _faded() -> Image.Image:
 
 
 def _png_damaged() -> dict[str, Odd]:
-    """What DALI refuses and Pillow, more lenient, reads."""
+    """Files that DALI refuses and Pillow, which is more lenient, reads."""
     content, rows = encoded("PNG"), _rows(base())
     data = content.index(b"IDAT") - 4
     return _exact(
@@ -530,7 +530,7 @@ def _webp() -> dict[str, Odd]:
 
 
 def _odd_webp() -> bytes:
-    """Lossless, turned by its EXIF, and with a VP8L chunk of odd length: the padding byte confuses a parser."""
+    """Lossless, rotated by its EXIF, and with a VP8L chunk of odd length, whose padding byte confuses a parser."""
     for seed in range(100):
         noise = np.random.default_rng(seed).integers(0, 3, (HEIGHT, WIDTH, 3), np.uint8)
         content = encoded("WEBP", image=Image.fromarray(base() // 2 + noise), lossless=True, exif=_exif(6))
@@ -546,13 +546,13 @@ def _odd_webp() -> bytes:
 def _gif() -> dict[str, Odd]:
     still = encoded("GIF")
     frames = dict(save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT), "green")])
-    frame = still.index(b"\x2c", 781)  # behind the palette of 256 colours
+    frame = still.index(b"\x2c", 781)  # after the palette of 256 colours
     good = {
         "gif": still,
         "gif, animated": encoded("GIF", **frames),
         "gif, interlaced": encoded("GIF", interlace=True),
         "gif, transparent": encoded("GIF", "P", transparency=0),
-        "gif, size 0": _patched(still, 6, bytes(4)),  # the frame tells it
+        "gif, size 0": _patched(still, 6, bytes(4)),  # the frame says so
     }
     bad = {
         "gif, cut within its header": still[:10],
@@ -571,7 +571,7 @@ def _gif() -> dict[str, Odd]:
 def bmp(
     bits: int, compression: int, data: bytes, *, extra: bytes = b"", width: int = WIDTH, height: int = HEIGHT
 ) -> bytes:
-    """A BMP file; `extra` are masks or a palette behind the header of 40 bytes."""
+    """A BMP file; `extra` holds masks or a palette after the 40-byte header."""
     start = 54 + len(extra)
     colours = len(extra) // 4 if bits <= 8 else 0
     info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(data), 2835, 2835, colours, 0)
@@ -647,9 +647,9 @@ SHORT, LONG = 3, 4
 
 
 def tiff(pixels: np.ndarray, tags: dict[int, int | tuple[int, ...]], following: int = 0) -> bytes:
-    """A little-endian TIFF file of one strip; `following` is the place of the next directory.
+    """A little-endian TIFF file of one strip; `following` is the offset of the next directory.
 
-    `tags` are set after those that `pixels` [H, W, ...] ask for; all of them are SHORT or LONG.
+    `tags` are set after those that `pixels` [H, W, ...] require; all are SHORT or LONG.
     """
     height, width, *channels = pixels.shape
     samples, data = (channels or [1])[0], pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
@@ -675,7 +675,7 @@ def _sample_format(pixels: np.ndarray) -> int:
 def _tiff() -> dict[str, Odd]:
     levels = base()[..., 0]
     turned = encoded("TIFF", image=Image.fromarray(np.ascontiguousarray(np.rot90(base()))), tiffinfo={274: 6})
-    own = len(base().tobytes()) + 8  # the place of the directory
+    own = len(base().tobytes()) + 8  # the offset of the directory
     pillow_reads = {
         "tiff": encoded("TIFF"),
         "tiff, by hand": tiff(base(), {}),
@@ -730,7 +730,7 @@ def _tiff() -> dict[str, Odd]:
 
 
 def _big_endian() -> bytes:
-    """One strip of grey."""
+    """One grey strip."""
     tags = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: HEIGHT, 279: WIDTH * HEIGHT}
     entries = b"".join(struct.pack(">HHII", tag, LONG, 1, value) for tag, value in tags.items())
     data = base()[..., 0].tobytes()
@@ -778,8 +778,8 @@ def _jpeg2000() -> dict[str, Odd]:
 def _twelve_bits(mode: str) -> tuple[np.ndarray, bytes]:
     """Levels in [0, 4095] and their codestream.
 
-    Pillow writes 8 bits, or 16 of grey. The header's depth only sets what is added to the decoded, signed values:
-    half of the range. So values moved by the difference of two halves are right once the header says 12.
+    Pillow writes 8 bits, or 16 for grey. The header's depth only sets the offset added to the decoded, signed values:
+    half of the range. So values shifted by the difference of the two halves are correct once the header says 12.
     """
     if mode == "RGB":
         pixels, values = base(), base().astype(np.uint16) + 2**11 - 2**7
@@ -839,7 +839,7 @@ def _pnm() -> dict[str, Odd]:
     )
 
 
-# Formats that only Pillow knows
+# Formats that only Pillow reads
 
 
 def _rare() -> dict[str, Odd]:
@@ -869,14 +869,14 @@ def _rare() -> dict[str, Odd]:
         "ico, PNG of 60000x60000 within": _ico(png(header(60000, 60000), b"")),
         "dds, cut at half": encoded("DDS")[:5000],
         "qoi, cut at half": encoded("QOI")[:1000],
-        "eps": encoded("EPS"),  # rendering it would run a program, Ghostscript, on what the file says
+        "eps": encoded("EPS"),  # rendering it would run Ghostscript on the file's contents
         "eps, postscript only": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 64\n0 0 moveto showpage\n%%EOF\n",
     }
     return _exact("pillow", good) | _exact("bad", bad)
 
 
 def _ico(image: bytes) -> bytes:
-    """An icon whose directory says 96x64, whatever `image` says."""
+    """An icon whose directory says 96x64, whatever the size of `image`."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", WIDTH, HEIGHT, 0, 0, 1, 32, len(image), 22) + image
 
 

@@ -1,22 +1,22 @@
-"""Runs cases of the corpus of odd files, each in a process of its own.
+"""Runs cases of the corpus of odd files, each in its own process.
 
 ``python -m tests.odd_worker FOLDER`` reads one case per line of its input, as JSON, and answers each with a line.
-It imports the package once and then forks for each case, before anything of DALI has started: a tenth of the cost
-of a fresh interpreter. The answer to a case that a signal ended has the signal's name.
+It imports the package once and then forks for each case, before any part of DALI has started: a tenth of the cost
+of a fresh interpreter. If a signal ended a case, the answer has the signal's name.
 
 A case has
     kinds: names of `odd.odd()`. The first replaces the good sample whose label is `label`; without `label`, all of
-        them follow the good samples, one label each. An empty list: only good samples.
-    source: "folder", "tar" or "tfrecord"; or "list", of files of which one is `path`, see `odd.odd_path`.
+        them follow the good samples, one label each. An empty list means only good samples.
+    source: "folder", "tar" or "tfrecord"; or "list", a list of files of which one is `path`, see `odd.odd_path`.
     mode: "training", "evaluation", "check" or "check --full".
-    threads: of the loader, or processes of the check.
+    threads: number of the loader's threads, or of the check's processes.
 
 An answer has
-    labels: as delivered. bad: {name: reason}. warnings: their texts.
-    differences: {label: mean absolute difference of an odd file's pixels from the right ones}.
-    names, reasons: of the files that a check calls bad.
-    error: text of an exception. died: name of the signal. memory: peak, in bytes. printed: the end of the output.
-    ghostscript: whether the program was started.
+    labels: as delivered. bad: {name: reason}. warnings: their messages.
+    differences: {label: mean absolute difference of an odd file's pixels from the expected ones}.
+    names, reasons: of the files that a check reports as bad.
+    error: message of an exception. died: name of the signal. memory: peak, in bytes. printed: end of the output.
+    ghostscript: whether Ghostscript was started.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# Decoding of good files must be under way when an error unwinds the decoder. With 31 samples after the bad one a
-# process dies nearly always, with 15, of any size, never.
+# Decoding of good files must be in progress when an error unwinds the decoder. With 31 samples after the bad one the
+# process nearly always dies; with 15, of any size, it never does.
 GOOD = 64
-TIME_LIMIT = 60  # seconds for a case, after which it counts as hung
+TIME_LIMIT = 60  # seconds after which a case counts as hung
 
 
 def main(folder):
     import lumix_dali.data.check
-    import lumix_dali.loading.loader  # noqa: F401  (before the fork, which makes a case cheap)
+    import lumix_dali.loading.loader  # noqa: F401  (before the fork, which makes each case cheap)
     from tests.odd import odd
 
     odd()
@@ -59,7 +59,7 @@ def make_good(folder):
             pixels = np.uint8(noise + np.stack([x / 2, y / 2, 3 * number + 0 * x], -1))
             scratch = path.with_suffix(f".{os.getpid()}")
             Image.fromarray(pixels).save(scratch, "JPEG", quality=90)
-            scratch.replace(path)  # another worker may make the same
+            scratch.replace(path)  # another worker may create the same
     return paths
 
 
@@ -71,7 +71,7 @@ def in_child(case, good):
             child(case, good, Path(folder), printed, out)
         _, status, usage = os.wait4(pid, 0)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # what a check that hung has left
+            os.killpg(pid, signal.SIGKILL)  # what a hung check has left
         code = os.waitstatus_to_exitcode(status)
         printed.seek(max(0, printed.seek(0, os.SEEK_END) - 2000))
         out.seek(0)
@@ -87,7 +87,7 @@ def in_child(case, good):
 
 
 def child(case, good, folder, printed, out):
-    """Answers into `out`, and never returns."""
+    """Writes the answer to `out` and never returns."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -105,7 +105,7 @@ def child(case, good, folder, printed, out):
         traceback.print_exc()
         sys.stderr.flush()
     finally:
-        os._exit(status)  # not into the parent's loop
+        os._exit(status)  # must not re-enter the parent's loop
 
 
 def run(case, good, folder):
@@ -122,7 +122,7 @@ def run(case, good, folder):
 
 
 def fake_ghostscript(folder):
-    """A `gs` before any other; the file that it would leave behind."""
+    """Puts a fake `gs` first on PATH; returns the file that it creates if it is run."""
     ghost, tool = folder / "gs was run", folder / "bin" / "gs"
     tool.parent.mkdir()
     tool.write_text(f"#!/bin/sh\necho x > '{ghost}'\n")
@@ -132,14 +132,14 @@ def fake_ghostscript(folder):
 
 
 def make_samples(case, good, root):
-    """One class per sample, so that a label says which it is; {label: kind} of the odd ones."""
+    """One class per sample, so that the label identifies it; returns {label: kind} of the odd samples."""
     from tests.odd import odd
 
     contents = dict(enumerate(good))
     label = case.get("label")
     kinds = {label if label is not None else GOOD + k: kind for k, kind in enumerate(case["kinds"])}
     count = len(contents.keys() | kinds.keys())
-    contents |= dict.fromkeys(range(count, -(-count // GOOD) * GOOD), good[0])  # whole batches
+    contents |= dict.fromkeys(range(count, -(-count // GOOD) * GOOD), good[0])  # full batches
     for number in sorted(contents.keys() | kinds.keys()):
         path = root / f"{number:03}" / f"image {number:03}.jpg"
         path.parent.mkdir(parents=True)
@@ -151,7 +151,7 @@ def make_samples(case, good, root):
 
 
 def make_list(case, root):
-    """A list of all files, the one at `label` replaced by what `case` calls `path`."""
+    """A list of all files, in which the file at `label` is replaced by the case's `path`."""
     from tests.odd import odd_path
 
     names = sorted(str(path.relative_to(root)) for path in root.glob("*/*"))
@@ -174,7 +174,7 @@ def shards(root, out):
 
 
 def load(case, source, kinds):
-    """One epoch, whose crops are the whole images."""
+    """One epoch whose crops are the whole images."""
     from lumix_dali import create_loader
 
     training = case["mode"] == "training"
@@ -203,14 +203,14 @@ def load(case, source, kinds):
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     answer["warnings"] = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
-    # Before the comparison, which decodes the odd image once more.
+    # Before the comparison, which decodes the odd image again.
     answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     answer["differences"] = {label: difference(kinds[label], rows[label]) for label in kinds.keys() & rows}
     return answer
 
 
 def difference(kind, image):
-    """From the pixels that are right, in grey levels; None where these have another size."""
+    """Difference from the expected pixels, in grey levels; None if they have another size."""
     import numpy as np
 
     from tests.odd import odd, pillow
@@ -219,7 +219,7 @@ def difference(kind, image):
     try:
         expected = pillow(each.content) if each.pixels is None else each.pixels
     except Exception:
-        return None  # a bad one, which its substitute has replaced
+        return None  # a bad sample, replaced by its substitute
     found = image.transpose(1, 2, 0)
     return float(np.abs(found.astype(float) - expected).mean()) if found.shape == expected.shape else None
 

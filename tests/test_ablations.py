@@ -1,4 +1,4 @@
-"""The ablations: paired rows, statistics by hand, a run that resumes where it was stopped."""
+"""The ablations: paired rows, hand-worked statistics, and a run that resumes where it was stopped."""
 
 import json
 from functools import partial
@@ -75,11 +75,11 @@ def arguments(folder, out, *more, table=2):
     )
 
 
-# --- what is compared
+# --- comparisons
 
 
 def test_tables_are_the_papers():
-    """Ratios and accuracies as the paper's tables have them; each with one row of plain CutMix."""
+    """Ratios and accuracies are those of the paper's tables; each table has one row of plain CutMix."""
     loss = {
         number: [(row.loss["r_r"], row.loss["r_s"], row.loss["eta"]) for row in rows] for number, rows in TABLES.items()
     }
@@ -124,7 +124,7 @@ def test_rows_from_files_share_weights_order_and_crops(folder, tmp_path):
     for one, other in zip(plain.model.parameters(), mixed.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert plain.steps == mixed.steps == 2
-    for _ in range(5):  # two epochs and more
+    for _ in range(5):  # more than two epochs
         (images, target), (changed, mixed_target) = plain.batch(), mixed.batch()
         assert images.shape == (4, 16, 16, 3) and torch.equal(target.labels, mixed_target.labels)
         assert not torch.equal(images, changed)
@@ -135,7 +135,7 @@ def test_rows_from_files_share_weights_order_and_crops(folder, tmp_path):
         Training(args, Row("", None, PLAIN, "resizemix"), seed=3, epochs=2)
 
 
-def test_rows_that_differ_in_the_loss_alone_see_the_same_batches(folder, tmp_path):
+def test_rows_that_differ_only_in_the_loss_see_the_same_batches(folder, tmp_path):
     args, rows = arguments(folder, tmp_path / "x.json"), TABLES["2"]
     one, other = Training(args, rows[0], 1, 2), Training(args, rows[-1], 1, 2)
     for _ in range(3):
@@ -144,7 +144,7 @@ def test_rows_that_differ_in_the_loss_alone_see_the_same_batches(folder, tmp_pat
     assert not torch.equal(Training(args, rows[0], 2, 2).batch()[0], images)
 
 
-def test_a_seed_has_its_own_images_of_each_class():
+def test_each_seed_has_its_own_images_of_each_class():
     labels = np.repeat([0, 1, 2], 50)
     chosen = subset(labels, 4, 0)
     np.testing.assert_array_equal(labels[chosen], np.repeat([0, 1, 2], 4))
@@ -175,7 +175,7 @@ def test_statistics_by_hand():
     assert found.p == pytest.approx(1 - 2 * 3**0.5 / 14**0.5, abs=1e-9)
 
 
-def test_only_seeds_that_both_have_are_compared():
+def test_only_common_seeds_are_compared():
     assert paired.difference(runs(91.0, 94.0), runs(90.0)) == (1, 1.0, None, None)
     assert paired.difference([], runs(90.0)) == (0, None, None, None)
 
@@ -201,11 +201,11 @@ def test_comparisons_are_corrected_over_their_table():
     assert found["a"][1] == pytest.approx(2 * found["a"][0].p) and found["b"][1] == pytest.approx(found["b"][0].p)
 
 
-# --- what is measured
+# --- measurements
 
 
 def test_label_weights_by_hand():
-    """λ_s = σ(z_a - z_b); λ = .5·λ0 + .4·λ_r + .1·λ_s; the second -.24 is clamped, the third is not mixed."""
+    """λ_s = σ(z_a - z_b); λ = .5·λ0 + .4·λ_r + .1·λ_s; the second, -.24, is clamped; the third is not mixed."""
     target = MixTarget(
         torch.tensor([0, 1, 0]),
         torch.tensor([1, 0, 1]),
@@ -229,7 +229,7 @@ def test_label_weights_by_hand():
 
 
 def test_validation_by_hand(folder, tmp_path):
-    """Logits of ±l on eight images, six of them right: p = σ(2l), all in one bin."""
+    """Logits of ±l on eight images, six of them correct: p = σ(2l), all in one bin."""
     training = Training(arguments(folder, tmp_path / "x.json"), TABLES["2"][0], 0, 1)
     logits = torch.where(torch.from_numpy(training.val.labels)[:, None] == torch.arange(2), 1.0, -1.0)
     logits[[0, 7]] *= -1
@@ -250,7 +250,7 @@ def test_it_learns_colours(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """A run in one go."""
+    """An uninterrupted run."""
     return ablations.run(arguments(folder, tmp_path_factory.mktemp("whole") / "x.json"), "none")
 
 
@@ -258,7 +258,7 @@ def accuracies(result):
     return {row["name"]: [(run["seed"], run["top1"]) for run in row["runs"]] for row in result["rows"]}
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
+def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch, whole):
     args, real, calls = arguments(folder, tmp_path / "x.json"), training.train, []
 
     def stops(*task):
@@ -272,11 +272,11 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
         ablations.run(args, "none")
     partial = json.loads((tmp_path / "x.json").read_text())
     assert not partial["complete"] and sum(len(row["runs"]) for row in partial["rows"]) == 3
-    assert len(tables.table_accuracy(partial)) == 6  # it can be looked at
+    assert len(tables.table_accuracy(partial)) == 6  # a partial result can be inspected
 
     result = ablations.run(args, "none")
     assert result["complete"] and calls[3:] == [calls[3], *calls[4:]] and len(calls) == 11
-    assert len(set(calls)) == 10  # what was done is not done again
+    assert len(set(calls)) == 10  # finished work is not repeated
     assert result == json.loads((tmp_path / "x.json").read_text())
     assert accuracies(result) == accuracies(whole)
     assert ablations.run(args, "none") == result and len(calls) == 11
@@ -285,19 +285,19 @@ def test_a_stopped_run_goes_on(folder, tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize(
     ("more", "named"), [(["--lr", "1e-4"], "lr was 0.002 and is 0.0001"), (["--seeds", "3"], "seeds was 2 and is 3")]
 )
-def test_another_run_is_refused(folder, tmp_path, whole, more, named):
+def test_a_different_run_is_refused(folder, tmp_path, whole, more, named):
     (tmp_path / "x.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=named):
         ablations.run(arguments(folder, tmp_path / "x.json", *more), "none")
 
 
-def test_another_commit_is_refused(folder, tmp_path, whole):
+def test_a_different_commit_is_refused(folder, tmp_path, whole):
     (tmp_path / "x.json").write_text(json.dumps(whole | dict(meta=whole["meta"] | dict(commit="abc"))))
     with pytest.raises(ValueError, match="commit was 'abc'"):
         ablations.run(arguments(folder, tmp_path / "x.json"), "none")
 
 
-def test_a_row_that_the_model_cannot_have_says_why(folder, tmp_path, monkeypatch):
+def test_a_row_that_does_not_fit_the_model_says_why(folder, tmp_path, monkeypatch):
     rows = [row for row in TABLES["6"] if row.name in ("CutMix", "TransMix")]
     monkeypatch.setitem(TABLES, "6", rows)
     args = arguments(folder, tmp_path / "x.json", "--seeds", "1", "--epochs", "1", table=6)
@@ -353,7 +353,7 @@ def test_table_by_hand():
 
 
 def components(*rows):
-    """A result with three metrics, no speed, and label weights: name, and top-1 of each seed."""
+    """A result with three metrics, no speed, and label weights, from a name and each seed's top-1."""
     weights = dict(
         moved=[0.2, 0.1],
         clamped=[0.0, 0.25],
@@ -386,7 +386,7 @@ def components(*rows):
     )
 
 
-def test_metrics_side_by_side_and_what_holds():
+def test_metrics_side_by_side_and_which_differences_hold():
     """Differences 2, 2.1, 1.9 hold after a correction by 2; the other row's, -1, 1, 0, do not; ECE is equal."""
     result = components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]), ("other", [89, 93, 94]))
     head, _, lumix, _ = tables.table_accuracy(result)

@@ -1,7 +1,7 @@
-"""Augmentation does what timm's does: each operation at each level, the law of the draws, regions that are erased.
+"""Augmentation matches timm's: each operation at each level, the distribution of the draws, and the erased regions.
 
 The operations are compared on pieces of photographs with timm's own `AugmentOp` of the same magnitude and sign,
-through the whole graph: only what `random.choice` drew is given. timm is 1.0.31.
+through the whole graph: only the outcome of `random.choice` is given. Tested with timm 1.0.31.
 """
 
 import random
@@ -50,19 +50,19 @@ def run(define, batch_size, device="cpu", seed=0, steps=1, **inputs):
 
 @pytest.fixture(scope="module")
 def photographs():
-    """uint8 [4, 90, 130, 3]: pieces of two photographs, one of little contrast."""
+    """uint8 [4, 90, 130, 3]: pieces of two photographs, one with little contrast."""
     first, second = load_sample_images().images
     dull = second[300:390, 40:170] // 4 + 90
     return np.stack([first[:90, :130], first[200:290, 300:430], second[150:240, 250:380], dull])
 
 
 def drawing(monkeypatch, outcomes):
-    """Has `augment.draw` find these outcomes [layers] for every sample."""
+    """Makes `augment.draw` return these outcomes [layers] for every sample."""
     monkeypatch.setattr(augment.fn.random, "choice", lambda *_, **__: outcomes)
 
 
 def ours(monkeypatch, images, outcomes, spec, device="cpu", **options):
-    """Every row of `outcomes` [N, layers] done to every image: uint8 [N, images, H, W, 3]."""
+    """Applies every row of `outcomes` [N, layers] to every image: uint8 [N, images, H, W, 3]."""
 
     def define(images, outcomes):
         with monkeypatch.context() as patch:
@@ -90,16 +90,16 @@ def assert_close(name, found, wanted):
         wrong = np.abs(found.astype(int) - wanted)
         assert wrong.mean((1, 2, 3)).max() < 1.5
         return
-    edge = slice(1, -1) if name == "Sharpness" else slice(None)  # Pillow leaves the outermost pixels
+    edge = slice(1, -1) if name == "Sharpness" else slice(None)  # Pillow leaves the outermost pixels unchanged
     wrong = np.abs(found.astype(int) - wanted)[:, edge, edge]
-    # Pillow's Equalize counts in steps of a whole number of pixels, which shows where they are few.
+    # Pillow's Equalize counts in steps of a whole number of pixels, which shows in small images.
     most = {"Color": 2, "Equalize": 1 + 255 // (found[0, ..., 0].size // 255)}
     assert wrong.max() <= (0 if name in EXACT else most.get(name, 1))
-    if name == "Color":  # where Pillow's grey level is not OpenCV's
+    if name == "Color":  # where the grey levels of Pillow and OpenCV differ
         assert (wrong > 1).mean() < 1e-4
 
 
-def test_there_are_timms_operations():
+def test_the_operations_are_timms():
     for known in (timms._RAND_INCREASING_TRANSFORMS, timms._RAND_TRANSFORMS):
         assert {name.removesuffix("Increasing") for name in known} == set(NAMES)
 
@@ -114,7 +114,7 @@ def test_there_are_timms_operations():
         (False, 3, "LINEAR"),
     ],
 )
-def test_operations_are_timms(monkeypatch, device, photographs, increasing, magnitude, interpolation):
+def test_operations_match_timms(monkeypatch, device, photographs, increasing, magnitude, interpolation):
     pillows = {"LINEAR": Image.BILINEAR, "CUBIC": Image.BICUBIC}[interpolation]
     found = ours(
         monkeypatch,
@@ -159,7 +159,7 @@ def test_equalize_is_within_two_grey_levels_at_224(monkeypatch, device):
     assert wrong.mean() < 0.7
 
 
-def test_layers_come_one_after_the_other(monkeypatch, photographs):
+def test_layers_are_applied_in_order(monkeypatch, photographs):
     pairs = [(a, b) for a in EXACT for b in EXACT]
     found = ours(monkeypatch, photographs, [[outcome(name) for name in pair] for pair in pairs], "rand-m4-inc1")
     for pair, images in zip(pairs, found, strict=True):
@@ -170,7 +170,7 @@ def test_layers_come_one_after_the_other(monkeypatch, photographs):
 
 
 def test_no_bits_are_black(monkeypatch, photographs):
-    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: once black, with Pillow 13 an error."""
+    """At the clipped magnitude of 10 timm asks Pillow for 0 bits: black in older versions, an error in Pillow 13."""
     assert not ours(monkeypatch, photographs, [[outcome("Posterize")]], "rand-m10-n1-inc1").any()
 
 
@@ -186,7 +186,7 @@ def test_magnitudes_above_ten(monkeypatch, photographs, increasing):
         assert_close(name, images, wanted)
 
 
-def test_channels_without_contrast_stay(monkeypatch):
+def test_channels_without_contrast_are_unchanged(monkeypatch):
     images = np.full((1, 8, 8, 3), [7, 0, 255], np.uint8)
     names = ["AutoContrast", "Equalize"]
     for found in ours(monkeypatch, images, [[outcome(name)] for name in names], SPEC.replace("m9", "m9-n1")):
@@ -195,14 +195,14 @@ def test_channels_without_contrast_stay(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_small_batches(photographs, count):
-    """Branches that no sample takes do no harm."""
+    """Branches that no sample takes are harmless."""
     images = np.tile(photographs, (2 * count, 1, 1, 1))[: 4 * count]
     (found,) = run(lambda images: augment.rand_augment(images, SPEC), count, steps=4, images=images)
     assert found.shape == images.shape
     assert found.dtype == np.uint8
 
 
-# The law
+# The distribution
 
 
 def timms_draws(spec, count):
@@ -226,7 +226,7 @@ def timms_draws(spec, count):
 
 
 def our_draws(spec, count):
-    """The same of ours, and the share of negative signs."""
+    """The same for our draws, and the share of negative signs."""
     policy = augment.parse(spec)
     outcomes, arguments = run(lambda: augment.draw(policy), count)
     table = augment.OPERATIONS if policy.increasing else augment.OPERATIONS | augment._NOT_INCREASING
@@ -242,7 +242,7 @@ def our_draws(spec, count):
 
 
 @pytest.mark.parametrize("spec", [SPEC, "rand-m7-n3-p0.3-mstd2", "rand-m5-mstd101-mmax4-inc1", "rand-m9-inc1"])
-def test_draws_follow_timms_law(spec):
+def test_draws_follow_timms_distribution(spec):
     count = 20000
     theirs, (mine, negative) = timms_draws(spec, count), our_draws(spec, count)
     lengths = [np.bincount([len(row) for row in drawn], minlength=4) for drawn in (theirs, mine)]
@@ -258,7 +258,7 @@ def test_draws_follow_timms_law(spec):
         assert (mine.round(4) == 10).mean() == pytest.approx(stats.norm.sf(2), abs=0.004)
 
 
-def test_layers_are_drawn_apart():
+def test_layers_are_drawn_independently():
     (outcomes, _) = run(lambda: augment.draw(augment.parse("rand-p1")), 20000)
     both = np.histogram2d(*((outcomes.T - 1) // 2), bins=15)[0]
     assert stats.chi2_contingency(both).pvalue > 1e-3
@@ -297,7 +297,7 @@ def test_parse(spec, wanted):
         (9, "9"),
     ],
 )
-def test_what_is_not_supported_is_named(spec, part):
+def test_unsupported_options_are_named(spec, part):
     with pytest.raises(ValueError) as error:
         augment.parse(spec)
     assert str(error.value).startswith(f"auto_augment={spec!r}: {part!r} is not supported; give ")
@@ -306,7 +306,7 @@ def test_what_is_not_supported_is_named(spec, part):
 # Colour jitter
 
 
-def test_jitter_is_torchvisions_in_one_order(monkeypatch, device, photographs):
+def test_jitter_matches_torchvisions_in_one_order(monkeypatch, device, photographs):
     factors = [1.3, 0.7, 1.2]
     given = iter(factors)
 
@@ -321,18 +321,18 @@ def test_jitter_is_torchvisions_in_one_order(monkeypatch, device, photographs):
         for step, factor in zip(steps, factors, strict=True):
             wanted = step(wanted, factor)
         wrong = np.abs(image.astype(int) - np.asarray(wanted))
-        assert wrong.max() <= 3  # each step within one, and the next may double it
+        assert wrong.max() <= 3  # each step is within one, and the next may double it
         assert wrong.mean() < 1
 
 
 @pytest.mark.parametrize(("jitter", "low", "high"), [((0.4, 0, 0), 0.6, 1.4), ((1.5, 0, 0, 0), 0.0, 2.5)])
-def test_factors_of_the_jitter(jitter, low, high):
+def test_jitter_factors(jitter, low, high):
     images = np.full((2000, 2, 2, 3), 100, np.uint8)
     (found,) = run(partial(augment.color_jitter, jitter=jitter, prob=0.7), 2000, images=images)
     levels = found[:, 0, 0, 0]
     assert (found == levels[:, None, None, None]).all()
     assert stats.binomtest(int((levels != 100).sum()), 2000, 0.7).pvalue > 1e-3
-    uniform = levels[levels != 100] + np.random.default_rng(0).uniform(0, 1, (levels != 100).sum())  # cut off
+    uniform = levels[levels != 100] + np.random.default_rng(0).uniform(0, 1, (levels != 100).sum())  # truncated
     assert stats.kstest(uniform / 100, stats.uniform(low, high - low).cdf).pvalue > 1e-3
 
 
@@ -351,7 +351,7 @@ def test_grey_and_hue(photographs):
 
 
 @pytest.mark.parametrize("jitter", [-0.1, (0.4, 0.4), (0.4,) * 5, (0.1, 0.1, 0.1, 0.6), "0.4", None, np.nan])
-def test_a_wrong_jitter_is_named(jitter):
+def test_an_invalid_jitter_is_named(jitter):
     with pytest.raises(ValueError) as error:
         augment.jitter_of(jitter)
     assert str(error.value).startswith(f"color_jitter={jitter!r}: give a number >= 0, or three or four of them")
@@ -361,7 +361,7 @@ def test_a_wrong_jitter_is_named(jitter):
 
 
 class Replayed:
-    """Stands in for `random` in timm: area and aspect of the attempts, and the place, from given uniforms."""
+    """Replaces `random` in timm: area and aspect of the attempts, and the position, come from given uniforms."""
 
     def __init__(self, attempts, place):
         self.attempts, self.place = iter(attempts.ravel().tolist()), iter(place.tolist())
@@ -377,7 +377,7 @@ class Replayed:
 
 
 def timms_region(monkeypatch, size, row, number):
-    """bool [H, W] of the first of `number` regions, and how many attempts it took."""
+    """bool [H, W]: the first of `number` regions; and the number of attempts it took."""
     eraser = RandomErasing(1.0, mode="const", min_count=number, device="cpu")
     image, replay = torch.ones(1, *size), Replayed(row[:10, :2], row[10, :2])
     with monkeypatch.context() as patch:
@@ -388,13 +388,13 @@ def timms_region(monkeypatch, size, row, number):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 50), (9, 9), (224, 112)])
-def test_regions_are_timms(monkeypatch, size):
+def test_regions_match_timms(monkeypatch, size):
     rng = np.random.default_rng(0)
     drawn = rng.uniform(0.001, 0.999, (300, 11, 3)).astype(np.float32)
     too_long = [0.99, 0.01 if size[0] > size[1] else 0.99]  # for the short side
     drawn[:150, :3, :2] = too_long
     drawn[:10, :10, :2] = too_long
-    drawn[:, :10, 2] = np.linspace(0.9, 0.1, 10)  # the first has most weight
+    drawn[:, :10, 2] = np.linspace(0.9, 0.1, 10)  # the first has the largest weight
     numbers = np.int32(1 + np.arange(300) % 3)
     sizes = np.float32([size] * 300)
     starts, sides = run(augment.region_of, 300, size=sizes, drawn=drawn, number=numbers)
@@ -420,7 +420,7 @@ def erased(images, device="cpu", seed=0, **options):
 
 @pytest.mark.parametrize("mode", augment.ERASE_MODES)
 def test_what_is_erased(device, mode):
-    """One region, all of it, in the right share of images; and the colours of it."""
+    """One complete region in the right share of images, filled with the right colours."""
     images = np.full((600, 24, 30, 3), [3, 250, 4], np.uint8)
     found, is_erased = erased(images, device, prob=0.3, mode=mode)
     hit = is_erased.any((1, 2))
@@ -439,14 +439,14 @@ def test_what_is_erased(device, mode):
         assert np.abs(neighbours[~np.eye(3, 6, dtype=bool)]).max() < 0.02
         first, second = (found[row][is_erased[row]][:20] for row in np.flatnonzero(hit)[:2])
         assert (first != second).any()
-    samples = samples + np.random.default_rng(0).uniform(-0.5, 0.5, samples.shape)  # what rounding took
+    samples = samples + np.random.default_rng(0).uniform(-0.5, 0.5, samples.shape)  # what rounding removed
     samples = (samples - LEVELS) / (255 * np.array(STD))
     for channel in samples.T[:, :20000]:
         assert stats.kstest(channel, stats.norm(0, 1).cdf).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("size", "count"), [((24, 30), 1), ((24, 30), 3), ((14, 60), 1)])
-def test_erased_areas_follow_timms_law(size, count):
+def test_erased_areas_follow_timms_distribution(size, count):
     _, ours = erased(np.zeros((3000, *size, 3), np.uint8), prob=1.0, mode="const", count=count)
     random.seed(0)
     theirs = torch.ones(3000, 1, *size)
@@ -457,6 +457,6 @@ def test_erased_areas_follow_timms_law(size, count):
         assert stats.ks_2samp(feature(ours), feature(theirs)).pvalue > 1e-3
 
 
-def test_a_wrong_mode_is_named():
+def test_an_invalid_mode_is_named():
     with pytest.raises(ValueError, match="re_mode='noise': give one of 'const', 'rand', 'pixel'"):
         augment.erase(None, mode="noise")

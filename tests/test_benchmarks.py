@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: a known delay is found, whoever's turn it is, whatever was ready."""
+"""The benchmarks measure what they claim: a known delay is found in any order and with any queue."""
 
 import ast
 import importlib.metadata
@@ -23,7 +23,7 @@ from benchmarks.harness import Candidate, compare, throughput  # noqa: E402
 
 
 class Clock:
-    """Time as the tests make it pass: no busy machine changes what is measured."""
+    """A clock that only the tests advance: a busy machine does not change the measurement."""
 
     now = busy = 0.0
 
@@ -39,7 +39,7 @@ class Clock:
         return self.busy
 
     def perf_counter(self):
-        self.now += 1e-9  # nothing takes no time at all
+        self.now += 1e-9  # no call takes zero time
         return self.now
 
 
@@ -52,7 +52,7 @@ def _our_time(monkeypatch):
 
 
 class Delayed:
-    """A loader that takes `delay` seconds a batch and has nothing ready."""
+    """A loader that takes `delay` seconds per batch and prefetches nothing."""
 
     def __init__(self, delay, length):
         self.delay, self.length = delay, length
@@ -64,11 +64,11 @@ class Delayed:
 
 
 class Prefetching:
-    """A loader whose worker makes a batch in `delay` seconds and goes on, idle or not, until `depth` are ready."""
+    """A loader whose worker makes a batch in `delay` seconds and continues, even when idle, until `depth` are ready."""
 
     def __init__(self, delay, depth, length):
         self.delay, self.depth, self.length = delay, depth, length
-        self.put, self.taken = [clock.now], []  # when the worker could put each batch, and when it was taken
+        self.put, self.taken = [clock.now], []  # when the worker could queue each batch, and when it was taken
 
     def __iter__(self):
         for _ in range(self.length):
@@ -92,24 +92,24 @@ def test_a_known_delay_measures_as_that_delay():
     assert speed == pytest.approx(200, rel=1e-3)
 
 
-def test_a_queue_refilled_while_idle_is_no_credit():
+def test_a_queue_refilled_while_idle_earns_no_credit():
     loader = Prefetching(0.03, depth=4, length=17)
     clock.sleep(0.3)  # others have their turns
     fooled = throughput(loader, batch_size=1, timed=4, ahead=0)
     clock.sleep(0.3)
     speed = throughput(loader, batch_size=1, timed=6, ahead=5)
     assert speed == pytest.approx(1 / 0.03, rel=1e-3)
-    assert fooled > 2 / 0.03  # the test would notice
+    assert fooled > 2 / 0.03  # this test would catch it
 
 
-def test_an_epoch_that_leaves_nothing_behind_is_refused():
+def test_an_epoch_that_is_too_short_is_refused():
     length = harness.epoch_length(timed=4, ahead=2)
     assert length == 2 + 1 + 4 + 2
     with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
         throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
 
 
-def test_cpu_time_is_all_threads_and_no_waiting():
+def test_cpu_time_counts_all_threads_and_no_waiting():
     def step():
         clock.sleep(0.5)
         clock.work(0.01, threads=3)
@@ -154,7 +154,7 @@ def test_candidates_take_turns_and_the_first_round_is_not_counted(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
-def test_ratios_are_made_within_equal_conditions(tmp_path):
+def test_ratios_compare_equal_conditions(tmp_path):
     candidates = [
         Candidate(name, lambda v=v * count: v, where={"count": count})
         for count in (1, 2)
@@ -164,15 +164,15 @@ def test_ratios_are_made_within_equal_conditions(tmp_path):
     assert [row["ratios"]["a"]["median"] for row in rows] == [1, 3, 1, 6]
 
 
-def test_a_stage_has_its_own_cost_and_what_was_measured(tmp_path):
-    """12, 10, 11 until the end of c, after 4, 5, 4 until the end of b, after 1, 2, 3 for a: round by round."""
+def test_a_stage_has_its_own_cost_and_the_measured_times(tmp_path):
+    """Times up to the end of a: 1, 2, 3; of b: 4, 5, 4; of c: 12, 10, 11; differences are taken round by round."""
     values = {"a": [9.0, 1, 2, 3], "b": [9.0, 4, 5, 4], "c": [9.0, 12, 10, 11]}
     left = {name: iter(found) for name, found in values.items()}
 
     def stage(name, after, part="model"):
         return Candidate(name, lambda: next(left[name]), where=dict(part=part), after=after)
 
-    others = [Candidate("a", lambda: 100.0, where=dict(part="loader"))]  # of the same name, of another chain
+    others = [Candidate("a", lambda: 100.0, where=dict(part="loader"))]  # the same name in another chain
     stages = [stage("a", None), stage("b", "a"), stage("c", "b")]
     result = compare([*others, *stages], kind="cost", unit="ms", command="none", out=tmp_path / "x.json", rounds=3)
     _, a, b, c = result["rows"]
@@ -183,7 +183,7 @@ def test_a_stage_has_its_own_cost_and_what_was_measured(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == result
 
 
-def test_stages_are_the_same_whichever_way_a_result_keeps_them():
+def test_stages_are_the_same_however_a_result_stores_them():
     from benchmarks import tables
 
     before = [dict(name=name, part="loader", values=found) for name, found in (("a", [1.0, 2]), ("b", [4.0, 6]))]
@@ -197,7 +197,7 @@ def test_stages_are_the_same_whichever_way_a_result_keeps_them():
         assert [(stage["name"], stage["ms"], stage["quartiles"]) for stage in found] == wanted
 
 
-def test_picked_stages_follow_each_other():
+def test_picked_stages_follow_their_predecessors():
     from benchmarks import cost
 
     parts = [("read", "loader"), ("resize", "loader"), ("forward", "model"), ("loss", "model"), ("build", "epoch")]
@@ -285,7 +285,7 @@ def test_results_and_figures_do_not_make_a_tree_dirty_but_code_does(tmp_path, mo
         (tmp_path / "benchmarks" / folder / "x").write_text("")
     assert harness._clean()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin="/usr/lib/lumix.py"))
-    assert not harness._clean()  # the code that runs is not this commit's
+    assert not harness._clean()  # the code that runs differs from this commit
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(package)))
     package.write_text("changed")
     assert not harness._clean()
@@ -300,13 +300,13 @@ def test_metadata_says_where_a_result_comes_from():
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
-def test_a_device_that_is_not_there_is_named(device):
+def test_a_missing_device_is_named(device):
     with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
         harness.resolve_device(device)
 
 
 def calls(name):
-    """(file, node) of every call of `name`, with its dots, in the sources."""
+    """(file, node) of every call of the dotted `name` in the sources."""
     for folder in ("lumix_dali", "pipelines", "benchmarks", "tests"):
         for path in (harness.ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -315,7 +315,7 @@ def calls(name):
 
 
 def test_no_other_thread_can_fail_a_capture():
-    """DALI's threads allocate and synchronise while a loader lives, which the default mode does not allow."""
+    """DALI's threads allocate and synchronise while a loader lives, which the default capture mode forbids."""
     modes = [
         (file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
         for file, call in calls("torch.cuda.graph")
@@ -391,7 +391,7 @@ def quick(loaders, folder, out, *more):
     return json.loads(out.read_text())
 
 
-def test_a_part_of_the_loaders_runs(loaders, folder, tmp_path):
+def test_a_subset_of_the_loaders_runs(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json", "--only", "dali/+normalise,lumix/cutmix+mixup elem,ffcv")
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["dali/+normalise", "lumix/cutmix+mixup elem", "ffcv"]
@@ -415,7 +415,7 @@ def test_thread_counts_get_a_row_each(loaders, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_loaders_run_to_the_end_and_none_vanishes(loaders, folder, tmp_path):
+def test_all_loaders_run_to_the_end_and_none_is_missing(loaders, folder, tmp_path):
     result = quick(loaders, folder, tmp_path / "x.json")
     assert [row["name"] for row in result["rows"]] == [entry.name for entry in loaders.ENTRIES]
     missing = {name for name, package in PEERS.items() if importlib.util.find_spec(package) is None}
@@ -434,7 +434,7 @@ def has_spdl():
     return True
 
 
-def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
+def test_the_best_worker_count_is_taken_and_the_sweep_kept(loaders):
     from benchmarks.contenders import Entry
 
     delays = {1: 0.03, 2: 0.01, 3: 0.02}
@@ -448,12 +448,12 @@ def test_the_best_of_the_workers_is_taken_and_the_sweep_kept(loaders):
     turn = loaders.Turn(entry, SimpleNamespace(batch_size=10, device="cpu"), list(delays), images=70)
     prepared = turn.prepare()
     assert prepared["workers"] == 2
-    assert prepared["timed_batches"] == 8  # a multiple of the workers
+    assert prepared["timed_batches"] == 8  # a multiple of the worker count
     assert [count for count, _ in prepared["sweep"]] == list(delays)
     assert 0.5 * 1000 < turn.measure() < 1.05 * 1000
 
 
-def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_path):
+def test_an_unexpected_batch_is_refused(loaders, folder, tmp_path):
     from benchmarks.contenders import Setting
     from lumix_dali.data.sources import load
 
@@ -470,7 +470,7 @@ def test_a_batch_that_is_not_what_was_asked_for_is_refused(loaders, folder, tmp_
             s.check((images, None))
 
 
-def test_spdls_crop_follows_the_law(loaders):
+def test_spdls_crop_follows_the_distribution(loaders):
     from benchmarks.contenders import random_crop
 
     for width, height in ((500, 375), (40, 400)):
@@ -483,7 +483,7 @@ def test_spdls_crop_follows_the_law(loaders):
                 assert 0.72 < w / h < 1.36
 
 
-COLOURS = np.array(list(itertools.product((40, 200), (30, 90, 150, 210), (60, 190))))  # a class each
+COLOURS = np.array(list(itertools.product((40, 200), (30, 90, 150, 210), (60, 190))))  # one class per image
 
 
 @pytest.fixture(scope="module")
@@ -497,7 +497,7 @@ def coloured(tmp_path_factory):
 
 
 def opened(loaders, name, root, scratch, mixing=None, **options):
-    """An epoch of the entry `name`, as long as `root` has images, as a list; `mixing` other than the entry's."""
+    """One epoch of the entry `name` over all images in `root`, as a list; `mixing` replaces the entry's own."""
     from benchmarks.contenders import Setting
     from lumix_dali.data.sources import load_files
 
@@ -529,7 +529,7 @@ PEERS = {
     "mosaic streaming": "streaming",
     "ffcv": "ffcv",
 }
-RESAMPLED = {"webdataset", "webdataset worker batches"}  # shards are drawn with replacement
+RESAMPLED = {"webdataset", "webdataset worker batches"}  # shards are sampled with replacement
 BY_TORCHVISION = ["torchvision v2 collate cutmix+mixup", "spdl", *(name for name in PEERS if "lumix" not in name)]
 COMPILED = {"ffcv": pytest.mark.slow}  # Numba takes a minute
 
@@ -552,7 +552,7 @@ def test_an_epoch_has_every_image_once_with_its_label(loaders, coloured, tmp_pat
     if name not in RESAMPLED:
         assert sorted(labels) == list(range(len(COLOURS)))
     colours = np.concatenate([rgb(images) for images, _ in batches])
-    assert np.abs(colours - COLOURS[labels]).max() < 8  # JPEG's and swscale's rounding; colours are 60 apart
+    assert np.abs(colours - COLOURS[labels]).max() < 8  # rounding in JPEG and swscale; colours are 60 apart
 
 
 @pytest.mark.parametrize(
@@ -567,8 +567,8 @@ def test_an_epoch_has_every_image_once_with_its_label(loaders, coloured, tmp_pat
         *(pytest.param(name, 0.0, marks=COMPILED.get(name, ())) for name in BY_TORCHVISION),
     ],
 )
-def test_what_is_mixed_has_the_colours_of_its_target(loaders, coloured, tmp_path, name, smoothing):
-    """An image's mean colour is that of its classes, by their weights, whether pasted or blended."""
+def test_mixed_images_have_the_colours_of_their_target(loaders, coloured, tmp_path, name, smoothing):
+    """An image's mean colour is the weighted mean of its classes' colours, whether pasted or blended."""
     mixed = 0
     for images, target in opened(loaders, name, coloured, tmp_path):
         dense = target.dense(len(COLOURS)) if hasattr(target, "dense") else target
@@ -596,7 +596,7 @@ def test_a_row_names_its_version(loaders, folder, tmp_path):
         (["--device", "cuda:99"], "--device cuda:99"),
     ],
 )
-def test_wrong_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
+def test_invalid_arguments_are_named(loaders, arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         loaders.main(["--out", str(tmp_path / "x.json"), *arguments])
     assert message in capsys.readouterr().err
@@ -641,7 +641,7 @@ def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
 
 @pytest.fixture
 def cost_on(folder, tmp_path):
-    """`cost_on(device)`: benchmarks.cost's setting there."""
+    """`cost_on(device)`: the setting of benchmarks.cost on that device."""
     pytest.importorskip("benchmarks.cost")
     from benchmarks.contenders import Setting
     from lumix_dali.data.sources import load_files
@@ -649,8 +649,8 @@ def cost_on(folder, tmp_path):
     return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
 
 
-def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
-    """Defined, not built: a label is copied once however often it is used, and a shape is read back."""
+def test_operators_and_copies_are_counted_in_a_gpu_graph(monkeypatch, cost_on):
+    """Defined but not built: a label is copied once however often it is used, and a shape is read back."""
     from nvidia.dali import fn, pipeline_def
 
     from benchmarks import cost
@@ -670,8 +670,8 @@ def test_operators_and_copies_are_counted_on_a_gpus_graph(monkeypatch, cost_on):
 
 
 @pytest.mark.parametrize("stages", range(1, 6))
-def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
-    """What is mixed and its target come from the GPU; `_Shape` reads metadata alone."""
+def test_every_stage_is_a_gpu_graph(cost_on, stages):
+    """Mixed images and their target come from the GPU; `_Shape` reads only metadata."""
     from benchmarks import cost
 
     pipe = cost.build(cost_on("cuda:0"), 1, stages)
@@ -682,7 +682,7 @@ def test_every_stage_is_a_graph_of_a_gpus(cost_on, stages):
     assert all(on_gpu) if stages > 3 else on_gpu == [stages > 1, False, False]
 
 
-def test_memory_of_each_operator_is_told(cost_on):
+def test_memory_of_each_operator_is_reported(cost_on):
     from benchmarks import cost
 
     found = cost.executor_statistics(cost_on("cpu"), 1)
@@ -700,7 +700,7 @@ def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
 
 
 @pytest.mark.slow
-def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
+def test_epoch_and_handover_costs_run(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
     cost.main(
@@ -738,20 +738,20 @@ def test_what_an_epoch_and_a_handover_cost_runs(folder, tmp_path, capsys):
 # --- tune
 
 
-def test_the_fastest_value_of_each_knob_is_chosen_if_it_is_no_noise(monkeypatch):
+def test_the_fastest_value_of_each_knob_is_chosen_unless_it_is_noise(monkeypatch):
     from benchmarks import tune
 
     seen, saved, speeds = [], [], {1: 100.0, 2: 120.0, 4: 110.0}
 
     def measure(values):
         seen.append(values)
-        drift = 1 + len(seen)  # the machine gets faster all the time: only rounds tell
+        drift = 1 + len(seen)  # the machine keeps getting faster: only the comparison within rounds is valid
         return drift * (speeds[values["threads"]] + (1.0 if values["depth"] == 3 else 0.0))
 
     monkeypatch.setattr(tune, "GAIN", 1.1)
     values = {"threads": [1, 2, 4], "depth": [2, 3]}
     chosen, rows = tune.tune(measure, values, 10, lambda rows: saved.append(len(rows)))
-    assert chosen == {"threads": 2, "depth": 2}  # a depth of 3 gains, but less than a tenth
+    assert chosen == {"threads": 2, "depth": 2}  # a depth of 3 is faster, but by less than a tenth
     assert [row["name"] for row in rows if row["chosen"]] == ["threads=2", "depth=2"]
     assert seen[0] == {"threads": 1, "depth": 2}
     assert all(values["threads"] == 2 for values in seen[-20:])
@@ -767,7 +767,7 @@ def test_one_round_chooses_nothing():
 
 
 @pytest.mark.parametrize(("median", "lower", "chosen"), [(1.3, 1.1, True), (1.01, 1.005, False), (1.3, 0.9, False)])
-def test_a_value_has_to_beat_the_default_in_most_rounds(median, lower, chosen):
+def test_a_value_must_beat_the_default_in_most_rounds(median, lower, chosen):
     from benchmarks import tune
 
     assert tune.better({"ratios": {"default": {"median": median, "quartiles": [lower, 1.4]}}}) == chosen
@@ -815,7 +815,7 @@ def test_operations_differ_from_timms_by_no_more_than_interpolation(folder, tmp_
 
     augment.main(["--data", str(folder), "--images", "2", "--input-size", "96", "--out", str(tmp_path / "x.json")])
     rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
-    assert len(rows) == 15 + 9  # nine of them have a sign
+    assert len(rows) == 15 + 9  # nine of the operations have a sign
     for name in ("Invert", "Posterize", "Solarize", "SolarizeAdd"):
         assert rows[name]["largest"] == rows[name]["beyond_one"] == 0
     for name in ("Rotate", "Rotate -", "ShearX", "ShearX -", "TranslateYRel", "TranslateYRel -"):
@@ -928,9 +928,9 @@ def test_tables_are_made_from_the_results(report):
     assert lines[-1] == "after"
     assert "| dali/+normalise | none | 400 | 390 – 406 | 1.00 |  |" in lines
     assert "| lumix/cutmix elem | CutMix | 390 | 380 – 396 | 0.97 |  |" in lines
-    assert "| ffcv | none | E: a \\| b |  |  |  |" in lines  # a losing row stays, and says why
+    assert "| ffcv | none | E: a \\| b |  |  |  |" in lines  # a failed row stays, and says why
     assert "| spdl | 2 | none | 200 | 190 – 206 | 0.50 |  |" in lines
-    assert "| decode | 10.00 | 10.00 – 11.00 | 59% |" in lines  # 10, 12, 10: round by round
+    assert "| decode | 10.00 | 10.00 – 11.00 | 59% |" in lines  # 10, 12, 10, round by round
     assert "| whole step, lumix replayed | 19.00 | 19.00 – 19.50 | 1.006 |" in lines
     assert "| LUMix eager | 128 | 1000 | float32 | 500 | 500 – 500 | 0.50 |" in lines
     assert "2 × A CPU, 2030-01-02, commit 0123456789: `python -m benchmarks.loaders --out x`" in lines
@@ -969,8 +969,8 @@ def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
     assert plot.table_headline(tmp_path).splitlines()[2:] == ["| the second | 0.50 | 0.70 – 0.90 |"]
 
 
-def test_check_finds_what_is_not_current(report, capsys):
-    assert report.main("--check") == 1  # nothing is made yet, and nothing is made by looking
+def test_check_finds_what_is_outdated(report, capsys):
+    assert report.main("--check") == 1  # nothing has been made yet, and checking makes nothing
     assert not (report.root / "figures").exists()
     report.main()
     assert report.main("--check") == 0
@@ -1006,7 +1006,7 @@ def test_figures_are_the_same_for_the_same_result(report):
         ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
     ],
 )
-def test_wrong_markers_are_named(report, text, message, capsys):
+def test_invalid_markers_are_named(report, text, message, capsys):
     report.text.write_text(text)
     with pytest.raises(SystemExit):
         report.main()

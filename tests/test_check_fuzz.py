@@ -1,7 +1,7 @@
-"""`check` on damaged bytes: it never fails, and it says of a file what the loader would say.
+"""`check` on damaged bytes: it never fails, and its verdict on a file is the loader's.
 
-Small images of each format are cut, changed, doubled in parts and spliced with each other. The loader's own verdict
-comes from `feed.Faults`, which is what it asks for each sample.
+Small images of each format are truncated, changed, partly duplicated and spliced together. The loader's verdict
+comes from `feed.Faults`, which it consults for each sample.
 """
 
 import io
@@ -40,7 +40,7 @@ KINDS = {
 
 @cache
 def originals():
-    """(format, content) of small images, some with bytes behind their end."""
+    """(format, content) of small images, some with bytes after their end."""
     small = Image.fromarray(odd.base()).resize((20, 16))
     found = []
     for kind, variants in KINDS.items():
@@ -52,16 +52,16 @@ def originals():
     return [*found, ("JPEG", motion), ("JPEG", motion[:-5002])]
 
 
-PLACES = st.integers(0, 10**6)  # of the length, in millionths
+PLACES = st.integers(0, 10**6)  # millionths of the length
 
 
 @st.composite
 def damaged(draw):
-    """An image's bytes after up to three faults."""
+    """An image's bytes with up to three faults."""
     _, content = draw(st.sampled_from(originals()))
     for _ in range(draw(st.integers(0, 3))):
         low, high = sorted(place * len(content) // 10**6 for place in (draw(PLACES), draw(PLACES)))
-        if draw(st.booleans()):  # what decides lies in the header
+        if draw(st.booleans()):  # the decisive bytes are in the header
             low, high = min(low, draw(st.integers(0, 60))), min(high, 64)
         fault = draw(st.sampled_from(["cut", "change", "double", "drop", "splice"]))
         if fault == "cut":
@@ -78,7 +78,7 @@ def damaged(draw):
 
 
 def of_the_loader(content):
-    """(decoder, reason) in training; the reason is None where the image can be used."""
+    """(decoder, reason) in training; the reason is None if the image can be used."""
     faults = Faults(Files("", ["x"], np.zeros(1, np.int64), ["c"]), 1, MAX_PIXELS)
     try:
         faults.bitmap(0, io.BytesIO(content))
@@ -104,21 +104,21 @@ def test_check_says_what_the_loader_says(content):
     note, found = of_check(content)
     if decoder == Decoder.UNKNOWN:  # by its header
         assert found == reason
-    elif decoder == Decoder.DALI:  # bad only where the end of a JPEG is missing, and Pillow cannot do without it
+    elif decoder == Decoder.DALI:  # bad only if the end of a JPEG is missing and Pillow cannot decode it without
         assert reason is None
         if found:
             assert content[:2] == b"\xff\xd8" and b"\xff\xd9" not in content[-4096:]
             with pytest.raises(BadImage), warnings.catch_warnings():
                 pillow_pixels(io.BytesIO(content), MAX_PIXELS)
-    else:  # of other formats only the header is looked at; decoding them is the full scan's
+    else:  # for other formats only the header is inspected; decoding is left to the full scan
         assert found in (reason, None)
         assert found == reason or not content.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"))
     if not found:
         assert (note is not None and note.decoder == Decoder.PILLOW) == (decoder == Decoder.PILLOW)
 
 
-def test_originals_are_what_they_are_called():
-    """So that damage is all that is wrong with what is derived from them."""
+def test_originals_are_valid():
+    """Whatever is wrong with files derived from them is therefore the damage."""
     for kind, content in originals():
         decoder, reason = of_the_loader(content)
         assert (reason is None) == (kind != "EPS"), (kind, reason)

@@ -1,6 +1,6 @@
-"""The two pipelines do to an image what timm's transforms do to it, and stay on the GPU once there.
+"""The two pipelines match timm's transforms, and images stay on the GPU once they are there.
 
-Evaluation is compared with timm's transform on 100 photographs: pieces, of odd sizes and aspects, of
+Evaluation is compared with timm's transform on 100 photographs: pieces of odd sizes and aspects from
 scikit-learn's two. The training crop is read off the delivered pixels of an image whose red is the column and
 whose green is the row, and compared with thousands of draws of timm's `get_params`.
 """
@@ -27,7 +27,7 @@ TRANSFORMS = {pipelines.train_pipeline: pipelines.TrainTransform, pipelines.val_
 
 
 def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options):
-    """The outputs of `steps` batches in NumPy; the files are read over and over, labelled by their place."""
+    """The outputs of `steps` batches in NumPy; the files are read repeatedly and labelled by their position."""
     batch_size, transform = batch_size or len(files), TRANSFORMS[define](**options)
     feed = SmallFeed(files, transform.size, training=define is pipelines.train_pipeline, batch_sizes=(batch_size,))
     pipe = define(
@@ -53,7 +53,7 @@ def run(define, files, device="cpu", batch_size=None, steps=1, seed=0, **options
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """{file: image} of 100 pieces of two photographs, JPEG and PNG, most of odd sizes, down to 50 pixels."""
+    """{file: image}: 100 pieces of two photographs, JPEG and PNG, mostly of odd sizes, down to 50 pixels."""
     load_sample_images = pytest.importorskip("sklearn.datasets").load_sample_images
     root, rng, images = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0), {}
     originals = load_sample_images().images
@@ -82,7 +82,7 @@ def photographs(tmp_path_factory):
     ids=["square", "small", "non-square", "squash"],
 )
 @pytest.mark.parametrize("interpolation", get_args(pipelines.Interpolation))
-def test_evaluation_is_timms_to_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
+def test_evaluation_matches_timms_within_three_tenths_of_a_grey_level(photographs, interpolation, size, options):
     ours, labels = run(
         pipelines.val_pipeline, [*photographs], size=size, interpolation=interpolation, mean=MEAN, std=STD, **options
     )
@@ -103,7 +103,7 @@ def test_evaluation_on_the_gpu_is_close_to_the_cpus(photographs):
     assert np.abs(ours - theirs).mean((1, 2, 3)).max() < 0.3
 
 
-# What both pipelines deliver
+# Output of both pipelines
 
 
 PIPELINES = {"train": pipelines.train_pipeline, "val": pipelines.val_pipeline}
@@ -113,7 +113,7 @@ PIPELINES = {"train": pipelines.train_pipeline, "val": pipelines.val_pipeline}
 @pytest.mark.parametrize("dtype", get_args(pipelines.DType))
 @pytest.mark.parametrize("name", PIPELINES)
 def test_output(tmp_path, device, name, dtype, channels_last):
-    """The same grey levels in each dtype and layout; labels and what follows them keep their types."""
+    """The grey levels are the same in each dtype and layout; labels and the outputs after them keep their types."""
     files = [tmp_path / f"{number}.png" for number in range(3)]
     for number, file in enumerate(files):
         write(ramps(40 + number, 50 - number) * 5, file)
@@ -137,8 +137,8 @@ def test_output(tmp_path, device, name, dtype, channels_last):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
-    """Pillow, torchvision and timm do not turn it either. Orientation 6 is a quarter turn."""
+def test_exif_orientation_is_ignored(tmp_path, device, name, kind):
+    """Pillow, torchvision and timm do not rotate either. Orientation 6 is a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = ramps(40, 60) * 4
@@ -152,7 +152,7 @@ def test_nothing_is_turned_by_exif(tmp_path, device, name, kind):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_any_colour_mode_comes_as_rgb(tmp_path, mode):
+def test_every_colour_mode_is_delivered_as_rgb(tmp_path, mode):
     grey = Image.fromarray(np.uint8(np.linspace(0, 255, 600).reshape(20, 30)))
     file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     grey.convert("RGB").convert(mode).save(file)
@@ -179,7 +179,7 @@ def crops(tmp_path, size, count, seed, **options):
         dtype="uint8",
         **options,
     )
-    middle = np.arange(6, 58)  # edges are blurred differently
+    middle = np.arange(6, 58)  # edges are blurred differently by each
     rows, columns = images[:, 1].mean(2)[:, middle] / 2, images[:, 0].mean(1)[:, middle] / 2
     slope = (middle - middle.mean()) / ((middle - middle.mean()) ** 2).sum()
     lengths = np.stack([rows @ slope, columns @ slope], 1) * 64
@@ -198,8 +198,8 @@ def timms_crops(size, count, seed, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def assert_same_law(ours, theirs, size):
-    """Areas, aspect ratios, and where in its room each crop lies."""
-    from scipy import stats  # not at the top: the GPU tests of this file do without
+    """Areas, aspect ratios, and where in the available space each crop lies."""
+    from scipy import stats  # not at the top: this file's GPU tests do not need it
 
     def features(crop):
         starts, lengths = crop[:, :2], crop[:, 2:]
@@ -219,7 +219,7 @@ def assert_same_law(ours, theirs, size):
         ((100, 125), {"scale": (0.4, 0.6), "ratio": (1 / 2, 1.0)}, 1),
     ],
 )
-def test_the_training_crop_follows_timms_law(tmp_path, size, options, seed):
+def test_the_training_crop_follows_timms_distribution(tmp_path, size, options, seed):
     from scipy import stats
 
     ours, flipped = crops(tmp_path, size, 2000, seed, hflip=0.3, **options)
@@ -233,7 +233,7 @@ def test_always_and_never_flipped(tmp_path, hflip):
     assert (flipped == hflip).all()
 
 
-def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
+def test_random_interpolation_picks_one_of_two_per_sample(tmp_path):
     from scipy import stats
 
     write(np.random.default_rng(0).integers(0, 256, (60, 60, 3)), tmp_path / "noise.png")
@@ -248,7 +248,7 @@ def test_random_interpolation_is_one_of_two_for_each_sample(tmp_path):
 
 
 def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
-    """timm's rule: no colour jitter beside it; warps are filled with the mean, and interpolate as the crop."""
+    """timm's rule: no colour jitter with it; warps are filled with the mean and interpolate like the crop."""
     write(np.zeros((40, 40, 3)), tmp_path / "black.png")
     calls = []
     for name in ("rand_augment", "color_jitter"):
@@ -265,13 +265,13 @@ def test_what_auto_augment_turns_off_and_what_it_fills(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(20, 126), (126, 20), (8, 126)], ids=["wide", "tall", "wider than any crop"])
 def test_the_training_crop_of_a_long_image(tmp_path, size):
-    """Where ten draws do not fit, both take the short side and 4/3 of it: timm of the middle, DALI of anywhere."""
+    """If ten draws do not fit, both take the short side and 4/3 of it: timm at the centre, DALI anywhere."""
     from scipy import stats
 
     ours, theirs = crops(tmp_path, size, 2000, 1)[0], timms_crops(size, 10000, 1)
     short, long = sorted(size)
     axis, ratio = size.index(long), 4 / 3
-    side, timms_side = int(short * ratio), round(short * ratio)  # DALI cuts, timm rounds
+    side, timms_side = int(short * ratio), round(short * ratio)  # DALI truncates, timm rounds
     given_up = ours[ours[:, 2 + axis] == side, axis]
     timms_given_up = (theirs[:, 2 + axis] == timms_side) & (theirs[:, axis] == (long - timms_side) // 2)
     assert stats.chisquare(np.bincount(given_up, minlength=long - side + 1)).pvalue > 1e-3
@@ -284,7 +284,7 @@ def test_the_training_crop_of_a_long_image(tmp_path, size):
         assert_same_law(fit, timms_fit, size)
 
 
-# The graph for a GPU, defined without one
+# The GPU graph, defined without a GPU
 
 
 def gpu_graph(define, mixing=None, **options):
@@ -318,9 +318,9 @@ def test_decoded_images_stay_on_the_gpu(name, options):
     (decoder,) = (operator for operator, kind in kinds.items() if kind == "ImageSlice")
     assert decoder._op.device == "mixed"
     images = {node.name for node in decoder.outputs}
-    for operator in pipe._ops:  # an operator comes after those whose outputs it takes
+    for operator in pipe._ops:  # an operator comes after those whose outputs it uses
         takes = {node.name: node.device for node in operator.inputs if node.name in images}
-        if not takes or kinds[operator] == "_Shape":  # the shape of an image is metadata, on the host anyway
+        if not takes or kinds[operator] == "_Shape":  # an image's shape is metadata and on the host anyway
             continue
         assert operator._op.device == "gpu", kinds[operator]
         assert set(takes.values()) == {"gpu"}, kinds[operator]

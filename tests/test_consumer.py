@@ -1,4 +1,4 @@
-"""The docs' examples are typed, as strict mypy sees them; what is misspelt in one is found."""
+"""The docs' examples pass strict mypy, and a misspelt name in one is found."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_blocks_become_modules(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_misspelt_is_found(tmp_path):
+def test_misspelt_names_are_found(tmp_path):
     faults = {"LUMixLoss, create": "LUMixLos, create", "mixup_alpha=": "mixup_alfa=", '"elem"': '"elm"', "r_r=": "rr="}
     pages = []
     for number, (right, wrong) in enumerate(faults.items()):

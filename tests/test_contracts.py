@@ -1,13 +1,13 @@
-"""What DALI's GPU kernels are handed is what they can take, checked on a CPU over the graph's own arguments.
+"""DALI's GPU kernels receive only what they can handle; checked on a CPU with the graph's own arguments.
 
 Three contracts hold for `lumix_dali.fn`, `lumix_dali.augment` and the two pipelines:
 
-- No region of zero height or width reaches `fn.multi_paste`: on a GPU it spills over the image.
-- All inputs of a paste have the image's size: a GPU reads every input as if it had the first one's.
+- No region of zero height or width reaches `fn.multi_paste`: on a GPU it would spill over the image.
+- All inputs of a paste have the image's size: a GPU reads every input as if it had the size of the first.
 - No CPU operator reads GPU data: `exec_dynamic=False` refuses such a graph.
 
-`gpu_paste` is DALI 2.4's GPU kernel in NumPy, with these faults. With the recorded arguments it must give the
-pixels that the CPU gave.
+`gpu_paste` is DALI 2.4's GPU kernel in NumPy, including these faults. On the recorded arguments it must give the
+same pixels as the CPU.
 """
 
 from collections import Counter, defaultdict
@@ -30,8 +30,8 @@ from lumix_dali.target import Kind, MixTarget
 def gpu_paste(images, in_anchors, out_anchors, shapes, size):
     """One sample: `CreateSampleDescriptors` and `PasteKernel` of DALI's kernels/imgproc/paste/paste_gpu.h.
 
-    The image is cut at each region's edges into patches. A sweep over them opens and closes regions, and the
-    open region of the highest number gives the patch its pixels. -1 is the black background.
+    The image is split into patches at each region's edges. A sweep over them opens and closes regions, and the
+    open region with the highest number provides the patch's pixels. -1 is the black background.
     """
     stops = out_anchors + shapes
     ys, xs = (sorted({0, size[d], *out_anchors[:, d].tolist(), *stops[:, d].tolist()}) for d in (0, 1))
@@ -65,7 +65,7 @@ def gpu_paste(images, in_anchors, out_anchors, shapes, size):
 
 
 class Paste(NamedTuple):
-    """One sample's share of a `multi_paste`: what it was handed, and what it gave."""
+    """One sample of a `multi_paste`: its inputs and its output."""
 
     images: list
     in_anchors: np.ndarray
@@ -79,7 +79,7 @@ class Paste(NamedTuple):
 
 
 def recording(monkeypatch, operation, batch_size, names, seed=0):
-    """A function of the named inputs: outputs of `operation(**nodes)` on the CPU, and each sample's pastes."""
+    """A function of the named inputs that returns `operation(**nodes)` on the CPU and each sample's pastes."""
     original, calls = fn.multi_paste, []
 
     def multi_paste(*images, **arguments):
@@ -144,7 +144,7 @@ BATCHES = (8, 3, 8, 1, 2)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
 def test_pastes_of_a_mix(monkeypatch, size, name, mode, known):
-    """In the one graph the size is known, in the other it is read off the images."""
+    """One graph knows the size; the other reads it from the images."""
 
     def operation(images, labels):
         mixed, target = mixfn.mix(images, labels, mode=mode, size=size if known else None, **OPTIONS[name])
@@ -180,7 +180,7 @@ def test_pastes_when_prob_changes_at_run_time(monkeypatch):
 @pytest.mark.parametrize("with_weight", [False, True])
 @pytest.mark.parametrize("known", [False, True])
 def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
-    """Among them empty boxes at each edge, and the whole image. What is emitted is what was given."""
+    """They include empty boxes at each edge and the whole image. The emitted boxes are the given ones."""
     size, drawn = (9, 20), given_batch()
     if not with_weight:
         drawn.pop("weight")
@@ -219,7 +219,7 @@ def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
     ],
 )
 def test_an_empty_region_spills_on_a_gpu(box, spills):
-    """The emulation has the kernel's fault: it gives the partner's pixels to samples without a box."""
+    """The emulation reproduces the kernel's fault: samples without a box get the partner's pixels."""
     (own, partner), _ = batch_of(2, (9, 20))
     starts, stops = np.int32([[0, 0], box[:2]]), np.int32([[9, 20], box[2:]])
     found = gpu_paste([own, partner], starts, starts, stops - starts, (9, 20))
@@ -237,7 +237,7 @@ def test_a_small_input_is_read_past_its_end_on_a_gpu():
 
 
 def planned(monkeypatch, size, options, batch_sizes=BATCHES):
-    """The pastes of `train_pipeline`'s own graph, batch by batch, with the pixels that went in and came out."""
+    """The pastes of `train_pipeline`'s own graph, batch by batch, with their input and output pixels."""
     original, calls = fn.multi_paste, []
 
     def multi_paste(*images, **arguments):
@@ -274,7 +274,7 @@ def test_pastes_of_the_loaders_graph(monkeypatch, size, name, mode):
 
 
 def test_labels_that_are_not_one_integer_are_an_error(graph):
-    """Summed up, each one-hot vector would be the class 1."""
+    """A sum would turn each one-hot vector into class 1."""
 
     def mixed(images, labels):
         return mixfn.mix(images, fn.one_hot(labels, num_classes=10))
@@ -325,7 +325,7 @@ def test_pastes_of_erasing_images_of_many_sizes(monkeypatch):
 
 
 def offenders(pipe):
-    """Names of the CPU operators that read GPU data, in a graph that is defined and not built."""
+    """Names of the CPU operators that read GPU data, in a graph that is defined but not built."""
     pipe._build_graph()
     return [
         type(op._op).__name__
@@ -384,7 +384,7 @@ def test_no_cpu_operator_of_evaluation_reads_gpu_data(crop_mode, paths):
     ids=["mix", "erase", "rand_augment"],
 )
 def test_an_unknown_size_is_read_by_the_cpu(operation):
-    """What the tests above look for is there without `size`."""
+    """Without `size` there is such an operator, so the tests above are able to fail."""
 
     @pipeline_def(batch_size=8, num_threads=1, device_id=0)
     def define():
@@ -399,7 +399,7 @@ def test_an_unknown_size_is_read_by_the_cpu(operation):
 
 
 def operators(mixing, on_gpu):
-    """Of a training graph: {device: {operator: number}} without the arrays of its one source, and copies to the GPU."""
+    """{device: {operator: count}} of a training graph, without its source's arrays; and the copies to the GPU."""
     transform = pipelines.TrainTransform()
     feed = SmallFeed(None, transform.size, mixing, on_gpu=on_gpu)
     pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
@@ -429,9 +429,9 @@ MIXUPS_PIXELS = {"Split": 4, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2,
     ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"],
 )
 def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
-    """At most 4 to a CPU's graph and to a GPU graph's CPU part, and 8 with the copies of the target to a GPU.
+    """At most 4 in a CPU graph and in the CPU part of a GPU graph, and 8 with the target's copies to a GPU.
 
-    On a CPU Mixup adds `MIXUPS_PIXELS`: the split of the samples that are blended, and the blend.
+    On a CPU Mixup adds `MIXUPS_PIXELS`: selecting the samples to blend, and blending them.
     """
     (plain, _), (found, _) = operators(None, False), operators(Mixing(**mixing), False)
     added = found["cpu"] - plain["cpu"]

@@ -1,7 +1,7 @@
-"""README.md and docs/: links lead somewhere, Python blocks run as pasted, commands exist with these flags.
+"""README.md and docs/: links lead somewhere, Python blocks run as pasted, commands and their flags exist.
 
-Blocks run on the CPU in a folder with a small ``imagenet``. Batches are small, models are timm's smallest, and what
-would come from a network is a file.
+Blocks run on the CPU in a folder with a small ``imagenet``. Batches are small, models are timm's smallest, and
+downloads are replaced by local files.
 """
 
 import argparse
@@ -40,7 +40,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 
 
 def anchors(text):
-    """The anchors that GitHub, and this site, give a page's headings."""
+    """The anchors that GitHub and this site give to a page's headings."""
     found = []
     for heading in re.findall(r"^#+ +(.+?) *$", FENCE.sub("", text), re.MULTILINE):
         words = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -60,7 +60,7 @@ def broken(page):
             yield target
 
 
-def test_anchors_are_githubs():
+def test_anchors_match_githubs():
     text = "# The `fn.mix` of λ0\n## A, b & c\n```bash\n# no heading\n```\n## [Two](x.md) (2)\n## A, b & c\n"
     assert anchors(text) == ["the-fnmix-of-λ0", "a-b--c", "two-2", "a-b--c-1"]
 
@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch, one_thread):
-    """A reader's machine in small: 24 images of two classes in each split, and no GPU."""
+    """A small stand-in for a reader's machine: 24 images of two classes in each split, and no GPU."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for i in range(24):
@@ -103,12 +103,14 @@ def stand_ins(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(loading, "create_loader", small)
     monkeypatch.setattr(timm, "create_model", lambda name: create_model("test_vit"))
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # takes half a minute; test_loss.py does it
+    monkeypatch.setattr(
+        torch, "compile", lambda function: function
+    )  # compiling takes half a minute; test_loss.py covers it
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
 
 
 def pasted(page, names=()):
-    """What the blocks of a page leave behind, run one after the other."""
+    """The variables of a page's blocks, run one after the other."""
     found = dict(names)
     for line, block in blocks(ROOT / page).items():
         exec(compile("\n" * (line - 1) + dedented(block), page, "exec"), found)
@@ -170,7 +172,7 @@ def test_dynamic(stand_ins):
 
 
 def test_data(stand_ins):
-    """The last two blocks with more rows, one of them bad, and images that tell which they are."""
+    """The last two blocks with more rows, one of them bad, and images that identify themselves."""
     names = pasted("docs/data.md")
     images = [path.read_bytes() for path in sorted(Path("imagenet/train").rglob("*.png"))[:16]]
     table = names["Table"]([(image, i % 2) for i, image in enumerate([*images, None])])
@@ -217,7 +219,7 @@ def test_every_page_with_python_is_run_here():
 
 
 def commands(page):
-    """(argument vector, whether it stands in a block) of each command of a page; names of programs alone too."""
+    """(argument vector, whether it is in a block) of each command of a page, including bare program names."""
     text = GENERATED.sub("", page.read_text())
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -229,7 +231,7 @@ def commands(page):
 
 
 class Parsed(Exception):
-    """Carries a program's parser out of it."""
+    """Carries a program's parser out of its `main`."""
 
 
 @functools.cache
@@ -250,7 +252,7 @@ def parser_of(module):
 
 
 def unknown(parser, argv):
-    """Flags and subcommands that a parser does not know, wherever they stand."""
+    """Flags and subcommands that a parser does not know, in any position."""
     flags = dict(parser._option_string_actions)
     subparsers = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
     for word in argv:
@@ -263,10 +265,10 @@ def unknown(parser, argv):
 
 
 def check(argv, whole=True):
-    """Raises where a command names a program, target, extra or flag that does not exist.
+    """Raises if a command names a program, target, extra or flag that does not exist.
 
     Args:
-        whole: it must be complete, as the program itself reads it.
+        whole: whether the command must be complete, so that the program itself can parse it.
     """
     if argv[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
@@ -302,7 +304,7 @@ def check(argv, whole=True):
 
 
 @pages
-def test_commands_exist_with_these_flags(page):
+def test_commands_and_their_flags_exist(page):
     for argv, whole in commands(page):
         check(argv, whole)
 

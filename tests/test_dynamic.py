@@ -48,7 +48,7 @@ def test_pixels_and_target(options, n):
         np.testing.assert_array_equal(found, value)
 
 
-def test_what_cannot_be_mixed_is_named():
+def test_invalid_inputs_are_named():
     odd = [np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)]
     with pytest.raises(ValueError, match=r"images: sizes .*resize them to one size"):
         dynamic.mix(ndd.batch(odd, layout="HWC"), [0, 1], Mixing(), np.random.default_rng(0))

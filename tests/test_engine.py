@@ -1,6 +1,6 @@
-"""No file, whatever is in it, ends the process, hangs it, takes its memory or gets other pixels than its own.
+"""No file, whatever its contents, crashes the process, hangs it, exhausts its memory or is delivered with wrong pixels.
 
-Every case runs in a process of its own (`odd_worker`): `odd.odd()` says what must become of each kind of file.
+Every case runs in its own process (`odd_worker`); `odd.odd()` gives the expected verdict on each kind of file.
 """
 
 import io
@@ -34,7 +34,7 @@ PROCESSES = 2
 
 @pytest.mark.parametrize("verdict", ["pillow", "dali", "bad"])
 def test_pillow_agrees_with_the_corpus(verdict, monkeypatch):
-    """A file is delivered where Pillow or DALI reads it; which ones only DALI reads is listed here."""
+    """A file is delivered if Pillow or DALI reads it; those that only DALI reads are listed here."""
     monkeypatch.setenv("PATH", "")  # no Ghostscript
     only_dali = {"png, false checksum of a text", "png, text that inflates to 64 MB"}
     for name, each in odd().items():
@@ -52,14 +52,14 @@ def readable(content):
     return True
 
 
-def test_pixels_of_the_corpus_are_pillows_where_it_has_none_of_its_own():
-    """So a wrong array in the corpus shows; Pillow clips grey of 16 bits, DALI scales it."""
+def test_stated_pixels_match_pillows():
+    """This catches a wrong array in the corpus; Pillow clips 16-bit grey, DALI scales it."""
     for name, each in odd().items():
         if each.verdict == "pillow" and each.pixels is not None:
             assert np.abs(pillow(each.content).astype(float) - each.pixels).mean() <= max(each.tolerance, 0), name
 
 
-def test_causes_are_kinds():
+def test_every_cause_is_a_kind():
     assert len(odd()) >= 300
     assert not set(CAUSES) - odd().keys()
 
@@ -86,7 +86,7 @@ class Workers:
         )
 
     def run(self, cases):
-        """Their answers, in order."""
+        """The workers' answers, in order."""
         return list(self._pool.map(self._ask, cases))
 
     def _ask(self, case):
@@ -118,7 +118,7 @@ def workers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def orders(workers):
-    """{(source, mode): the answer of only good samples}: which label stands at which place."""
+    """{(source, mode): the answer for only good samples}, which gives the label at each position."""
     cases = [dict(kinds=[], source=source, mode=mode, threads=2) for source in SOURCES for mode in MODES]
     answers = workers.run(cases)
     for answer in answers:
@@ -133,7 +133,7 @@ def case_of(kind, source, mode, place, threads, orders):
 
 
 def label_named(text, labels):
-    """Label of the sample that a text names first; `labels` of the samples in the order of their source."""
+    """Label of the first sample that a text names; `labels` are those of the samples in source order."""
     match = re.search(r"image (\d{3})|\b(\d{9})\b|record (\d+)", text)
     if match is None:
         return None
@@ -144,10 +144,10 @@ def problems(answer, orders, kinds=None, labels=None):
     """What is wrong with an answer.
 
     Args:
-        answer: of a worker.
+        answer: a worker's answer.
         orders: the answers of good samples.
-        kinds: {label: kind} of the odd samples; None: the case's only one.
-        labels: of all samples in the order of the source; None: those of `orders`.
+        kinds: {label: kind} of the odd samples; None for the case's only one.
+        labels: labels of all samples in source order; None for those in `orders`.
     """
     case = answer["case"]
     kinds = {case["label"]: case["kinds"][0]} if kinds is None else kinds
@@ -166,7 +166,7 @@ def problems(answer, orders, kinds=None, labels=None):
     wrong += [f"{kinds[label]} is not bad" for label in kinds if verdicts[label] == "bad" and label not in found]
     if answer["ghostscript"]:
         wrong.append("a program was run on what the file says")
-    # Two threads may hold one large image each, as it was decoded and as a bitmap.
+    # Two threads may each hold one large image, decoded and as a bitmap.
     limit = max(odd()[kind].memory for kind in kinds.values()) * (1 if len(kinds) == 1 else 2.5)
     if (memory := answer["memory"] - source["memory"]) > limit:
         wrong.append(f"{memory / 1e9:.1f} GB")
@@ -194,8 +194,8 @@ def of_loader(answer, kinds, labels, found):
     return wrong
 
 
-def test_a_wrong_answer_is_seen():
-    """The judge itself: each of these answers differs from the right one in one thing."""
+def test_a_wrong_answer_is_detected():
+    """Tests the judge itself: each of these answers differs from the right one in one way."""
     labels = list(range(GOOD))
     orders = {("folder", "evaluation"): dict(labels=labels, memory=10**8)}
     case = dict(kinds=["html"], label=3, source="folder", mode="evaluation", threads=1)
@@ -232,12 +232,12 @@ FAST = {("folder", "check --full"), ("folder", "training"), ("tar", "evaluation"
 
 
 def spread(kinds, sources=SOURCES, modes=MODES):
-    """Each kind once, the circumstances taken in turn; their numbers have no common divisor with the steps."""
+    """Each kind once, cycling through the circumstances in steps coprime with their number."""
     circumstances = list(product(sources, modes, PLACES, THREADS))
     return [(kind, *circumstances[17 * number % len(circumstances)]) for number, kind in enumerate(kinds)]
 
 
-def test_each_cause_in_a_process_of_its_own(workers, orders):
+def test_each_cause_in_its_own_process(workers, orders):
     answers = workers.run(case_of(*each, orders) for each in spread(CAUSES))
     assert_right(answers, orders)
 
@@ -267,8 +267,8 @@ def assert_right(answers, orders):
     assert not wrong, f"{len(wrong)} of {len(answers)} cases:\n" + "\n".join(wrong)
 
 
-def test_what_is_no_file_is_named_and_replaced(workers, orders):
-    """A folder, a FIFO, a device, a socket, a broken link, nothing at all, in a list of files."""
+def test_what_is_not_a_file_is_named_and_replaced(workers, orders):
+    """A folder, a FIFO, a device, a socket, a broken link or a missing file in a list of files."""
     answers = workers.run(
         dict(kinds=[], path=path, label=2, source="list", mode=mode, threads=2)
         for path in PATHS
@@ -320,7 +320,7 @@ def test_labels_of_a_tar(tmp_path, text):
     ],
 )
 def test_a_wrong_label_of_a_tar_is_named(tmp_path, text):
-    """An error or a replaced sample, never another label."""
+    """The result is an error or a replaced sample, never another label."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -335,7 +335,7 @@ def test_a_wrong_label_of_a_tar_is_named(tmp_path, text):
 
 
 def labelled(folder, text, others=()):
-    """A loader of a tar of four samples, whose labels are written as `text` says."""
+    """A loader of a tar of four samples whose labels are written as `text`."""
     path, index = folder / "a.tar", "v1.2 4\n"
     with tarfile.open(path, "w") as archive:
         for number in range(4):
@@ -354,13 +354,13 @@ def delivered(loader):
     return [label for _, labels in loader for label in labels.tolist()]
 
 
-# The whole product
+# The full product
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", odd())
 def test_every_kind_everywhere(workers, orders, kind):
-    """Every place, source and mode; all numbers of threads for the causes, else one of them in turn."""
+    """Every position, source and mode; all thread counts for the causes, one in turn for the others."""
     combinations = list(product(SOURCES, MODES, PLACES, THREADS))
     if kind not in CAUSES:
         first = list(odd()).index(kind)
@@ -383,5 +383,5 @@ def test_every_kind_in_the_full_check(workers, orders, kind):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["html", "gif", "png, cut before IEND"])
 def test_ten_times(workers, orders, kind, mode):
-    """A race: once may pass by luck."""
+    """The fault is a race: a single run may pass by luck."""
     assert_right(workers.run([case_of(kind, "folder", mode, "first", 2, orders)] * 10), orders)

@@ -1,4 +1,4 @@
-"""The evaluation protocols, end to end on small data sets of each layout, against loops written anew."""
+"""The evaluation protocols, end to end on small data sets of each layout, against independent loops."""
 
 import ast
 import contextlib
@@ -24,20 +24,20 @@ from pipelines.checkpoint import FORMAT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WNIDS = ImageNetInfo().label_names()
-MEAN = STD = (0.5, 0.5, 0.5)  # of timm's test models
+MEAN = STD = (0.5, 0.5, 0.5)  # those of timm's test models
 SIZE = 64
 ROOT = Path(__file__).parents[1]
 
 
 def picture(rng, path, size=(70, 90)):
-    """Coloured blocks, so that both colour and place matter."""
+    """Coloured blocks, so that both colour and position matter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     blocks.resize(size[::-1], Image.Resampling.NEAREST).save(path)
 
 
 def vit(seed=0, size=SIZE, **options):
-    """A small ViT whose guesses depend on the image: fresh ones give all images the same."""
+    """A small ViT whose predictions depend on the image; a fresh one predicts the same for all images."""
     torch.manual_seed(seed)
     model = timm.create_model("test_vit", img_size=size, **options)
     for name, weight in model.named_parameters():
@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory, checkpoint):
-    """DIR/val/WNID/IMAGE.png; an image's class is what the model takes it for."""
+    """DIR/val/WNID/IMAGE.png; an image's class is the model's prediction."""
     root, model, rng = tmp_path_factory.mktemp("imagenet"), loaded(checkpoint), np.random.default_rng(0)
     for number in range(24):
         picture(rng, root / "new" / "x" / f"ILSVRC2012_val_{number:08}.png", (70 + number % 3, 90))
@@ -136,10 +136,10 @@ def top1(model, images, labels):
 
 
 def test_top1_by_the_names_of_the_folders(imagenet, checkpoint):
-    """The folders are some of the model's classes, so their own numbers are not the outputs'."""
+    """The folders are a subset of the model's classes, so their indices differ from the outputs'."""
     _, labels = pixels(imagenet / "val", labels=True)
     bilinear = evaluate.main(argv("top1", imagenet, checkpoint, "--interpolation", "bilinear"))
-    assert values(bilinear) == {("", "top-1"): [100.0]}  # the labels are the guesses
+    assert values(bilinear) == {("", "top-1"): [100.0]}  # the labels are the predictions
     bicubic = pixels(imagenet / "val", interpolation="bicubic")
     assert values(evaluate.main(argv("top1", imagenet / "val", checkpoint))) == {
         ("", "top-1"): [pytest.approx(top1(loaded(checkpoint), bicubic, labels))]
@@ -158,7 +158,7 @@ def test_shuffle(imagenet, checkpoint, perm):
         for batch, guess in zip(images.split(10), labels.split(10), strict=True):
             for rows, columns in ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8)):
                 n = rows * columns
-                if n == 1 and seed != 5:  # nothing is drawn where nothing can change
+                if n == 1 and seed != 5:  # nothing is drawn if nothing can change
                     continue
                 draw = torch.rand(len(batch) if perm == "sample" else 1, n, generator=generator).argsort(1)
                 changed = batch.clone()
@@ -177,7 +177,7 @@ def test_shuffle(imagenet, checkpoint, perm):
 
 
 def test_occlusion(imagenet, checkpoint, tmp_path):
-    dino = vit(seed=1, size=160, num_classes=0)  # its own size; that of the images is less
+    dino = vit(seed=1, size=160, num_classes=0)  # DINO's own size; the images are smaller
     torch.save(dino.state_dict(), tmp_path / "dino.pth")
     resampled = vit(num_classes=0)
     resampled.load_state_dict(dino.state_dict() | {"pos_embed": resample(dino.pos_embed.data, 10, 4)})
@@ -212,7 +212,7 @@ def test_occlusion(imagenet, checkpoint, tmp_path):
         [(share * (share <= share[:, y, x, None, None])).sum((1, 2)) for y in range(4) for x in range(4)], 1
     ).view(-1, 4, 4)
     for loss in losses:
-        # the public code's words: the cells above 1 - mass of the cumulated attention
+        # as in the public code: the cells above 1 - mass of the cumulative attention
         assert result["salient", loss] == [pytest.approx(accuracy(weaker > 1 + 1e-9 - loss / 100))]
         assert result["non-salient", loss] == [pytest.approx(accuracy(weaker <= loss / 100))]
     assert result["random", 0] == [100.0]
@@ -223,7 +223,7 @@ def test_occlusion(imagenet, checkpoint, tmp_path):
 
 
 def resample(embedding, before, after):
-    """Position embedding of a grid for another one, as the public code has it."""
+    """Resamples a position embedding to another grid, as the public code does."""
     plane = embedding[:, 1:].transpose(1, 2).unflatten(2, (before, before))
     plane = torch.nn.functional.interpolate(plane, scale_factor=after / before, mode="bicubic")
     return torch.cat([embedding[:, :1], plane.flatten(2).transpose(1, 2)], 1)
@@ -231,7 +231,7 @@ def resample(embedding, before, after):
 
 @pytest.mark.parametrize("perm", ["batch", "sample"])
 def test_randomly_dropped_patches(imagenet, checkpoint, perm, monkeypatch):
-    """196 * i // 10 of the 14 x 14 cells are black, the others as they were; one draw a batch, or one an image."""
+    """196 * i // 10 of the 14 x 14 cells are black, the others unchanged; one draw per batch or per image."""
     seen, drop = [], metrics.drop_cells
 
     def spy(images, dropped):
@@ -270,7 +270,7 @@ def test_randomly_dropped_patches(imagenet, checkpoint, perm, monkeypatch):
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory):
-    """ImageNet-A's 200 folders, which serve for -O too, and validation images of them and of others."""
+    """ImageNet-A's 200 folders, also used for -O, and validation images of these and of other classes."""
     root, rng = tmp_path_factory.mktemp("benchmarks"), np.random.default_rng(1)
     names = [WNIDS[number] for number in rng.choice(1000, 200, replace=False)]
     for name in names:
@@ -315,8 +315,8 @@ def test_imagenet_o(benchmarks, checkpoint):
     assert result == {("", "AUPR"): [pytest.approx(100 * expected, rel=1e-4)]}
 
 
-def test_the_slice_of_imagenet_a_is_timm_s(benchmarks, checkpoint, tmp_path):
-    """With ImageNet-A's real folders the outputs are those that timm keeps a list of."""
+def test_the_imagenet_a_classes_are_timms(benchmarks, checkpoint, tmp_path):
+    """With ImageNet-A's real folders the outputs are those in timm's list."""
     import pkgutil
 
     synsets, indices = (
@@ -375,12 +375,12 @@ def test_wsas(voc, checkpoint):
 
 
 def nearest(side):
-    """Which of `side` pixels lies under the middle of each of SIZE."""
+    """Index of the one of `side` pixels under the centre of each of SIZE pixels."""
     return np.floor((np.arange(SIZE) + 0.5) * side / SIZE).astype(int)
 
 
 def fewest(attention, mass):
-    """Takes cells, strongest first, until they hold `mass`."""
+    """The strongest cells that together hold `mass`."""
     taken, held = np.zeros(attention.shape), 0.0
     for cell in np.argsort(-attention, axis=None):
         if held < mass * attention.sum():
@@ -419,7 +419,7 @@ def test_wsol(imagenet, checkpoint, tmp_path, flags, reduce, join):
         corners[:, 1] += 2
         boxes[path.stem] = corners.reshape(-1, 4).tolist()
         objects = "".join(OBJECT.format(*box) for box in boxes[path.stem])
-        # the size is wrong in some annotations
+        # some annotations have a wrong size
         (folder / f"{path.stem}.xml").write_text(f"<a><size><width>1</width></size>{objects}</a>")
     result = values(evaluate.main(argv("wsol", imagenet, checkpoint, "--boxes", tmp_path, "--mass", ".5", *flags)))
     scores = []
@@ -437,7 +437,7 @@ def test_wsol(imagenet, checkpoint, tmp_path, flags, reduce, join):
 
 
 def largest(mask):
-    """The cells of the largest component: a flood from every cell."""
+    """The cells of the largest component, by a flood fill from every cell."""
     best = set()
     for start in zip(*np.nonzero(mask), strict=True):
         reached, edge = {start}, [start]
@@ -458,10 +458,10 @@ def iou(a, b):
 
 @pytest.fixture(scope="module", params=["test_resnet", "test_vit"])
 def run(request, tmp_path_factory):
-    """A run of pipelines.train with input, crop and classes of its own: its checkpoint, data, summary, model."""
+    """A run of pipelines.train with custom input size, crop and classes: its checkpoint, data, summary, model."""
     root, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(4)
     for split, count in {"train": 8, "val": 9}.items():
-        for name in ("2", "10", "cat"):  # in the order of the outputs; by letters 10 comes first
+        for name in ("2", "10", "cat"):  # in the order of the outputs; alphabetically 10 comes first
             for number in range(count):
                 picture(rng, root / "data" / split / name / f"{number}.png")
     summary = train.main(
@@ -504,8 +504,8 @@ def run(request, tmp_path_factory):
     return root / "run" / "last.pth.tar", root / "data", summary, request.param
 
 
-def test_a_run_s_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
-    """Its model, its classes, its average of the weights, its input: all from the file."""
+def test_a_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
+    """The model, classes, average of the weights and input size all come from the file."""
     checkpoint, data, summary, model = run
     result = evaluate.main(
         [
@@ -533,15 +533,15 @@ def test_a_run_s_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
 
 @pytest.mark.parametrize(("protocol", "size", "crop_pct"), [("shuffle", 48, 0.875), ("wsas", 512, 0.875)])
 def test_protocols_keep_their_own_input(run, protocol, size, crop_pct):
-    """A run's checkpoint brings size, mean and std, but neither the crop nor, for wsas, the size."""
+    """A run's checkpoint sets size, mean and std, but not the crop nor, for wsas, the size."""
     command = [protocol, "--data-dir", "x", "--checkpoint", str(run[0]), "--device", "cpu"]
     data = evaluate.build_subject(evaluate.parse_args(command)).data
     assert data["input_size"] == (3, size, size) and data["crop_pct"] == crop_pct and data["mean"] == (0.4, 0.5, 0.6)
     assert data["interpolation"] == "bilinear"
 
 
-def test_folders_are_told_apart_by_name(run, tmp_path):
-    """With one class left, the label is still that class's output."""
+def test_folders_are_identified_by_name(run, tmp_path):
+    """If only one class is left, its label is still that class's output."""
     checkpoint, data, summary, _ = run
     accuracy = {}
     for name in ("2", "10", "cat"):
@@ -567,7 +567,7 @@ def test_figure_and_table(protocol, imagenet, benchmarks, checkpoint, tmp_path, 
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10
 
 
-def test_the_paper_s_numbers_agree_with_each_other():
+def test_the_papers_numbers_are_consistent():
     """Each average is the mean of its row."""
     for table in (report.TABLE_7, report.TABLE_9):
         for which in (0, 1):
@@ -575,7 +575,7 @@ def test_the_paper_s_numbers_agree_with_each_other():
             assert np.mean(points) == pytest.approx(table["average"][which], abs=0.051)
 
 
-def test_an_average_over_other_points_is_not_the_paper_s(imagenet, checkpoint):
+def test_an_average_over_other_points_is_not_the_papers(imagenet, checkpoint):
     result = evaluate.main(argv("shuffle", imagenet, checkpoint, "--grids", "1x1", "2x2"))
     assert [row["paper"] for row in result["rows"]] == [(79.9, 80.5), (75.6, 76.3), None]
 
@@ -622,8 +622,8 @@ def test_a_model_without_class_token(voc, tmp_path):
         evaluate.main(command[:place] + command[place + 2 :])
 
 
-def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
-    """As without a network, for the model and for DINO."""
+def test_unavailable_weights(imagenet, checkpoint, monkeypatch):
+    """As if there were no network, for the model and for DINO."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -634,7 +634,7 @@ def test_weights_that_cannot_be_had(imagenet, checkpoint, monkeypatch):
 
 
 class Answers:
-    """A hub on the loopback that hangs up on every request; counts them."""
+    """A hub on the loopback interface that drops every request and counts them."""
 
     def __enter__(self):
         self.asked, self.socket = 0, socket.create_server(("127.0.0.1", 0))
@@ -643,7 +643,7 @@ class Answers:
         return self
 
     def serve(self):
-        with contextlib.suppress(OSError):  # it was closed
+        with contextlib.suppress(OSError):  # the server was closed
             while True:
                 connection, _ = self.socket.accept()
                 self.asked += 1
@@ -657,7 +657,7 @@ class Answers:
 
 @pytest.fixture
 def silent_hub(monkeypatch, tmp_path):
-    """No hub, and an empty cache of it."""
+    """A hub that does not answer, and an empty cache."""
     import huggingface_hub.constants as hub
 
     with Answers() as server:
@@ -670,8 +670,8 @@ def silent_hub(monkeypatch, tmp_path):
     assert hub.HF_HUB_OFFLINE is False
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(silent_hub, imagenet, checkpoint):
-    """Its own client asks six times for each of two files, which takes most of a minute."""
+def test_a_silent_hub_is_asked_once(silent_hub, imagenet, checkpoint):
+    """The hub's own client asks six times for each of two files, which takes almost a minute."""
     with pytest.raises(ValueError, match=r"vit_small_patch16_224.dino: timm could not.*--dino-checkpoint FILE"):
         evaluate.main(argv("occlusion", imagenet, checkpoint, "--drop", "salient"))
     assert silent_hub.asked == 1
@@ -698,8 +698,8 @@ def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
         (["--drop", "salient"], "timm could not get its weights.*--dino-checkpoint FILE"),
     ],
 )
-def test_occlusion_on_the_demo_s_checkpoint(silent_hub, tmp_path, more, message):
-    """What is wrong is said before anything is fetched, and with what to give instead."""
+def test_occlusion_on_the_demos_checkpoint(silent_hub, tmp_path, more, message):
+    """The error comes before anything is fetched and says what to pass instead."""
     (tmp_path / "data" / "0").mkdir(parents=True)
     model = timm.create_model("resnet10t", num_classes=1)
     args = dict.fromkeys((*evaluate.FROM_THE_RUN, *evaluate.FROM_ITS_VALIDATION, "input_size"))
@@ -721,7 +721,7 @@ def test_occlusion_on_the_demo_s_checkpoint(silent_hub, tmp_path, more, message)
     ],
 )
 def test_a_missing_package_is_named_before_the_work(package, arguments, monkeypatch):
-    """The other commands do without."""
+    """The other commands do not need it."""
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     rest = ["--data-dir", "no", "--checkpoint", "no.pth", "--model", "test_vit"]
@@ -731,8 +731,8 @@ def test_a_missing_package_is_named_before_the_work(package, arguments, monkeypa
         evaluate.main(["top1", *rest])
 
 
-def test_what_only_some_commands_need_is_imported_there():
-    """pip install '.[cuda12]' brings none of these; the demo needs them whatever it does."""
+def test_optional_packages_are_imported_only_where_needed():
+    """pip install '.[cuda12]' installs none of these; only the demo always needs them."""
     for path in (ROOT / "pipelines").glob("*.py"):
         names = [
             name.partition(".")[0]
@@ -756,7 +756,7 @@ def test_what_only_some_commands_need_is_imported_there():
         (["top1", "--pretrained"], "give either --checkpoint FILE or --pretrained"),
     ],
 )
-def test_wrong_flags(arguments, message, capsys):
+def test_invalid_flags(arguments, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args([*arguments, "--data-dir", "x", "--checkpoint", "y"])
     assert message in capsys.readouterr().err
@@ -772,7 +772,7 @@ def test_a_damaged_image_ends_the_evaluation(imagenet, checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_deit(imagenet, benchmarks, voc, tmp_path):
-    """A model of the paper's kind at its own size, with DINO's ViT-S/16 and every default."""
+    """A model as in the paper at its native size, with DINO's ViT-S/16 and all defaults."""
     torch.manual_seed(0)
     torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "model.pth")
     torch.save(timm.create_model("vit_small_patch16_224", num_classes=0).state_dict(), tmp_path / "dino.pth")
@@ -801,6 +801,6 @@ def test_deit(imagenet, benchmarks, voc, tmp_path):
         points = [row for row in result["rows"] if row["name"] != "average"]
         assert len(points) == {"shuffle": 6, "occlusion": 30, "imagenet-a": 4, "wsas": 2}[protocol]
         assert result["input"]["input_size"] == ((3, 512, 512) if protocol == "wsas" else (3, 224, 224))
-        if protocol in ("shuffle", "occlusion"):  # every number is a count of the 24 images
+        if protocol in ("shuffle", "occlusion"):  # every number is a fraction of the 24 images
             counts = [value * 0.24 for row in points for value in row["values"]]
             assert counts == pytest.approx(np.round(counts))

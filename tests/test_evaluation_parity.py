@@ -1,7 +1,7 @@
-"""`create_loader(is_training=False)` against timm's evaluation transform, on images of awkward sizes.
+"""`create_loader(is_training=False)` against timm's evaluation transform on images of awkward sizes.
 
-Resizing alone differs, in rounding; a crop that is off by a pixel, a wrong size, or a region decoded without what
-the filter needs around it differs by far more.
+Only resizing differs, by rounding. A crop that is off by a pixel, a wrong size, or a region decoded without the
+margin that the filter needs differs by far more.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ SIDES = [
     *[(37, 501), (501, 37), (60, 1000), (1000, 60), (2, 300), (300, 2), (1, 1), (1, 5), (3, 2)],
     *[(640, 481), (479, 640), (700, 901)],
 ]
-# Resized to cover 182×219, one of their sides is a half: of even and of odd numbers.
+# Resized to cover 182×219, one of their sides ends in .5, after an even or an odd number.
 HALVES = [
     *[(160, 192), (163, 146), (351, 234), (143, 146), (208, 364), (156, 369)],
     *[(352, 192), (325, 146), (337, 146), (292, 365)],
@@ -27,7 +27,7 @@ HALVES = [
 
 
 def photograph(height, width, seed):
-    """uint8 [H, W, 3]: noise with the spectrum of photographs, 1/f, and edges of rectangles of any colour."""
+    """uint8 [H, W, 3]: noise with the 1/f spectrum of photographs, and edges of rectangles of any colour."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)) + 1 / max(height, width)
     spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency
@@ -40,7 +40,7 @@ def photograph(height, width, seed):
 
 
 def written(root, sizes):
-    """{file: image} of a photograph of each size."""
+    """{file: image}: one photograph of each size."""
     images = {}
     for number, sides in enumerate(sizes):
         file = root / "class" / f"{number:02}.png"
@@ -61,8 +61,8 @@ def halves(tmp_path_factory):
 
 
 def differences(files, size, **options):
-    """{(height, width): grey levels [C, H, W]} by which each image differs from timm's."""
-    transform = timm_data.create_transform((3, *size), **options, use_prefetcher=True)  # which leaves uint8
+    """{(height, width): difference [C, H, W] from timm's image in grey levels}."""
+    transform = timm_data.create_transform((3, *size), **options, use_prefetcher=True)  # which keeps uint8
     root = next(iter(files)).parents[1]
     with create_loader(
         root, batch_size=8, input_size=size, is_training=False, dtype="uint8", device="cpu", **options
@@ -86,9 +86,9 @@ def rim(levels):
 @pytest.mark.parametrize("size", [(224, 224), (160, 192)], ids=str)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_odd_sizes(odd, interpolation, size, crop_mode, crop_pct):
-    """Three tenths of a grey level. Outside the image DALI repeats its border and Pillow leaves taps out.
+    """Within three tenths of a grey level. Outside the image DALI repeats the border and Pillow drops taps.
 
-    With the cubic filter that shows in images of few pixels; in others, only where the crop reaches the border.
+    With the cubic filter this shows in tiny images; in others, only if the crop reaches the border.
     """
     found = differences(odd, size, interpolation=interpolation, crop_mode=crop_mode, crop_pct=crop_pct)
     for sides, levels in found.items():
@@ -99,6 +99,6 @@ def test_odd_sizes(odd, interpolation, size, crop_mode, crop_pct):
 
 
 def test_halves_are_rounded_to_even(halves):
-    """timm's `ResizeKeepRatio` rounds as Python does: the other side of these would be 182.5 or 219.5 and more."""
+    """timm's `ResizeKeepRatio` rounds as Python does; the other side of these images would end in .5."""
     found = differences(halves, (160, 192), interpolation="bilinear", crop_pct=0.875)
     assert {sides: round(levels.mean(), 2) for sides, levels in found.items() if levels.mean() >= 0.3} == {}

@@ -1,4 +1,4 @@
-"""The programs in examples/ run as they stand."""
+"""The programs in examples/ run unchanged."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "way", ["generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))]
 )
-def test_batches_of_ones_own_pipeline_arrive(folder, way):
+def test_batches_of_a_custom_pipeline_arrive(folder, way):
     command = [sys.executable, "examples/own_pipeline.py", str(folder), way]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -52,8 +52,8 @@ def cells(kind):
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def test_the_stored_notebook_is_whole():
-    """Its cells parse and were run in order, without an error, a warning or this machine's paths in what they print."""
+def test_the_stored_notebook_is_complete():
+    """Its cells parse and were run in order; their output has no error, warning or path of the author's machine."""
     found = cells("code")
     for number, cell in enumerate(found, 1):
         ast.parse(re.sub("^%.*", "", "".join(cell["source"]), flags=re.MULTILINE))

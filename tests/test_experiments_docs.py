@@ -1,4 +1,4 @@
-"""docs/experiments.md says what the committed results say: every table is recomputed here from the runs."""
+"""docs/experiments.md matches the committed results: every table is recomputed here from the runs."""
 
 import json
 import re
@@ -16,13 +16,13 @@ METRICS = {"top-1, %": ("top1", 2), "NLL, nats": ("nll", 3), "ECE, %": ("ece", 2
 
 
 def last(name, metric):
-    """{row: {seed: value after the last epoch}} of a result."""
+    """{row: {seed: value after the last epoch}} from a result."""
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     return {row["name"]: {run["seed"]: run[metric][-1] for run in row["runs"]} for row in result["rows"]}
 
 
 def compared(name, metric):
-    """{row: (mean, half the 95 % interval, p times what Holm has left)} of the differences to CutMix."""
+    """{row: (mean, half of the 95 % interval, p after Holm's correction)} of the differences from CutMix."""
     values, found = last(name, metric), {}
     base = values["CutMix"]
     for row in values.keys() - {"CutMix"}:
@@ -44,7 +44,7 @@ def test_every_accuracy_is_in_the_text():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_is_its_result(name):
+def test_each_table_matches_its_result(name):
     """Means, deviations, intervals, p after Holm's correction, and the sentence below."""
     head, _, *lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in TABLES[name].splitlines() if line.startswith("|")
@@ -76,7 +76,7 @@ def test_intervals_on_digits_are_wider_than_the_papers_effects():
     assert "The half-widths of the 95 % intervals below are larger than that" in TEXT
 
 
-def test_the_validation_sets_own_error():
+def test_the_sampling_error_of_the_validation_sets():
     p = np.mean([*last("accuracy-table2", "top1")["CutMix"].values()]) / 100
     assert f"{100 * (p * (1 - p) / 360) ** 0.5:.1f} points at the CutMix row's accuracy" in TEXT
     assert f"{100 * (0.45 * 0.55 / 10_000) ** 0.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
@@ -95,7 +95,7 @@ def test_table_7s_seventh_column_is_inferred_from_both_averages():
 
 
 def test_seeds_on_another_machine():
-    """Table 2 again, at the same commit: what is said of it is counted over the CutMix row."""
+    """Table 2 again, at the same commit: the text says how many seeds of its CutMix row differ, and by how much."""
     name = "accuracy-table2-again"
     if name not in TABLES:
         pytest.skip("not run on a second machine yet")

@@ -1,4 +1,4 @@
-"""Who decodes what, and what DALI never sees: oracles are Pillow's pixels and the graph itself."""
+"""Which decoder reads what, and what DALI never sees. The oracles are Pillow's pixels and the graph itself."""
 
 import ast
 import io
@@ -32,7 +32,7 @@ def chunk(kind, content=b""):
 
 
 def png(*extra, width=18, height=12, depth=8, colour=2, end=True):
-    """A PNG of `PIXELS` with chunks of one's own between its header and its pixels."""
+    """A PNG of `PIXELS` with the given chunks between its header and its pixels."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     rows = b"".join(b"\0" + row.tobytes() for row in PIXELS)
     chunks = [header, *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND") * end]
@@ -40,7 +40,7 @@ def png(*extra, width=18, height=12, depth=8, colour=2, end=True):
 
 
 def jpeg(*segments, marker=0xC0, bits=8, components=3):
-    """The header of a JPEG of 18x12 pixels, with segments in front of its frame."""
+    """The header of a JPEG of 18x12 pixels, with segments before its frame."""
     frame = struct.pack(">BHHB", bits, 12, 18, components) + bytes(3 * components)
     return b"\xff\xd8" + b"".join(segments) + struct.pack(">BBH", 0xFF, marker, len(frame) + 2) + frame
 
@@ -50,7 +50,7 @@ def webp(kind, content):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-# The look
+# Inspecting headers
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_is_bad(content, reason):
     ],
     ids=lambda content: f"{content[:4]}{len(content)}",
 )
-def test_dali_gets_no_odd_header(content):
+def test_dali_never_sees_an_odd_header(content):
     assert formats._dali(io.BytesIO(content)) is None
 
 
@@ -138,7 +138,7 @@ def test_dali_gets_no_odd_header(content):
 
 
 def behind(name, makers):
-    """The operators that make an edge of the graph, and all that they depend on."""
+    """The operators that produce an edge of the graph, and all that they depend on."""
     found, names = [], [name]
     while names:
         if (maker := makers[names.pop()]) not in found:
@@ -185,7 +185,7 @@ def test_one_function_makes_every_decoder():
     assert found == [("decoding.py", "decode")]
 
 
-# What is delivered
+# Delivered pixels
 
 
 def write_files(root, contents):
@@ -207,7 +207,7 @@ def delivered(loader):
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_pillows_pixels_arrive_bit_for_bit(tmp_path, batch_size):
-    """A data set wholly of formats that DALI must not see, more of them than the queue holds."""
+    """A data set entirely of formats that DALI must not see, with more files than the queue holds."""
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (12, 18, 3), dtype=np.uint8) for _ in range(70)]
     kinds = ["BMP", "TIFF", "PPM", "TGA", "ICO"]
@@ -220,7 +220,7 @@ def test_pillows_pixels_arrive_bit_for_bit(tmp_path, batch_size):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_what_dali_refuses_and_pillow_reads_is_delivered(tmp_path):
+def test_images_that_dali_refuses_and_pillow_reads_are_delivered(tmp_path):
     """A PNG with an unknown critical chunk: DALI's decoder refuses it, Pillow reads its pixels."""
     contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
     samples = write_files(tmp_path / "a", contents)
@@ -247,8 +247,8 @@ def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
     np.testing.assert_array_equal(delivered(resumed), after)
 
 
-def test_files_that_are_no_files(tmp_path):
-    """Neither a FIFO nor a device is waited for."""
+def test_paths_that_are_not_regular_files(tmp_path):
+    """The loader never waits for a FIFO or a device."""
     for name in ("0", "5"):
         write(PIXELS, tmp_path / "a" / f"{name}.png")
     os.mkfifo(tmp_path / "a" / "1.png")
@@ -283,7 +283,7 @@ SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000
     "shape",
     [pytest.param(shape, id=name, marks=[pytest.mark.slow] * (name != "2x30000")) for name, shape in SHAPES.items()],
 )
-def test_evaluation_takes_the_memory_of_the_crop(tmp_path, shape):
+def test_evaluation_needs_only_the_memory_of_the_crop(tmp_path, shape):
     """White stays white to the corners, in half a GB more than an ordinary image takes.
 
     DALI decodes a PNG whole (300 MB for 10000x10000) before it takes the region (230 MB).

@@ -1,8 +1,8 @@
-"""The graph does what its target says: pixels, pairing, checkpoints, devices, bad input.
+"""The graph matches its target: pixels, pairing, checkpoints, devices, bad input.
 
-Every batch is checked against the NumPy oracle, fed with the target that the graph emitted. Who was mixed
-into whom is read off unique labels, and λ0 is recounted from pixels that carry the colour of one sample.
-The laws of the draws are in `test_fn_law.py`.
+Every batch is checked against the NumPy oracle, given the target that the graph emitted. Partners are
+read from unique labels, and λ0 is recounted from pixels that carry the colour of one sample.
+The distributions of the draws are tested in `test_fn_law.py`.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ ON_GPU = ("images", *MixTarget._fields)
 
 
 def batch_of(count, size=(16, 16), seed=0):
-    """Random images whose channel 0 is one colour, unique in the batch, and unique labels."""
+    """Random images whose channel 0 is a constant unique in the batch, and unique labels."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
     images[..., 0] = rng.permutation(256)[:count, None, None]
@@ -49,7 +49,7 @@ def assert_types(images, mixed, target):
 
 
 def assert_pixels(images, partner, mixed, target):
-    """Bit exact but for Mixup, which may miss the rounded float64 blend by one grey level."""
+    """Bit exact, except for Mixup, which may differ from the rounded float64 blend by one grey level."""
     expected = reference.mix_images(images, partner, target.box, target.kind, target.lam0)
     blended = target.kind == Kind.MIXUP
     np.testing.assert_array_equal(mixed[~blended], expected[~blended])
@@ -57,7 +57,7 @@ def assert_pixels(images, partner, mixed, target):
 
 
 def assert_true(images, labels, mixed, target, counted=True):
-    """`mixed` is what `target` says of `images`; `counted`: λ0 is the share of pixels from the partner."""
+    """`mixed` matches `images` and `target`; with `counted`, λ0 is the share of pixels from the partner."""
     assert_types(images, mixed, target)
     np.testing.assert_array_equal(target.labels, labels)
     partner = pairing(labels, target.partner_labels)
@@ -77,7 +77,7 @@ def assert_true(images, labels, mixed, target, counted=True):
 
 
 def assert_one_draw(target):
-    """One kind, box and λ0 a batch."""
+    """One kind, box and λ0 per batch."""
     for field in (target.kind, target.lam0, target.box):
         assert (field == field[0]).all()
 
@@ -86,7 +86,7 @@ def assert_one_draw(target):
 @pytest.mark.parametrize("count", BATCH_SIZES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_pixels_are_what_the_target_says(graph, name, mode, count, size):
+def test_pixels_match_the_target(graph, name, mode, count, size):
     operation, options = OPERATIONS[name]
     run = graph(operation, count, mode=mode, **options)
     varied = False
@@ -110,11 +110,11 @@ def test_partial_batches(graph, mode):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_labels_of_readers_and_of_lists(graph, shape, dtype):
+def test_labels_from_readers_and_from_lists(graph, shape, dtype):
     images, labels = batch_of(7)
     labels = (labels % 97 + np.arange(7) * 2).astype(dtype)
     if dtype == np.int64:
-        labels += 2**53 + 1  # beyond what a float holds
+        labels += 2**53 + 1  # beyond the integers that a float32 can represent
     mixed, target = graph(mixfn.cutmix)(images, labels.reshape(7, *shape))
     assert len(set(labels)) == 7
     assert_true(images, labels, mixed, target)
@@ -130,7 +130,7 @@ def test_inside_a_pipeline_with_conditionals(graph, name):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_numbers_of_channels(graph, channels):
+def test_other_channel_counts(graph, channels):
     images, labels = batch_of(8)
     images = np.resize(images.transpose(3, 0, 1, 2), (channels, 8, 16, 16)).transpose(1, 2, 3, 0).copy()
     assert_true(images, labels, *graph(mixfn.mix, mixup_alpha=0.8)(images, labels))
@@ -179,7 +179,7 @@ def test_prob_changes_at_run_time(graph, mode, alphas):
 
 @pytest.mark.parametrize("mixup_alpha", [0.0, 0.8])
 def test_drawn_weight_without_correction(graph, mixup_alpha):
-    """λ0 is then the one whose box, somewhere in the image, is the one emitted."""
+    """λ0 is then the drawn weight: at some centre its box is the emitted one."""
     size = (9, 20)
     run, clipped = graph(mixfn.mix, mixup_alpha=mixup_alpha, correct_lam=False), 0
     for step in range(5):
@@ -202,7 +202,7 @@ def test_minmax_counts_its_boxes(graph, correct_lam, mode):
     for step in range(5):
         images, labels = batch_of(8, size, seed=step)
         mixed, target = run(images, labels)
-        assert_true(images, labels, mixed, target)  # λ0 is counted in either case, as in timm
+        assert_true(images, labels, mixed, target)  # λ0 is counted in both cases, as in timm
         sides = target.box[:, 2:] - target.box[:, :2]
         assert (([2, 4] <= sides) & (sides < [6, 12])).all()
 
@@ -213,7 +213,7 @@ def apply_given(images, labels, partner, kind, box, weight):
 
 
 def given_batch(size=(9, 20)):
-    """Eight samples of every kind, with boxes at every edge, and partners that are no permutation."""
+    """Eight samples of every kind, with boxes at every edge, and partners that are not a permutation."""
     height, width = size
     box = [
         [2, 3, 7, 11],
@@ -261,7 +261,7 @@ def apply_weights(images, labels, partner, kind, weight):
 
 
 @pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, Kind.CUTMIX), (apply_weights, Kind.MIXUP)])
-def test_given_boxes_alone_and_weights_alone(graph, operation, kind):
+def test_only_boxes_or_only_weights_given(graph, operation, kind):
     images, labels = batch_of(8, (9, 20))
     drawn = given_batch() | {"kind": np.int32([kind, 0] * 4)}
     del drawn["weight" if kind == Kind.CUTMIX else "box"]
@@ -272,8 +272,8 @@ def test_given_boxes_alone_and_weights_alone(graph, operation, kind):
     assert_pixels(images, drawn["partner"], mixed, target)
 
 
-def test_every_pair_of_levels_blends_within_one(graph):
-    """Weights that split white into two halves ending in .5 included: rounded up twice they would make 256."""
+def test_every_pair_of_levels_blends_within_one_level(graph):
+    """Includes weights that split white into two parts ending in .5: both rounded up would give 256."""
     own, other = np.mgrid[:256, :256].astype(np.uint8)
     weight = np.float32([0, 1, 0.5, 1e-6, *(np.arange(0, 255, 10) + 0.5) / 255, 1 / 3, 0.999, 1 - 2**-24])
     count = len(weight)
@@ -287,7 +287,7 @@ def test_every_pair_of_levels_blends_within_one(graph):
     assert np.abs(mixed - blend).max() <= 1 + 1e-4
 
 
-def test_a_given_lam0_is_emitted_as_it_is(graph):
+def test_a_given_lam0_is_emitted_unchanged(graph):
     def weighed(images, labels, partner, kind, box, weight, lam0):
         size = images.shape(dtype=types.INT32)[:2]
         return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight, lam0))
@@ -357,13 +357,13 @@ def test_checkpoints_restore_bit_exactly(device, options, steps):
     for before, after in zip(expected, restored, strict=True):
         for wanted, got in zip(before, after, strict=True):
             np.testing.assert_array_equal(got, wanted)
-    if steps:  # else the seed alone would have done it
+    if steps:  # otherwise the seed alone would explain it
         other = run_steps(checkpointed(device, 2, **options), 1)
         assert any((wanted != got).any() for wanted, got in zip(expected[0], other[0], strict=True))
 
 
 def gpu_graph(operation, **options):
-    """A graph for a GPU, defined without one: operators by device, their names, and the outputs' devices."""
+    """A GPU graph, defined without a GPU: operators by device, their names, and the outputs' devices."""
     outputs = {}
 
     @pipeline_def(batch_size=8, num_threads=2, device_id=0, seed=0)
@@ -390,8 +390,8 @@ def gpu_graph(operation, **options):
     ],
     ids=["cutmix", "mix", "mixup"],
 )
-def test_gpu_graph_keeps_to_the_budget(alphas, unknown, known):
-    """What is delivered is made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
+def test_gpu_graph_stays_within_the_budget(alphas, unknown, known):
+    """All outputs are made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
     for budget, options in ((unknown, {}), (known, {"size": (16, 16)})):
         devices, names, outputs = gpu_graph(mixfn.mix, **alphas, **options)
@@ -417,7 +417,7 @@ def test_unmixed_delivers_from_the_gpu():
     assert outputs == dict.fromkeys(ON_GPU, "gpu")
 
 
-def test_what_is_off_is_not_in_the_graph():
+def test_disabled_mixing_is_not_in_the_graph():
     blend, paste = ("brightnesscontrast",), ("multipaste", "uniform")
     both = gpu_graph(mixfn.mix, mixup_alpha=0.8)[1]
     assert all(name in both for name in (*blend, *paste))
@@ -448,7 +448,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "value", "remedy"), BAD, ids=[value.replace("\\", "") for _, value, _ in BAD])
-def test_wrong_arguments_are_named_with_a_remedy(options, value, remedy):
+def test_invalid_arguments_are_named_with_a_remedy(options, value, remedy):
     with pytest.raises(ValueError, match=f"{value}.*{remedy}"):
         gpu_graph(mixfn.mix, **options)
 

@@ -1,8 +1,8 @@
-"""The draws follow their laws: timm's, written out exactly, against at least 20 000 draws for each of three seeds.
+"""The draws follow timm's distributions, computed exactly: at least 20 000 draws for each of three seeds.
 
-On images of a few pixels every box that can occur has a probability that can be added up, so one χ² over the
-boxes tests sides, centres, clipping and the independence of all of them: an edge of half weight, a rounded
-side or a shifted centre shows. Weights are compared with Beta's distribution function (Kolmogorov-Smirnov).
+On images of a few pixels the probability of every possible box can be computed, so one χ² test over the
+boxes covers sides, centres, clipping and their independence: an edge of half weight, a rounded
+side or a shifted centre shows up. Weights are compared with Beta's distribution function (Kolmogorov-Smirnov).
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ both_modes = pytest.mark.parametrize(
     ("mode", "draws", "seed"),
     [
         *(("elem", DRAWS, seed) for seed in SEEDS),
-        # one draw a batch costs as much as a batch: a few here, all of them with -m slow
+        # one draw per batch costs as much as a batch: a few here, all of them with -m slow
         ("batch", 500, SEEDS[0]),
         *(pytest.param("batch", DRAWS, seed, marks=pytest.mark.slow) for seed in SEEDS),
     ],
@@ -36,7 +36,7 @@ both_modes = pytest.mark.parametrize(
 
 @cache
 def emitted(size, seed, draws=DRAWS, mode="elem", **options):
-    """Targets of `draws` draws, concatenated; `labels` are the samples' places in their batch."""
+    """Targets of `draws` draws, concatenated; `labels` are the samples' positions in their batch."""
     batch = BATCH if mode == "elem" else 2
 
     @pipeline_def(batch_size=batch, num_threads=1, device_id=None, seed=seed)
@@ -54,7 +54,7 @@ def emitted(size, seed, draws=DRAWS, mode="elem", **options):
 
 
 def assert_frequencies(values, law):
-    """χ² of the hashable `values` against `law`, {value: probability}; rare values share one cell."""
+    """χ² test of the hashable `values` against `law`, {value: probability}; rare values share one cell."""
     seen, total = Counter(values), len(values)
     assert set(seen) <= set(law)
     common = [value for value in law if law[value] * total >= 5]
@@ -67,9 +67,9 @@ def assert_frequencies(values, law):
 
 
 def box_law(size, alpha):
-    """Probability of every clipped box: λ0 ~ Beta(α, α) in the steps at which a side grows, any centre."""
+    """Probability of every clipped box: λ0 ~ Beta(α, α) binned by the side that it gives, and a uniform centre."""
     steps = {(k / length) ** 2 for length in size for k in range(length + 1)}
-    steps.add(1 - 2**-25)  # above it float32 rounds to 1, a whole side that float64 would all but never draw
+    steps.add(1 - 2**-25)  # above it float32 rounds to 1, a full side that float64 would almost never draw
     law = Counter()
     for low, high in pairwise(sorted(steps)):
         share = np.diff(stats.beta(alpha, alpha).cdf([low, high]))[0] / np.prod(size)
@@ -116,7 +116,7 @@ def test_minmax_boxes(mode, draws, seed):
 
 @both_modes
 def test_kinds_and_drawn_weights(mode, draws, seed):
-    """Each kind has its own α, and its weight does not depend on the coin that chose it."""
+    """Each kind has its own α, and its weight is independent of the choice of kind."""
     target = emitted(
         ODD_AND_EVEN, seed, draws, mode, mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8, switch_prob=0.3, correct_lam=False
     )
@@ -128,7 +128,7 @@ def test_kinds_and_drawn_weights(mode, draws, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_boxes_and_counted_weights_at_size(seed):
-    """On a larger image and with another α, against a NumPy simulation of timm's law."""
+    """On a larger image and with another α, against a NumPy simulation of timm's distribution."""
     size, count = np.array(LARGE), 200_000
     target = emitted(LARGE, seed, cutmix_alpha=0.5)
     rng = np.random.default_rng(seed)
@@ -143,7 +143,7 @@ def test_boxes_and_counted_weights_at_size(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_centres_at_size(seed):
-    """Boxes of a tenth of the area and less, further from the edges than they reach: any centre alike."""
+    """Boxes of at most a tenth of the area that reach no edge: all centres are equally likely."""
     target, reach = emitted(LARGE, seed, cutmix_alpha=0.5), int(max(LARGE) * 0.1**0.5) // 2 + 1
     start, stop = target.box[:, :2], target.box[:, 2:]
     whole = ((start > 0) & (stop < LARGE)).all(1) & (target.lam0 < 0.1)
@@ -156,26 +156,26 @@ def test_centres_at_size(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_samples_are_drawn_apart(seed):
-    """Neighbours in a batch, and the same place in the next batch, know nothing of each other."""
+def test_samples_are_drawn_independently(seed):
+    """Neighbours in a batch, and the same position in consecutive batches, are independent."""
     lam0 = emitted(ODD_AND_EVEN, seed).lam0
     for lag in (1, BATCH):
         assert stats.spearmanr(lam0[lag:], lam0[:-lag]).pvalue > P
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_partners_are_anybody_else(seed):
+def test_partners_are_uniform_over_the_other_samples(seed):
     target = emitted(ODD_AND_EVEN, seed)
     offset = (target.partner_labels - target.labels) % BATCH
     assert_frequencies(offset.tolist(), dict.fromkeys(range(1, BATCH), 1 / (BATCH - 1)))
 
 
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_the_seed_decides(mode):
+def test_the_seed_determines_the_draws(mode):
     options = {"draws": 50, "mode": mode, "mixup_alpha": 0.8, "correct_lam": False}
     first, again, other = (emitted(ODD_AND_EVEN, seed, **options) for seed in (1, 1, 2))
     for one, two in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, two)
     for name in ("lam0", "box", "kind") + (("partner_labels",) if mode == "elem" else ()):
         assert (getattr(first, name) != getattr(other, name)).any()
-    assert len(set(first.lam0.tolist())) > 40  # and not every step draws the same
+    assert len(set(first.lam0.tolist())) > 40  # and different steps draw differently

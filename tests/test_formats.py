@@ -1,6 +1,6 @@
 """Whatever Pillow reads is delivered with timm's pixels, or as far from them as `formats.STATEMENTS` says.
 
-One loader for each size of image, set so that nothing is resized, and timm's own data set over the same folder.
+One loader per image size, set so that nothing is resized, and timm's own data set over the same folder.
 """
 
 import io
@@ -26,9 +26,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:IM image format is deprecated"),
     pytest.mark.filterwarnings("ignore:Palette images with Transparency"),
 ]
-# What Pillow passes on to another program, or to a handler that is not there.
+# Formats that Pillow passes on to another program, or to a handler that is not installed.
 NOT_READ_AGAIN = {"BUFR", "EPS", "GRIB", "HDF5", "WMF"}
-# What Pillow reads, and neither it nor tests/formats.py writes. Its MPEG reader knows the size alone.
+# Formats that Pillow reads but neither it nor tests/formats.py writes. Its MPEG reader reads only the size.
 NOT_WRITTEN = {"FLI", "FTEX", "IMT", "IPTC", "MCIDAS", "MPEG", "PCD"}
 BEGIN, END = "<!-- formats -->\n", "\n<!-- /formats -->"
 RELIABILITY = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -42,7 +42,7 @@ class Delivered(NamedTuple):
 
 
 def content_of(file):
-    """Bytes of what `Image.open` is given."""
+    """Bytes of the argument of `Image.open`."""
     if not hasattr(file, "read"):
         return Path(file).read_bytes()
     file.seek(0)
@@ -52,7 +52,7 @@ def content_of(file):
 
 
 def ours(root, size):
-    """uint8 [N, H, W, C] of the loader, and the contents of the files that Pillow opened meanwhile."""
+    """uint8 [N, H, W, C] from the loader, and the contents of the files that Pillow opened meanwhile."""
     opened, pillows = set(), Image.open
 
     def spy(file, *args, **kwargs):
@@ -70,10 +70,10 @@ def ours(root, size):
 
 @pytest.fixture(scope="module")
 def delivered(tmp_path_factory):
-    """{statement's name: all that was delivered of it}"""
+    """{statement's name: everything delivered for it}"""
     root, by_size = tmp_path_factory.mktemp("formats"), defaultdict(list)
     for row in formats.rows():
-        file = root / "all" / "class" / "row.jpg"  # one suffix for all: it decides nothing
+        file = root / "all" / "class" / "row.jpg"  # one suffix for all: it has no influence
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(row.content)
         image, _ = timm_data.create_dataset("", root=file.parents[1])[0]
@@ -91,8 +91,8 @@ def delivered(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
-def test_pixels_are_timms(delivered, name):
-    """As far from timm's as stated, and no nearer either: the table is to be true."""
+def test_pixels_match_timms(delivered, name):
+    """As far from timm's as stated and no closer: the table must be true."""
     stated = formats.STATEMENTS[name]
     for each in delivered[name]:
         difference = np.abs(each.ours.astype(int) - each.timms)
@@ -109,7 +109,7 @@ def test_who_decodes(delivered, name):
 
 @pytest.mark.parametrize("name", formats.STATEMENTS, ids=": ".join)
 def test_what_check_notes(delivered, name):
-    """Each file that Pillow decodes, or whose pixels are not timm's."""
+    """It notes each file that Pillow decodes or whose pixels differ from timm's."""
     stated = formats.STATEMENTS[name]
     for each in delivered[name]:
         note = check._look(io.BytesIO(each.row.content), MAX_PIXELS)
@@ -121,7 +121,7 @@ def test_what_check_notes(delivered, name):
 
 
 def test_nothing_is_resized(delivered):
-    """Pixels are those that were written, not only those that timm reads."""
+    """The pixels equal those that were written, not only those that timm reads."""
     for each in delivered["PNG", "RGB of 8 bits"]:
         np.testing.assert_array_equal(each.ours, formats.picture())
 
@@ -133,7 +133,7 @@ def test_16_bits_are_scaled_and_rounded(delivered):
             assert np.abs(each.ours - values / 257).max() <= 0.5, each.row[:3]
 
 
-def test_every_format_that_pillow_reads_is_here(tmp_path):
+def test_every_format_that_pillow_reads_is_covered(tmp_path):
     (tmp_path / "file").touch()
     found = set()
     for row in formats.rows():
@@ -147,7 +147,7 @@ def test_every_file_has_a_statement():
     assert {row[:2] for row in formats.rows()} == {*formats.STATEMENTS}
 
 
-def test_the_table_in_the_docs_is_this_one():
+def test_the_table_in_the_docs_is_current():
     _, begin, rest = RELIABILITY.read_text(encoding="utf-8").partition(BEGIN)
     table, end, _ = rest.partition(END)
     assert begin and end, f"{RELIABILITY.name} lacks its markers"

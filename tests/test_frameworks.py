@@ -1,4 +1,4 @@
-"""The examples for Lightning and Accelerate: a run that is cut in the middle of an epoch ends as the whole one."""
+"""The examples for Lightning and Accelerate: a run interrupted within an epoch ends like an uninterrupted one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ Path(os.environ["TOLD"], os.environ["RANK"] + ".json").write_text(json.dumps(fou
 
 
 def losses(name, flags):
-    """Of each step that the example takes; without λ_r, whose generator Lightning does not save."""
+    """The loss of each step that the example takes; without λ_r, whose generator Lightning does not save."""
     example, seen = import_module(f"pipelines.with_{name}"), []
 
     class Recorded(LUMixLoss):
@@ -72,7 +72,7 @@ def saved(name, output, step):
 
 @pytest.mark.parametrize("name", ["lightning", "accelerate"])
 def test_one_process(name, root, tmp_path):
-    """Of 450 images seven batches an epoch; saved after the tenth."""
+    """Seven batches per epoch of 450 images; saved after the tenth batch."""
     pytest.importorskip(name)
     whole = losses(name, flags(name, root, tmp_path))
     assert len(set(whole)) == 14
@@ -83,7 +83,7 @@ def test_one_process(name, root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lightning", "accelerate"])
 def test_two_processes(name, root, tmp_path):
-    """Three batches an epoch, saved after the fifth; each rank goes on at its own images."""
+    """Three batches per epoch, saved after the fifth; each rank resumes at its own images."""
     pytest.importorskip(name)
 
     def run(*more):

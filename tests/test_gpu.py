@@ -1,6 +1,6 @@
-"""What a GPU shows between DALI and PyTorch: copies, waits, streams, graphs, precision, decoders, leaks.
+"""What only a GPU shows between DALI and PyTorch: copies, waits, streams, graphs, precision, decoders, leaks.
 
-Every test runs on the CPU too, as far as there is something to see, so that its logic is tried without a GPU.
+Every test also runs on the CPU as far as possible, so that its logic is tested without a GPU.
 Mixing itself is compared with the oracle in `test_fn.py`, damage and resume in `test_loader.py`, on both backends.
 """
 
@@ -34,13 +34,13 @@ def where(device):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """20 lossless images, a class each."""
+    """20 lossless images, one class each."""
     return ramp_samples(tmp_path_factory.mktemp("ramps"), CLASSES)
 
 
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
-    """20 JPEGs with 4:4:4, 4:2:2 and 4:2:0 chroma, every fourth progressive, odd sizes, some grey."""
+    """20 JPEGs with 4:4:4, 4:2:2 and 4:2:0 chroma; every fourth is progressive, sizes are odd, some are grey."""
     root = tmp_path_factory.mktemp("jpegs")
     for number, image in enumerate(pictures(CLASSES)):
         image = image.convert("L") if number % 7 == 6 else image
@@ -49,7 +49,7 @@ def jpegs(tmp_path_factory):
 
 
 def pictures(count):
-    """Smooth colours with a little noise, of odd sizes."""
+    """Smooth colours with a little noise, in odd sizes."""
     for number in range(count):
         rng = np.random.default_rng(number)
         size = (241 + 16 * (number % 5), 177 + 18 * (number % 3))
@@ -83,7 +83,7 @@ def model_of(where, dtype=torch.float32, seed=0):
 
 
 def oracle(logits, target, lam_r, **options):
-    """Float64 losses and gradients of the logits, of the mean over the batch."""
+    """Float64 losses, and gradients of their batch mean by the logits."""
     labels, partner_labels, lam0, box, kind, _ = (field.cpu().numpy() for field in target)
     loss, grad = reference.lumix_loss(
         logits.detach().double().cpu().numpy(),
@@ -101,7 +101,7 @@ def oracle(logits, target, lam_r, **options):
 
 @contextlib.contextmanager
 def no_waiting(where):
-    """On a GPU, PyTorch refuses to wait for it."""
+    """On a GPU, PyTorch raises an error on any synchronisation."""
     if where.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -114,8 +114,8 @@ def no_waiting(where):
 # From DALI to PyTorch
 
 
-def test_batches_are_dalis_own_memory(files, where, monkeypatch):
-    """Neither images nor metadata are copied on their way out of DALI: all are views of its three outputs."""
+def test_batches_share_dalis_memory(files, where, monkeypatch):
+    """Neither images nor metadata are copied out of DALI: all are views of its three outputs."""
     given, take = set(), torch.from_dlpack
 
     def recorded(output):
@@ -131,8 +131,8 @@ def test_batches_are_dalis_own_memory(files, where, monkeypatch):
     assert len(given) == 3
 
 
-def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, where):
-    """From the loader's batch to the optimiser's step; loss and gradient of the delivered target in float64."""
+def test_a_training_step_never_synchronises_and_its_loss_matches_the_oracle(files, where):
+    """From the loader's batch to the optimiser's step; loss and gradient are compared in float64."""
     model, criterion = model_of(where), LUMixLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     seen, batches, lam_r = [], iter(make(files, where, **MIX)), torch.linspace(0, 1, 4, device=where)
@@ -145,7 +145,7 @@ def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, wh
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            criterion(logits.detach(), target)  # with a draw of its own
+            criterion(logits.detach(), target)  # with its own draw
         seen.append((loss, logits, target))
     for loss, logits, target in seen:
         expected, gradient = oracle(logits, target, lam_r)
@@ -153,12 +153,12 @@ def test_a_training_step_waits_for_nothing_and_its_loss_is_the_oracles(files, wh
         np.testing.assert_allclose(logits.grad.cpu(), gradient, atol=1e-5)
 
 
-# How the kernels of a training step are called: PyTorch's own, and cuBLAS's up to Ampere and from Hopper on.
+# Names of a training step's kernels: PyTorch's own, and cuBLAS's up to Ampere and from Hopper on.
 TRAINING_KERNELS = ("at::native", "gemm", "nvjet")
 
 
 def copies(events):
-    """Copies of a Chrome trace on the streams on which PyTorch's kernels ran, and these streams."""
+    """Copies in a Chrome trace on the streams on which PyTorch's kernels ran, and these streams."""
 
     def on_gpu(category):
         return [(event["name"], event["args"]["stream"]) for event in events if event.get("cat") == category]
@@ -176,7 +176,7 @@ def copies(events):
     ],
 )
 def test_copies_are_found_in_a_trace(kernel):
-    """On the training stream, whichever of its kernels are seen there, and not on DALI's."""
+    """Copies on the training stream are found by any of its kernels; copies on DALI's stream do not count."""
     events = [
         {"cat": "kernel", "name": kernel, "args": {"stream": 7}},
         {"cat": "cpu_op", "name": "mm"},
@@ -209,7 +209,7 @@ def test_nothing_is_copied_on_the_training_stream(files, tmp_path):
 
 
 def test_another_stream_gets_the_same_batches(files, where):
-    """Batches belong to the stream that is current when they are taken."""
+    """Batches belong to the stream that is current when they are fetched."""
     expected = [flat(batch) for batch in make(files, where, **MIX)]
     with torch.cuda.stream(torch.cuda.Stream()) if where.type == "cuda" else contextlib.nullcontext():
         found = [flat(batch) for batch in make(files, where, **MIX)]
@@ -235,8 +235,8 @@ AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "re_mode": 
     ],
     ids=["plain", "mixup", "cutmix", "mix", "augmented", "jitter", "evaluation"],
 )
-def test_a_batch_is_the_cpus(files, where, options):
-    """Draws are made on the CPU on either backend: targets are equal, and pixels but for interpolation."""
+def test_a_batch_matches_the_cpus(files, where, options):
+    """Both backends draw on the CPU: targets are equal, and so are pixels up to interpolation."""
     ours, theirs = (
         next(iter(make(files, device, batch_size=CLASSES, dtype="uint8", **options))) for device in (where, "cpu")
     )
@@ -247,7 +247,7 @@ def test_a_batch_is_the_cpus(files, where, options):
     for field, wanted in zip(target, expected_target, strict=True):
         torch.testing.assert_close(field.cpu(), wanted, rtol=1e-6, atol=0)
     off = (images.cpu().float() - expected.float()).abs().mean((1, 2, 3))
-    # Equalizing and its like stretch a difference of one grey level to several.
+    # Equalize and similar operations stretch a difference of one grey level to several.
     assert off.max() < (4 if "auto_augment" in options else 1), off
 
 
@@ -255,8 +255,8 @@ def test_a_batch_is_the_cpus(files, where, options):
 
 
 @pytest.mark.parametrize("subsampling", [0, 2], ids=["4:4:4", "4:2:0"])
-def test_decoded_pixels_are_pillows(device, where, subsampling):
-    """On the CPU to the bit; a GPU has another inverse transform and another way to enlarge the chroma."""
+def test_decoded_pixels_match_pillows(device, where, subsampling):
+    """Bit exact on the CPU; a GPU has another inverse transform and another chroma upsampling."""
     from nvidia.dali import fn, pipeline_def
 
     contents = []
@@ -279,7 +279,7 @@ def test_decoded_pixels_are_pillows(device, where, subsampling):
 
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
 def test_jpegs_repeat_bit_for_bit_and_resume(jpegs, where, hw_decoder_load):
-    """Whichever decoder takes a file: twice the same, with other threads, and from a state taken on the way."""
+    """With either decoder: the same twice, with other thread counts, and from a state taken midway."""
     options = {**MIX, "decoder": {"hw_decoder_load": hw_decoder_load}}
     loader, batches = make(jpegs, where, **options), []
     for number, batch in enumerate(loader):
@@ -308,13 +308,13 @@ def case(where, dtype, batch=16):
 
 
 def captured(step, where):
-    """`step` as a CUDA graph; on the CPU as it is."""
+    """`step` as a CUDA graph; unchanged on the CPU."""
     return step if where.type == "cpu" else benchmark.captured(step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
-    """Forward, backward and the draw, captured once, replayed on other logits, targets and noise."""
+def test_a_cuda_graph_of_the_loss_follows_its_inputs(where, dtype):
+    """Forward, backward and the draw are captured once and replayed on other logits, targets and noise."""
     criterion, (logits, target, lam_r) = LUMixLoss(), case(where, dtype)
     held = {}
 
@@ -322,14 +322,14 @@ def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
         logits.grad = None
         loss = criterion(logits, target, lam_r)
         loss.backward()
-        held["loss"] = loss.detach()  # the graph of a warm-up must not live on into the capture
+        held["loss"] = loss.detach()  # the autograd graph of a warm-up must not outlive it into the capture
         held["drawn"] = criterion.draw(logits)
 
     replay, draws = captured(step, where), []
     for number in range(3):
         with torch.no_grad():
             logits.copy_(torch.roll(logits, 1 + number, 0))
-            target.lam0.copy_(torch.roll(target.lam0, 3, 0))  # the kinds come round every three
+            target.lam0.copy_(torch.roll(target.lam0, 3, 0))  # the kinds repeat every three batches
             lam_r.copy_(torch.roll(lam_r, 1, 0))
             target.labels.copy_(torch.roll(target.labels, 1, 0))
         replay()
@@ -342,7 +342,7 @@ def test_in_a_cuda_graph_it_follows_its_inputs(where, dtype):
 
 
 def test_a_step_is_captured_while_a_loader_works(files, where):
-    """DALI's threads allocate and synchronise during the capture: neither may fail the other."""
+    """DALI's threads allocate and synchronise during the capture; neither may break the other."""
 
     def step():
         logits.grad = None
@@ -361,8 +361,8 @@ def test_a_step_is_captured_while_a_loader_works(files, where):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("base", ["softmax", "bce"])
-def test_low_precision_logits_cost_a_rounding_of_the_gradient_alone(where, dtype, base):
-    """The loss of low-precision logits is float32, and the oracle's of these very logits."""
+def test_low_precision_logits_only_round_the_gradient(where, dtype, base):
+    """The loss of low-precision logits is float32 and equals the oracle's on the same logits."""
     logits, target, lam_r = case(where, dtype)
     loss = LUMixLoss(base=base)(logits, target, lam_r)
     loss.backward()
@@ -375,7 +375,7 @@ def test_low_precision_logits_cost_a_rounding_of_the_gradient_alone(where, dtype
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_leaves_the_loss_in_float32(files, where, dtype):
-    """The model's logits are of low precision, and their loss is the oracle's all the same."""
+    """The model's logits have low precision, but their loss still matches the oracle's."""
     model, criterion = model_of(where), LUMixLoss()
     images, target = next(iter(make(files, where, batch_size=16, **MIX)))
     lam_r = torch.linspace(0, 1, 16, device=where)
@@ -390,7 +390,7 @@ def test_autocast_leaves_the_loss_in_float32(files, where, dtype):
     np.testing.assert_allclose(logits.grad.float().cpu(), gradient, rtol=1e-2, atol=1e-5)
 
 
-def test_compiled_it_is_the_oracles(where):
+def test_the_compiled_loss_matches_the_oracle(where):
     """One graph, and on a GPU inductor's kernels; aot_eager stands in for them on the CPU."""
     if where.type == "cuda":
         pytest.importorskip("triton")
@@ -421,7 +421,7 @@ def test_channels_last_batches_give_the_same_logits(files, where, dtype):
 
 
 def used_mib(where):
-    """Of this process, and of the GPU by whomever."""
+    """Memory of this process, and of the GPU by all processes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     host = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     free, total = torch.cuda.mem_get_info(where) if where.type == "cuda" else (0, 0)
@@ -430,8 +430,8 @@ def used_mib(where):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_2000_batches(jpegs, where):
-    """In 20 epochs, each a pipeline of its own."""
-    repeated = np.tile(np.arange(CLASSES), 20)  # 100 batches an epoch
+    """20 epochs, each with its own pipeline."""
+    repeated = np.tile(np.arange(CLASSES), 20)  # 100 batches per epoch
     samples = Files(jpegs.root, [jpegs.names[i] for i in repeated], jpegs.labels[repeated], jpegs.classes)
     loader, readings = make(samples, where, **MIX), []
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""The index of shards, against `tarfile`, hand-made TFRecords, and shards cut or damaged everywhere."""
+"""The index of shards, against `tarfile`, hand-made TFRecords, and shards truncated or damaged anywhere."""
 
 import os
 import struct
@@ -31,7 +31,7 @@ def members(path):
 
 
 def theirs(path):
-    """(name, offset, size) of the regular, unhidden members, as tarfile sees them."""
+    """(name, offset, size) of the regular members that are not hidden, according to tarfile."""
     with tarfile.open(path) as archive:
         return [
             (info.name, info.offset_data, info.size)
@@ -67,7 +67,7 @@ KINDS = st.sampled_from([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarf
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(format=st.sampled_from(FORMATS), sizes=st.lists(st.integers(0, 1600), max_size=6), data=st.data())
-def test_members_are_those_that_tarfile_finds(tmp_path_factory, format, sizes, data):
+def test_members_match_tarfiles(tmp_path_factory, format, sizes, data):
     path = tmp_path_factory.getbasetemp() / "any.tar"
     found = []
     for size in sizes:
@@ -78,7 +78,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path_factory, format, sizes, d
             found.append((name, os.urandom(size)))
     try:
         pack(path, *found, format=format)
-    except ValueError:  # ustar has no room for such a name
+    except ValueError:  # such a name does not fit into ustar
         return
     assert members(path) == theirs(path)
 
@@ -98,7 +98,7 @@ def test_long_names(tmp_path, format, length):
 
 
 def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
-    """A member of 8 GiB and more, in a sparse file, is passed over to the next one's header."""
+    """A member of 8 GiB and more, in a sparse file, is skipped up to the next header."""
     size = 2**33 + 5
     for number, format in enumerate([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]):
         path = tmp_path / f"{number}.tar"
@@ -113,10 +113,10 @@ def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
         path.unlink()
 
 
-def test_sparse_members_links_and_devices_are_passed_over(tmp_path):
-    """GNU's old sparse members have blocks of a map between header and content; pax names what is stored."""
+def test_sparse_members_links_and_devices_are_skipped(tmp_path):
+    """GNU's old sparse members have map blocks between header and content; pax names the stored size."""
     head = bytearray(info("hole.jpg", tarfile.GNUTYPE_SPARSE, size=512).tobuf(format=tarfile.GNU_FORMAT))
-    head[482] = 1  # the map goes on in two more blocks
+    head[482] = 1  # the map continues in two more blocks
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     more = bytearray(512)
@@ -147,7 +147,7 @@ def test_sparse_members_links_and_devices_are_passed_over(tmp_path):
     assert ignored == ["GNUSparseFile.0/b.jpg", "hard", "soft", "device", "pipe"]
 
 
-def test_checksums_of_programs_that_add_signed_bytes(tmp_path):
+def test_checksums_over_signed_bytes(tmp_path):
     head = bytearray(info("é.jpg", size=0).tobuf(format=tarfile.GNU_FORMAT))
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(np.frombuffer(bytes(head), np.int8).astype(int))
@@ -202,8 +202,8 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_archive_cut_anywhere_is_whole_up_to_there_or_an_error(tmp_path, format):
-    """Between two members nothing tells; then there are fewer samples, and `check` misses the end mark."""
+def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, format):
+    """A cut between two members leaves no trace: there are fewer samples, and `check` reports the missing end mark."""
     path = pack(tmp_path / "a.tar", *SAMPLES, format=format)
     whole, content = rows(path), path.read_bytes()
     ends = [member.offset + -(-member.size // 512) * 512 for member in members(path)]
@@ -245,7 +245,7 @@ def test_any_damage_is_an_error_or_rows(tmp_path_factory, place, bits, stop):
 # TFRecord
 
 
-def test_rows_of_records_are_what_was_written(tmp_path):
+def test_rows_of_records_match_what_was_written(tmp_path):
     images = [os.urandom(n) for n in (1, 200, 70_000)]
     path = write_records(tmp_path / "a.tfrecord", [(images[0], 0), (images[1], 300, "a b.JPEG"), (images[2], 999_999)])
     found, content = rows(path), path.read_bytes()
@@ -293,13 +293,13 @@ def test_examples(tmp_path, content, label):
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.binary(max_size=60))
-def test_any_record_is_a_fault_or_a_row(content):
+def test_any_record_is_an_error_or_a_row(content):
     name, start, stop, _ = index.parse_record(bytes(12) + content + bytes(4))
     assert 12 <= start <= stop <= 12 + len(content)
     assert isinstance(name, str)
 
 
-def test_records_cut_anywhere(tmp_path):
+def test_truncated_records(tmp_path):
     contents = [image_record(b"a" * 30, 1), image_record(b"b" * 40, 2)]
     path, ends = tmp_path / "a.tfrecord", [0, len(contents[0]), sum(map(len, contents))]
     for stop in range(ends[2] + 1):
@@ -344,7 +344,7 @@ def labels(source):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Receives the path of each shard that is scanned."""
+    """A list that receives the path of each scanned shard."""
     found, scan = [], index.scan
     monkeypatch.setattr(index, "scan", lambda path, handle: found.append(os.path.basename(path)) or scan(path, handle))
     return found
@@ -373,14 +373,14 @@ def test_a_changed_shard_is_scanned_again(shards, scans):
 
 
 @pytest.mark.parametrize("damage", [b"", b"x" * 100, None])
-def test_a_damaged_index_is_made_again(shards, damage):
+def test_a_damaged_index_is_rebuilt(shards, damage):
     labels(shards)
     (kept,) = (shards / ".lumix_dali").glob("*.npy")
     kept.write_bytes(kept.read_bytes()[:-24] if damage is None else damage)
     assert labels(shards) == [0, 1, 2, 3, 4, 5]
 
 
-def test_where_nothing_may_be_written_the_cache_keeps_it(shards, cache, scans, monkeypatch):
+def test_the_index_of_a_read_only_folder_goes_into_the_cache(shards, cache, scans, monkeypatch):
     (shards / ".lumix_dali").write_text("a file, so that no folder can be made, by root neither")
     for _ in range(2):
         assert labels(shards) == [0, 1, 2, 3, 4, 5]
@@ -394,7 +394,7 @@ def test_where_nothing_may_be_written_the_cache_keeps_it(shards, cache, scans, m
 
 
 def test_processes_that_start_at_once_scan_once(shards, scans):
-    """Threads are as good: the lock is one of open files."""
+    """Threads are enough: the lock belongs to open files."""
     found = []
     threads = [threading.Thread(target=lambda: found.append(labels(shards))) for _ in range(4)]
     for thread in threads:
@@ -407,7 +407,7 @@ def test_processes_that_start_at_once_scan_once(shards, scans):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """16 shards, which two processes scan."""
+    """16 shards, enough for two processes."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     (tmp_path / "many").mkdir()
     for k in range(16):
@@ -421,7 +421,7 @@ def test_several_processes_scan_many_shards(many, scans):
 
 
 def test_no_main_guard_is_needed(many, tmp_path):
-    """A script without a guard, which `multiprocessing` would run again in each child."""
+    """A script without a guard, which `multiprocessing` would execute again in each child."""
     script = tmp_path / "script.py"
     script.write_text(f"""print("once")
 import os
@@ -468,7 +468,7 @@ def test_the_name_of_a_sample(shards):
     assert sources.load(shards / "a.tfrecord").name(0).startswith(f"'{shards}/a.tfrecord', record 0 (y.jpg) (byte ")
 
 
-def test_a_lock_of_another_process_is_waited_for(tmp_path):
+def test_a_lock_held_by_another_process_is_waited_for(tmp_path):
     code = (
         "import sys, time; from lumix_dali.data import storage\n"
         "with storage.locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(.5)"
@@ -482,7 +482,7 @@ def test_a_lock_of_another_process_is_waited_for(tmp_path):
     assert other.returncode == 0
 
 
-def test_descriptors_are_let_go(shards, monkeypatch):
+def test_descriptors_are_closed(shards, monkeypatch):
     monkeypatch.setattr(sources, "_OPEN", 1)
     before = len(os.listdir("/proc/self/fd"))
     found = sources.load(shards)

@@ -1,4 +1,4 @@
-"""The layout keeps its floors: a module imports only from the floors below its own, so that nothing is circular."""
+"""The package is layered in floors: a module imports only from floors below its own, so no import is circular."""
 
 import ast
 import re
@@ -37,13 +37,13 @@ FLOORS = {
 PROGRAMS = ("pipelines", "benchmarks", "experiments", "examples")
 MODULES = [p for p in sorted((ROOT / "lumix_dali").rglob("*.py")) if p.name != "__init__.py"]
 SCRIPTS = sorted(p for name in PROGRAMS for p in (ROOT / name).rglob("*.py"))
-LONGEST = 60  # lines of a function, without its docstring
-# Its signature is the list of all options; they are only handed on.
+LONGEST = 60  # max lines of a function, without its docstring
+# Its signature lists all options, which are only passed on.
 LONG = {("loader.py", "create_loader")}
 
 
 def lazy():
-    """{public name of the package: its module}, as a type checker sees them."""
+    """{public name of the package: its module}, as a type checker sees it."""
     text = (ROOT / "lumix_dali/__init__.py").read_text()
     found = re.findall(r"^    from \.([\w.]+) import (.+)$", text, re.MULTILINE)
     return {name: module for module, names in found for name in names.split(", ")}
@@ -64,12 +64,12 @@ def imports(path, top_level_only=False):
         elif isinstance(node, ast.ImportFrom):
             base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
             module = ".".join(filter(None, [base if node.level else "", node.module]))
-            # `from package import name`: the name may be a module, or a public name that lives in one
+            # `from package import name`: the name may be a module, or a public name defined in one
             yield from (f"{module}.{lazy().get(alias.name, alias.name)}" for alias in node.names)
 
 
 def floor(name):
-    """The floor of one of our modules; None for everybody else's (and for the package's `__version__`)."""
+    """The floor of one of our modules; None for any other module (and for the package's `__version__`)."""
     package, _, rest = name.partition(".")
     if package in PROGRAMS:
         return max(FLOORS.values()) + 1
@@ -79,15 +79,15 @@ def floor(name):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_imports_point_down(path):
+def test_modules_import_only_from_lower_floors(path):
     assert dotted(path) in FLOORS, f"{path.name} has no floor yet: give it one here"
     for name in imports(path):
         below = floor(name)
         assert below is None or below < FLOORS[dotted(path)], f"{dotted(path)} imports {name}"
 
 
-def test_floors_are_told_apart():
-    """Names as `imports` gives them, of modules, of their contents and of the package's lazy names."""
+def test_floors_of_modules_and_names():
+    """Names as `imports` returns them: of modules, of their contents and of the package's lazy names."""
     loader = FLOORS["loading.loader"]
     names = {
         "lumix_dali.loading.loader.Loader": loader,
@@ -111,7 +111,7 @@ def test_the_package_never_imports_the_programs():
 def test_programs_import_only_the_package_and_their_own(path):
     own = path.relative_to(ROOT).parts[0]
     others = {*PROGRAMS, "tests"} - {own}
-    if own == "experiments":  # its results are benchmarks' too: the harness, and the figures
+    if own == "experiments":  # its results share the benchmarks' harness and figures
         others.remove("benchmarks")
     assert not {name.partition(".")[0] for name in imports(path)} & others
 
@@ -125,7 +125,7 @@ def test_programs_import_only_the_package_and_their_own(path):
         ("mixing", False, {"numpy", "lumix_dali"}),
     ],
 )
-def test_ground_floors_need_nothing_else(module, top_level_only, allowed):
+def test_the_lowest_floors_need_nothing_else(module, top_level_only, allowed):
     names = imports(ROOT / "lumix_dali" / f"{module}.py", top_level_only)
     assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= allowed
 
@@ -173,8 +173,8 @@ def test_functions_can_be_read_without_scrolling(path):
 
 
 @pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
-def test_nobody_asks_which_order_it_is(path):
-    """`Order` and `Window` have one interface."""
+def test_no_code_asks_which_order_it_has(path):
+    """`Order` and `Window` have the same interface."""
     calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "type")]
     assert not [call.lineno for call in asked if re.search(r"\b(Order|Window)\b", ast.unparse(call))]
@@ -190,7 +190,7 @@ def distribution():
         return distutils.core.run_setup("setup.py", stop_after="config")
 
 
-def test_the_wheel_has_every_package_and_the_marker_of_types(distribution):
+def test_the_wheel_has_every_package_and_the_typing_marker(distribution):
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lumix_dali").rglob("__init__.py")}
     assert set(distribution.packages) == folders >= {"lumix_dali", "lumix_dali.data", "lumix_dali.loading"}
     assert "py.typed" in distribution.package_data["lumix_dali"]
@@ -205,14 +205,14 @@ def test_the_package_page_has_no_dead_links(distribution):
     assert [link for link in links if not link.startswith("https://")] == []
 
 
-def test_the_version_is_the_packages(distribution):
+def test_the_version_matches_the_package(distribution):
     import lumix_dali
 
     assert distribution.metadata.version == lumix_dali.__version__
     assert f"\nversion: {lumix_dali.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-def test_the_command_tells_the_packages_version(distribution, capsys):
+def test_the_command_prints_the_packages_version(distribution, capsys):
     from lumix_dali import cli
 
     with pytest.raises(SystemExit, match="0"):

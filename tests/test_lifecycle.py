@@ -1,4 +1,4 @@
-"""The loader's life: left, closed, signalled, forked and run for long, without a leak, an orphan or a hang."""
+"""The loader's lifetime: abandoned, closed, signalled, forked or run for long, without a leak, an orphan or a hang."""
 
 import copy
 import gc
@@ -38,14 +38,14 @@ def make(folder, **options):
 
 
 def native_threads():
-    """Threads of this process, DALI's included."""
+    """Number of threads of this process, including DALI's."""
     return len(os.listdir("/proc/self/task"))
 
 
 def settled_threads(expected):
-    """Threads of this process, once they are as many as expected, or after a while.
+    """Number of threads of this process, once it is as expected or after a timeout.
 
-    A thread that was joined is listed until the kernel has taken it away.
+    A joined thread is listed until the kernel has removed it.
     """
     end = time.monotonic() + 5
     while (found := native_threads()) != expected and time.monotonic() < end:
@@ -59,7 +59,7 @@ def resident_mib():
 
 def test_close_break_and_garbage_collection_free_every_thread(folder):
     for depth in (1, 2):
-        list(make(folder, prefetch_queue_depth=depth))  # what DALI keeps for the process's life is there from now on
+        list(make(folder, prefetch_queue_depth=depth))  # from now on DALI has what it keeps for the life of the process
     gc.collect()
     before = native_threads()
     with make(folder) as loader:
@@ -67,13 +67,13 @@ def test_close_break_and_garbage_collection_free_every_thread(folder):
         next(batches)
         assert native_threads() > before
     assert settled_threads(before) == before
-    gc.disable()  # the reference count alone has to do it
+    gc.disable()  # the reference count alone must suffice
     try:
         loader = make(folder, prefetch_queue_depth=1)
         for _ in loader:
             break
         assert settled_threads(before) == before
-        for _ in loader:  # to its end: the next epoch is under way
+        for _ in loader:  # to the end: the next epoch is being prefetched
             pass
         assert native_threads() > before
         del loader
@@ -110,7 +110,7 @@ def test_closed_loaders_and_iterators_say_so(folder):
         next(batches)
     with pytest.raises(ValueError, match=r"closed; create a new one with create_loader"):
         iter(loader)
-    loader.close()  # twice does no harm
+    loader.close()  # a second close is harmless
 
 
 def test_an_abandoned_iterator_says_so(folder):
@@ -136,7 +136,7 @@ def test_copies_are_refused(folder, copied):
 
 
 def run(program, folder, **options):
-    """A process of its own, in a process group of its own, that has said "ready"."""
+    """A process in its own process group that has printed "ready"."""
     code = "import sys\nfrom lumix_dali import create_loader\nloader = create_loader(sys.argv[1], batch_size=4, "
     code += "input_size=32, device='cpu', num_threads=2, cutmix_alpha=1.0)\n" + textwrap.dedent(program)
     process = subprocess.Popen(
@@ -194,7 +194,7 @@ def test_use_after_a_fork_is_an_error_not_a_hang(folder):
 
 
 def test_other_threads_may_iterate(folder):
-    """A loader of its own in a thread of its own, as a prefetching wrapper would have it."""
+    """A separate loader in its own thread, as a prefetching wrapper would use it."""
     expected = [target.lam0.tolist() for _, target in make(folder)]
     found = []
     thread = threading.Thread(target=lambda: found.extend(target.lam0.tolist() for _, target in make(folder)))
@@ -229,8 +229,8 @@ def test_50_loaders_made_and_dropped_leave_neither_memory_nor_threads(folder):
     assert readings[-1][1] - readings[5][1] < 20
 
 
-def test_files_that_are_cut_while_they_are_read_end_nothing(tmp_path):
-    """Every file is overwritten while DALI reads and decodes: with a map of it, the process got SIGBUS."""
+def test_truncating_files_during_reading_does_not_end_the_process(tmp_path):
+    """Every file is overwritten while DALI reads and decodes; a memory map would raise SIGBUS."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
     for i in range(64):
         (tmp_path / f"c{i % 2}").mkdir(exist_ok=True)
@@ -248,6 +248,6 @@ def test_files_that_are_cut_while_they_are_read_end_nothing(tmp_path):
             print(error, file=sys.stderr)
         print("ready", flush=True)
     """
-    process = run(program, tmp_path)  # which waits for "ready"
+    process = run(program, tmp_path)  # which is waiting for "ready"
     process.communicate(timeout=60)
     assert process.returncode == 0

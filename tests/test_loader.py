@@ -1,8 +1,8 @@
-"""The loader end to end: what it hands out is what its target says, and nothing knocks it off its stream.
+"""The loader end to end: its images match its target, and nothing disturbs its stream.
 
-A folder of one-colour images (a colour a file) lets λ0, box and both labels be recounted from the delivered
-tensor. For the rest, images carry column, row and file in their channels, so that two streams are equal only if
-files, crops, flips and mixing are. A state is taken after every batch, and each must lead to the same stream.
+A folder of one-colour images (one colour per file) allows recounting λ0, box and both labels from the delivered
+tensor. In all other tests, images carry column, row and file in their channels, so that two streams are equal only if
+files, crops, flips and mixing are. A state is taken after every batch, and each must restore the same stream.
 """
 
 import ast
@@ -58,12 +58,12 @@ def colour_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ramp_files(tmp_path_factory):
-    """`Samples` of 20 images, a class each."""
+    """`Samples` of 20 images, one class each."""
     return ramp_samples(tmp_path_factory.mktemp("ramps"), 20)
 
 
 def replaced(loader):
-    """{index: substitute's index} of the samples that were replaced."""
+    """{index: substitute's index} of the replaced samples."""
     return {index: found[0] for index, found in loader.state_dict()["bad"].items()}
 
 
@@ -103,7 +103,7 @@ def epochs(loader, count):
     return [stream(loader) for _ in range(count)]
 
 
-# What is delivered is what the target says
+# The images match the target
 
 
 def assert_types(loader, images, target, dtype, channels_last):
@@ -125,7 +125,7 @@ def assert_types(loader, images, target, dtype, channels_last):
 
 
 def recount(levels, batch, colours, labels, target):
-    """Finds each sample's files among `batch` by their colours, and compares; gives the kinds that it saw."""
+    """Finds each sample's files in `batch` by their colours and compares; returns the kinds that it saw."""
     near = np.abs(levels[:, :, :, None].astype(int) - colours[batch].astype(int)).max(-1)  # [B, H, W, file]
     rows = zip(batch, levels, *(field.tolist() for field in target), strict=True)
     for row, (file, image, own, partner_label, lam0, box, kind, place) in enumerate(rows):
@@ -166,7 +166,7 @@ def recount(levels, batch, colours, labels, target):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("mixing", "kinds"), [({"cutmix_alpha": 1.0}, {2}), (MIX, {1, 2})], ids=["cutmix", "mix"])
-def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, kinds, dtype, channels_last):
+def test_delivered_pixels_match_the_target(make, colour_files, mixing, kinds, dtype, channels_last):
     root, colours, labels = colour_files
     loader = make(root, batch_size=8, dtype=dtype, channels_last=channels_last, **mixing)
     order, seen = Order(COUNT, 8), set()
@@ -190,7 +190,7 @@ def test_delivered_pixels_are_what_the_target_says(make, colour_files, mixing, k
         ({**MIX, "batch_size": 1}, {0}),
     ],
 )
-def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, options, kinds):
+def test_every_kind_of_mixing_matches_the_target(make, colour_files, options, kinds):
     root, colours, labels = colour_files
     options = {"batch_size": 8, **options}
     loader, seen = make(root, **options), set()
@@ -203,7 +203,7 @@ def test_every_kind_of_mixing_is_what_the_target_says(make, colour_files, option
 
 
 def test_erasing_comes_before_mixing(make, colour_files):
-    """Where a partner's region lies in a box, it is the partner's: λ0 counts it, and it is seen there too."""
+    """The partner's erased pixels inside the box are pasted with it: they stay erased, and λ0 counts them."""
     root, colours, _ = colour_files
     loader = make(
         root, batch_size=8, dtype="uint8", mean=(0.0, 0.0, 0.0), cutmix_alpha=1.0, re_prob=1.0, re_mode="const"
@@ -227,7 +227,7 @@ def test_erasing_comes_before_mixing(make, colour_files):
     assert seen > 20
 
 
-def test_batches_that_are_kept_stay_as_they_were(make, ramp_files):
+def test_kept_batches_do_not_change(make, ramp_files):
     loader = make(ramp_files, batch_size=2, **MIX)
     kept, copies = [], []
     for batch in itertools.islice(itertools.chain.from_iterable([loader, loader]), 15):
@@ -235,9 +235,9 @@ def test_batches_that_are_kept_stay_as_they_were(make, ramp_files):
         copies.append(flat(batch))
     loader.close()
     gc.collect()
-    list(make(ramp_files, seed=1))  # new pipelines may take the memory that is free
+    list(make(ramp_files, seed=1))  # new pipelines may reuse freed memory
     assert_same(stream(kept), copies)
-    kept[0][0].fill_(0)  # the batch is the user's
+    kept[0][0].fill_(0)  # the user may modify the batch
     assert_same(stream(kept[1:]), copies[1:])
 
 
@@ -306,7 +306,7 @@ def test_threads_and_prefetch_change_nothing(make, ramp_files, threads, prefetch
         assert_same(ours, theirs)
 
 
-def test_switching_mixing_off_waits_for_the_next_epoch(make, ramp_files):
+def test_switching_mixing_off_takes_effect_at_the_next_epoch(make, ramp_files):
     mixed = epochs(make(ramp_files, **MIX), 3)
     loader, batches = make(ramp_files, **MIX), []
     for batch in loader:
@@ -315,7 +315,7 @@ def test_switching_mixing_off_waits_for_the_next_epoch(make, ramp_files):
     assert_same(batches, mixed[0])
     plain = stream(loader)
     for ours, theirs in zip(plain, mixed[1], strict=True):
-        assert torch.equal(ours[1], theirs[1])  # a label a file: the same files in the same places
+        assert torch.equal(ours[1], theirs[1])  # one label per file: the same files in the same positions
         assert torch.equal(ours[2], ours[1])
         assert not any(field.any() for field in ours[3:6])
     assert all(batch[5].all() for batch in mixed[1])
@@ -335,7 +335,7 @@ def test_set_epoch(make, ramp_files):
         loader.set_epoch(2**31)
 
 
-def test_after_a_break_comes_a_whole_epoch(make, ramp_files):
+def test_a_complete_epoch_follows_a_break(make, ramp_files):
     expected = epochs(make(ramp_files, **MIX), 3)
     loader = make(ramp_files, **MIX)
     assert_same(stream(itertools.islice(loader, 2)), expected[0][:2])
@@ -398,7 +398,7 @@ def test_a_pipeline_is_freed_without_the_garbage_collector(make, ramp_files):
 
 
 def test_every_state_leads_to_the_same_stream(make, ramp_files, tmp_path):
-    """Two epochs of five batches, mixing off in the second: before, between, and after every batch."""
+    """Two epochs of five batches, without mixing in the second; states before, between and after all batches."""
     options = {"batch_size": 4, **MIX}
     loader, batches, states = make(ramp_files, **options), [], []
 
@@ -409,8 +409,8 @@ def test_every_state_leads_to_the_same_stream(make, ramp_files, tmp_path):
     keep()
     for _ in range(2):
         iterator = iter(loader)
-        keep()  # under way, nothing handed out
-        loader.mixup_enabled = False  # takes effect with the next epoch, in a resumed run too
+        keep()  # started, nothing delivered
+        loader.mixup_enabled = False  # takes effect in the next epoch, also in a resumed run
         keep()
         for batch in iterator:
             batches.append(flat(batch))
@@ -420,7 +420,7 @@ def test_every_state_leads_to_the_same_stream(make, ramp_files, tmp_path):
     assert [bool(batch[5].any()) for batch in batches] == [True] * 5 + [False] * 7
     assert len(states) == 17
     runs = itertools.cycle([{"num_threads": 2, "prefetch_queue_depth": 5}, {"prefetch_queue_depth": 1}])
-    # the first state was taken before the switch: its second epoch is mixed, so only its first is compared
+    # the first state precedes the switch: its second epoch is mixed, so only its first is compared
     for (place, state), run in zip(states, runs, strict=False):
         resumed = make(ramp_files, **options, **run)
         resumed.load_state_dict(state)
@@ -452,7 +452,7 @@ def test_every_state_of_an_augmented_stream_leads_to_the_same(make, ramp_files):
         other.load_state_dict(states[0])
 
 
-def test_a_state_goes_into_a_loader_under_way(make, ramp_files):
+def test_a_state_can_be_loaded_in_mid_epoch(make, ramp_files):
     loader, batches = make(ramp_files, **MIX), []
     for batch in loader:
         batches.append(flat(batch))
@@ -473,7 +473,7 @@ def test_resume_in_evaluation(make, ramp_files):
 
 
 def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
-    """A training loop calls it before every epoch, also before the one that it resumes."""
+    """A training loop calls it before every epoch, including the resumed one."""
     loader = make(ramp_files, **MIX)
     loader.set_epoch(3)
     iterator = iter(loader)
@@ -487,7 +487,7 @@ def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
     assert len(stream(loader)) == 5
 
 
-def test_a_state_behind_the_last_batch_starts_the_next_epoch(make, ramp_files):
+def test_a_state_after_the_last_batch_starts_the_next_epoch(make, ramp_files):
     loader, resumed = make(ramp_files, **MIX), make(ramp_files, **MIX)
     batches = iter(loader)
     for _ in range(len(loader)):
@@ -589,13 +589,13 @@ def refusal(loader, damaged_state):
 
 
 def test_a_damaged_state_is_refused(make, ramp_files, state):
-    """200 flips of one bit in the state's text: what can still be read either is the state, or is refused."""
+    """200 one-bit flips in the state's text: whatever still parses is either the state or refused."""
     loader, content, read = make(ramp_files, **STATE_OPTIONS), repr(state).encode(), 0
     for place in np.random.default_rng(0).integers(0, 8 * len(content), 200):
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that the text happens to hold now
+            warnings.simplefilter("ignore")  # escapes that the text now happens to contain
             try:
                 other = ast.literal_eval(flipped.decode())
             except (ValueError, SyntaxError, TypeError):
@@ -625,7 +625,7 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
 
 
 @pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/1"}, b"state"])
-def test_another_format_is_named(make, ramp_files, other):
+def test_an_unknown_state_format_is_named(make, ramp_files, other):
     with pytest.raises(ValueError, match=r"state: its format is .*, but this version reads 'lumix_dali.loader/3'"):
         make(ramp_files).load_state_dict(other)
 
@@ -638,7 +638,7 @@ REPLACED = "takes its place"
 
 @pytest.fixture
 def spoilt(ramp_files, tmp_path):
-    """(`Samples` of a copy, `spoil(index, …, content=…)`, which damages files of it)."""
+    """(`Samples` of a copy, `spoil(index, …, content=…)`, which damages its files)."""
 
     def spoil(*indices, content=b""):
         for index in indices:
@@ -650,7 +650,7 @@ def spoilt(ramp_files, tmp_path):
 
 
 def substituted(samples, bad):
-    """`samples` with the substitutes in their places from the start: another digest, the same order and draws."""
+    """`samples` with the substitutes in place from the start: a different digest, but the same order and draws."""
     taken = [bad.get(i, i) for i in range(len(samples))]
     return sources.Files(samples.root, [samples.names[i] for i in taken], samples.labels[taken], samples.classes)
 
@@ -677,7 +677,7 @@ def test_a_damaged_file_is_named_and_replaced(make, spoilt, damage, batch):
     assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
 
 
-def test_a_file_that_spoils_during_the_epoch(make, spoilt):
+def test_a_file_damaged_during_the_epoch(make, spoilt):
     samples, spoil = spoilt
     loader = make(samples, prefetch_queue_depth=1, **MIX)
     iterator = iter(loader)
@@ -690,8 +690,8 @@ def test_a_file_that_spoils_during_the_epoch(make, spoilt):
     assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
 
 
-def test_replacements_last(make, spoilt):
-    """Two damaged files side by side, one replaced in each epoch: no second warning, no second count."""
+def test_replacements_persist(make, spoilt):
+    """Two adjacent damaged files, one replaced in each epoch: each is warned about and counted only once."""
     samples, spoil = spoilt
     spoil(7, 8)
     loader = make(samples, max_bad=3, **MIX)
@@ -706,21 +706,21 @@ def test_replacements_last(make, spoilt):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(stream(loader), expected[1])
-    spoil(12)  # maybe in a batch with files that are replaced already
+    spoil(12)  # possibly in a batch with files that are already replaced
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         list(loader)
     assert_named(caught, samples, 12)
     assert set(replaced(loader)) == {7, 8, 12}
 
 
-def test_a_substitute_that_spoils_is_replaced(make, spoilt):
+def test_a_damaged_substitute_is_replaced(make, spoilt):
     samples, spoil = spoilt
     spoil(7)
     loader = make(samples, batch_size=20)
     with pytest.warns(UserWarning, match=REPLACED):
         list(loader)
     spoil(8)
-    loader.set_epoch(2)  # the next epoch was read ahead
+    loader.set_epoch(2)  # the next epoch was prefetched
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         ((_, target),) = loader
     assert_named(caught, samples, 8)
@@ -733,11 +733,11 @@ def test_ranks_stay_in_step(make, spoilt):
     spoil(*Order(20, 4, world_size=2).epoch(0)[[0, 5]].tolist())
     with pytest.warns(UserWarning, match=REPLACED) as caught:
         batches = [stream(make(samples, batch_size=4, rank=rank, world_size=2)) for rank in range(2)]
-    assert len({str(each.message) for each in caught}) == 2  # each rank meets both: the next epoch is read ahead
+    assert len({str(each.message) for each in caught}) == 2  # each rank meets both: the next epoch is prefetched
     assert [len(each) for each in batches] == [2, 2]
 
 
-def test_evaluation_replaces_too(make, spoilt):
+def test_evaluation_also_replaces_bad_files(make, spoilt):
     samples, spoil = spoilt
     spoil(19)
     loader = make(samples, is_training=False)
@@ -748,7 +748,7 @@ def test_evaluation_replaces_too(make, spoilt):
 
 
 def test_resume_after_a_replacement(make, spoilt):
-    """A state from before the bad file finds it again, one from behind it knows it."""
+    """A state from before the bad file finds it again; a state from after it already knows it."""
     samples, spoil = spoilt
     index = int(Order(20, 4).epoch(0)[9])
     spoil(index)
@@ -784,7 +784,7 @@ def test_more_bad_files_than_allowed(make, spoilt):
     assert len(loader.bad) == 2
 
 
-def test_nothing_but_bad_files(make, spoilt):
+def test_only_bad_files(make, spoilt):
     samples, spoil = spoilt
     spoil(*range(20))
     with pytest.raises(ValueError, match=r"'.*' cannot be used \(.*\), nor can any of the 19 samples after it"):
@@ -795,7 +795,7 @@ def test_an_error_that_no_file_explains_is_not_hidden(make, spoilt, monkeypatch)
     samples, spoil = spoilt
     loader = make(samples)
     list(loader)
-    spoil(3)  # known to be good, so that only DALI finds out
+    spoil(3)  # marked as good, so that only DALI finds the fault
     monkeypatch.setattr(feed.Faults, "dali_reads", lambda *_: ({}, []))
     with pytest.raises(RuntimeError, match="encountered:"):
         list(loader)
@@ -828,7 +828,7 @@ def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch
         "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
     ],
 )
-def test_timms_data_config_is_taken_as_it_is(make, ramp_files, name):
+def test_timms_data_config_is_accepted_unchanged(make, ramp_files, name):
     config = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     for is_training in (True, False):
         images, _ = next(iter(make(ramp_files, batch_size=1, is_training=is_training, **config)))
@@ -906,13 +906,13 @@ def test_a_bad_argument_is_named(ramp_files, options, message):
         create_loader(ramp_files, **{"batch_size": 4, "device": "cpu"} | options)
 
 
-def test_no_two_places_draw_alike(make, ramp_files, monkeypatch):
-    """The largest seed and epoch are a word each: whatever is seeded with them is seeded with them alone."""
+def test_no_two_seeds_are_alike(make, ramp_files, monkeypatch):
+    """The largest seed and epoch fit in one word each, so no two (seed, epoch, ...) tuples give the same generator."""
     seeded = []
     for name in ("default_rng", "SeedSequence"):
         real = getattr(np.random, name)
         monkeypatch.setattr(np.random, name, lambda words, real=real: seeded.append(list(words)) or real(words))
-    seed, epoch = 2**32 - 1, 2**31 - 1  # the epochs after it are words, too
+    seed, epoch = 2**32 - 1, 2**31 - 1  # later epochs are words, too
     loader = make(ramp_files, **MIX | dict(seed=seed, rank=1, world_size=2))
     loader.set_epoch(epoch)
     next(iter(loader))
@@ -922,7 +922,7 @@ def test_no_two_places_draw_alike(make, ramp_files, monkeypatch):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training):
-    """torch.profiler has a range for a DataLoader's batches; so it has for these, which a trace then shows."""
+    """As for a DataLoader, torch.profiler records a range for each batch, which a trace then shows."""
     options = dict(batch_size=4, input_size=SIZE, num_threads=1, is_training=is_training)
     with (
         create_loader(ramp_files, device="cpu", **options) as loader,
@@ -938,11 +938,11 @@ def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training
         for name in ("lumix_dali.Loader", "step")
     }
     assert len(spans["step"]) == len(loader) > 1
-    assert len(spans["lumix_dali.Loader"]) in (len(loader), len(loader) + 1)  # the last one finds the end
+    assert len(spans["lumix_dali.Loader"]) in (len(loader), len(loader) + 1)  # the last wait finds the end of the epoch
     for (_, ready), (begin, done), (asked, _) in zip(
         spans["lumix_dali.Loader"], spans["step"], [*spans["lumix_dali.Loader"][1:], (float("inf"),) * 2], strict=False
     ):
-        assert ready <= begin <= done <= asked  # of the waits alone, not of what is done with a batch
+        assert ready <= begin <= done <= asked  # only the waits, not the work on a batch
 
 
 @pytest.mark.parametrize(
@@ -953,7 +953,7 @@ def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training
         ((123.7, 116.3, 103.5), (1, 1, 1)),
     ],
 )
-def test_grey_levels_as_mean_or_std_are_warned_of(ramp_files, mean, std):
+def test_mean_or_std_in_grey_levels_is_warned_about(ramp_files, mean, std):
     with pytest.warns(UserWarning, match=r"units of \[0, 1\], not in grey levels") as caught:
         create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std).close()
     (warning,) = [one for one in caught if "grey levels" in str(one.message)]
@@ -971,7 +971,7 @@ def test_without_a_gpu(ramp_files):
     assert create_loader(ramp_files, batch_size=4).device == torch.device("cpu")
 
 
-def test_threads_are_shared_by_the_local_ranks(ramp_files, monkeypatch):
+def test_local_ranks_share_the_threads(ramp_files, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(12))
     for ranks, threads in ((None, 12), ("4", 3), ("100", 1)):
         if ranks:

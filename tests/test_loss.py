@@ -1,4 +1,4 @@
-"""LUMixLoss against numbers worked out by hand, the float64 oracle, timm, PyTorch and finite differences."""
+"""LUMixLoss against hand-worked numbers, the float64 oracle, timm, PyTorch and finite differences."""
 
 import copy
 import itertools
@@ -21,7 +21,7 @@ BOX = {True: (8, 8, 24, 24), False: (0, 0, 0, 0)}
 
 
 def make_target(labels, partner_labels, lam0, kind=2):
-    """Boxes go with the kind: CutMix has one, the others have none."""
+    """Boxes depend on the kind: only CutMix has one."""
     labels = torch.as_tensor(labels)
     kind = torch.as_tensor(kind, dtype=torch.int32).expand(labels.shape).contiguous()
     box = torch.tensor([BOX[bool(k == 2)] for k in kind], dtype=torch.int32).reshape(-1, 4)
@@ -30,7 +30,7 @@ def make_target(labels, partner_labels, lam0, kind=2):
 
 
 def random_case(batch=64, classes=7, seed=0, dtype=torch.float64, spread=3.0):
-    """Every kind, λ0 of 0 and 1, empty boxes with λ0 above 0, equal classes, and noise that gets clamped."""
+    """Every kind, λ0 of 0 and 1, empty boxes with λ0 above 0, equal classes, and noise that is clamped."""
     rng = np.random.default_rng(seed)
     logits = torch.tensor(rng.normal(size=(batch, classes)) * spread, dtype=dtype)
     lam0 = rng.random(batch).round(1)
@@ -103,7 +103,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
-def test_every_option_equals_the_oracle(options):
+def test_every_option_matches_the_oracle(options):
     for seed in range(2):
         logits, target, lam_r = random_case(seed=seed)
         loss, grad = loss_and_grad(LUMixLoss(**options, reduction="none"), logits, target, lam_r)
@@ -113,7 +113,7 @@ def test_every_option_equals_the_oracle(options):
 
 
 @pytest.mark.parametrize("apply_to", ["cutmix", "all"])
-def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
+def test_lam_matches_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
     logits, target, lam_r = random_case()
     lam = LUMixLoss(apply_to=apply_to).lam(logits.requires_grad_(), target, lam_r)
     labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
@@ -132,7 +132,7 @@ def test_lam_equals_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_lam_s_is_the_partners_share_of_the_two_probabilities(dtype):
-    """p_a / (p_a + p_b) of the whole softmax, in NumPy, whatever the shares and whether LUMix applies."""
+    """p_a / (p_a + p_b) from the full softmax, in NumPy, for any shares and whether or not LUMix applies."""
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     labels, partners = torch.tensor([0, 1, 2, 3, 4, 2]), torch.tensor([4, 3, 1, 0, 2, 2])
     z = logits.detach().double().numpy()
@@ -157,7 +157,7 @@ def test_lam_of_labels_is_zero():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradcheck(options, smoothing):
     logits, target, _ = random_case(batch=12, spread=1.0)
-    lam_r = torch.linspace(0.1, 0.9, 12, dtype=torch.float64)  # finite differences need λ off the clamp's corner
+    lam_r = torch.linspace(0.1, 0.9, 12, dtype=torch.float64)  # finite differences need λ away from the clamp's corner
     criterion = LUMixLoss(**options, smoothing=smoothing, reduction="none")
     assert torch.autograd.gradcheck(lambda z: criterion(z, target, lam_r), logits.requires_grad_())
 
@@ -190,7 +190,7 @@ def test_attached_lam_s_changes_the_gradient_and_not_the_loss():
 @pytest.mark.parametrize("lam0", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_without_lumix_it_equals_timm(lam0, smoothing):
-    """timm weighs the canvas: its lam is 1 - lam0. All kinds, for with r_r = r_s = η = 0 they are one."""
+    """timm weighs the canvas: its lam is 1 - lam0. All kinds, because with r_r = r_s = η = 0 they are equivalent."""
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8) % 5
     dense = mixup_target(labels, 10, 1 - lam0, smoothing)
@@ -226,7 +226,7 @@ def test_same_class_twice_does_not_depend_on_lam():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_labels_alone_get_smoothed_cross_entropy(smoothing):
+def test_plain_labels_get_smoothed_cross_entropy(smoothing):
     logits = torch.randn(8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(8)
     expected = loss_and_grad(torch.nn.CrossEntropyLoss(label_smoothing=smoothing), logits, labels)
@@ -262,7 +262,7 @@ def test_loss_is_at_least_float32_and_the_gradient_has_the_logits_dtype(dtype, r
     expected, expected_grad = oracle(logits, target, lam_r, smoothing=0.1, **options)
     assert loss.dtype == result
     assert grad.dtype == dtype
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)  # the logits are rounded, the sums are not
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)  # the logits are rounded; the sums are not
     np.testing.assert_allclose(grad.double(), expected_grad, rtol=tolerance, atol=min(tolerance, 1e-4))
 
 
@@ -322,7 +322,7 @@ MASKED_TARGET = make_target([0, 1, 3, 0], [2, 2, 1, 1], [0.0, 0.0, 1.0, 0.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_masked_class_in_the_target_without_weight_is_pytorchs(target, smoothing, detach, plain):
+def test_a_masked_target_class_without_weight_matches_pytorch(target, smoothing, detach, plain):
     """-inf logits: no 0·∞, and with smoothing PyTorch's infinity; `plain` is the path of torch.func."""
     criterion = LUMixLoss(smoothing=smoothing, detach_lam_s=detach, reduction="none")
     expected, expected_grad = loss_and_grad(
@@ -341,7 +341,7 @@ def test_a_masked_class_in_the_target_without_weight_is_pytorchs(target, smoothi
 
 @pytest.mark.parametrize("target", [MASKED_LABELS, MASKED_TARGET], ids=["labels", "mixed"])
 def test_a_masked_class_without_weight_adds_nothing_to_bce(target):
-    """PyTorch's own is NaN here, so the oracle is its sum over the other classes."""
+    """PyTorch returns NaN here, so the oracle is its sum over the other classes."""
     criterion = LUMixLoss(smoothing=0.0, base="bce", bce_reduction="sum", reduction="none")
     loss, grad = loss_and_grad(criterion, MASKED, target)
     one_hot, kept = F.one_hot(MASKED_LABELS, 4).float(), MASKED.isfinite()
@@ -366,7 +366,7 @@ def test_nan_logits_stay_nan():
     assert grad.isnan().any(1).tolist() == [False, True, False, False]
 
 
-# Second derivatives and torch.func. Finite differences see λ_s: they need it attached, or away.
+# Second derivatives and torch.func. Finite differences include λ_s: they need it attached or absent.
 TWICE = [
     {"r_s": 0.0},
     {"r_s": 0.0, "smoothing": 0.0},
@@ -378,7 +378,7 @@ TWICE = [
 
 
 def smooth_case():
-    """CutMix, the same class twice and unmixed, all away from the clamp, where there is no second derivative."""
+    """CutMix, the same class twice, and unmixed; all away from the clamp, where no second derivative exists."""
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lam0, kind = [0.3, 0.5, 0.7, 0.4, 0.6, 0.0], torch.tensor([2, 2, 2, 2, 2, 0])
     target = make_target([0, 1, 2, 3, 4, 0], [1, 2, 2, 0, 0, 3], lam0, kind)
@@ -386,7 +386,7 @@ def smooth_case():
 
 
 def dense_loss(logits, target, lam, smoothing=0.1, eta=1.0):
-    """Eqs. 6 and 7 on a dense target with λ held fixed, in PyTorch's own operations; summed over the batch."""
+    """Eqs. 6 and 7 on a dense target with λ held fixed, in plain PyTorch operations; summed over the batch."""
     classes = logits.shape[1]
     a, b = F.one_hot(target.partner_labels, classes), F.one_hot(target.labels, classes)
     y = (1 - smoothing) * (lam[:, None] * a + (1 - lam[:, None]) * b) + smoothing / classes
@@ -397,19 +397,19 @@ def dense_loss(logits, target, lam, smoothing=0.1, eta=1.0):
 
 @pytest.mark.parametrize("options", TWICE, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_are_those_of_finite_differences(options, reduction):
+def test_second_derivatives_match_finite_differences(options, reduction):
     logits, target, lam_r = smooth_case()
     criterion = LUMixLoss(**options, reduction=reduction)
     _, expected = loss_and_grad(criterion, logits, target, lam_r)
     loss = criterion(logits.requires_grad_(), target, lam_r).sum()
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    torch.testing.assert_close(grad, expected)  # gradgradcheck is content with a wrong one
+    torch.testing.assert_close(grad, expected)  # gradgradcheck accepts a wrong one
     assert torch.autograd.gradgradcheck(lambda z: criterion(z, target, lam_r), logits)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_gradient_penalty_is_pytorchs(smoothing):
-    """The squared norm of the input's gradient, differentiated by the weights; with labels and plain CutMix."""
+def test_a_gradient_penalty_matches_pytorch(smoothing):
+    """The gradient of the squared norm of the input's gradient; with labels and plain CutMix."""
     generator = torch.Generator().manual_seed(0)
     images, hidden, out = (
         torch.randn(size, dtype=torch.float64, generator=generator) for size in ((8, 6), (6, 12), (12, 10))
@@ -483,7 +483,7 @@ def test_vmap_over_models_and_over_backward_passes():
         np.testing.assert_allclose(by_row[rows, rows], expected[0][1], atol=1e-9)
 
 
-def test_a_transform_that_cannot_be_right_says_so():
+def test_an_unsupported_transform_is_an_error():
     logits, target, _ = random_case(batch=4)
     with pytest.raises(RuntimeError, match=r"vmap.*'same' or 'different' randomness"):
         torch.vmap(lambda z: LUMixLoss()(z, target))(logits[None])
@@ -502,7 +502,7 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
 
 
 class LargeTensors(TorchDispatchMode):
-    """Counts the storages of at least `numel` elements that operators make."""
+    """Counts the storages of at least `numel` elements that operators allocate."""
 
     def __init__(self, numel):
         super().__init__()
@@ -511,7 +511,7 @@ class LargeTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.numel() >= self.numel:
-            self.made[result.untyped_storage().data_ptr()] = result  # kept, so that no address comes twice
+            self.made[result.untyped_storage().data_ptr()] = result  # kept, so that no address is reused
         return result
 
 
@@ -539,7 +539,7 @@ def test_nothing_is_copied(options, labels):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing):
+def test_the_only_dense_tensor_besides_the_logits_is_their_gradient(smoothing):
     logits, target, lam_r = random_case(batch=64, classes=50, dtype=torch.float32)
     logits.requires_grad_()
     with LargeTensors(64 * 25) as large:
@@ -548,7 +548,7 @@ def test_the_only_dense_tensor_beside_the_logits_is_their_gradient(smoothing):
     assert list(large.made) == [grad.untyped_storage().data_ptr()]
 
 
-def test_no_gradient_is_kept_in_evaluation():
+def test_evaluation_keeps_no_gradient():
     logits, target, lam_r = random_case()
     with torch.no_grad():
         loss = LUMixLoss()(logits.requires_grad_(), target, lam_r)
@@ -570,11 +570,11 @@ LAWS = {
 
 @pytest.mark.parametrize("noise", LAWS, ids=str)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_noise_follows_its_law(noise, seed):
-    from scipy import stats  # not at the top: the GPU tests of this file do without
+def test_noise_follows_its_distribution(noise, seed):
+    from scipy import stats  # not at the top: this file's GPU tests do not need it
 
     torch.manual_seed(seed)
-    # Beta(.2, .2) puts 2 % of its draws nearer to 1 than float32 can tell apart.
+    # Beta(.2, .2) puts 2 % of its draws closer to 1 than float32 can resolve.
     lam_r = LUMixLoss(noise=noise).draw(torch.empty(20_000, 2, dtype=torch.float64))
     assert lam_r.dtype == torch.float64
     assert stats.kstest(lam_r, *LAWS[noise]).pvalue > 1e-3
@@ -590,7 +590,7 @@ def test_beta_noise_is_finite_in_float32(alpha):
     assert lam_r.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_loss_draws_per_sample_from_the_default_generator_and_only_when_it_has_to():
+def test_the_loss_draws_per_sample_from_the_default_generator_and_only_when_needed():
     logits, target, lam_r = random_case()
     criterion = LUMixLoss(reduction="none")
     torch.manual_seed(1)
@@ -629,7 +629,7 @@ def test_compiled_in_one_graph_it_equals_eager(backend, options):
 
 
 @pytest.mark.parametrize("noise", [("beta", 0.8), ("normal", 0.5, 1.0), None], ids=str)
-def test_a_schedule_compiles_once_more_for_leaving_zero(noise):
+def test_a_schedule_recompiles_once_on_leaving_zero(noise):
     """r_r, r_s, η and the noise's numbers change at every step, from 0 on."""
     torch._dynamo.reset()
     logits, target, lam_r = random_case(batch=16)
@@ -648,7 +648,7 @@ def test_a_schedule_compiles_once_more_for_leaving_zero(noise):
     assert counter.frame_count <= 2
 
 
-def test_scheduled_numbers_read_as_they_were_set():
+def test_scheduled_numbers_read_back_as_they_were_set():
     criterion = LUMixLoss(r_r=0.4, r_s=0.0)
     assert (criterion.r_r, criterion.r_s, criterion.eta, criterion.noise) == (0.4, 0.0, 1.0, ("beta", 2.0))
     criterion.r_r, criterion.r_s, criterion.eta, criterion.noise = 0.3, torch.tensor(0.5), 2, ("normal", 0, 1)
@@ -662,7 +662,7 @@ def test_scheduled_numbers_read_as_they_were_set():
         assert torch.equal(twin(*case), expected)
 
 
-def test_a_number_set_in_inference_mode_serves_in_training():
+def test_a_number_set_in_inference_mode_works_in_training():
     case, criterion = random_case(), LUMixLoss(detach_lam_s=False)
     with torch.inference_mode():
         criterion.r_s, criterion.eta = 0.3, 0.5
@@ -688,7 +688,7 @@ def test_a_number_out_of_range_is_refused_when_it_is_set(name, value, message):
 
 
 def test_shares_above_one_are_refused_by_the_next_loss():
-    """Not by the assignment: between these two the sum is 1.8."""
+    """The assignment does not refuse: between these two the sum is 1.8."""
     logits, target, lam_r = random_case()
     criterion = LUMixLoss(r_r=0.1, r_s=0.9)
     criterion.r_r, criterion.r_s = 0.9, 0.1
@@ -751,7 +751,7 @@ def test_no_host_synchronisation(options, dtype):
         ({"noise": "beta"}, "noise='beta': choose"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_invalid_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         LUMixLoss(**options)
 
@@ -795,7 +795,7 @@ GOOD = make_target(LABELS, LABELS.flip(0), 0.5)
     ],
 )
 @pytest.mark.parametrize("method", ["forward", "lam"])
-def test_wrong_tensors_are_named(logits, target, lam_r, message, method):
+def test_invalid_tensors_are_named(logits, target, lam_r, message, method):
     with pytest.raises(ValueError, match=message):
         getattr(LUMixLoss(), method)(logits, target, lam_r)
 
@@ -827,14 +827,14 @@ def test_check_target_names_the_first_wrong_value(target, message):
         check_target(target, 4)
 
 
-def test_check_target_accepts_what_is_right():
+def test_check_target_accepts_valid_targets():
     check_target(GOOD, 3)
     check_target(LABELS, 3)
     check_target(rows(kind=[0, 1, 3], box=[[0] * 4] * 3, lam0=[0.0, 1.0, 0.5]), 3)
 
 
-def test_values_are_not_looked_at_in_the_loss():
-    """They could only be read by waiting for the GPU; on meta tensors there are none to read."""
+def test_the_loss_does_not_check_values():
+    """Reading them would force a GPU synchronisation; meta tensors have no values to read."""
     criterion = LUMixLoss(reduction="none")
     loss = criterion(torch.zeros(3, 4, device="meta", requires_grad=True), GOOD.to("meta"))
     assert loss.shape == (3,)

@@ -1,4 +1,4 @@
-"""What is measured: hand-worked numbers, and slow implementations of the definitions."""
+"""The metrics against hand-worked numbers and slow implementations of the definitions."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ CONFIDENCE, CORRECT = [0.2, 0.4, 0.6, 0.8], [0, 1, 0, 1]
 
 
 def test_calibration_error_by_hand():
-    # bins (.2, .4) and (.6, .8): confidence .3 and .7, accuracy .5 both
+    # bins (.2, .4) and (.6, .8): confidence .3 and .7, accuracy .5 in both
     assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2) == pytest.approx(0.02**0.5)
     assert metrics.rms_calibration_error(CONFIDENCE, CORRECT, 2, skip_last=False) == pytest.approx(0.2)
     # bins of one sample each, sorted: gaps .9 and .4, and .3 in the last
@@ -51,7 +51,7 @@ def test_aurra():
 
 
 def test_aupr_of_the_specification():
-    """The library's average precision is the one meant: in (.9, .6), out (.7, .3), score -confidence."""
+    """The specification means the library's average precision: in (.9, .6), out (.7, .3), score -confidence."""
     assert average_precision_score([0, 0, 1, 1], [-0.9, -0.6, -0.7, -0.3]) == pytest.approx(0.833333, abs=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_top_mass_by_hand():
 
 @pytest.mark.parametrize("mass", [0.1, 0.37, 0.9, 1.0])
 def test_top_mass_is_the_fewest_cells(mass):
-    """As the public code words it: cells whose cumulated share, from the weakest on, is above 1 - mass."""
+    """As in the public code: cells whose cumulative share, starting from the weakest, is above 1 - mass."""
     attention = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     taken = metrics.top_mass(attention, mass)
     assert taken.shape == attention.shape
@@ -138,7 +138,7 @@ def test_mask_box():
 
 
 def test_a_box_holds_its_pixels():
-    """The box about a filled rectangle is the rectangle, so its IoU with it is 1."""
+    """The box around a filled rectangle is the rectangle itself, so their IoU is 1."""
     mask = torch.zeros(14, 14, dtype=torch.bool)
     mask[3:9, 5:6] = True
     truth = torch.tensor([[5 / 14, 3 / 14, 6 / 14, 9 / 14]], dtype=torch.float64)

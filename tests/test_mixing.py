@@ -1,4 +1,4 @@
-"""The benchmarks' mixing methods do what their papers say: pixels, labels and λ0 against NumPy and by hand."""
+"""The benchmarks' mixing methods match their papers: pixels, labels and λ0 against NumPy and hand-worked numbers."""
 
 import math
 
@@ -16,7 +16,7 @@ COUNT = 64
 
 
 def plain_images(size, count=COUNT):
-    """Images of one colour each, in any two at least two levels apart, and unique labels."""
+    """Images of one colour each, any two at least two levels apart, and unique labels."""
     colours = np.arange(count) * 3
     return np.broadcast_to(colours[:, None, None, None], (count, *size, 3)).astype(np.uint8), np.arange(count)
 
@@ -34,7 +34,7 @@ def partners(labels, target):
 def test_resizemix_pastes_the_whole_partner_into_the_box(graph):
     size = (40, 60)
     y, x = np.mgrid[:40, :60]
-    # Red falls from left to right, green from top to bottom, blue says which image it is.
+    # Red falls from left to right, green from top to bottom, blue identifies the image.
     images = np.stack([np.stack([250 - 4 * x, 240 - 5 * y, 0 * x + 3 * k], -1) for k in range(COUNT)])
     images = images.astype(np.uint8)
     labels = np.arange(COUNT)
@@ -51,7 +51,7 @@ def test_resizemix_pastes_the_whole_partner_into_the_box(graph):
         np.testing.assert_array_equal(mixed[i][~inside], images[i][~inside])
         patch = mixed[i, y0:y1, x0:x1].astype(float)
         np.testing.assert_array_equal(patch[..., 2], 3 * other[i])
-        # The smaller ramp, at the centres of its own pixels; resizing may bend it at its ends.
+        # The smaller ramp, at the centres of its own pixels; resizing may distort its ends.
         ramp_x = 250 - 4 * ((np.arange(width) + 0.5) * 60 / width - 0.5)
         ramp_y = 240 - 5 * ((np.arange(height) + 0.5) * 40 / height - 0.5)
         np.testing.assert_allclose(patch[..., 0].mean(0)[1:-1], ramp_x[1:-1], atol=2)
@@ -93,7 +93,7 @@ def test_patches_are_permuted_whole_and_differently_for_each_sample(graph):
             orders.append(order)
     found = np.array(orders)
     assert len(np.unique(found[:COUNT], axis=0)) > COUNT / 2
-    for place in range(rows * columns):  # each patch comes to each place equally often
+    for place in range(rows * columns):  # each patch lands in each position equally often
         share = np.bincount(found[:, place], minlength=rows * columns) / len(found)
         np.testing.assert_allclose(share, 1 / (rows * columns), atol=0.04)
 
@@ -113,7 +113,7 @@ def test_equal_draws_still_give_a_permutation(graph, monkeypatch):
     np.testing.assert_array_equal(mixed, images)
 
 
-def test_each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean(graph):
+def test_each_patch_has_its_own_weight_and_lam0_is_their_mean(graph):
     size, patch = (8, 12), 4
     images, labels = plain_images(size)
     images, all_weights = np.where(labels[:, None, None, None] % 2, 255, images // 3), []
@@ -124,7 +124,7 @@ def test_each_patch_has_a_weight_of_its_own_and_lam0_is_their_mean(graph):
     for i, pieces in enumerate(cut(mixed, patch)):
         own, theirs = float(images[i, 0, 0, 0]), float(images[other[i], 0, 0, 0])
         values = pieces.reshape(6, -1)
-        assert (values == values[:, :1]).all()  # one weight a patch
+        assert (values == values[:, :1]).all()  # one weight per patch
         if abs(theirs - own) > 150:
             weights = (values[:, 0] - own) / (theirs - own)
             np.testing.assert_allclose(target.lam0[i], weights.mean(), atol=0.5 / abs(theirs - own) + 1e-6)
@@ -142,7 +142,7 @@ def test_images_that_cannot_be_cut_are_refused():
 
 
 @pytest.mark.parametrize("point", [(10, 20), (25, 9), (16, 40)])
-def test_the_most_salient_point_is_the_only_thing_there_is(point):
+def test_the_most_salient_point_is_the_only_object(point):
     pytest.importorskip("cv2")
     image = np.full((64, 64, 3), 40, np.uint8)
     image[point] = 255
@@ -189,11 +189,11 @@ def boxes(*rows, kind=2):
 
 
 def test_transmix_by_hand():
-    """8x8 pixels, 2x2 tokens: nearest-neighbour resampling looks at rows and columns 0 and 4."""
+    """8x8 pixels, 2x2 tokens: nearest-neighbour resampling reads rows and columns 0 and 4."""
     attention = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).repeat(4, 1) * torch.tensor([[1.0], [1.0], [1.0], [0.5]])
     target = boxes((0, 0, 4, 4), (0, 0, 8, 5), (1, 1, 4, 4), (4, 4, 8, 8))
     lam0 = mixing.transmix(target, attention, (8, 8)).lam0
-    # area 16/64 and .1; 40/64 and all; 9/64 and nothing; 16/64 and .2/.5
+    # area and attention: 16/64 and .1; 40/64 and all; 9/64 and none; 16/64 and .2/.5
     np.testing.assert_allclose(lam0, [(0.25 + 0.1) / 2, (0.625 + 1) / 2, (9 / 64) / 2, (0.25 + 0.4) / 2], rtol=1e-6)
 
 
@@ -221,7 +221,7 @@ def test_class_attention_is_the_last_blocks():
     images = torch.randn(2, 3, 16, 16)
     fused = model(images)
     attention = mixing.class_attention(model)
-    torch.testing.assert_close(model(images), fused)  # keeping it changes nothing
+    torch.testing.assert_close(model(images), fused)  # keeping the attention changes nothing
 
     model.blocks[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     seen: list = []

@@ -1,8 +1,8 @@
-"""The law of mixing on the host: what `mixing.draw` draws, and what `mixing.regions` hands to DALI's paste.
+"""The distribution of mixing on the host: what `mixing.draw` draws, and what `mixing.regions` passes to DALI's paste.
 
-Boxes, kinds, weights and partners are held against laws that are written out here or are timm's, and against
-`fn.mix`, which draws in the graph. The contract of the paste (`test_contracts.py`) is checked on the very arrays that
-the loader's graph is given.
+Boxes, kinds, weights and partners are compared with distributions computed here, with timm's, and with
+`fn.mix`, which draws in the graph. The contract of the paste (`test_contracts.py`) is checked on the same arrays that
+the loader's graph receives.
 """
 
 from collections import Counter
@@ -41,25 +41,25 @@ def boxes(found):
     return [tuple(box) for box in found.box.tolist()]
 
 
-# Against laws written out
+# Against exact distributions
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_boxes_follow_their_law(mode, seed):
+def test_boxes_follow_their_distribution(mode, seed):
     found = drawn(ODD_AND_EVEN, seed) if mode == "elem" else drawn_in_batches(ODD_AND_EVEN, seed, 5000, mode="batch")
     assert_frequencies(boxes(found), box_law(ODD_AND_EVEN, alpha=1))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_minmax_boxes_follow_timms_law(seed):
+def test_minmax_boxes_follow_timms_distribution(seed):
     found = drawn((5, 4), seed, cutmix_minmax=(0.2, 0.8))
     assert_frequencies(boxes(found), minmax_law((5, 4), (0.2, 0.8)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mode", ["elem", "batch"])
-def test_kinds_and_weights_follow_their_laws(mode, seed):
+def test_kinds_and_weights_follow_their_distributions(mode, seed):
     options = dict(mixup_alpha=0.4, cutmix_alpha=2.0, prob=0.8, switch_prob=0.3, mode=mode)
     find = drawn if mode == "elem" else drawn_in_batches
     found = find(ODD_AND_EVEN, seed, DRAWS if mode == "elem" else 5000, **options)
@@ -71,7 +71,7 @@ def test_kinds_and_weights_follow_their_laws(mode, seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sides_and_centres_at_size(seed):
-    """Against a simulation of timm's law, on an image whose boxes are too many for a χ²."""
+    """Against a simulation of timm's distribution, on an image with too many boxes for a χ² test."""
     size, count = np.array((48, 64)), 100_000
     found = drawn(size, seed, cutmix_alpha=0.5)
     rng = np.random.default_rng([seed, 1])
@@ -86,7 +86,7 @@ def test_sides_and_centres_at_size(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_partners_are_anybody_else(seed):
+def test_partners_are_uniform_over_the_other_samples(seed):
     n = 50
     found = [derangement(rng, n) for rng in [np.random.default_rng(seed)] for _ in range(400)]
     assert all(sorted(partner) == list(range(n)) for partner in found)
@@ -94,7 +94,7 @@ def test_partners_are_anybody_else(seed):
     assert_frequencies(offset.ravel().tolist(), dict.fromkeys(range(1, n), 1 / (n - 1)))
 
 
-def test_every_derangement_of_four_alike():
+def test_every_derangement_of_four_is_equally_likely():
     rng = np.random.default_rng(0)
     law = [p for p in permutations(range(4)) if all(i != k for i, k in enumerate(p))]
     assert len(law) == 9
@@ -112,7 +112,7 @@ def test_every_derangement_of_four_alike():
     ids=["cutmix", "mix", "minmax", "small alpha"],
 )
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_graph_draws_from_the_same_law(options, seed):
+def test_the_graph_draws_from_the_same_distribution(options, seed):
     """`fn.mix` against `draw`: kinds, drawn weights, and each edge of the box."""
     size = (9, 14)
     graph, host = emitted(size, seed, correct_lam=False, **options), drawn(size, seed, **options)
@@ -165,8 +165,8 @@ def test_kinds_that_occur(options, kinds):
     assert not found.box[found.kind != Kind.CUTMIX].any()
 
 
-def test_minmax_from_nothing_to_all_but_everything():
-    """Sides from 0 to one less than the image's, as NumPy's `randint` excludes its end."""
+def test_minmax_from_nothing_to_almost_everything():
+    """Sides from 0 to one less than the image's, because NumPy's `randint` excludes its end."""
     found = drawn((3, 4), 0, 5000, cutmix_minmax=(0.0, 1.0))
     sides = found.box[:, 2:] - found.box[:, :2]
     assert [set(side) for side in sides.T.tolist()] == [{0, 1, 2}, {0, 1, 2, 3}]
@@ -201,7 +201,7 @@ def test_a_batch_has_one_draw_and_many_partners(options):
         assert len(np.unique(several.box, axis=0)) > 1 or len(set(several.kind.tolist())) > 1
 
 
-def test_draw_is_a_function_of_the_generator_alone():
+def test_draw_depends_only_on_the_generator():
     options = dict(mixup_alpha=0.8, prob=0.9)
     first, again, other = (drawn((6, 5), seed, 64, **options) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -214,7 +214,7 @@ def test_draw_is_a_function_of_the_generator_alone():
     assert all(np.array_equal(a, b) for a, b in zip(one, draw(before, 8, (6, 5), Mixing(**options)), strict=True))
 
 
-# What the paste is handed
+# What the paste receives
 
 MIXINGS = st.builds(
     Mixing,
@@ -237,11 +237,11 @@ def test_no_patch_is_empty_or_leaves_the_image(mixing, n, size, seed):
     assert_patches(found, patches, size)
     assert [field.dtype for field in found] == [np.int64, np.int32, np.int32, np.float32]
     assert [field.dtype for field in patches] == [np.int32] * 5 + [np.float32, np.bool_]
-    assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI takes no strides
+    assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI accepts no strides
 
 
 def assert_patches(found, patches, size):
-    """DALI's contract, and that the patches are the draw."""
+    """DALI's contract, and that the patches match the draw."""
     n, own = len(found.kind), np.arange(len(found.kind))
     np.testing.assert_array_equal(np.stack([patches.height, patches.width], axis=1), patches.shapes[:, 1])
     assert ((patches.ids >= 0) & (patches.ids < n)).all()
@@ -260,12 +260,12 @@ def assert_patches(found, patches, size):
             assert kind == Kind.CUTMIX
             assert patch == (found.partner[i], *box[:2], box[2] - box[0], box[3] - box[1])
             assert patches.weight[i] == 1
-        else:  # its own pixel over itself
+        else:  # its own pixel pasted onto itself
             assert (patch, patches.weight[i]) == ((i, 0, 0, 1, 1), 0)
         assert patches.is_mixup[i] == (kind == Kind.MIXUP)
 
 
-# The loader's graph, on what it was handed
+# The loader's graph, with its inputs
 
 BATCHES = (8, 8, 3, 1, 2)
 GRAPHS = {
@@ -286,7 +286,7 @@ def contents(count=8):
 
 
 def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
-    """Batches (images uint8 [n, H, W, 3], target, what was handed to the graph) of `train_pipeline` on the CPU."""
+    """Batches (images uint8 [n, H, W, 3], target, the graph's inputs) of `train_pipeline` on the CPU."""
     import torch
 
     transform = pipelines.TrainTransform(size=size, dtype="uint8", channels_last=True, hflip=0.0, scale=(1.0, 1.0))
@@ -303,8 +303,8 @@ def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
 @pytest.mark.parametrize("size", [(9, 20), (1, 1), (7, 1)])
 @pytest.mark.parametrize("name", GRAPHS)
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["blends Mixup", "blends all"])
-def test_pixels_and_lam0_are_what_the_target_says(name, size, on_gpu):
-    """Against the images that the same graph gives without mixing, and the oracle's mixing of them."""
+def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
+    """Against the oracle's mixing of the images that the same graph gives without mixing."""
     mixing = Mixing(**GRAPHS[name])
     plain = (images for images, *_ in delivered(size, None))
     for (mixed, target, index, planned), images in zip(delivered(size, mixing, on_gpu=on_gpu), plain, strict=True):
@@ -321,7 +321,7 @@ def test_pixels_and_lam0_are_what_the_target_says(name, size, on_gpu):
 
 
 def assert_counted(target, size, mixing, planned):
-    """λ0 to the last bit: the float32 quotient of pixels; Mixup's weight as it was drawn."""
+    """λ0 bit exact: the float32 quotient of pixel counts; for Mixup the drawn weight."""
     area = (target.box[:, 2:] - target.box[:, :2]).prod(1)
     counted = (area.astype(np.float32) / np.float32(np.prod(size))).astype(np.float32)
     is_cutmix, is_mixup = target.kind == Kind.CUTMIX, target.kind == Kind.MIXUP
@@ -337,7 +337,7 @@ def assert_counted(target, size, mixing, planned):
 
 @settings(deadline=None, max_examples=100)
 @given(mixing=MIXINGS, n=st.integers(1, 9), on_gpu=st.booleans())
-def test_a_plan_is_what_the_graph_takes(mixing, n, on_gpu):
+def test_a_plan_has_the_form_that_the_graph_takes(mixing, n, on_gpu):
     """dtype, dimensions and contiguity of each input; labels and indices travel unchanged."""
     from lumix_dali.loading.plan import INPUTS
 

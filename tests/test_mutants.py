@@ -1,4 +1,4 @@
-"""Every fault of `tests.mutants` still applies, and the tests that are to notice it exist."""
+"""Every fault of `tests.mutants` still applies, and the tests that must catch it exist."""
 
 import ast
 from functools import cache

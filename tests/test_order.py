@@ -1,4 +1,4 @@
-"""Orders deal samples out fairly, by brute force over numbers of samples, batch sizes, ranks and epochs."""
+"""Orders distribute samples fairly, by brute force over sample counts, batch sizes, ranks and epochs."""
 
 import itertools
 from functools import partial
@@ -89,7 +89,7 @@ def test_epochs_and_seeds_differ_and_ranks_are_disjoint(n):
 
 
 def test_what_is_left_out_changes():
-    """No sample is always the one that drop_last leaves out, and each is as likely in each place."""
+    """No sample is always the one that drop_last leaves out, and each is equally likely in each position."""
     left_out = [set(range(7)) - set(dealt[0].tolist()) for dealt in epochs_of(7, 3, 1, True, epochs=100)]
     assert set.union(*left_out) == set(range(7))
     first = np.bincount([dealt[0][0] for dealt in epochs_of(7, 3, 1, True, epochs=700)], minlength=7)
@@ -114,8 +114,8 @@ def test_a_rank_outside_the_world(rank, world_size):
 @pytest.mark.parametrize("repeats", [1, 3, 4])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 @pytest.mark.parametrize("n", [10, 255, 256, 700, 1024])
-def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
-    """Given the same permutation, each rank reads what timm's sampler gives it."""
+def test_repeated_augmentation_matches_timms(monkeypatch, n, world_size, repeats):
+    """Given the same permutation, each rank reads the same samples as with timm's sampler."""
     torch = pytest.importorskip("torch")
     sampler = pytest.importorskip("timm.data.distributed_sampler").RepeatAugSampler
     shuffled = np.random.default_rng([5, 2]).permutation(n)
@@ -138,7 +138,7 @@ def test_repeated_augmentation_is_timms(monkeypatch, n, world_size, repeats):
 
 @st.composite
 def windows(draw):
-    """Arguments of `Window`, of which every rank has some."""
+    """Arguments of `Window` that give every rank some samples."""
     counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum))
     return dict(
         n=sum(counts),
@@ -157,7 +157,7 @@ def test_a_window_covers_every_sample_and_deals_blocks(options, world_size, epoc
     ranks = [Window(**options, rank=rank, world_size=world_size).epoch(epoch).tolist() for rank in range(world_size)]
     dealt = list(itertools.chain(*ranks))
     assert len({len(rank) for rank in ranks}) == 1
-    assert sorted(dealt[:n]) == list(range(n))  # then some from the start again
+    assert sorted(dealt[:n]) == list(range(n))  # then some samples from the start again
     assert dealt[n:] == list(itertools.islice(itertools.cycle(dealt[:n]), len(dealt) - n))
     assert len(dealt) - n < world_size
     for batch in range(1, 4):
@@ -175,7 +175,7 @@ def test_a_window_covers_every_sample_and_deals_blocks(options, world_size, epoc
 @settings(max_examples=200, deadline=None, database=None)
 @given(options=windows(), epoch=st.integers(0, 4))
 def test_a_sample_moves_by_less_than_the_window(options, epoch):
-    """Shards stand in an order drawn from (seed, epoch); with a window of one, samples keep theirs."""
+    """The order of shards is drawn from (seed, epoch); with a window of one, samples keep theirs."""
     shards = np.random.default_rng([options["seed"], epoch]).permutation(len(options["counts"]))
     starts = np.cumsum([0, *options["counts"]])
     unmoved = [i for k in shards for i in range(starts[k], starts[k + 1])]
@@ -184,7 +184,7 @@ def test_a_sample_moves_by_less_than_the_window(options, epoch):
     places = np.empty(options["n"], int)
     places[order] = np.arange(options["n"])
     assert np.abs(places[unmoved] - np.arange(options["n"])).max() < options["window"]
-    np.testing.assert_array_equal(Window(**options).epoch(epoch), order)  # pure
+    np.testing.assert_array_equal(Window(**options).epoch(epoch), order)  # a pure function
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -207,17 +207,17 @@ def test_repeats_of_a_window_go_to_different_ranks(options, repeats, epoch):
         np.testing.assert_array_equal(rank.epoch(epoch), order[:share])
 
 
-def test_a_window_mixes_and_every_epoch_is_new():
+def test_a_window_shuffles_and_every_epoch_differs():
     options = dict(n=4000, batch_size=1, counts=(1000,) * 4, window=400)
     order = Window(**options).epoch(0)
     moved = np.abs(np.argsort(order) - np.argsort(Window(**options | dict(window=1)).epoch(0)))
-    assert 60 < moved.mean() < 140  # two draws from 400 places differ by 133, less at the ends
+    assert 60 < moved.mean() < 140  # two draws from 400 positions differ by 133 on average, less at the ends
     orders = {tuple(Window(**options, seed=seed).epoch(epoch)) for seed in range(2) for epoch in range(3)}
     assert len(orders) == 6
 
 
 @pytest.mark.parametrize("kind", [Order, partial(Window, counts=(3, 5))])
-def test_a_seed_is_one_word(kind):
+def test_a_seed_fits_in_one_word(kind):
     """SeedSequence([5 * 2**32 + 7, 3, 0]) is SeedSequence([7, 5, 3]); so a seed of more than 32 bits is refused."""
     same = [np.random.SeedSequence(words).generate_state(4).tolist() for words in ([5 * 2**32 + 7, 3, 0], [7, 5, 3])]
     assert same[0] == same[1]
@@ -230,7 +230,7 @@ def test_a_seed_is_one_word(kind):
 
 
 def test_a_window_of_two_swaps_an_eighth_of_the_neighbours():
-    """i comes after i + 1 where u_i > 1 + u_(i + 1), of two draws from [0, 2)."""
+    """i comes after i + 1 if u_i > 1 + u_(i + 1), for two draws from [0, 2)."""
     order = Window(n=4000, batch_size=1, counts=(4000,), window=2).epoch(0)
     swapped = np.diff(np.argsort(order)) < 0
     assert abs(swapped.mean() - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / 4000)

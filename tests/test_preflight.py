@@ -1,4 +1,4 @@
-"""`lumix-dali check`: it finds what would stop a run, says why, and writes what is left for the loader."""
+"""`lumix-dali check` finds what would stop a run, says why, and writes the remaining samples for the loader."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def encoded(kind, seed=0, size=(64, 48)):
 
 
 def claiming(side):
-    """A PNG of a few bytes whose header says side x side."""
+    """A PNG of a few bytes whose header claims side x side."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -52,7 +52,7 @@ DAMAGED = {
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of five good images, one of them CMYK, one with text behind its end."""
+    """Two classes of five good images, one of them CMYK, one with text after its end."""
     for name in ("a", "b c"):
         (tmp_path / name).mkdir()
         for i in range(5):
@@ -85,7 +85,7 @@ def test_every_damaged_file_is_found_with_a_reason(root, full):
 
 def test_the_full_scan_finds_what_only_decoding_shows(root):
     data = bytearray(PNG)
-    data[len(data) // 2] ^= 0xFF  # inside the pixels: header and end are whole
+    data[len(data) // 2] ^= 0xFF  # inside the pixels: header and end are intact
     (root / "a" / "crc.png").write_bytes(data)
     assert check.scan(root).ok
     assert list(check.scan(root, full=True).bad) == ["a/crc.png"]
@@ -93,13 +93,13 @@ def test_the_full_scan_finds_what_only_decoding_shows(root):
 
 def test_a_header_that_claims_too_much(root):
     (root / "a" / "bomb.png").write_bytes(claiming(60_000))
-    report = check.scan(root, full=True)  # decoding it would take 10 GB
+    report = check.scan(root, full=True)  # decoding it would need 10 GB
     assert report.bad == {"a/bomb.png": "60000x60000 pixels, the limit is 100000000"}
     assert check.scan(root, max_pixels=64 * 48).bad.keys() == {"a/bomb.png"}
     assert "a/2.jpg" in check.scan(root, max_pixels=64 * 48 - 1).bad
 
 
-def test_names_passed_over_and_empty_classes_are_listed(root):
+def test_skipped_names_and_empty_classes_are_listed(root):
     (root / "c").mkdir()
     (root / "c" / "notes.txt").write_text("x")
     (root / "a" / "._0.jpg").write_bytes(JPEG)
@@ -111,7 +111,7 @@ def test_names_passed_over_and_empty_classes_are_listed(root):
     assert not report.ok
 
 
-def test_the_manifest_is_what_the_loader_takes(root, tmp_path_factory):
+def test_the_loader_accepts_the_manifest(root, tmp_path_factory):
     (root / "a" / "cut.jpg").write_bytes(DAMAGED["cut.jpg"])
     manifest = tmp_path_factory.mktemp("out") / "train.json"
     assert main(["check", str(root), "--manifest", str(manifest)]) == 1
@@ -152,7 +152,7 @@ def test_the_report_is_for_scripts(root, tmp_path_factory, capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_lists_are_checked_too(root):
+def test_lists_are_also_checked(root):
     (root / "list.txt").write_text("a/0.jpg 0\nb c/1.jpg 1\na/gone.jpg 1\n")
     report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
@@ -160,13 +160,13 @@ def test_lists_are_checked_too(root):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
-def test_a_film_behind_a_photo_is_fine(root, full):
-    """As motion photos have it: more bytes behind the end marker than are searched for it."""
+def test_a_video_after_a_photo_is_accepted(root, full):
+    """As in motion photos: more bytes after the end marker than are searched for it."""
     (root / "a" / "motion.jpg").write_bytes(encoded("JPEG", 3) + bytes(5000))
     assert check.scan(root, full=full, workers=1).ok
 
 
-def test_a_check_that_is_killed_takes_its_processes_along(root):
+def test_killing_a_check_ends_its_processes(root):
     for i in range(3000):
         os.link(root / "a" / "2.jpg", root / "a" / f"more {i}.jpg")
     run = subprocess.Popen(
@@ -181,14 +181,14 @@ def test_a_check_that_is_killed_takes_its_processes_along(root):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     run.terminate()
-    run.communicate(timeout=30)  # would wait for ever for a child that holds the pipe
+    run.communicate(timeout=30)  # would wait forever for a child that holds the pipe
     while any(os.path.exists(f"/proc/{child}") for child in found):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def deep_png(colour):
-    """A PNG of 16 bits per channel, written by hand; `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
+    """A PNG with 16 bits per channel, written by hand; `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -200,7 +200,7 @@ def deep_png(colour):
 
 
 def notable():
-    """{name: content}: what Pillow decodes, and what DALI decodes to other pixels than timm's."""
+    """{name: content} of files that Pillow decodes, or that DALI decodes to pixels other than timm's."""
     animated, first = io.BytesIO(), Image.new("RGB", (8, 8))
     first.save(animated, "PNG", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
     exif = Image.Exif()
@@ -214,7 +214,7 @@ def notable():
     return found | {f"deep-{colour}.png": deep_png(colour) for colour in (0, 2, 4, 6)}
 
 
-# By format: who decodes how many of `notable`, and what its line says.
+# By format: which decoder reads how many of `notable`, and what its line says.
 NOTES = {
     ("TIFF", "PILLOW", 6, "only JPEG, PNG and WebP"),
     ("GIF", "PILLOW", 1, "only JPEG, PNG and WebP"),
@@ -228,11 +228,11 @@ NOTES = {
 
 @pytest.fixture(params=["folder", "list", "shards"])
 def notable_source(request, tmp_path):
-    """The files of `notable`, and one that no decoder reads, as a source of each kind."""
+    """The files of `notable` and one that no decoder reads, as a source of each kind."""
     contents = notable() | {"cut.tif": encoded("TIFF")[:200]}
     (tmp_path / "c").mkdir()
     for name, content in contents.items():
-        # A list takes files of any name; a folder and a shard know these by their extensions.
+        # A list takes files of any name; a folder and a shard recognise files by their extensions.
         name = name if request.param == "list" else name.replace(".gif", ".jpg")
         (tmp_path / "c" / name).write_bytes(content)
     names = sorted(os.listdir(tmp_path / "c"))
@@ -251,8 +251,8 @@ def notable_source(request, tmp_path):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
-def test_who_decodes_slowly_or_otherwise_is_counted_by_format(notable_source, full):
-    """The cut TIFF counts until decoding shows that it is bad."""
+def test_slow_and_differing_decoding_is_counted_by_format(notable_source, full):
+    """The truncated TIFF counts until decoding shows that it is bad."""
     stated = {(kind, decoder, count + (kind == "TIFF" and not full)): why for kind, decoder, count, why in NOTES}
     report = check.scan(notable_source, full=full, workers=1)
     found = {(note["format"], note["decoder"], note["images"]): note["why"] for note in report.as_dict()["notes"]}
@@ -267,7 +267,7 @@ def test_who_decodes_slowly_or_otherwise_is_counted_by_format(notable_source, fu
     assert [Path(name).name for name in report.bad] == ["cut.tif"] * full
 
 
-def test_what_dali_refuses_is_told_by_the_full_scan(root):
+def test_the_full_scan_reports_what_dali_refuses(root):
     """A PNG with an unknown critical chunk, as in test_feed.py: only decoding shows it."""
     chunk = struct.pack(">I", 0) + b"ABCD" + struct.pack(">I", zlib.crc32(b"ABCD"))
     (root / "a" / "odd.png").write_bytes(PNG[:33] + chunk + PNG[33:])

@@ -1,6 +1,6 @@
 """The same promises for every source: folder, list, manifest, pairs, tar, TFRecord, rows, and a remote tar.
 
-Every source holds the same samples in the same order, so that what one of them gives is what all of them give.
+Every source holds the same samples in the same order, so all of them must give the same stream.
 """
 
 import itertools
@@ -28,7 +28,7 @@ SUBSTITUTE = BAD + 1
 
 
 def images(bad):
-    """One label per sample; the ramps' blue tells which it is."""
+    """One label per sample; the ramps' blue identifies it."""
     found = [encoded(ramps(8, 10, 12 * i) * [16, 16, 1], "PNG") for i in range(N)]
     if bad:
         found[BAD] = b"no image"
@@ -36,7 +36,7 @@ def images(bad):
 
 
 def write_source(kind, root, bad=False):
-    """What `create_loader` is given, and a part of the bad sample's name."""
+    """The source for `create_loader`, and part of the bad sample's name."""
     content = images(bad)
     names = [f"{i:02}/{i:02}.png" for i in range(N)]
     if kind in ("folder", "list", "manifest", "pairs"):
@@ -97,7 +97,7 @@ def spoilt(kind, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """The rows, which the others must equal."""
+    """The stream of the rows, which the others must equal."""
     return sources.load(write_source("rows", tmp_path_factory.mktemp("reference"))[0])
 
 
@@ -127,7 +127,7 @@ def labels_of(batches):
     return [label for _, target in batches for label in target.labels.tolist()]
 
 
-def test_the_stream_is_that_of_every_source(source, reference):
+def test_every_source_gives_the_same_stream(source, reference):
     options = dict(return_index=True, drop_last=False, **MIX)
     with make(source, **options) as ours, make(reference, **options) as theirs:
         for _ in range(2):
@@ -165,7 +165,7 @@ def test_repeated_augmentation(source):
     found = [list(loader) for loader in ranks]
     expected = Order(N, 3, drop_last=False, seed=4).epoch(0)[: -(-N // 2)].tolist()
     assert [labels_of(batches) for batches in found] == [expected, expected]
-    assert not all(torch.equal(a[0], b[0]) for a, b in zip(*found, strict=True))  # augmented on its own
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(*found, strict=True))  # each repeat is augmented separately
 
 
 def test_a_bad_sample_is_named_replaced_and_counted(spoilt, source):
@@ -174,7 +174,7 @@ def test_a_bad_sample_is_named_replaced_and_counted(spoilt, source):
         for epoch in range(2):
             if epoch:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # what is known is not found out again
+                    warnings.simplefilter("error")  # known bad samples are not detected again
                     found = stream(ours)
             else:
                 with pytest.warns(UserWarning, match="takes its place") as caught:
@@ -198,7 +198,7 @@ def test_a_bad_sample_is_named_replaced_and_counted(spoilt, source):
 @pytest.mark.filterwarnings("ignore:.*cannot be used")
 @pytest.mark.parametrize("is_training", [True, False])
 def test_resume_is_exact(spoilt, is_training):
-    """At several places of two epochs, among them before and after the bad sample."""
+    """At several points of two epochs, including before and after the bad sample."""
     options = dict(is_training=is_training, return_index=True) | (MIX if is_training else {})
     loader, batches = make(spoilt[0], **options), []
     states = [loader.state_dict()]
@@ -215,8 +215,8 @@ def test_resume_is_exact(spoilt, is_training):
 
 
 @pytest.mark.parametrize("kind", ["tar", "tfrecord"])
-def test_a_shard_that_shrinks_under_the_run_is_an_error(kind, tmp_path):
-    """Every one that is open, at once; never a SIGBUS."""
+def test_a_shard_that_shrinks_during_the_run_is_an_error(kind, tmp_path):
+    """Each one that is open, at once; never a SIGBUS."""
     root = write_source(kind, tmp_path / "data")[0]
     loader = make(root, drop_last=False, prefetch_queue_depth=1)
     list(loader)
@@ -232,7 +232,7 @@ def test_labels_are_the_samples_own(source, reference):
 
 
 def test_an_iterator_is_dropped_while_its_reads_wait(reference):
-    """Garbage collection may drop it in a thread that holds what its reads wait for."""
+    """Garbage collection may drop it in the very thread that its reads wait for."""
     gate = threading.Event()
 
     class Waiting:

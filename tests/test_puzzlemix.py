@@ -1,6 +1,6 @@
-"""Puzzle Mix: energies by loops over blocks, cuts against every labelling, transport by hand.
+"""Puzzle Mix: energies against loops over blocks, cuts against all labellings, transport worked by hand.
 
-To run it beside the authors' code, which is not part of this repository (github.com/snu-mllab/PuzzleMix; its graph
+To compare with the authors' code, which is not part of this repository (github.com/snu-mllab/PuzzleMix; its graph
 cut needs `pip install gco-wrapper`, with Python 3.11):
 
     PUZZLEMIX=PuzzleMix python -m pytest tests/test_puzzlemix.py -m slow -s
@@ -38,7 +38,7 @@ def pairs(rng, size, count=3):
 
 @pytest.mark.parametrize(("grid", "labels"), [(2, 2), (2, 3), (2, 4), (3, 2), (3, 3)])
 def test_the_cut_is_the_best_of_all_labellings(rng, grid, labels):
-    for scale in (1, 5, 50):  # of the pairs' weights: from blocks that ignore each other to a single label
+    for scale in (1, 5, 50):  # weights of the pairs: from blocks that ignore each other to a single label
         unary = rng.integers(0, 100, (grid, grid, labels))
         down, right = rng.integers(0, 3 * scale, (grid - 1, grid)), rng.integers(0, 3 * scale, (grid, grid - 1))
         every = (np.reshape(one, (grid, grid)) for one in product(range(labels), repeat=grid**2))
@@ -47,8 +47,8 @@ def test_the_cut_is_the_best_of_all_labellings(rng, grid, labels):
         assert puzzlemix.cost(found, unary, down, right) == pytest.approx(best)
 
 
-def test_a_block_that_must_not_be_half():
-    """Its neighbours are, and no cut may have it both ways: out of order, its nodes' edges would cost nothing."""
+def test_a_block_that_must_not_be_halved():
+    """Its neighbours are halved, and no cut may split it: with nodes out of order, its edges would cost nothing."""
     unary = np.tile([50, 0, 50], (3, 3, 1))
     unary[1, 1] = [0, 100, 1]
     weights = np.full((2, 3), 10), np.full((3, 2), 10)
@@ -70,7 +70,7 @@ def test_cost_by_hand():
 
 @pytest.mark.parametrize(("size", "grid", "neighbourhood"), [(8, 2, 2), (8, 4, 2), (16, 2, 4), (4, 4, 2)])
 def test_the_energy_is_what_is_lost_and_what_breaks(rng, size, grid, neighbourhood):
-    """With two labels, up to a constant: lost saliency, β for each border between labels, βγ for the step there
+    """With two labels, up to a constant: the lost saliency, β for each border between labels, βγ for the step there
     between the images that meet, and the prior's -log."""
     images, salient, partner = pairs(rng, size)
     settings, lam, block = Settings(labels=2, neighbourhood=neighbourhood), 0.3, size // grid
@@ -98,11 +98,11 @@ def test_the_energy_is_what_is_lost_and_what_breaks(rng, size, grid, neighbourho
                         total += beta * settings.gamma * step / n
                     total += beta * (label != labels[y, x])
             gaps.append(puzzlemix.cost(labels, *(term[sample] for term in found)) / (1000 * grid**2) - total)
-        assert np.ptp(gaps) < 3 * grid**2 / (1000 * grid**2)  # each term is cut to an integer
+        assert np.ptp(gaps) < 3 * grid**2 / (1000 * grid**2)  # each term is truncated to an integer
 
 
 def test_a_half_is_in_the_middle(rng):
-    """Three labels: what half a block loses, and the binomial prior's 2 λ (1 - λ)."""
+    """Three labels: the loss of half a block, and the binomial prior's 2 λ (1 - λ)."""
     images, salient, partner = pairs(rng, 4)
     share = salient / salient.sum((1, 2), keepdim=True)
     settings = Settings(gamma=0.0)
@@ -116,10 +116,10 @@ def test_a_half_is_in_the_middle(rng):
 # --- transport
 
 
-def test_a_salient_block_goes_to_the_sample_s_place():
-    """Nearly all saliency is in the first of 2 x 2 blocks, and only the last place is kept.
+def test_a_salient_block_goes_to_the_samples_place():
+    """Nearly all saliency is in the first of 2 x 2 blocks, and only the last position is kept.
 
-    The first block goes there if moving, ε·2, costs less than its share of .97; else the last one stays.
+    The first block moves there if the move, ε·2, costs less than its share of .97; otherwise the last block stays.
     """
     share, mask = torch.full((1, 2, 2), 0.01), torch.zeros(1, 2, 2)
     share[0, 0, 0], mask[0, 1, 1] = 0.97, 1.0
@@ -139,7 +139,7 @@ def test_blocks_move_whole(rng):
     assert torch.equal(moved[:, :, :3, 3:], images[:, :, 3:, 3:])
 
 
-# --- the whole
+# --- the complete method
 
 
 def test_saliency_is_the_gradients_root_mean_square():
@@ -149,7 +149,7 @@ def test_saliency_is_the_gradients_root_mean_square():
 
 
 def test_pixels_and_ratio_agree(rng):
-    """White samples, black partners, nothing moved: the image is the mask, and its mean the sample's share."""
+    """White samples, black partners, nothing moved: the image is the mask, and its mean is the sample's share."""
     images = torch.ones(4, 3, 16, 16, dtype=torch.float64)
     images[1::2] = 0
     salient = torch.from_numpy(rng.random((4, 16, 16)) ** 8)
@@ -174,7 +174,7 @@ def test_target_and_partners(rng):
 
 
 def test_the_target_weighs_the_partner(rng):
-    """All saliency in the white sample: nothing of a black partner is worth keeping, and λ0 says so."""
+    """All saliency is in the white sample: nothing of a black partner is worth keeping, so λ0 is 0."""
     images, labels = torch.ones(2, 3, 16, 16), torch.arange(2)
     images[1] = 0
     salient = torch.full((2, 16, 16), 1.0)
@@ -185,7 +185,7 @@ def test_the_target_weighs_the_partner(rng):
     torch.testing.assert_close(1 - target.lam0[0], mixed[0].mean())
 
 
-def test_images_that_blocks_do_not_fit_are_refused(rng):
+def test_images_that_do_not_divide_into_blocks_are_refused(rng):
     images, salient, partner = pairs(rng, 6)
     with pytest.raises(ValueError, match=r"images of 6 x 6: .* multiple of the 4 blocks"):
         puzzlemix.mix_pairs(images, salient, partner, 0.5, 4)
@@ -193,8 +193,8 @@ def test_images_that_blocks_do_not_fit_are_refused(rng):
 
 @pytest.mark.slow
 @pytest.mark.skipif("PUZZLEMIX" not in os.environ, reason="PUZZLEMIX names no checkout of the authors' code")
-def test_the_authors_code_gives_the_same(rng, monkeypatch):
-    """Energies, masks, ratios and pixels; the authors' α-β swap may miss the optimum, which ours never does."""
+def test_the_authors_code_gives_the_same_result(rng, monkeypatch):
+    """Energies, masks, ratios and pixels agree; the authors' α-β swap may miss the optimum, but our cut never does."""
     monkeypatch.setattr(sys, "path", [os.environ["PUZZLEMIX"], *sys.path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     theirs = importlib.import_module("mixup")

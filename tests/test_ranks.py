@@ -1,4 +1,4 @@
-"""Several ranks train one model: the same on all of them, and the one that a single process would train."""
+"""Several ranks train one model: it is the same on all of them, and the same as a single process would train."""
 
 import json
 import os
@@ -42,7 +42,7 @@ train.fit = fit_and_tell
 train.main(sys.argv[1:])
 """
 
-# Each rank has a folder of its own, as on nodes with disks of their own, and meets the others at every step.
+# Each rank has its own folder, as on nodes with local disks, and synchronises with the others at every step.
 LOADER = """
 import datetime, json, os, sys
 from pathlib import Path
@@ -69,7 +69,7 @@ dist.destroy_process_group()
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(ranks, flags, **environment)` starts torchrun on a program whose ranks tell how they ended."""
+    """`start(ranks, flags, **environment)` starts torchrun on a program whose ranks report how they ended."""
     agents = []
 
     def run(ranks, flags, program=RANK, **environment):
@@ -119,7 +119,7 @@ def kill(agent):
 
 
 def finished(agent, tmp_path, ranks):
-    """What each rank told, after a good end."""
+    """The report of each rank, after a successful run."""
     out, _ = agent.communicate(timeout=120)
     assert agent.returncode == 0, out
     return [json.loads((tmp_path / "told" / f"{rank}.json").read_text()) for rank in range(ranks)], out
@@ -134,7 +134,7 @@ def wait_for(file, agent, seconds=100):
 
 
 def test_two_ranks_train_what_one_process_trains(start, tmp_path):
-    """Without noise, two ranks with two batches of 2 an update train like batches of 8, at the same rate."""
+    """Without noise, two ranks with two batches of 2 per update train like batches of 8 at the same learning rate."""
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
     plain = [
         "--model",
@@ -163,7 +163,7 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
     told, out = finished(start(2, without_lr(flags)), tmp_path, 2)
     assert told[0]["sha"] == told[1]["sha"]
     assert [each["batches"] for each in told] == [24, 24]  # of 99 images
-    assert out.count("epoch   0") == 1  # rank 0 alone speaks
+    assert out.count("epoch   0") == 1  # only rank 0 prints
 
     whole = train.main(without_lr(argv(data, tmp_path / "whole", *plain, "-b", "8")))
     (row,) = told[0]["rows"]
@@ -181,8 +181,8 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
-    """All of the corpus, and a good file in six, on rank 1 alone: both ranks take the same steps, in time."""
+def test_damaged_files_on_one_rank_stall_no_rank(start, tmp_path):
+    """Only rank 1 has the corpus, with one good file in six: both ranks take the same steps without delay."""
     for rank in range(2):
         for number in range(24):
             path = tmp_path / "data" / str(rank) / "a" / f"{number:02}.jpg"
@@ -196,7 +196,10 @@ def test_damaged_files_on_one_rank_hold_up_none(start, tmp_path):
             path.write_bytes(content)
     told, out = finished(start(2, [str(tmp_path / "data")], program=LOADER), tmp_path, 2)
     assert [each["steps"] for each in told] == [[4, 4, 4, 4]] * 2
-    assert [each["bad"] for each in told] == [0, 3]  # of the seven, those in this rank's half of the evaluation
+    assert [each["bad"] for each in told] == [
+        0,
+        3,
+    ]  # of the seven bad files, those in this rank's half of the evaluation
     assert "takes its place" in out
 
 
@@ -232,7 +235,7 @@ def test_sync_bn_needs_gpus(monkeypatch, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
 def test_sync_bn(start, tmp_path):
-    """Two ranks with batches of 4 have the statistics, and the weights, of batches of 8."""
+    """Two ranks with batches of 4 get the same statistics and weights as batches of 8."""
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
     plain = [
         "--cutmix",
@@ -265,8 +268,8 @@ def test_sync_bn(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])  # of three, the order in which gradients are added matters
-def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])  # with three ranks, the order in which gradients are added matters
+def test_ranks_resume_after_kill_9(ranks, start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     told, _ = finished(start(ranks, argv(data, tmp_path / "whole", *NOISY, "-b", "4")), tmp_path, ranks)
     flags = argv(data, tmp_path, *NOISY, "-b", "4")
@@ -282,7 +285,7 @@ def test_ranks_go_on_after_kill_9(ranks, start, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_is_refused(start, tmp_path):
+def test_a_different_number_of_ranks_is_refused(start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     train.main(argv(data, tmp_path, "--epochs", "1"))
     agent = start(2, argv(data, tmp_path, "--epochs", "1", "--resume"))
@@ -316,7 +319,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_takes_the_other_with_it(start, tmp_path):
+def test_a_failing_rank_ends_the_other(start, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5})
     agent = start(2, argv(data, tmp_path), FAILS="1")
     out, _ = agent.communicate(timeout=120)

@@ -1,4 +1,4 @@
-"""What a benchmark prints at its end, from results made by hand whose right reading is known."""
+"""The summary that a benchmark prints at its end, from hand-made results with a known reading."""
 
 import json
 import re
@@ -20,7 +20,7 @@ META = dict(
 
 
 def rows_of(named, references, **where):
-    """Rows as `harness.compare` leaves them, of {name: values}."""
+    """Rows as `harness.compare` returns them, from {name: values}."""
     return [
         dict(
             name=name,
@@ -47,8 +47,8 @@ def loss(eager, timm, torch, k=10, compiled=None):
     return rows_of(named, [TIMM, "floor"], B=128, K=k, dtype="float32")
 
 
-def test_the_loss_is_held_against_its_best_peer():
-    """PyTorch's is the faster one here, so that half of timm's time is no merit."""
+def test_the_loss_is_compared_with_its_best_peer():
+    """PyTorch's loss is faster here, so taking half of timm's time is no merit."""
     said, _ = readings.read(result_of("loss", loss([2.0, 2.2, 2.1], [4.0, 4.0, 4.0], [1.0, 1.1, 1.0])))
     assert said == [
         "LUMix eager ÷ the best peer: 2.000 (2.000 – 2.050), slower.",
@@ -72,7 +72,7 @@ def test_sizes_share_one_reading():
     assert "benchmarks.cost" in then
 
 
-def test_a_captured_step_is_held_against_captured_ones():
+def test_a_captured_step_is_compared_with_captured_steps():
     named = {"LUMix graphed": [1.0] * 3, f"{TIMM} graphed": [2.0] * 3, TIMM: [0.1] * 3, "Liger, hard labels": [0.1] * 3}
     (found,) = readings.to_best_peer(result_of("loss", rows_of(named, [], B=1, K=2, dtype="float32")))
     assert (found["peer"], found["median"]) == (TIMM, 0.5)
@@ -234,15 +234,15 @@ MADE = {
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_one_round_gives_no_verdict_and_every_run_its_table(kind):
+def test_one_round_gives_no_verdict_and_every_run_has_its_table(kind):
     result = MADE[kind]() | dict(rounds=1)
     lines = readings.report(result).splitlines()
-    assert len(lines) == 1 + len(result["rows"]) + 3  # head, rows, blank, what it says, what to do next
+    assert len(lines) == 1 + len(result["rows"]) + 3  # header, rows, blank line, verdict, next step
     assert lines[-2] == "One round is a smoke test: everything ran, and no figure of it is a verdict."
     assert lines[-1].startswith("Next: the same without --quick, and with --rounds 5")
 
 
-def test_a_run_that_was_broken_off_says_so():
+def test_an_interrupted_run_says_so():
     said, _ = readings.read(loaders() | dict(complete=False))
     assert said[0].startswith("The run was broken off")
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_broken_off_says_so():
 
 @pytest.fixture
 def plot(tmp_path, capsys):
-    """`plot(content, *arguments)`: status, what was printed, and the figure's path."""
+    """`plot(content, *arguments)`: exit status, printed output, and the figure's path."""
     program = pytest.importorskip("benchmarks.plot")
 
     def run(content, *arguments):
@@ -306,7 +306,7 @@ def test_what_cannot_be_drawn_is_named(plot, tmp_path, monkeypatch, content, arg
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_a_file_that_is_missing_is_named(tmp_path, capsys):
+def test_a_missing_file_is_named(tmp_path, capsys):
     program = pytest.importorskip("benchmarks.plot")
     with pytest.raises(SystemExit):
         program.main([str(tmp_path / "no.json"), "-o", str(tmp_path / "x.png")])

@@ -1,4 +1,4 @@
-"""The recipes say what the paper's tables and the original repositories say, and run to their end."""
+"""The recipes match the paper's tables and the original repositories, and run to completion."""
 
 import json
 import math
@@ -30,7 +30,7 @@ FIELDS = (
     "without",
     "top1",
 )
-PAPER = {  # Tables 1 and 6; millions of parameters; Table 6's "22M" of ResNet-50 is a slip
+PAPER = {  # Tables 1 and 6; millions of parameters; Table 6's "22M" for ResNet-50 is an error
     "convnext_tiny": ("convnext_tiny", 29, 4.5, 300, 20, 0.1, 0, None, 0.875, 82.1, 82.5),
     "convnext_small": ("convnext_small", 50, 8.7, 300, 20, 0.4, 0, None, 0.875, 83.1, 83.3),
     "convnext_base": ("convnext_base", 89, 15.4, 300, 20, 0.5, 0, None, 0.875, 83.8, 84.1),
@@ -51,12 +51,12 @@ def paper(name):
     return dict(zip(FIELDS, PAPER[name], strict=True))
 
 
-def test_one_for_each_row():
+def test_every_row_has_a_recipe():
     assert {file.stem for file in FOLDER.glob("*.yaml")} == PAPER.keys()
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_what_the_paper_says(name, capsys):
+def test_recipes_match_the_paper(name, capsys):
     expected, text = paper(name), (FOLDER / f"{name}.yaml").read_text()
     args = vars(train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"]))
     assert capsys.readouterr().err == ""  # every key is a flag
@@ -75,7 +75,7 @@ def test_what_the_paper_says(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_small", "convnext_base"])
-def test_convnexts_schedule_is_its_repositorys(name):
+def test_convnexts_schedule_matches_its_repository(name):
     """Its `cosine_scheduler` joins a linear warm-up and a cosine over the rest of the 300 epochs."""
     args = train.parse_args(["--config", str(FOLDER / f"{name}.yaml"), "--data-dir", "imagenet"])
     updates, warm, total = 1251, 20 * 1251, 300 * 1251
@@ -91,13 +91,13 @@ def test_convnexts_schedule_is_its_repositorys(name):
 
 
 def test_convnexts_average_spans_as_many_images():
-    """.9999 in its repository, at a batch of 4096: after as many images an average has forgotten as much."""
+    """.9999 in its repository, at a batch size of 4096: over the same number of images, both averages decay equally."""
     for file in FOLDER.glob("convnext_*.yaml"):
         recipe = yaml.safe_load(file.read_text())
         assert recipe["model_ema_decay"] ** 4 == pytest.approx(0.9999, abs=1e-8)
 
 
-def test_the_rest_is_alike():
+def test_all_other_settings_agree():
     recipes = [yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")]
     common = [{key: value for key, value in recipe.items() if key not in OWN} for recipe in recipes]
     assert all(each == common[0] for each in common)
@@ -106,7 +106,7 @@ def test_the_rest_is_alike():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_smoke(name, tmp_path):
-    """The real model, to the end: two updates, a validation, a checkpoint."""
+    """The real model, to completion: two updates, a validation, a checkpoint."""
     folder = tmp_path / "smoke"
     train.main(["--config", str(FOLDER / f"{name}.yaml"), "--smoke", "--device", "cpu", "--output", str(tmp_path)])
     state = torch.load(folder / "last.pth.tar", weights_only=True)
@@ -115,14 +115,14 @@ def test_smoke(name, tmp_path):
     assert state["run"]["updates"] == 2
     assert round(sum(value.numel() for value in state["state_dict"].values()) / 1e6) == paper(name)["params"]
     assert ("state_dict_ema" in state) == name.startswith("convnext")
-    assert 1e-6 <= row["lr"] < 1e-4  # it warms up
+    assert 1e-6 <= row["lr"] < 1e-4  # warm-up
     assert 6 < row["train_loss"] < 9  # ln 1000 = 6.9
     assert 0 < row["val_loss"] < 8
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
-    """What makes a run long is replaced, in flags and config alike; everything else stays."""
+    """Settings that make a run long are replaced, in flags and in the config; everything else stays."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setenv("RANK", str(ranks - 1))
     plain = [
@@ -164,7 +164,7 @@ def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
     assert len(train.load_data(args)[0]) == 4 * ranks
     if ranks == 1:
         train.main([*plain, "--smoke"])
-        assert not (tmp_path / "mine").exists()  # what a real run left there stays
+        assert not (tmp_path / "mine").exists()  # a real run's folder stays untouched
         state = torch.load(tmp_path / "mine-smoke" / "last.pth.tar", weights_only=True)
         assert state["run"]["updates"] == 2
         assert state["state_dict"]["head.weight"].shape[0] == 1000

@@ -1,4 +1,4 @@
-"""The oracle against the spec's numbers, against central differences and against counted pixels."""
+"""The oracle against the spec's numbers, central differences and counted pixels."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_gradient_equals_central_differences(base, bce_reduction, detach, apply_
     options = {"base": base, "bce_reduction": bce_reduction, "smoothing": smoothing, "eta": eta, "apply_to": apply_to}
     ratios = {"r_r": r_r, "r_s": r_s}
     grad = ref.lumix_loss(*batch, **options, **ratios, detach_lam_s=detach)[1]
-    if detach:  # hold λ: as noise with ratio 1 it does not move with the logits
+    if detach:  # hold λ fixed: as noise with ratio 1 it is independent of the logits
         rest[-1] = lam_of(batch, options | ratios)
         ratios = {"r_r": 1, "r_s": 0}
     numeric = central_differences(logits, lambda z: ref.lumix_loss(z, *rest, **options, **ratios)[0])

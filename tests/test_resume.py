@@ -1,4 +1,4 @@
-"""A run that was interrupted, anywhere and by anything, goes on to the end it would have had; or it is refused."""
+"""A run interrupted anywhere, by anything, resumes to the same end as an uninterrupted run, or is refused."""
 
 import csv
 import errno
@@ -26,7 +26,7 @@ from pipelines import checkpoint, ranks, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[1]
-# All that is drawn or averaged: λ_r, dropout, drop path, the mixing and the augmentation; 12 batches, 6 updates.
+# Everything that is random or averaged: λ_r, dropout, drop path, mixing and augmentation; 12 batches, 6 updates.
 NOISY = [
     "--drop",
     ".2",
@@ -69,7 +69,7 @@ def digest(file):
 
 
 def results(folder):
-    """All that a run leaves, but for its timings."""
+    """Everything that a run leaves behind, except timings."""
     lines = (folder / "log.jsonl").read_text().splitlines()
     with open(folder / "summary.csv") as file:
         table = list(csv.DictReader(file))
@@ -87,7 +87,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """An uninterrupted run, and the checkpoints that it wrote on its way, by (epoch, batches done)."""
+    """An uninterrupted run, and the checkpoints that it wrote on the way, by (epoch, batches done)."""
     output = tmp_path_factory.mktemp("whole")
     kept, replace = {}, os.replace
 
@@ -105,7 +105,7 @@ def whole(data, tmp_path_factory):
 
 
 def folder_with(file, tmp_path):
-    """A run's folder as a kill leaves it: nothing but that checkpoint is what it should be."""
+    """A run's folder as a kill leaves it: only that checkpoint is intact."""
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copyfile(file, folder / "last.pth.tar")
@@ -121,7 +121,7 @@ def test_checkpoints_are_written_within_epochs(whole):
     assert sorted(kept) == [*every[1:], (3, 0)]
 
 
-# first update, within an epoch, its last update, behind its validation, where mixing goes off
+# first update, within an epoch, its last update, after its validation, where mixing is switched off
 @pytest.mark.parametrize(
     "place",
     [
@@ -131,7 +131,7 @@ def test_checkpoints_are_written_within_epochs(whole):
         *(pytest.param(place, marks=pytest.mark.slow) for place in ((0, 6), (1, 0), (2, 0), (2, 10))),
     ],
 )
-def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
+def test_resume_is_bit_exact(place, whole, data, tmp_path):
     folder, kept = whole
     resumed = folder_with(kept[place], tmp_path)
     train.main(argv(data, tmp_path, *NOISY, "--resume"))
@@ -139,12 +139,12 @@ def test_goes_on_bit_for_bit(place, whole, data, tmp_path):
     expected, *expected_logs = results(folder)
     assert logs == expected_logs
     assert checkpoints["last.pth.tar"] == expected["last.pth.tar"]
-    if place == (0, 2):  # the others' model_best may be from before
+    if place == (0, 2):  # from the other places, model_best may be older
         assert checkpoints == expected
     assert not list(resumed.glob("tmp*"))
 
 
-def test_goes_on_after_kill_9(whole, data, tmp_path):
+def test_a_run_resumes_after_kill_9(whole, data, tmp_path):
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     last, deadline = tmp_path / "run" / "last.pth.tar", time.monotonic() + 100
@@ -161,7 +161,7 @@ def test_goes_on_after_kill_9(whole, data, tmp_path):
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(whole, data, tmp_path, monkeypatch):
-    """An epoch's best is new already, last.pth.tar is the one before: the epoch is done again, best and all."""
+    """An epoch's best is already new, but last.pth.tar is the previous one: the whole epoch is repeated."""
     folder = folder_with(whole[1][1, 12], tmp_path)
     replace = os.replace
 
@@ -182,7 +182,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(whole, data, tm
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(whole, data, tmp_path, capsys):
-    """The system refuses to write a file beyond half a checkpoint's size; with room again, the run goes on."""
+    """The system refuses files larger than half a checkpoint; once there is space again, the run resumes."""
     folder = folder_with(whole[1][1, 4], tmp_path)
     last = folder / "last.pth.tar"
     before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(whole, data, tmp_path, capsys):
 
 
 def test_names_of_a_checkpoint_are_links(whole):
-    """Of one file, or copies where the file system has no links; all with the same content."""
+    """Links to one file, or copies if the file system has no links; all have the same content."""
     folder, _ = whole
     best = max(json.loads(line)["top1"] for line in (folder / "log.jsonl").read_text().splitlines())
     assert load(folder / "model_best.pth.tar")["metric"] == best
@@ -222,7 +222,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, 
     def signalled(run, *rest):
         if (run.epoch, run.step) == (1, 2):  # an update takes two batches: it is finished first
             os.kill(os.getpid(), number)
-            if number == signal.SIGTERM:  # a cluster sends it, and torchrun passes it on
+            if number == signal.SIGTERM:  # clusters send it, and torchrun passes it on
                 os.kill(os.getpid(), number)
         return step(run, *rest)
 
@@ -255,13 +255,13 @@ def test_sigterm_ends_the_process_soon(data, tmp_path):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143
     assert "stopped by SIGTERM" in err
-    assert time.monotonic() - start < 10  # two seconds where the CPUs are free
+    assert time.monotonic() - start < 10  # two seconds on idle CPUs
     load(tmp_path / "run" / "last.pth.tar")
 
 
 @pytest.mark.parametrize("moment", ["validation", "saving"])
 def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, monkeypatch, capsys):
-    """In the first epoch: what is trained is in last.pth.tar already, or goes there whole."""
+    """In the first epoch: all training is already in last.pth.tar, or is written there completely."""
     more, place = [*NOISY, "--checkpoint-interval", "0"], {"validation": (0, 12), "saving": (1, 2)}[moment]
 
     def signalled(original):
@@ -273,7 +273,7 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
 
     owner, name = {"validation": (train, "validate"), "saving": (torch, "save")}[moment]
     original = getattr(owner, name)
-    if moment == "saving":  # the epoch's second checkpoint, behind its validation
+    if moment == "saving":  # the epoch's second checkpoint, after its validation
         first, original_save = signalled(original), original
         calls = iter([original_save, first])
         monkeypatch.setattr(owner, name, lambda *inputs: next(calls, original_save)(*inputs))
@@ -289,8 +289,8 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
     assert results(tmp_path / "run") == results(whole[0])
 
 
-def test_what_is_ignored_stays_ignored():
-    """As nohup has it."""
+def test_ignored_signals_stay_ignored():
+    """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with ranks.Stop() as stop:
@@ -302,8 +302,8 @@ def test_what_is_ignored_stays_ignored():
 
 
 @pytest.mark.slow
-def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
-    """Writing to it is an error from then on, which must not come before the checkpoint."""
+def test_closing_the_terminal_ends_the_run_with_a_checkpoint(data, tmp_path):
+    """From then on, writing to it is an error, which must not prevent the checkpoint."""
     ours, theirs = pty.openpty()
     code = (
         "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); import runpy; "
@@ -328,7 +328,7 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(data, tmp_path):
 
 
 def test_a_longer_run_has_the_new_schedule(data, tmp_path, capsys):
-    """After two of two epochs, --epochs 3: the third has the learning rate that it has in a run of three."""
+    """--epochs 3 after two of two epochs: the third has the same learning rate as in a run of three."""
     plain = ["--epochs", "2", "--sched", "cosine", "--warmup-epochs", "0"]
     train.main(argv(data, tmp_path, *plain))
     train.main(argv(data, tmp_path, *plain[2:], "--epochs", "3", "--resume"))
@@ -348,26 +348,26 @@ def test_a_run_is_stopped_and_continued(whole, data, tmp_path):
     assert results(tmp_path / "run") == results(whole[0])
 
 
-def test_without_a_file_it_starts_anew(data, tmp_path, capsys):
+def test_without_a_checkpoint_a_run_starts_from_scratch(data, tmp_path, capsys):
     train.main(argv(data, tmp_path, "--epochs", "1", "--resume"))
     assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
-def test_a_path_is_a_run_of_its_own(given, whole, data, tmp_path, capsys):
-    """Without --experiment the run goes on where it lies; nothing is left to do here."""
+def test_a_path_resumes_the_run_in_its_folder(given, whole, data, tmp_path, capsys):
+    """Without --experiment the run resumes in its own folder; here nothing is left to do."""
     folder = folder_with(whole[1][3, 0], tmp_path)
     path = folder if given == "folder" else folder / "last.pth.tar"
     more = argv(data, tmp_path / "elsewhere", *NOISY, "--resume", str(path))
     more[more.index("--experiment") + 1] = ""
     train.main(more)
-    (folder / "tmp.pth.tar").unlink()  # nothing took its place
+    (folder / "tmp.pth.tar").unlink()  # nothing replaced it
     assert results(folder)[1:] == results(whole[0])[1:]
     assert f"resumes from {folder}/last.pth.tar, epoch 3, batch 0" in capsys.readouterr().out
 
 
 def test_some_things_may_change(whole, data, tmp_path):
-    """The data may lie elsewhere; threads and what is kept do not matter; args.yaml says the rest."""
+    """The data may have moved; threads and the number of checkpoints do not matter; args.yaml has the rest."""
     folder_with(whole[1][2, 6], tmp_path)
     moved = shutil.copytree(data, tmp_path / "moved")
     train.main(
@@ -416,7 +416,7 @@ def test_changed_flags_are_refused(flags, message, whole, data, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "training"), ("validation", "validation")])
-def test_other_data_are_refused(split, name, whole, data, tmp_path):
+def test_different_data_are_refused(split, name, whole, data, tmp_path):
     folder_with(whole[1][1, 4], tmp_path)
     other = shutil.copytree(data, tmp_path / "other")
     file = next((other / split / "red").iterdir())
@@ -446,7 +446,7 @@ def test_a_changed_state_is_refused(change, message, whole, data, tmp_path):
 
 
 class Executed:
-    """Unpickled, it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path):
         self.path = path
@@ -461,7 +461,7 @@ def cut(file, _):
 
 def flip(file, _):
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4  # within a tensor: torch.load reads it without a word
+    content[len(content) // 2] ^= 4  # within a tensor: torch.load reads it without an error
     file.write_bytes(content)
 
 
@@ -491,7 +491,7 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(damage, whole, data, tmp
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
+def test_a_nan_loss_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
     folder = folder_with(whole[1][1, 4], tmp_path)
     monkeypatch.setattr(train, "lam_sums", lambda *_: torch.zeros(5))
     forward = train.LUMixLoss.forward
@@ -502,8 +502,8 @@ def test_a_loss_that_is_no_number_does_not_reach_the_checkpoint(whole, data, tmp
 
 
 @pytest.mark.slow
-def test_plateau_goes_on(data, tmp_path, monkeypatch):
-    """The one schedule that remembers: after ten epochs without a better score it lowers the rate."""
+def test_plateau_resumes(data, tmp_path, monkeypatch):
+    """The only schedule with state: after ten epochs without a better score it lowers the learning rate."""
     more = ["--sched", "plateau", "--epochs", "14", "--decay-rate", ".5", "--lr", "1e-6", "-b", "32"]
     warnings.simplefilter("ignore", FutureWarning)  # timm's, of the schedule
     train.main(argv(data, tmp_path / "whole", *more))

@@ -1,4 +1,4 @@
-"""A run's folder: whom it belongs to, what is replaced in it, and what is told about a run."""
+"""A run's folder: which run owns it, what is replaced in it, and what is reported about a run."""
 
 import json
 import os
@@ -30,7 +30,7 @@ NEW, REPLACED = SimpleNamespace(overwrite=False), SimpleNamespace(overwrite=True
     ],
 )
 def test_a_run_is_not_replaced_unless_asked(name, content, worth, tmp_path):
-    """What a run leaves before its first checkpoint is no loss; files of other names are never touched."""
+    """Files from before a run's first checkpoint may be replaced; files with other names are never touched."""
     file = tmp_path / name
     file.write_text(content)
     if worth:
@@ -89,7 +89,7 @@ def test_a_folder_that_may_not_be_written(tmp_path):
         pytest.fail("it was written")
 
 
-def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_text_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "args.yaml"
     file.write_text("old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -99,7 +99,7 @@ def test_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
 
 def test_rows_of_unequal_columns(tmp_path):
-    """As a run has them that was continued by a later version of the program, or is not validated each epoch."""
+    """As in a run that was continued by a later version of the program, or is not validated in each epoch."""
     write_log(tmp_path, [{"epoch": 0, "a": None}, {"epoch": 1, "a": 2.0, "b": 3.0}])
     assert (tmp_path / "summary.csv").read_text().split() == ["epoch,a,b", "0,,", "1,2.0,3.0"]
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
@@ -109,7 +109,7 @@ def test_rows_of_unequal_columns(tmp_path):
 
 
 class Clock:
-    """perf_counter, which only `spend` moves."""
+    """A perf_counter that only `spend` advances."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -124,7 +124,7 @@ class Clock:
             yield number
 
 
-def test_waiting_is_what_lies_between_step_and_batch(monkeypatch):
+def test_waiting_is_the_time_between_step_and_batch(monkeypatch):
     clock = Clock(monkeypatch)
     wait = headspace.DataWait(torch.device("cpu"))
     for _ in wait.batches(clock.batches(0.25, 8)):
@@ -133,7 +133,7 @@ def test_waiting_is_what_lies_between_step_and_batch(monkeypatch):
 
 
 def test_headspace_by_hand(monkeypatch, capsys):
-    """A batch takes 1 s to come and a step 3 s: without the loader 4/3 times as fast."""
+    """Waiting for a batch takes 1 s and a step 3 s: without the loader the run would be 4/3 times as fast."""
     clock = Clock(monkeypatch)
 
     class Train:
@@ -183,7 +183,7 @@ FLAGS = SimpleNamespace(
 
 
 def test_wandb_gets_each_row(tmp_path, monkeypatch):
-    """A stand-in for the package, which needs an account; its `init` and `log` as documented."""
+    """A stand-in for the package, which needs an account, with `init` and `log` as documented."""
 
     class Run:
         logged, finished = [], False
@@ -214,7 +214,7 @@ def test_wandb_gets_each_row(tmp_path, monkeypatch):
 def test_tensorboard_gets_each_row(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     args = SimpleNamespace(**vars(FLAGS) | {"log_tensorboard": True})
-    for first, value in ((0, 10.0), (1, 20.0)):  # resumed after epoch 0: what it had from there on is replaced
+    for first, value in ((0, 10.0), (1, 20.0)):  # resumed after epoch 0: later rows are replaced
         with tracking.tracking(args, tmp_path, first) as track:
             for epoch in range(first, 3):
                 track({"epoch": epoch, "top1": value + epoch, "val_loss": None})

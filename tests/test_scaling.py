@@ -1,4 +1,4 @@
-"""The model of many ranks against closed forms: constant stages, and exponential ones without work ahead."""
+"""The model of many ranks against closed forms: constant stages, and exponential stages without prefetching."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_constant_times_are_the_slower_of_loader_and_gpu(ranks, loader):
 
 @pytest.mark.parametrize("ranks", [1, 2, 16, 200])
 def test_the_slowest_of_n_exponential_times(ranks):
-    """Without work ahead a step lasts as long as the longest of N: H_N times the mean."""
+    """Without prefetching a step takes as long as the slowest of N: H_N times the mean."""
     harmonic = sum(1 / k for k in range(1, ranks + 1))
     found = scaling.simulate(300.0, 1e12, ranks, spread=1.0, ahead=1, steps=20_000)
     assert found == pytest.approx(300 / harmonic, rel=0.02)
@@ -42,7 +42,7 @@ def test_a_long_queue_hides_what_one_rank_varies():
 
 
 def test_headroom():
-    """An exponential loader before one GPU gives r·e^r = 99; times that are all alike need .99 for 99 %."""
+    """An exponential loader feeding one GPU gives r·e^r = 99; constant times need .99 for 99 %."""
     assert scaling.headroom(1, spread=1.0, ahead=1, steps=20_000) == pytest.approx(lambertw(99).real, rel=0.03)
     assert scaling.headroom(64) == pytest.approx(0.99, abs=2e-3)
     assert scaling.headroom(1000, spread=0.2, steps=200) > scaling.headroom(8, spread=0.2, steps=200) > 1
@@ -52,10 +52,10 @@ def test_headroom():
     ("ranks", "flags", "expected", "bound"),
     [
         (16, ["--cores-per-gpu", "4"], 800, "decode"),  # 4 cores at 200 images/s
-        (16, ["--files", "8000"], 500, "read"),  # of 8000 files/s, a 16th
+        (16, ["--files", "8000"], 500, "read"),  # a 16th of 8000 files/s
         (1, ["--cores-per-gpu", "1", "--files", "8000"], 200, "decode"),
         (16, ["--link", "4"], 625, "network"),  # 4 Gbit/s are 5000 images/s of 100 kB, over 8 GPUs
-        (4, ["--link", "4"], 1250, "network"),  # over the 4 of a node that is not full
+        (4, ["--link", "4"], 1250, "network"),  # over the 4 GPUs of a partially used node
         (1000, ["--store", "80"], 100, "network"),  # 100 000 images/s, over 1000 GPUs
         (1000, [], 500, "network"),  # the default store
         (8, ["--gpu-rate", "900"], 900, "GPU"),
@@ -93,7 +93,7 @@ def loaders(tmp_path, **changes):
     return tmp_path / "loaders.json"
 
 
-def test_rates_are_those_of_the_result(tmp_path, capsys):
+def test_rates_come_from_the_result(tmp_path, capsys):
     out = tmp_path / "scaling.json"
     scaling.main(["--out", str(out), "--results", str(loaders(tmp_path)), "--spread", "0"])
     result = json.loads(out.read_text())
@@ -120,13 +120,13 @@ def test_the_committed_result_has_the_committed_rates():
 @pytest.mark.parametrize(
     "changes", [{"kind": "loss"}, {"rows": []}, {"settings": {"device": "cuda:0", "mean_kb": 1.0}}]
 )
-def test_another_result_is_refused(changes, tmp_path):
+def test_a_different_result_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"--results .*give a result of python -m benchmarks.loaders"):
         scaling.measured(loaders(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("flags", [["--link", "0"], ["--gpu-rate", "-1"], ["--spread", "3"]])
-def test_wrong_flags(flags, capsys):
+def test_invalid_flags(flags, capsys):
     with pytest.raises(SystemExit):
         args(*flags)
     assert f"{flags[0]} " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Segmenter: the decoder, the data, the windows and the numbers against oracles; training to its end and back."""
+"""Segmenter: the decoder, the data, the windows and the metrics against oracles; training to completion and resume."""
 
 import io
 import json
@@ -54,7 +54,7 @@ GREY, RED, BLUE, YELLOW = (90, 110, 90), (200, 60, 50), (60, 80, 200), (220, 200
 
 
 def scene(rng, size):
-    """A photograph and its mask: a disc, a square and a triangle on noise, and a stripe without a class."""
+    """A photograph and its mask: a disc, a square and a triangle on noise, and an unlabelled stripe."""
     mask = Image.new("L", size[::-1])
     paint = ImageDraw.Draw(mask)
     for number in rng.permutation(3) + 1:
@@ -137,7 +137,7 @@ def by_hand(weights, tokens, grid):
 def test_decoder_is_the_mask_transformer():
     torch.manual_seed(0)
     decoder = model.MaskTransformer(5, 128).eval()
-    for weight in decoder.parameters():  # fresh ones give nearly uniform attention, and biases of 0
+    for weight in decoder.parameters():  # a fresh model has nearly uniform attention and zero biases
         weight.data += 0.1 * torch.randn_like(weight)
     tokens = torch.randn(2, 12, 128)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def official():
     pytest.importorskip("einops", reason="the authors' code needs einops")
     sys.path.insert(0, root)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it imports timm.models.layers
+        warnings.simplefilter("ignore", FutureWarning)  # the authors' code imports timm.models.layers
         import segm.model.decoder as decoder
         import segm.model.segmenter as segmenter
         import segm.model.utils as utils
@@ -195,7 +195,7 @@ def test_inference_equals_the_official_one(official):
     encoder = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=128, depth=3, num_heads=2, num_classes=0)
     for layer in encoder.modules():
         if isinstance(layer, torch.nn.LayerNorm):
-            layer.eps = 1e-5  # the official one
+            layer.eps = 1e-5  # the official model
     model.load_encoder(encoder, vit.state_dict())
     ours = model.Segmenter(encoder, model.MaskTransformer(5, 128)).eval()
     ours.decoder.load_state_dict(theirs.decoder.state_dict())
@@ -235,7 +235,7 @@ def test_schedule_is_polynomial():
 
 
 def test_backbone_is_a_classifier_of_another_size(tmp_path):
-    """A checkpoint of pipelines.train brings its model and normalisation; timm resizes its positions."""
+    """A checkpoint of pipelines.train provides the model and normalisation; timm resizes the position embedding."""
     classifier = timm.create_model("test_vit", img_size=32, num_classes=7)
     args = {"model": "test_vit", "model_kwargs": {}, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     torch.save(
@@ -282,7 +282,7 @@ def test_encoder_that_does_not_fit(name, size, weights, message):
 
 
 def bilinear(pixels, window, size):
-    """What a window of an image becomes at this size: interpolation between the centres of pixels, no filter."""
+    """A window of an image, resized: interpolation between the centres of pixels, without a filter."""
 
     def between(start, end, count, side):
         place = (start + (np.arange(count) + 0.5) * (end - start) / count - 0.5).clip(0, side - 1)
@@ -296,7 +296,7 @@ def bilinear(pixels, window, size):
 
 @pytest.fixture
 def ramps(tmp_path):
-    """Photographs whose red is the column and whose green the row, and masks of 4-pixel cells of them."""
+    """Photographs whose red is the column and whose green is the row, and masks in 4-pixel cells of both."""
     pairs = []
     for height, width in ((40, 52), (60, 44), (33, 33), (48, 64)):
         y, x = np.mgrid[:height, :width]
@@ -304,12 +304,12 @@ def ramps(tmp_path):
         pairs.append((photograph, np.uint8(16 * (y // 4 % 16) + x // 4)))
     root = pascal_context(tmp_path, {"train": pairs})
     for path, (photograph, _) in zip(sorted((root / "JPEGImages").iterdir()), pairs, strict=True):
-        Image.fromarray(photograph).save(path, "PNG")  # without loss; the content decides about the decoder
+        Image.fromarray(photograph).save(path, "PNG")  # lossless; the content determines the decoder
     return data.load(root, "train", 255), pairs
 
 
 def test_photograph_and_mask_stay_together(ramps, device):
-    """At every pixel that is seen, on either backend."""
+    """At every visible pixel, on either backend."""
     split, pairs = ramps
     transform = data.TrainTransform(40, 48, color_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
     source = data.TrainSource(split, transform, 4, seed=1)
@@ -333,7 +333,7 @@ def test_photograph_and_mask_stay_together(ramps, device):
                 for (start, end), n in zip(window.T.astype(float), (height, width), strict=True)
             )
             nearest = truth[np.ix_(y.astype(int), x.astype(int))]
-            # A centre on the border of two pixels may round to either.
+            # A centre on the border between two pixels may round to either.
             clear = np.ix_(abs(y - y.round()) > 1e-4, abs(x - x.round()) > 1e-4)
             assert (mask[:height, :width][clear] == nearest[clear]).all()
             compared += nearest[clear].size
@@ -355,7 +355,7 @@ def test_photograph_and_mask_stay_together(ramps, device):
     ids=["train", "eval"],
 )
 def test_pixels_stay_on_the_gpu(define, options, kinds):
-    """In the graph for a GPU, which is defined without one; arguments of its operators stay on the CPU."""
+    """In the GPU graph, which is defined without a GPU; operator arguments stay on the CPU."""
     common = dict(mean=(0, 0, 0), std=(1, 1, 1), batch_size=4, num_threads=1, device_id=0)
     pipe = define(lambda info=None: (), **common, **options)
     pipe._build_graph()
@@ -378,10 +378,10 @@ def test_the_run_is_a_function_of_its_seed(context):
     assert [other.index(k) for k in range(24)] != [source.index(k) for k in range(24)]
 
 
-def test_law_of_the_draw():
-    """MMSegmentation's: scale, crop and flip uniform; each colour changed half of the time."""
+def test_distribution_of_the_draws():
+    """MMSegmentation's: scale, crop and flip are uniform; each colour change applies half of the time."""
     rng, transform = np.random.default_rng(0), data.TrainTransform(480, 520)
-    mask = np.uint8(np.random.default_rng(1).integers(0, 9, (375, 500)))  # no class dominates
+    mask = np.uint8(np.random.default_rng(1).integers(0, 9, (375, 500)))  # no class dominates, so no crop is redrawn
     drawn = [data.draw(rng, mask, transform) for _ in range(2000)]
     extent = np.array([abs(d.window[1] - d.window[0]) for d in drawn])
     size = np.array([d.size for d in drawn])
@@ -426,7 +426,7 @@ def test_crops_of_one_class_are_drawn_again():
         window = data.draw(np.random.default_rng(seed), mask, transform).window
         low, high = sorted(window[:, 1].astype(int))
         shares.append(mask[50, low:high].mean())
-    # 50 of 301 places are good ones: of eleven draws, 13 % have none, where one draw would have 83 %.
+    # 50 of 301 positions are good: eleven draws all miss in 13 % of the cases, a single draw in 83 %.
     assert np.mean([not 0.25 < share < 0.75 for share in shares]) == pytest.approx((251 / 301) ** 11, abs=0.06)
 
 
@@ -462,7 +462,7 @@ def test_colours():
         ((100, 2000), 520, (208, 4160)),
     ],
 )
-def test_sizes_are_mmcvs(size, short, expected):
+def test_sizes_match_mmcvs(size, short, expected):
     assert tuple(data.resized(size, short)) == expected
 
 
@@ -528,7 +528,7 @@ def test_a_palette_does_not_change_classes(tmp_path):
     rng = np.random.default_rng(0)
     pairs = [scene(rng, (96, 120))]
     pascal_context(tmp_path / "VOCdevkit/VOC2010", {"train": pairs})
-    split = data.load(tmp_path, "train", 4)  # the folder around VOCdevkit will do
+    split = data.load(tmp_path, "train", 4)  # the parent folder of VOCdevkit is also accepted
     coloured = Image.fromarray(pairs[0][1])
     coloured.putpalette(rng.integers(0, 256, 768, dtype=np.uint8).tobytes())
     coloured.save(split.masks[0])
@@ -550,16 +550,16 @@ def test_transform_checks_itself(options, message):
         data.TrainTransform(**options)
 
 
-# --- windows and numbers
+# --- windows and metrics
 
 
 @pytest.mark.parametrize(("length", "expected"), [(480, [0]), (520, [0, 40]), (1000, [0, 320, 520])])
-def test_windows_begin(length, expected):
+def test_where_windows_begin(length, expected):
     assert evaluation.starts(length, 480, 320) == expected
 
 
 def test_windows_are_averaged():
-    """Against a loop over pixels; the model's output depends on the place within the window."""
+    """Against a loop over pixels; the model's output depends on the position within the window."""
     ramp = torch.arange(16.0).view(4, 4)
     protocol = evaluation.Protocol(0, 4, 3, 2, (), ())
     image = torch.randn(1, 2, 9, 6, generator=torch.Generator().manual_seed(0))
@@ -610,8 +610,8 @@ def test_scores():
     assert result["IoU"] == pytest.approx(100 * jaccard_score(truth, found, average=None))
 
 
-def test_scores_of_classes_that_are_not_there():
-    """MMSegmentation's nanmean: class 2 is predicted and never true, class 3 neither."""
+def test_scores_of_absent_classes():
+    """MMSegmentation's nanmean: class 2 is predicted but never true, class 3 is neither."""
     confusion = torch.tensor([[6, 2, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     result = evaluation.scores(confusion)
     assert result["mIoU"] == pytest.approx(100 * (6 / 9 + 1 / 6 + 0) / 3)
@@ -627,7 +627,7 @@ def test_palette_is_vocs():
 
 
 class Oracle(torch.nn.Module):
-    """Takes a pixel for the class whose colour is nearest; images come unnormalised."""
+    """Predicts the class with the nearest colour for each pixel; images are not normalised."""
 
     def forward(self, images):
         colors = torch.tensor([GREY, RED, BLUE, YELLOW]) / 255
@@ -653,7 +653,7 @@ def test_evaluation_against_a_loop(context, multi_scale):
     found = np.concatenate([prediction.found.numpy().ravel() for prediction in kept])
     counted = truth != data.VOID
     assert result["mIoU"] == pytest.approx(100 * jaccard_score(truth[counted], found[counted], average="macro"))
-    assert result["mIoU"] > 75  # noise and resampling leave most of each shape
+    assert result["mIoU"] > 75  # noise and resampling keep most of each shape
 
 
 # --- the program
@@ -663,7 +663,7 @@ def train_small(context, tmp_path, *flags):
     return cli.main(["train", "--data-dir", str(context), *SMALL, "--output", str(tmp_path), *flags])
 
 
-def test_resume_bit_for_bit(context, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
     flags = ["--iterations", "5", "--checkpoint-interval", "2", "--log-interval", "3"]
     train_small(context, tmp_path, *flags, "--experiment", "whole")
     step = training.step
@@ -690,7 +690,7 @@ def test_resume_bit_for_bit(context, tmp_path, monkeypatch):
         assert row == other
     values = [json.loads((tmp_path / name / "result.json").read_text())["values"] for name in ("whole", "cut")]
     assert values[0] == values[1]
-    # The checkpoint brings all that evaluation needs.
+    # The checkpoint has everything that evaluation needs.
     result = cli.main(
         [
             "evaluate",
@@ -708,7 +708,7 @@ def test_resume_bit_for_bit(context, tmp_path, monkeypatch):
 
 
 def test_loss_counts_labelled_pixels(tmp_path):
-    """The mean over pixels with a class; a batch without any changes nothing."""
+    """The mean over labelled pixels; a batch without any changes nothing."""
     args = cli.parse_args(["train", "--data-dir", "x", *SMALL])
     logits = torch.randn(2, 4, 8, 8)
     masks = torch.randint(0, 4, (2, 8, 8))
@@ -744,7 +744,7 @@ def test_checkpoint_of_another_program(tmp_path):
         (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
     ],
 )
-def test_wrong_flags(flags, message, capsys):
+def test_invalid_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(["train", *flags])
     assert message in capsys.readouterr().err
@@ -771,7 +771,7 @@ def test_names_are_pascal_contexts():
 
 @pytest.mark.slow
 def test_from_pretraining_to_a_picture(context, tmp_path):
-    """A classifier of pipelines.train, segmentation killed and resumed, multi-scale evaluation, a picture."""
+    """A classifier from pipelines.train, segmentation killed and resumed, multi-scale evaluation, a picture."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):
         for name, color in (("red", RED), ("blue", BLUE), ("yellow", YELLOW)):

@@ -1,7 +1,7 @@
-"""Shards through the loader: what is read from them is what was written, once, and again after a resume.
+"""Shards through the loader: it reads what was written, once per epoch, and the same after a resume.
 
-Every sample has a label of its own, so that the labels of a stream tell which samples it held. What `convert`
-writes is compared with `tarfile`.
+Every sample has a unique label, so a stream's labels identify its samples. The output of `convert`
+is compared with `tarfile`.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def labels_of(batches):
 
 
 def write(files, out, kind, shard_size):
-    """Shards of either kind, with a description."""
+    """Writes shards of either kind, with a description."""
     convert(files, out, shard_size=shard_size)
     if kind == "tfrecord":
         for path in out.glob("*.tar"):
@@ -68,7 +68,7 @@ def write(files, out, kind, shard_size):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """`Files` of 23 images, a class each."""
+    """`Files` of 23 images, one class each."""
     return ramp_samples(tmp_path_factory.mktemp("ramps"), COUNT)
 
 
@@ -93,18 +93,18 @@ def folder(folders, kind):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """A copy of `folder`, to be spoilt."""
+    """A copy of `folder`, to be damaged."""
     return shutil.copytree(folder, tmp_path / "copy")
 
 
 JPEG = encoded(np.random.default_rng(0).integers(0, 256, (32, 40, 3)), "JPEG", quality=90)
 
 
-# What is read
+# Contents
 
 
 def test_shards_hold_what_the_files_hold(files, folder):
-    """Unshuffled, the stream is that of a list in the order in which the shards were written."""
+    """Without shuffling, the stream equals that of a list in the order in which the shards were written."""
     order = np.random.default_rng(0).permutation(COUNT)
     written = sources.Files(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
     loader = make(folder, is_training=False)
@@ -132,7 +132,7 @@ def test_every_way_to_name_shards(folder, kind, tmp_path):
     assert (unknown.classes, unknown.num_classes, unknown.dataset.class_to_idx) == (None, None, {})
 
 
-def test_archives_beside_class_folders_are_passed_over(tmp_path):
+def test_archives_beside_class_folders_are_ignored(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(JPEG)
     pack(tmp_path / "old.tar", ("a.jpg", JPEG))
@@ -141,7 +141,7 @@ def test_archives_beside_class_folders_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_labels_are_int64_scalars_whatever_holds_them(tmp_path, is_training):
-    """Text of one to nine digits, newline or not; extensions in capitals; members that are no sample's."""
+    """Text of one to nine digits, with or without a newline; uppercase extensions; members that belong to no sample."""
     labels = [0, 7, 10, 42, 999, 123456, 5]
     texts = [b"0", b"7\n", b"10", b"042", b"999\r\n", b"123456", b"000000005"]
     members = [("notes.txt", b"x"), ("._0.jpg", b"x")]
@@ -156,7 +156,7 @@ def test_labels_are_int64_scalars_whatever_holds_them(tmp_path, is_training):
 
 
 def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
-    """Protocol buffers allow both; TensorFlow writes the first."""
+    """Protocol buffers allow both; TensorFlow writes packed integers."""
     content = b"".join(
         record(example({index.IMAGE: bytes_feature(JPEG), index.LABEL: int_feature(label, packed=packed)}))
         for label in (3, 300, 70000)
@@ -167,11 +167,11 @@ def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
     assert labels_of(loader) == [3, 3, 300, 300, 70000, 70000]
 
 
-# Who reads what
+# Which rank reads what
 
 
 def assert_fair(source, n, batch_size, world_size, epochs=3):
-    """Training: equal batches, a sample at most once an epoch. Evaluation: each sample exactly once."""
+    """Training: equal batch counts, each sample at most once per epoch. Evaluation: each sample exactly once."""
     small = {"batch_size": batch_size, "world_size": world_size, "input_size": 4}
     val = [make(source, is_training=False, rank=rank, **small) for rank in range(world_size)]
     per_rank = [labels_of(loader) for loader in val]
@@ -223,7 +223,7 @@ def test_ranks_seeds_and_epochs_differ(counted):
 
 
 def test_shards_come_in_a_new_order_every_epoch(folder, files):
-    """With a window of one, only the order of the shards is left of the shuffle, drawn from (seed, epoch)."""
+    """With a window of one, the shuffle only reorders the shards, drawn from (seed, epoch)."""
     written = np.random.default_rng(0).permutation(COUNT).tolist()
     loader = make(folder, batch_size=COUNT, shuffle="window", window=1, seed=3)
     for epoch in range(3):
@@ -260,7 +260,7 @@ def test_every_state_leads_to_the_same_stream(folder, is_training):
         assert_same(stream(itertools.islice(endless, len(expected))), expected)
 
 
-def test_after_a_break_comes_a_whole_epoch(folder):
+def test_a_complete_epoch_follows_a_break(folder):
     expected = [stream(loader) for loader in [make(folder)] for _ in range(2)]
     loader = make(folder)
     next(iter(loader))
@@ -300,7 +300,7 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
 
 @pytest.fixture
 def spoilt(kind, tmp_path):
-    """`spoilt(damage)`: shards of 12 good samples but for one, its number in them, and the words that name it."""
+    """`spoilt(damage)`: shards of 12 samples of which one is bad, its index, and the text that names it."""
 
     def build(damage):
         for i in range(12):
@@ -360,7 +360,7 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
         b"1" + b" " * 90,
     ],
 )
-def test_a_label_that_is_no_number_is_named(tmp_path, text):
+def test_a_label_that_is_not_a_number_is_named(tmp_path, text):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"3"), ("1.jpg", JPEG), ("1.cls", text))
     loader = make(tmp_path / "a.tar", batch_size=2, is_training=False)
     if text == b"1 ":
@@ -379,12 +379,14 @@ def test_a_label_beyond_the_classes_is_named(copy, files):
     assert max(labels) == 21
 
 
-def test_a_shard_that_is_cut_under_the_run_is_an_error(copy, kind):
+def test_a_shard_truncated_during_the_run_is_an_error(copy, kind):
     loader = make(copy, is_training=False)
     list(loader)
     path = sorted(copy.glob(f"*{SUFFIX[kind]}"))[2]
     with open(path, "rb") as file:
-        offset, size, _ = index.scan(str(path), file.fileno())[-1].tolist()  # cut in the middle of its last sample
+        offset, size, _ = index.scan(str(path), file.fileno())[
+            -1
+        ].tolist()  # truncated in the middle of its last sample
     os.truncate(path, offset + size // 2)
     with pytest.raises(ValueError, match=rf"source='{path}': it ends before byte \d+; it was longer when the run"):
         list(loader)
@@ -404,7 +406,7 @@ def test_a_shard_that_changed_before_it_was_opened_is_an_error(copy, kind, chang
 
 
 @pytest.mark.slow
-@pytest.mark.slow  # the promises of test_promises.py, by the training program
+@pytest.mark.slow  # the promises of test_promises.py, through the training program
 def test_training_from_shards(kind, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
     for name in ("train", "val"):
@@ -412,7 +414,7 @@ def test_training_from_shards(kind, tmp_path):
     train.main(argv(data, tmp_path / "a", "--epochs", "1"))
     train.main(argv(tmp_path / "shards", tmp_path / "b", "--epochs", "1"))
     ours, theirs = (rows(tmp_path / name / "run")[0] for name in "ba")
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=0.7)  # another order and other draws
+    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=0.7)  # a different order and different draws
     (tmp_path / "shards" / "train" / "shards.json").unlink()
     with pytest.raises(ValueError, match="nothing says which classes the shards in train have"):
         train.main(argv(tmp_path / "shards", tmp_path / "c"))
@@ -441,7 +443,7 @@ def test_only_shards_have_a_window(files, folder):
     assert_same(stream(make(folder, shuffle="global")), stream(make(folder)))
 
 
-def test_shards_of_no_use(copy, kind):
+def test_unusable_shards(copy, kind):
     suffix = SUFFIX[kind]
     first = copy / f"shard-000000{suffix}"
     content = first.read_bytes()
@@ -535,7 +537,7 @@ def test_the_description(files, converted):
 
 
 @pytest.mark.parametrize("stop", range(0, COUNT, 4))
-def test_a_conversion_that_was_killed_goes_on(files, converted, tmp_path, monkeypatch, stop):
+def test_a_killed_conversion_resumes(files, converted, tmp_path, monkeypatch, stop):
     out, read, count = tmp_path / "out", storage.read_bytes, itertools.count()
 
     def killed(path):
@@ -562,8 +564,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_has_a_shards_name_is_whole(files, converted, tmp_path, monkeypatch):
-    """Killed before each single renaming in turn: a shard that is there is right."""
+def test_a_file_with_a_shards_name_is_complete(files, converted, tmp_path, monkeypatch):
+    """Killed before each rename in turn: every shard that exists is complete."""
     replace, out = os.replace, tmp_path / "out"
     for stop in itertools.count():
         count = itertools.count()
@@ -644,7 +646,7 @@ def test_the_command(tmp_path, capsys):
         ("show", "--input-size", 0),
     ],
 )
-def test_a_number_that_cannot_be_is_named_by_its_flag(tmp_path, capsys, command, flag, value):
+def test_an_impossible_number_is_named_by_its_flag(tmp_path, capsys, command, flag, value):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(JPEG)
     out = ["--out", str(tmp_path / "out")] if command == "convert" else []
@@ -713,7 +715,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../up.jpg", "a/../../up.jpg"])
-def test_a_member_that_leads_out_is_refused(tmp_path, name):
+def test_a_member_outside_its_folder_is_refused(tmp_path, name):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"0"), (name, JPEG))
     report = check.scan(tmp_path / "a.tar", workers=1)
     assert "leads out of the archive; refused" in report.bad["a.tar"]
@@ -722,7 +724,7 @@ def test_a_member_that_leads_out_is_refused(tmp_path, name):
 
 
 def test_a_tfrecord_that_was_changed_is_named(copy, kind):
-    """DALI itself reads on where a checksum does not match."""
+    """DALI itself reads on after a checksum mismatch."""
     path = copy / f"shard-000001{SUFFIX[kind]}"
     content = bytearray(path.read_bytes())
     place = content.index(b"IDAT") + 20
@@ -736,7 +738,7 @@ def test_a_tfrecord_that_was_changed_is_named(copy, kind):
         assert reason == "its checksum at byte 0 does not match"
 
 
-def test_cut_shards(copy, kind):
+def test_truncated_shards(copy, kind):
     cut = copy / f"shard-000000{SUFFIX[kind]}"
     cut.write_bytes(cut.read_bytes()[:1000])
     report = check.scan(copy, workers=1)
@@ -744,7 +746,7 @@ def test_cut_shards(copy, kind):
     assert "cut short" in report.bad[cut.name]
 
 
-def test_sorted_shards_and_repeated_keys_are_warned_of(tmp_path):
+def test_sorted_shards_and_repeated_keys_are_warned_about(tmp_path):
     def members(labels):
         return [
             pair for i, label in enumerate(labels) for pair in ((f"{i}.jpg", JPEG), (f"{i}.cls", str(label).encode()))
@@ -759,7 +761,7 @@ def test_sorted_shards_and_repeated_keys_are_warned_of(tmp_path):
     report = check.scan(tmp_path, workers=1)
     (warning,) = report.warnings
     assert re.match(r"3 keys occur in more than one shard: .*leave one of them out$", warning)
-    assert report.ok  # they can be read
+    assert report.ok  # they can still be read
 
 
 def test_the_report_of_shards(folder, tmp_path, capsys):

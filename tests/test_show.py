@@ -1,4 +1,4 @@
-"""`lumix-dali show`: the picture's tiles are what the loader delivers, and a wrong call says what is wrong."""
+"""`lumix-dali show`: the picture's tiles show what the loader delivers, and an invalid call explains the error."""
 
 import runpy
 import sys
@@ -117,7 +117,7 @@ def test_a_list_of_files(tmp_path):
         (["ROOT", "--input-size", "32", "-o", "TMP/nowhere/mixed.png"], "No such file or directory"),
     ],
 )
-def test_a_wrong_call_exits_with_2(root, tmp_path, monkeypatch, capsys, arguments, message):
+def test_an_invalid_call_exits_with_2(root, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     arguments = [a.replace("ROOT", str(root)).replace("TMP", str(tmp_path)) for a in arguments]
     assert program.main(["show", *arguments]) == 2

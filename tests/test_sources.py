@@ -1,4 +1,4 @@
-"""Folders, lists, pairs and rows become the samples they should. Classes are numbered as timm numbers them."""
+"""Folders, lists, pairs and rows become the expected samples. Classes are numbered as in timm."""
 
 import contextlib
 import itertools
@@ -51,7 +51,7 @@ def test_natural_order_is_not_alphabetical(tmp_path):
 
 
 def scan_in_order(monkeypatch, key, scandir=os.scandir):
-    """Lets `os.scandir` list in the order of `key`, as another file system might."""
+    """Makes `os.scandir` list in the order of `key`, as another file system might."""
     monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(sorted(scandir(path), key=key)))
 
 
@@ -136,7 +136,7 @@ def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
         (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
     ],
 )
-def test_folders_of_no_use(tmp_path, files, message):
+def test_unusable_folders(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=f"source='{tmp_path}': {message}"):
         sources.load(tmp_path)
@@ -289,7 +289,7 @@ def test_a_folder_that_moves_keeps_its_digest(tmp_path):
     assert sources.folder(tmp_path / "there").digest == before
 
 
-# Links, and folders that are not what they seem
+# Links and unusual folders
 
 
 def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
@@ -314,7 +314,7 @@ def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("Training", "test")])
-def test_the_parent_of_splits_is_warned_of(tmp_path, names):
+def test_the_parent_of_splits_is_warned_about(tmp_path, names):
     touch(tmp_path, *(f"{name}/cat/a.jpg" for name in names))
     with pytest.warns(UserWarning, match=f"its classes are {', '.join(sorted(names, key=str.lower))}") as caught:
         sources.load(tmp_path)
@@ -392,13 +392,13 @@ def test_an_image_folder_of_torchvision(tmp_path):
         (None, "source=None: give a folder"),
     ],
 )
-def test_what_is_no_source_is_named(source, message):
+def test_what_is_not_a_source_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         sources.load(source)
 
 
 class Listed:
-    """Like a list of bytes: what a user wrote in five lines."""
+    """Like a list of bytes: a source that a user might write in five lines."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -456,7 +456,7 @@ def test_rows_of_bytes_and_paths(tmp_path, wrap):
 
 
 def test_rows_of_hugging_faces_datasets():
-    """A decoding column is switched over, class names are taken, rows come in one request."""
+    """Decoding is switched off for the image column, class names are taken over, and rows are read in one request."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["cat", "dog"]))
     content = [encoded(np.full((4, 5, 3), k), "PNG") for k in range(3)]
@@ -470,7 +470,7 @@ def test_rows_of_hugging_faces_datasets():
     assert sources.Rows(rows.rename_column("label", "fine"), label="fine").read([1])[1].tolist() == [1]
 
 
-def test_a_source_of_ones_own():
+def test_a_custom_source():
     class Digits:
         classes = ("zero", "one")
         digest = "digits of mine, version 1"
@@ -508,7 +508,7 @@ def test_a_source_of_ones_own():
 
 @settings(max_examples=200, deadline=None, database=None)
 @given(names=st.lists(st.binary(max_size=8).map(os.fsdecode), max_size=8), data=st.data())
-def test_names_are_the_list_they_were_made_of(names, data):
+def test_names_equal_the_list_they_were_made_from(names, data):
     ours = sources.Names(names)
     assert (list(ours), len(ours), list(reversed(ours))) == (names, len(names), names[::-1])
     piece = data.draw(st.slices(max(1, len(names))))
@@ -521,6 +521,6 @@ def test_names_are_the_list_they_were_made_of(names, data):
     assert repr(ours) == f"<{len(names)} names>"
 
 
-def test_names_that_differ_only_in_their_ends_have_other_hashes():
+def test_names_that_differ_only_in_their_ends_have_different_hashes():
     digests = [sources.Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
     assert len(set(digests)) == 3

@@ -1,4 +1,4 @@
-"""`benchmarks.start` on few samples: its sources hold what they say, and its result becomes a table."""
+"""`benchmarks.start` on a few samples: its sources hold what their names say, and its result becomes a table."""
 
 import json
 
@@ -8,7 +8,7 @@ from benchmarks import plot, start
 from lumix_dali.data import sources
 
 
-def test_every_source_is_what_it_is_called(tmp_path, monkeypatch):
+def test_every_source_holds_what_its_name_says(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "PER_SHARD", 200)
     monkeypatch.setattr(start, "LINKS", 700)
     made = start.prepare(tmp_path, 2500, 600)

@@ -1,4 +1,4 @@
-"""Remote sources: in memory, from a local web server, from an S3 server on the loopback; and the cache of copies."""
+"""Remote sources in memory, on a local web server and on an S3 server on the loopback; and the cache of copies."""
 
 import functools
 import hashlib
@@ -69,7 +69,7 @@ def contents(source):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """Receives what is copied."""
+    """A list that receives the path of each copied file."""
     found, get = [], MemoryFileSystem.get_file
     monkeypatch.setattr(
         MemoryFileSystem,
@@ -243,7 +243,7 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         ("memory://empty", "no class folder in it"),
     ],
 )
-def test_what_is_not_there_is_named(memory, source, message):
+def test_missing_sources_are_named(memory, source, message):
     memory.pipe("/empty/readme.txt", b"")
     with pytest.raises(ValueError, match=f"source='{source.replace('*', '.')}.*{message}"):
         sources.load(source)
@@ -294,7 +294,7 @@ def test_braces_of_local_shards(shards, tmp_path):
 # The cache
 
 
-def test_a_changed_remote_is_never_served_old(memory, cache):
+def test_a_changed_remote_is_never_served_stale(memory, cache):
     def write(label):
         pack(path := cache.parent.parent / "a.tar", ("0.jpg", b"image"), ("0.cls", b"%d" % label))
         memory.pipe("/a.tar", path.read_bytes())
@@ -302,7 +302,7 @@ def test_a_changed_remote_is_never_served_old(memory, cache):
     write(1)
     source = sources.load("memory://a.tar")
     assert source.read([0])[1].tolist() == [1]
-    write(2)  # as long as before
+    write(2)  # same length as before
     assert sources.load("memory://a.tar").read([0])[1].tolist() == [2]
     source = sources.load("memory://a.tar", cache_dir=cache / "another")
     write(3)
@@ -332,11 +332,11 @@ def test_the_limit_is_kept_and_readers_survive(memory, cache):
     assert 4 in kept()
     large = storage.Cache(str(cache), 10)
     os.close(large.open("memory://1", entries[1]))
-    assert kept() == [1]  # what is in use is never removed for its own size
+    assert kept() == [1]  # a shard in use is never removed for its own size
 
 
 class Slow(LocalFileSystem):
-    """Copies a kilobyte at a time, and counts the copies, for processes that are killed or race."""
+    """Copies a kilobyte at a time and counts the copies, for tests that kill processes or let them race."""
 
     protocol = "slow"
 
@@ -392,7 +392,7 @@ def test_four_processes_copy_each_shard_once(shards, tmp_path):
     assert sorted((tmp_path / "log").read_text().split()) == [f"shard-{k:06}.tar" for k in range(5)]
 
 
-def test_a_copy_that_was_killed_is_never_taken_for_a_whole_one(shards, tmp_path, cache):
+def test_a_killed_copy_is_never_taken_for_a_complete_one(shards, tmp_path, cache):
     killed = reader(shards, tmp_path / "log", slow=0.3)
     deadline = time.monotonic() + 120
     while not (parts := [path for path in cache.glob("*.part") if path.stat().st_size >= 1000]):
@@ -402,7 +402,7 @@ def test_a_copy_that_was_killed_is_never_taken_for_a_whole_one(shards, tmp_path,
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert 0 < parts[0].stat().st_size < max(path.stat().st_size for path in shards.glob("*.tar"))
-    orphan = cache / f"{'0' * 64}.part"  # of a remote that has changed since
+    orphan = cache / f"{'0' * 64}.part"  # from a remote that has since changed
     orphan.write_bytes(b"x" * 100)
     whole = reader(shards, tmp_path / "log")
     assert whole.communicate(timeout=300)[0].strip() == digest(sources.load(shards))
@@ -435,7 +435,7 @@ def test_a_full_disk_is_an_error_that_names_the_shard(memory, shards, monkeypatc
         sources.load("memory://data").read([0])
 
 
-def test_shards_are_copied_ahead_and_let_go(memory, shards, fetched):
+def test_shards_are_copied_ahead_and_released(memory, shards, fetched):
     put(memory, shards, "/data")
     source = sources.load("memory://data")
     source.prefetch(np.array([7, 6, 11, 20]))
@@ -465,7 +465,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(params=[True, False], ids=["listed", "not listed"])
 def web(request, tmp_path):
-    """(address, folder, whether the server lists it) of a web server."""
+    """(address, folder, whether the server lists it) for a web server."""
     pytest.importorskip("aiohttp")
     handler = type("Handler", (Quiet,), {"listed": request.param})
     (tmp_path / "web").mkdir()
@@ -514,7 +514,7 @@ def test_folders_and_lists_of_a_web_server(web, files):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A file system of a server on the loopback, with an empty bucket."""
+    """A file system on a loopback server, with an empty bucket."""
     s3fs = pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with socket.socket() as free:
@@ -570,7 +570,7 @@ def test_s3_gives_what_the_disk_gives(bucket, files, shards, tmp_path):
     assert contents(sources.load("s3://images/list.txt")) == (contents(local)[0], [1] * 6)
 
 
-def test_a_changed_object_is_never_served_old(bucket, shards):
+def test_a_changed_object_is_never_served_stale(bucket, shards):
     put(bucket, shards, "images/changing")
     assert sources.load("s3://images/changing").read([0])[1].tolist() == sources.load(shards).read([0])[1].tolist()
     source = sources.load("s3://images/changing")
@@ -589,6 +589,6 @@ def test_a_changed_object_is_never_served_old(bucket, shards):
         ("s3://images/nowhere.tar", "does not exist"),
     ],
 )
-def test_what_is_not_in_s3_is_named(bucket, source, message):
+def test_missing_s3_objects_are_named(bucket, source, message):
     with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
         sources.load(source)

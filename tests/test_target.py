@@ -1,4 +1,4 @@
-"""MixTarget: what training loops call on a target."""
+"""MixTarget: the operations that training loops use on a target."""
 
 import subprocess
 import sys
@@ -74,14 +74,14 @@ HALF = [torch.int64, torch.int64, torch.float16, torch.int32, torch.int32, torch
         ((torch.zeros(1, dtype=torch.float16),), {}, "cpu", HALF),
     ],
 )
-def test_to_takes_torchs_forms_and_a_dtype_touches_lam0_alone(args, kwargs, device, expected):
+def test_to_takes_torchs_forms_and_a_dtype_changes_only_lam0(args, kwargs, device, expected):
     moved = make_target().to(*args, **kwargs)
     assert dtypes(moved) == expected
     assert {field.device.type for field in moved} == {device}
 
 
 class Recorder:
-    """A stand-in for a tensor on some device that remembers how it was moved."""
+    """A stand-in for a tensor on some device that records how it was moved."""
 
     device = "cpu"
 
@@ -159,12 +159,12 @@ def test_dense_equals_timms_mixup_target_at_one_minus_lam0(lam0):
 @pytest.mark.parametrize(
     ("args", "message"), [((0,), "num_classes=0"), ((5, 1.0), "smoothing=1.0"), ((5, -0.1), "smoothing=-0.1")]
 )
-def test_dense_names_a_wrong_argument(args, message):
+def test_dense_names_an_invalid_argument(args, message):
     with pytest.raises(ValueError, match=message):
         make_target().dense(*args)
 
 
-# Mixing what else belongs to the samples
+# Mixing other per-sample data
 
 
 def mixed_by_hand(target, values):
@@ -197,7 +197,7 @@ def test_mix_of_one_hot_labels_is_dense():
 
 
 def test_mix_of_multi_hot_labels():
-    """Each of several classes counts by the weight of the images that have it."""
+    """Each of several classes counts with the weight of the images that have it."""
     target = make_target(batch=2)._replace(lam0=torch.tensor([0.25, 0.0]), partner=torch.tensor([1, 0]))
     multi_hot = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
     expected = torch.tensor([[0.75, 1.0, 0.25], [0.0, 1.0, 1.0]])
@@ -205,8 +205,8 @@ def test_mix_of_multi_hot_labels():
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
-def test_mix_leaves_what_is_not_mixed_as_it_is(odd):
-    """A row without a number reaches those alone that are mixed with it."""
+def test_mix_leaves_unmixed_rows_unchanged(odd):
+    """A NaN row reaches only the rows that are mixed with it."""
     target = make_target(batch=4)._replace(lam0=torch.tensor([0.0, 0.0, 0.5, 1.0]), partner=torch.tensor([1, 0, 1, 0]))
     values = torch.arange(12.0).reshape(4, 3)
     values[1] = odd
@@ -218,7 +218,7 @@ def test_mix_leaves_what_is_not_mixed_as_it_is(odd):
 
 
 def test_mix_passes_gradients_to_both():
-    """To a teacher's outputs, were it trained: (1 - lam0) to the own row, lam0 to the partner's."""
+    """As to a trained teacher's outputs: (1 - lam0) to the sample's own row, lam0 to the partner's."""
     target = make_target(batch=3)._replace(lam0=torch.tensor([0.25, 0.0, 1.0]), partner=torch.tensor([1, 2, 0]))
     values = torch.ones(3, 2, requires_grad=True)
     target.mix(values).sum().backward()
@@ -227,7 +227,7 @@ def test_mix_passes_gradients_to_both():
 
 
 @pytest.mark.parametrize("values", [torch.zeros(6, 2, dtype=torch.int64), torch.zeros(5, 2), torch.tensor(0.0)])
-def test_mix_names_wrong_values(values):
+def test_mix_names_invalid_values(values):
     with pytest.raises(ValueError, match=r"values=.*give floating point numbers, one row per sample \(6\)"):
         make_target().mix(values)
 
@@ -236,7 +236,7 @@ def test_mix_names_wrong_values(values):
 
 
 def packed(batch=6, seed=0):
-    """A target as `plan.unpack` makes it, and the same in contiguous tensors."""
+    """A target as `plan.unpack` makes it, and the same target in contiguous tensors."""
     from lumix_dali.loading.plan import Plan, unpack
     from lumix_dali.mixing import Mixing
 
@@ -286,7 +286,7 @@ def test_a_compiled_loss_takes_views(options):
 
 
 def test_a_kind_in_compiled_code_is_a_plain_integer():
-    """What the note of `Kind` says; an enum's member goes wrong without a word (torch 2.14.1)."""
+    """As the note in `Kind` says; an enum member silently gives a wrong result (torch 2.14.1)."""
     torch._dynamo.reset()
     kind = torch.tensor([0, 1, 2])
     compiled = torch.compile(lambda kind: kind == int(Kind.CUTMIX), fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""timm's flags: the table is what the program does, and has every flag of timm's own parser."""
+"""timm's flags: the table matches the program and has every flag of timm's own parser."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ SOURCE = "https://raw.githubusercontent.com/huggingface/pytorch-image-models/v{}
 
 
 def train_py():
-    """timm's train.py, which its package lacks: the file TIMM_TRAIN names, or that of the installed release."""
+    """timm's train.py, which its package lacks: the file that TIMM_TRAIN names, or that of the installed release."""
     if path := os.environ.get("TIMM_TRAIN"):
         return Path(path).read_text()
     try:
@@ -43,7 +43,7 @@ def flags_of(source):
 
 
 def value_of(node):
-    """As `ast.literal_eval`, with fractions; nothing in a fetched file is executed."""
+    """Like `ast.literal_eval`, with fractions; nothing in a downloaded file is executed."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         return value_of(node.left) / value_of(node.right)
     return [value_of(each) for each in node.elts] if isinstance(node, ast.List) else ast.literal_eval(node)
@@ -54,7 +54,7 @@ def test_the_page_is_made_from_the_tables():
     assert PAGE.read_text() == timm_flags.table(build_parser()), how
 
 
-def test_every_flag_of_timms_is_in_a_table():
+def test_every_timm_flag_is_in_a_table():
     theirs = flags_of(train_py())
     ours = {action.dest: action.default for action in build_parser()._actions}
     built = ours.keys() - timm_flags.FOREIGN.keys()
@@ -85,7 +85,7 @@ def test_flags_are_read_from_a_source():
 
 @pytest.mark.parametrize("dest", timm_flags.WITHOUT_EFFECT)
 def test_without_effect(dest, capsys):
-    """Named once, and in nothing that is parsed."""
+    """Each is reported once, and left out of the parsed arguments."""
     flag = timm_flags.WITHOUT_EFFECT[dest]
     given = [timm_flags.name(dest), *([] if flag.default is False else ["7"])]
     assert vars(parse_args(["x", *given])) == vars(parse_args(["x"]))
@@ -94,7 +94,7 @@ def test_without_effect(dest, capsys):
 
 @pytest.mark.parametrize("dest", timm_flags.REFUSED)
 def test_refused(dest, capsys):
-    """Unless it is timm's default, which a config of timm's has."""
+    """Unless it has timm's default, as in a timm config."""
     flag, name = timm_flags.REFUSED[dest], timm_flags.name(dest)
     if flag.default not in (False, None, ""):
         default = flag.default if isinstance(flag.default, list) else [flag.default]

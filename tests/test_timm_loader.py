@@ -1,4 +1,4 @@
-"""What timm's train.py asks of its loaders, and what it gets from this one: epochs, switches, every sample."""
+"""What timm's train.py needs from its loaders and gets from this one: epochs, switches, every sample."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ ARGS = {"batch_size": 3, "input_size": SIZE, "device": "cpu", "num_threads": 1}
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """20 images, a class each."""
+    """20 images, one class each."""
     return ramp_samples(tmp_path_factory.mktemp("ramps"), 20)
 
 
@@ -39,7 +39,7 @@ def same(ours, theirs):
 
 
 def set_epoch_1_0_11(loader, epoch):
-    """Of data set or sampler, as train.py asked up to 1.0.28."""
+    """Sets it on the data set or sampler, as train.py does up to 1.0.28."""
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
     elif hasattr(loader.sampler, "set_epoch"):
@@ -47,7 +47,7 @@ def set_epoch_1_0_11(loader, epoch):
 
 
 def set_epoch_1_0_29(loader, epoch):
-    """Of the data set, and of the first sampler that can; both have to be there."""
+    """Sets it on the data set and on the first sampler that supports it; both must exist."""
     if hasattr(loader.dataset, "set_epoch"):
         loader.dataset.set_epoch(epoch)
     first = next(part for part in (loader.batch_sampler, loader.sampler) if hasattr(part, "set_epoch"))
@@ -65,7 +65,7 @@ def test_a_run_resumed_at_epoch_2_sees_epoch_2(set_epoch, samples):
 
 
 def train_one_epoch(job, loader, optimizer, args, epoch):
-    """The calls that train.py makes on loader, images and target; gives the number of updates and all kinds."""
+    """The calls that train.py makes on loader, images and target; returns the number of updates and all kinds."""
     if args.off_epoch and epoch >= args.off_epoch and args.prefetcher and loader.mixup_enabled:
         loader.mixup_enabled = False
     steps, last = args.accum, len(loader) - 1
@@ -94,7 +94,7 @@ def linear():
 
 @pytest.mark.parametrize("prefetcher", [True, False])
 def test_train_one_epoch(prefetcher, samples):
-    """Six batches in updates of four and two: the weights of plain steps over the same, joined batches."""
+    """Six batches in updates of four and two give the weights of plain steps over the same batches, concatenated."""
     args = SimpleNamespace(off_epoch=1, prefetcher=prefetcher, channels_last=not prefetcher, accum=4)
     model, whole, criterion = linear(), linear(), LUMixLoss(0.0, 0.5)  # without λ_r, which is drawn
     job = task.ClassificationTask(model, criterion, device=torch.device("cpu"), verbose=False)
@@ -111,11 +111,11 @@ def test_train_one_epoch(prefetcher, samples):
             plain.step()
         torch.testing.assert_close(model.state_dict(), whole.state_dict())
         _, kinds = train_one_epoch(job, loader, optimizer, args, 1)
-        assert (set(kinds) == {0}) == prefetcher  # without it, train.py would switch off a Mixup of its own
+        assert (set(kinds) == {0}) == prefetcher  # without it, train.py would switch off its own Mixup
 
 
-def test_target_without_mixing_is_plain_cross_entropy(samples):
-    """After --mixup-off-epoch; the images are the ones that the order says."""
+def test_a_target_without_mixing_gives_plain_cross_entropy(samples):
+    """After --mixup-off-epoch; the images are those of the order."""
     with training(samples) as loader:
         loader.mixup_enabled = False
         for images, target in loader:
@@ -125,7 +125,7 @@ def test_target_without_mixing_is_plain_cross_entropy(samples):
 
 
 class Nearest(nn.Module):
-    """Knows each class's colours: its best class is right if image and label belong together."""
+    """Knows each class's colours: its top class is right if image and label match."""
 
     def __init__(self, colours, labels):
         super().__init__()
@@ -137,10 +137,10 @@ class Nearest(nn.Module):
 
 
 def test_validate(tmp_path):
-    """Every sample counts once, the last batch being short: loss and accuracies can be told beforehand."""
+    """Every sample counts once, although the last batch is short: loss and accuracies are known in advance."""
     colours, labels = colour_folder(tmp_path, 24), torch.arange(24) // 3
     wrong = labels.clone()
-    wrong[:5] = 7  # images 0 to 4 get another class's
+    wrong[:5] = 7  # images 0 to 4 get another class's label
     job = task.ClassificationTask(Nearest(colours, wrong), device=torch.device("cpu"), verbose=False)
     grey = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     with create_loader(tmp_path, **ARGS | {"batch_size": 7}, is_training=False, **grey) as loader:

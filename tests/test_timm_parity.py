@@ -1,4 +1,4 @@
-"""With timm's partner, box and λ, images and dense targets are timm's; and timm's box rule is ours.
+"""Given timm's partner, box and λ, images and dense targets match timm's, and so does the rule for boxes.
 
 Tested with timm 1.0.31. Before 1.0.29 timm's boxes of odd sides lose a pixel, so nothing is compared there.
 timm flips the batch to pair it and weighs the canvas: lam_timm = 1 - lam0.
@@ -33,12 +33,12 @@ OPTIONS = {
 
 
 def record(monkeypatch, owner, name):
-    """Results of `owner.name`, in order, while it works as before."""
+    """Records the results of `owner.name`, in order, without changing them."""
     results, original = [], getattr(owner, name)
 
     def recorded(*args, **kwargs):
         result = original(*args, **kwargs)
-        results.append(deepcopy(result))  # timm writes into what it has drawn
+        results.append(deepcopy(result))  # timm modifies its draws in place
         return result
 
     monkeypatch.setattr(owner, name, recorded)
@@ -104,7 +104,7 @@ def test_images_and_dense_targets(graph, monkeypatch, name, mode, size):
 
 
 def our_boxes(rule, size, uniforms, lam=None):
-    """Boxes of a rule of `fn` whose uniform draw is replaced by `uniforms` [N, …]; `lam` [N]."""
+    """Boxes from a rule of `fn` whose uniform draw is replaced by `uniforms` [N, …]; `lam` [N]."""
     count = len(uniforms)
 
     @pipeline_def(batch_size=count, num_threads=2, device_id=None, seed=0)
@@ -121,7 +121,7 @@ def our_boxes(rule, size, uniforms, lam=None):
 
 
 class Replayed:
-    """Stands in for `numpy.random` in timm: `randint(low, high)` is the place of a given uniform in between."""
+    """Replaces `numpy.random` in timm: `randint(low, high)` maps a given uniform to that range."""
 
     def __init__(self, uniforms):
         self.uniforms = iter(uniforms)
@@ -146,7 +146,7 @@ SIZES = [(16, 16), (15, 15), (9, 20), (224, 224), (1, 7)]
 
 @pytest.mark.parametrize("size", SIZES)
 def test_box_rule(monkeypatch, size):
-    """Every side, even and odd, around centres that reach every end of the image."""
+    """Every side, even and odd, around centres that reach every edge of the image."""
     rng = np.random.default_rng(0)
     sides = np.arange(max(size))
     lam = np.concatenate([((sides + 0.5) / max(size)) ** 2, [0.25, 1.0, 0.0]]).repeat(20)

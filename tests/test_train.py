@@ -1,4 +1,4 @@
-"""The training program: what it writes, that its numbers are true, and what it says to a wrong argument."""
+"""The training program: what it writes, that its numbers are correct, and how it reports an invalid argument."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 
 def write_folder(root, counts, classes=COLOURS, size=None):
-    """Noisy images about a colour a class, of several sizes unless one is given: root/SPLIT/CLASS/NUMBER.png."""
+    """Noisy images around one colour per class, of several sizes unless one is given: root/SPLIT/CLASS/NUMBER.png."""
     rng = np.random.default_rng(0)
     for split, count in counts.items():
         for name in classes:
@@ -107,7 +107,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_second_start_leaves_the_first_run_alone(run, data):
+def test_a_second_start_leaves_the_first_run_untouched(run, data):
     folder, *_ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(ValueError, match=r"a run is there already \(.*last.pth.tar.*--resume.*--exp.*--overwrite"):
@@ -116,7 +116,7 @@ def test_a_second_start_leaves_the_first_run_alone(run, data):
 
 
 def test_average_and_model_are_validated(run, data):
-    """A checkpoint has both; the average's scores are the run's."""
+    """A checkpoint has both; the run reports the average's scores."""
     folder, _, name = run
     last = rows(folder)[-1]
     assert ("model_val_loss" in last) == (name == "test_vit")
@@ -155,7 +155,7 @@ def test_lam_is_logged(run):
     names = ("lumix_lam0", "lumix_lam_s", "lumix_lam")
     assert all(0.05 < first[key] < 0.95 for key in ("lam0_mean", *names))
     assert (second["lam0_mean"] == 0) == (name == "test_vit")  # --mixup-off-epoch 1
-    assert all((second[key] is None) == (name == "test_vit") for key in names)  # no sample was looked at
+    assert all((second[key] is None) == (name == "test_vit") for key in names)  # no sample was counted
 
 
 @pytest.mark.parametrize("apply_to", ["cutmix", "all"])
@@ -183,7 +183,7 @@ def test_lam_sums(apply_to):
 
 
 def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
-    """Every step is looked at; the λ that the loss used, caught in the loss, have the mean that is logged."""
+    """Every step is logged; the λ captured in the loss have the logged mean."""
     seen, mix, lam_of = [], LUMixLoss._mix, LUMixLoss.lam
 
     def spy(self, *inputs):
@@ -191,7 +191,7 @@ def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
         seen.append(lam[active])
         return lam, active
 
-    def unseen(self, *inputs):  # what is asked for the log is not what the loss used
+    def unseen(self, *inputs):  # calls for the log are not the loss's own
         with monkeypatch.context() as patch:
             patch.setattr(LUMixLoss, "_mix", mix)
             return lam_of(self, *inputs)
@@ -221,7 +221,7 @@ def test_ratios_warm_up(data, tmp_path, monkeypatch):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    """Without noise, four batches of 6 an update train like batches of 24; 72 of 75 images, and 3 updates."""
+    """Without noise, four batches of 6 per update train like batches of 24; 72 of 75 images, and 3 updates."""
     data = write_folder(tmp_path / "data", {"train": 25, "val": 2}, size=(32, 32))
     plain = [
         "--model",
@@ -253,7 +253,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(parts["state_dict"], whole["state_dict"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_update_that_is_left_over(data, tmp_path):
+def test_an_incomplete_last_update(data, tmp_path):
     """12 batches in updates of 5 are three updates, the last of two batches."""
     train.main(argv(data, tmp_path, "--epochs", "1", "--grad-accum-steps", "5"))
     state = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=True)
@@ -291,7 +291,7 @@ def recomputed(folder, data, name="test_resnet", split="validation", file="last.
     with torch.inference_mode():
         logits = model(images)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    one = 100 / len(files) + 1e-3  # one may lie on the edge
+    one = 100 / len(files) + 1e-3  # one may lie on the decision boundary
     return loss, pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=one)
 
 
@@ -327,7 +327,7 @@ def test_amp_and_compile(data, tmp_path):
     timm.create_model("test_resnet", num_classes=3, checkpoint_path=str(tmp_path / "run" / "last.pth.tar"))
 
 
-def test_no_lumix_is_timms_soft_cross_entropy():
+def test_no_lumix_equals_timms_soft_cross_entropy():
     args = train.parse_args(["--data-dir", ".", "--no-lumix", "--smoothing", ".2"])
     criterion = train.build_criterion(args)
     torch.manual_seed(0)
@@ -369,7 +369,7 @@ def test_timms_own_bce(flags, by_hand):
 
 
 def test_flags_reach_the_run(data, tmp_path, monkeypatch):
-    """What timm's optimiser, schedule, average and model make of them, as the run shows it."""
+    """Their effect on timm's optimiser, schedule, average and model, as seen in the run."""
     decays, update, pieces = [], ModelEmaV3.update, []
 
     def spy(self, model, step):
@@ -421,8 +421,8 @@ def test_flags_reach_the_run(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("milestone-1*"))
 
 
-def test_no_aug_is_timms(tmp_path):
-    """Of square images, within a grey level in the mean: DALI's resize against Pillow's."""
+def test_no_aug_matches_timms(tmp_path):
+    """For square images, within a mean difference of one grey level: DALI's resize against Pillow's."""
     data = write_folder(tmp_path / "data", {"train": 3, "val": 1}, size=(40, 40))
     args = train.parse_args(
         [
@@ -454,7 +454,7 @@ def test_no_aug_is_timms(tmp_path):
 
 
 def test_each_epoch_has_its_image_size(data, tmp_path, monkeypatch):
-    """timm's progressive schedule at its end points; a run that is resumed between epochs has the same rows."""
+    """timm's progressive schedule at its endpoints; a run resumed between epochs has the same rows."""
     sizes, flags = [], ["--train-img-sizes", "16", "32", "--train-size-schedule", "progressive"]
     flags += ["--train-size-schedule-spread", "0", "--train-size-random-mix", "0"]
     step = train.train_step
@@ -498,8 +498,8 @@ def test_sched_none(data, tmp_path):
     assert [row["lr"] for row in rows(tmp_path / "run")] == [3e-3, 3e-3]
 
 
-def test_warmup_prefix_comes_on_top(data, tmp_path):
-    """As timm counts: two epochs of schedule after one of warm-up."""
+def test_warmup_prefix_adds_its_epochs(data, tmp_path):
+    """As in timm: two epochs of schedule after one of warm-up."""
     train.main(argv(data, tmp_path, "--warmup-epochs", "1", "--warmup-prefix", "-b", "32"))
     assert [row["lr"] for row in rows(tmp_path / "run")] == pytest.approx([1e-5, 3e-3, 1.5e-3])
 
@@ -510,8 +510,8 @@ def test_the_data_folder_may_be_positional(data):
 
 
 @pytest.mark.slow
-def test_an_error_is_a_line(data, tmp_path):
-    """Of the program itself, where the functions raise."""
+def test_an_error_is_one_line(data, tmp_path):
+    """The program prints an error where its functions raise an exception."""
     command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, "--opt", "adamm")]
     ended = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
@@ -607,7 +607,7 @@ def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
         (["--grad-accum-steps", "4"], 2, 0.4),
     ],
 )
-def test_learning_rate_scales_as_timms(flags, world_size, expected, monkeypatch):
+def test_learning_rate_scales_as_in_timm(flags, world_size, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     assert train.parse_args(["--data-dir", ".", "-b", "128", *flags]).lr == pytest.approx(expected)
 
@@ -630,7 +630,7 @@ def test_checkpoint_history(tmp_path, monkeypatch):
         "checkpoint-3": "3",
         "last": "3",
         "model_best": "1",
-    }  # the earlier of two equals
+    }  # the earlier of two equal scores
 
 
 def test_config_gives_defaults(tmp_path, capsys):
@@ -746,7 +746,7 @@ def test_bad_value(flags, message, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_differ(tmp_path):
+def test_folders_with_different_classes(tmp_path):
     data = write_folder(tmp_path / "data", {"train": 8})
     write_folder(data, {"val": 2}, classes=["blue", "red"])
     with pytest.raises(ValueError, match=r"differ in the classes .*green"):

@@ -1,6 +1,6 @@
 """The faults of DALI that this package works around are still there.
 
-Each script in docs/upstream shows one of them without this package. Its test fails once the fault is fixed: then
+Each script in docs/upstream reproduces one of them without this package. Its test fails once the fault is fixed; then
 the workaround can be removed and the report closed.
 """
 
@@ -14,11 +14,11 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "docs" / "upstream"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 DEATHS = (-signal.SIGSEGV, -signal.SIGFPE, -signal.SIGABRT, -signal.SIGBUS)
-RUNS = 5  # a race may be won
+RUNS = 5  # a race may not occur in every run
 
 
 class StillThereError(Exception):
-    """The script died, or said "fault:"."""
+    """The script crashed or printed "fault:"."""
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_is_fixed(name):
         run = subprocess.run([sys.executable, FOLDER / f"{name}.py"], capture_output=True, text=True, timeout=120)
         if run.returncode in DEATHS or (run.returncode == 1 and "\nfault: " in "\n" + run.stderr):
             raise StillThereError(f"{name}: exit status {run.returncode}, {run.stderr[-200:]}")
-        assert run.returncode == 0, run.stderr  # anything else is a fault of the script
+        assert run.returncode == 0, run.stderr  # anything else is an error in the script
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

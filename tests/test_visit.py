@@ -1,4 +1,4 @@
-"""The visit to a GPU host goes on whatever a step does, and writes as it goes; what it compares is right."""
+"""The visit to a GPU host continues whatever a step does, writes results as it goes, and compares correctly."""
 
 import argparse
 import ast
@@ -32,8 +32,8 @@ def alive(pid):
     return False
 
 
-def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
-    """One step ends well, one fails, one hangs and ignores Ctrl-C, one lacks a module; lines are there at once."""
+def test_a_visit_continues_whatever_a_step_does(tmp_path, monkeypatch, capsys):
+    """One step succeeds, one fails, one hangs and ignores Ctrl-C, one lacks a module; each line is written at once."""
     out, pids, seen = tmp_path / "out", tmp_path / "pids", []
     sleep = SLEEPER.format(str(pids))
     stubborn = (
@@ -45,7 +45,7 @@ def test_a_visit_goes_on_whatever_a_step_does(tmp_path, monkeypatch, capsys):
         yield Step("environment", ["timeit", "-n1", "-r1", "print('{\"gpu\": null}')"])
         yield Step("mix", ["timeit", "-n1", "-r1", "raise ValueError('broken')"])
         seen.extend(lines_of(out))
-        (out / ".mix.json.partial").touch()  # a benchmark was stopped while it wrote
+        (out / ".mix.json.partial").touch()  # a benchmark was stopped while writing
         yield Step("loss", ["timeit", "-n1", "-r1", "-s", stubborn, sleep])
         yield Step("tune", ["timeit"], needs=(("no_such_module", "a remedy"),))
         yield Step("training lumix 0", ["timeit"], skip="no --cifar")
@@ -91,12 +91,12 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypatch, device):
-    """And of at most 8 files in all."""
+def test_every_step_is_a_command_line_that_its_program_accepts(tmp_path, monkeypatch, device):
+    """And at most 8 files in total."""
     for folder in ("images", "cifar/train", "cifar/test"):
         (tmp_path / folder).mkdir(parents=True)
     argv = ["--out", str(tmp_path), "--device", device, "--seeds", "2"]
-    monkeypatch.setattr(gpu.Path, "iterdir", lambda self: iter(()))  # an empty folder, as far as it is asked
+    monkeypatch.setattr(gpu.Path, "iterdir", lambda self: iter(()))  # a stand-in for an empty folder
     args = gpu.parse_args([*argv, "--images", str(tmp_path / "images"), "--cifar", str(tmp_path / "cifar")])
     chosen = {"num_threads": 3, "decoder": {"hw_decoder_load": 0.12}}
     (tmp_path / "tune.json").write_text(json.dumps({"chosen": chosen}))
@@ -124,7 +124,7 @@ def test_every_step_is_a_command_line_that_its_program_takes(tmp_path, monkeypat
 
 
 def runs_on_a_gpu(path):
-    """Whether a file has tests that ``-m gpu`` selects: marked, or with a fixture that is both backends."""
+    """Whether a file has tests that ``-m gpu`` selects: marked ones, or ones with a fixture for both backends."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             decorators = " ".join(map(ast.unparse, node.decorator_list))
@@ -136,7 +136,7 @@ def runs_on_a_gpu(path):
 
 
 def test_every_test_that_needs_a_gpu_is_part_of_the_visit():
-    """Operators come first, and in a process of their own: what they hand to DALI is the basis of all else."""
+    """Operators come first and in their own process: everything else depends on what they pass to DALI."""
     found = {
         path.stem.removeprefix("test_") for path in (harness.ROOT / "tests").glob("test_*.py") if runs_on_a_gpu(path)
     }
@@ -147,8 +147,8 @@ def test_every_test_that_needs_a_gpu_is_part_of_the_visit():
     assert argv[argv.index("-m") + 1] == "gpu and not slow"
 
 
-def test_a_third_of_eight_minutes_is_the_tests(tmp_path, monkeypatch):
-    """Eight of a command's ten; the order is environment, tests, loaders and mixing, cost, loss, training."""
+def test_the_tests_take_a_third_of_eight_minutes(tmp_path, monkeypatch):
+    """Eight of a command's ten minutes; the order is environment, tests, loaders and mixing, cost, loss, training."""
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     args = gpu.parse_args(["--out", str(tmp_path / "out")])
     assert args.minutes == 8
@@ -186,7 +186,7 @@ def test_a_crash_and_a_decoder_on_the_cpu_are_in_the_visits_table(tmp_path):
 
 
 def test_results_are_read_whatever_is_in_them(tmp_path):
-    """Rows with and without an error, and output that is not what it seems."""
+    """Rows with and without an error, and misleading output."""
     result = tmp_path / "tune.json"
     result.write_text(json.dumps(dict(complete=True, rows=[dict(name="a"), dict(name="b", error="E: c")])))
     assert gpu.found(Step("tune", [""], result), "") == dict(file="tune.json", complete=True, errors={"b": "E: c"})
@@ -196,7 +196,7 @@ def test_results_are_read_whatever_is_in_them(tmp_path):
 
 
 def test_training_without_cifar_compares_nothing(tmp_path, monkeypatch):
-    """Generated images are trained on all the same, but validated on too."""
+    """Generated images are still trained on, but are also the validation set."""
     monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(gpu.SHARES, 1.0))
     monkeypatch.setattr(gpu, "run", lambda step, *_: dict(step=step.name, status="ok", result=dict(top1=50.0)))
     (tmp_path / "cifar/train").mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_outcomes_of_the_tests_are_read_from_the_output():
 
 @pytest.mark.parametrize("blend", mix.BLENDS)
 def test_every_blend_is_mixup(blend):
-    """Normalised, within a grey level of the float64 blend with the weight and the partner that were drawn."""
+    """Normalised, within a grey level of the float64 blend with the drawn weight and partner."""
     images = torch.randint(256, (8, 12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found, weight, partner = (
         torch.from_dlpack(output.as_tensor()).double().numpy()
@@ -279,7 +279,7 @@ def test_kernels_are_summed_by_name():
 
 
 def test_the_paste_by_itself_is_a_box_of_the_partners():
-    """A quarter of the image, so what it costs is comparable with CutMix's paste."""
+    """A quarter of the image, so that its cost is comparable with CutMix's paste."""
     images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).repeat(1, 8, 8, 3)
     found, _ = (np.array(output.as_array()) for output in mix.build(mix.stages(8)["paste"], images, 1).run())
     inside = np.zeros((8, 8), bool)
@@ -291,7 +291,7 @@ def test_the_paste_by_itself_is_a_box_of_the_partners():
 
 
 def test_the_probe_decodes_what_the_pipelines_decode():
-    """Evaluation's centre to the pixel; in training equal crops in every run, since two devices are compared."""
+    """Evaluation's centre crop to the pixel; in training the same crops in every run, to compare two devices."""
     images = probe.photographs(3)
     files = probe.jpegs(images, subsampling=2)
     wanted = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
@@ -318,7 +318,7 @@ PIXELS = {"training 4:2:0": dict(most=0), "training 4:2:0 fancy": dict(most=9), 
         ("cuda:0", {"training 4:2:0": "cpu", "evaluation 4:4:4": "gpu"}),
     ],
 )
-def test_the_decoder_that_ran_is_told_by_its_pixels(monkeypatch, device, ran):
+def test_the_decoder_that_ran_is_identified_by_its_pixels(monkeypatch, device, ran):
     monkeypatch.setattr(probe, "loaded", lambda library: [f"/usr/lib/{library}"])
 
     def version(name):
@@ -358,8 +358,8 @@ def test_a_decoder_that_is_not_the_gpus_is_named(ran, libraries, rates, said):
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
 
 
-def test_the_decoder_is_told_before_its_rates(monkeypatch, capsys):
-    """They take longest, and a crash there must not hide that the CPU decodes."""
+def test_the_decoder_is_reported_before_its_rates(monkeypatch, capsys):
+    """The rates take longest, and a crash there must not hide that the CPU decodes."""
 
     def decoding(index):
         assert index == 0
@@ -389,7 +389,7 @@ def test_loaded_libraries_are_those_of_this_process():
     assert probe.loaded("no such library") == []
 
 
-def test_a_decoders_rate_is_that_of_its_steady_state(monkeypatch):
+def test_a_decoders_rate_is_measured_in_its_steady_state(monkeypatch):
     clock = [0.0]
     calls = []
 
@@ -432,7 +432,7 @@ def test_decoder_options(text, value):
     ("name", "value"), [(name, value) for name, values in tune.DECODER_KNOBS.items() for value in values]
 )
 def test_tuned_values_reach_the_decoder(name, value):
-    """0 is a value like any other; a default is left to DALI."""
+    """0 is a valid value; a default is left to DALI."""
     default = value == tune.DECODER_KNOBS[name][0]
     found = tune.arguments(dict(num_threads=2, **{name: value}))
     assert found == (dict(num_threads=2) if default else dict(num_threads=2, decoder={name: value}))
@@ -446,13 +446,13 @@ def test_tuned_values_reach_the_decoder(name, value):
         (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
     ],
 )
-def test_a_wrong_visit_is_named(tmp_path, argv, message, capsys):
+def test_an_invalid_visit_is_named(tmp_path, argv, message, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path / "out"), *argv])
     assert message in capsys.readouterr().err
 
 
-def test_results_are_not_written_over(tmp_path, capsys):
+def test_results_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("{}")
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
