@@ -501,8 +501,8 @@ def damage(root, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("list", r"there is no ImageSets/SegmentationContext/train.txt; it needs JPEGImages"),
-        ("empty", "train.txt: it names no photograph"),
+        ("list", r"ImageSets/SegmentationContext/train.txt is missing; it needs JPEGImages"),
+        ("empty", "train.txt: it lists no photograph"),
         ("missing", r"1 files are missing, such as .*train_001.png"),
         ("class", r"train_001.png: it has class 4, and --num-classes 4 ends at 3"),
         ("mode", r"train_001.png: pixels of mode RGB"),
