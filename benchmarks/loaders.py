@@ -33,7 +33,19 @@ from .contenders import ENTRIES, INTERPOLATIONS, PREFETCH, RATIO, SCALE, Entry, 
 
 MOST_FILES = 10_000  # read from disk beforehand, and written again for the loaders with a format of their own
 TURN_SECONDS = 3.0
-REFERENCES = ("dali/+normalise", "lumix/none", "timm FastCollateMixup elem", "timm recipe", "dali+torchvision cutmix")
+REFERENCES = (
+    "dali/+normalise",
+    "lumix/none",
+    "timm FastCollateMixup elem",
+    "timm recipe",
+    "dali+torchvision cutmix",
+    "torchvision v2 collate cutmix+mixup",
+    "spdl",
+    "webdataset worker batches",
+    "litdata",
+    "mosaic streaming",
+    "ffcv",
+)
 
 
 class Turn:

@@ -29,7 +29,7 @@ from lumix_dali import LUMixLoss, MixTarget
 from . import harness, readings
 
 SMOOTHING = 0.1
-REFERENCE, FLOOR = "timm soft target", "floor"
+REFERENCE, FLOOR, PROBABILITIES = "timm soft target", "floor", "torch probabilities"
 SECONDS = 0.3  # approximate duration of a turn
 
 
@@ -184,7 +184,7 @@ def candidates(
         ("LUMix eager", criterion),
         ("LUMix compiled", compiled),
         (REFERENCE, timm_loss),
-        ("torch probabilities", torch_loss),
+        (PROBABILITIES, torch_loss),
     ]
     if device != "cpu":
         losses += [
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command=shlex.join(["python", "-m", "benchmarks.loss", *(sys.argv[1:] if argv is None else argv)]),
         out=args.out,
         rounds=args.rounds,
-        references=[REFERENCE, FLOOR],
+        references=[REFERENCE, FLOOR, PROBABILITIES],
         allow_dirty=args.allow_dirty,
         settings=dict(device=device, smoothing=SMOOTHING, torch_threads=torch.get_num_threads()),
     )

@@ -2,7 +2,8 @@
 
 Every ``benchmarks/results/NAME.json`` becomes ``benchmarks/figures/NAME.svg``, and a table wherever a text has the
 markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure contains the hash of its result, which reveals a
-stale one; text between markers is compared literally. NAME "targets" is `TARGETS` beside the measured values.
+stale one; text between markers is compared literally. NAME "targets" is `TARGETS` beside the measured values, and
+"headline" the few ratios of the README.
 
     python -m benchmarks.plot                           # generates them
     python -m benchmarks.plot --check                   # changes nothing; exit status 1 if one is out of date
@@ -41,7 +42,7 @@ from .tables import (
 
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
-RUN = "loaders-targets"
+RUN, EAGER = "loaders-targets", "LUMix eager"
 # Description, min or (if negative) max, result, row, reference, condition.
 TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
     ("this loader with CutMix ÷ without mixing", 0.96, RUN, CUTMIX, "lumix/none", {}),
@@ -72,6 +73,15 @@ TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
         )
         for batch, name in ((128, "cost-deit_small"), (8, "cost-deit_small-8"))
     ),
+]
+# The README's five ratios: description, result, row, reference, condition.
+LOSS = dict(B=256, K=1000, dtype="float32")
+HEADLINE: list[tuple[str, str, str, str, dict[str, Any]]] = [
+    ("images/s: CutMix + Mixup ÷ timm's loader with FastCollateMixup", RUN, BOTH, TIMM, {}),
+    ("images/s: CutMix ÷ the same loader without mixing", RUN, CUTMIX, "lumix/none", {}),
+    ("images/s: CutMix + Mixup ÷ SPDL with torchvision's mixing", "loaders-peers", BOTH, "spdl", {}),
+    ("time of the loss: LUMix ÷ timm's dense target and loss, 256 × 1,000", "loss", EAGER, "timm soft target", LOSS),
+    ("time of the loss: LUMix ÷ PyTorch's `cross_entropy`, same size", "loss", EAGER, "torch probabilities", LOSS),
 ]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -373,14 +383,31 @@ def table_targets(results: Path) -> str:
     """Markdown of `TARGETS`; a negative bound is a max."""
     lines = ["| ratio within a run | target | median | quartiles | met |", "| --- | --- | --- | --- | --- |"]
     for what, bound, name, row, reference, where in TARGETS:
-        rows = json.loads((results / f"{name}.json").read_text())["rows"]
-        (found,) = (r for r in rows if r["name"] == row and where.items() <= r.items())
-        ratio, measured = found["ratios"][reference], "not measured |  | no"
+        ratio, measured = _measured(results, name, row, reference, where), "not measured |  | no"
         if (median := ratio["median"]) is not None:
             met = median >= bound if bound > 0 else median <= -bound
             measured = "{:.3f} | {:.3f} – {:.3f} | ".format(median, *ratio["quartiles"]) + ("yes" if met else "no")
         lines.append(f"| {what} | {'≥' if bound > 0 else '≤'} {abs(bound):g} | {measured} |")
     return "\n".join(lines)
+
+
+def table_headline(results: Path) -> str:
+    """Markdown of `HEADLINE`."""
+    lines = ["| ratio within one run | median | quartiles |", "| --- | --- | --- |"]
+    for what, name, row, reference, where in HEADLINE:
+        ratio = _measured(results, name, row, reference, where)
+        lines.append(f"| {what} | {ratio['median']:.2f} | " + "{:.2f} – {:.2f} |".format(*ratio["quartiles"]))
+    return "\n".join(lines)
+
+
+def _measured(results: Path, name: str, row: str, reference: str, where: dict[str, Any]) -> dict[str, Any]:
+    """A row's ratio to a reference in a result."""
+    rows = json.loads((results / f"{name}.json").read_text())["rows"]
+    (found,) = (each for each in rows if each["name"] == row and where.items() <= each.items())
+    return found["ratios"][reference]
+
+
+OF_SEVERAL = {"targets": table_targets, "headline": table_headline}
 
 
 def load(path: Path) -> tuple[dict[str, Any], str]:
@@ -434,8 +461,8 @@ def with_tables(text: str, results: Path) -> str:
 
     def fill(match: re.Match) -> str:
         path = results / f"{match[1]}.json"
-        if match[1] == "targets":
-            return f"<!-- begin: targets -->\n{table_targets(results)}\n<!-- end: targets -->"
+        if match[1] in OF_SEVERAL:
+            return f"<!-- begin: {match[1]} -->\n{OF_SEVERAL[match[1]](results)}\n<!-- end: {match[1]} -->"
         if not path.is_file():
             raise ValueError(f"<!-- begin: {match[1]} -->: no {path}; measure it, or remove the marker")
         return f"<!-- begin: {match[1]} -->\n{table(load(path)[0])}\n<!-- end: {match[1]} -->"

@@ -154,7 +154,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser("check", help="which files cannot be used, and why; writes a manifest")
     add = command.add_argument
     add("root", help="class folder, list file, manifest; or shards: a folder of them, one, or a glob")
-    add("--full", action="store_true", help="decode every file, instead of looking at headers and ends alone")
+    add("--full", action="store_true", help="decode every file, instead of only inspecting headers and ends")
     add("--manifest", metavar="FILE", help="write the usable files here, for create_loader")
     add("--report", metavar="FILE", help="write what was found here, as JSON")
     add("--max-pixels", type=int, default=MAX_PIXELS, help="a larger image is bad (%(default)s)")
@@ -170,7 +170,7 @@ def _check(args: argparse.Namespace) -> int:
     )
     print(check.show(report))
     print(
-        "{ranks} rank(s), batches of {batch_size}: {batches} a rank, {left_out} samples left out".format(
+        "{ranks} rank(s), batches of {batch_size}: {batches} per rank, {left_out} samples left out".format(
             **report.shards(args.ranks, args.batch_size)
         )
     )
@@ -189,7 +189,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command = commands.add_parser("convert", help="images as WebDataset shards in random order")
     add = command.add_argument
     add("root", help="class folder or list file, scanned first; or a manifest, taken as it is")
-    add("--out", required=True, metavar="DIR", help="folder of the shards; the same command again goes on")
+    add("--out", required=True, metavar="DIR", help="folder of the shards; repeating the command resumes a conversion")
     add("--shard-size", type=int, default=10_000, help="samples a shard (%(default)s)")
     add("--seed", type=int, default=0, help="of the order (%(default)s)")
     add("--full", action="store_true", help="decode every file in the scan")

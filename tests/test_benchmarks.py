@@ -965,6 +965,8 @@ def test_targets_are_compared_with_the_ratios(tmp_path, monkeypatch):
         "| bound -0.49, B = 2 | ≤ 0.49 | 0.500 | 0.700 – 0.900 | no |",
         "| bound 0.1, B = 3 | ≥ 0.1 | not measured |  | no |",
     ]
+    monkeypatch.setattr(plot, "HEADLINE", [("the second", "run", "ours", "other", {"B": 2})])
+    assert plot.table_headline(tmp_path).splitlines()[2:] == ["| the second | 0.50 | 0.70 – 0.90 |"]
 
 
 def test_check_finds_what_is_not_current(report, capsys):

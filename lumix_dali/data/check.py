@@ -90,7 +90,7 @@ class Report:
         return not self.bad and not self.empty
 
     def shards(self, ranks: int, batch_size: int) -> dict[str, int]:
-        """Batches a rank, and samples left out, of a training epoch over `ranks` at `batch_size`."""
+        """Batches per rank, and samples left out, of a training epoch over `ranks` at `batch_size`."""
         batches = len(self.samples) // (ranks * batch_size)
         return dict(
             ranks=ranks,
@@ -186,7 +186,7 @@ def _in_children(task: _Task, chunks: Sequence[list[Any]], workers: int) -> Iter
                 chunk, done = chunks[done], done + 1
                 try:
                     yield future.result()
-                except BrokenProcessPool:  # this chunk's process or another's: a new pool goes on after it
+                except BrokenProcessPool:  # this chunk's process or another's: a new pool continues after it
                     yield _bisected(task, chunk)
                     break
 
