@@ -1,8 +1,8 @@
-"""How far RandAugment's operations here are from timm's, in grey levels, on the same photographs.
+"""How much RandAugment's operations here differ from timm's, in grey levels, on the same photographs.
 
-Every operation is done at magnitude 9 with both signs by `lumix_dali.augment` and by timm's `AugmentOp`, bilinear
-where it interpolates. A row has the largest difference and the mean one; where pixels move, without the outermost
-eighth of the image, where the fill colour is.
+`lumix_dali.augment` and timm's `AugmentOp` apply every operation at magnitude 9 with both signs, bilinear if it
+interpolates. A row has the max and the mean difference; for operations that move pixels, the outermost eighth of the
+image is left out because it holds the fill colour.
 
     python -m benchmarks.augment --data imagenet/train --out FILE.json
 """
@@ -54,7 +54,7 @@ def operations():
 
 
 def differences(images: np.ndarray) -> Iterator[dict[str, Any]]:
-    """A row an operation and sign."""
+    """One row per operation and sign."""
     count, border = len(images), images.shape[1] // 8
     pipe = operations(batch_size=count, device_id=None)
     for place, (name, (base, slope, signed)) in enumerate(tqdm(augment.OPERATIONS.items(), disable=None)):
@@ -75,7 +75,7 @@ def differences(images: np.ndarray) -> Iterator[dict[str, Any]]:
 
 
 def timm_operation(name: str, sign: int) -> timms.AugmentOp:
-    """timm's, with this sign."""
+    """timm's operation with this sign."""
     known = timms._RAND_INCREASING_TRANSFORMS
     full = name if name in known else name + "Increasing"
     operation = timms.AugmentOp(full, 1.0, MAGNITUDE, dict(img_mean=FILL, interpolation=Image.Resampling.BILINEAR))

@@ -1,8 +1,8 @@
 """The loaders that `benchmarks.loaders` compares, each used as its own documentation recommends.
 
-All crop at random (area .08 to 1, ratio 3/4 to 4/3), flip, resize (antialiased), mix where the row says so, and hand
-out normalised float32 NCHW batches on the device. They read the same files, unchanged: in place, or from the format
-that the library recommends, written beforehand. `note` says how each is used, and what cannot be had alike.
+All crop at random (area .08 to 1, ratio 3/4 to 4/3), flip, resize (antialiased), mix if the row says so, and deliver
+normalised float32 NCHW batches on the device. They read the same unchanged files, in place or from the format that
+the library recommends, written beforehand. `note` says how each is used and what differs.
 """
 
 import math
@@ -30,7 +30,7 @@ from lumix_dali.data.sources import Files, Source, load
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's a worker
+PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's per worker
 CHUNK = 1 << 26  # bytes: LitData's and Mosaic's default
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 NONE, CUTMIX, BOTH = "none", "CutMix", "CutMix + Mixup"
@@ -38,7 +38,7 @@ NONE, CUTMIX, BOTH = "none", "CutMix", "CutMix + Mixup"
 
 @dataclass
 class Setting:
-    """What is alike for all loaders."""
+    """The settings that all loaders share."""
 
     samples: Files
     batch_size: int
@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
-        """On which batches are taken from DALI."""
+        """The stream on which batches are taken from DALI."""
         return torch.cuda.current_stream(self.device) if self.cuda else None
 
     @property
@@ -65,17 +65,17 @@ class Setting:
         return [self.samples.path(i) for i in range(len(self.samples))]
 
     def repeated(self, batches: int) -> Files:
-        """The samples over and over, as many as `batches` need."""
+        """The samples, repeated to fill `batches`."""
         index = (np.arange(batches * self.batch_size) % len(self.samples)).tolist()
         names = [self.samples.names[i] for i in index]
         return Files(self.samples.root, names, self.samples.labels[index], self.samples.classes)
 
     def check(self, batch: Any) -> None:
-        """Raises ValueError if a batch is not the one that was asked for."""
+        """Raises ValueError if a batch does not have the requested form."""
         images, shape = batch[0], (self.batch_size, 3, self.size, self.size)
         found = (tuple(images.shape), images.dtype, images.device.type, images.is_contiguous())
         wanted = (shape, torch.float32, torch.device(self.device).type, True)
-        if found != wanted or images.abs().max() > 10:  # noise in erased regions passes 4
+        if found != wanted or images.abs().max() > 10:  # noise in erased regions exceeds 4
             raise ValueError(f"batch: {found}, up to {images.abs().max():.1f}; give {wanted}, normalised")
 
     @cached_property
@@ -103,7 +103,7 @@ class Setting:
 
     @cached_property
     def chunks(self) -> str:
-        """The samples as LitData's chunks, the JPEGs as they are."""
+        """The samples as LitData's chunks, with unchanged JPEGs."""
         import litdata
 
         folder = str(self.scratch / "litdata")
@@ -117,7 +117,7 @@ class Setting:
 
     @cached_property
     def mds(self) -> str:
-        """The samples as Mosaic's shards, the JPEGs as they are."""
+        """The samples as Mosaic's shards, with unchanged JPEGs."""
         from streaming import MDSWriter
 
         folder = str(self.scratch / "mds")
@@ -128,7 +128,7 @@ class Setting:
 
     @cached_property
     def beton(self) -> str:
-        """The samples as FFCV's file, JPEGs of their own size."""
+        """The samples as an FFCV file, JPEGs at their original size."""
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
 
@@ -139,7 +139,7 @@ class Setting:
 
 
 def litdata_sample(sample: tuple[str, int]) -> tuple[Any, int]:
-    """A sample as `litdata.optimize` takes it; its processes import this function."""
+    """A sample in the form that `litdata.optimize` takes; its processes import this function."""
     import litdata
 
     path, label = sample
@@ -161,14 +161,14 @@ class Entry:
     """A loader in the run.
 
     Attributes:
-        name: of its row.
-        open: (setting, threads or workers, batches an epoch) -> loader.
-        ahead: number of threads or workers -> batches the loader may have ready or in the making.
+        name: name of its row.
+        open: (setting, threads or workers, batches per epoch) -> loader.
+        ahead: number of threads or workers -> batches that may be ready or in progress.
         mixing: what it mixes.
-        swept: takes the best of the worker counts; otherwise `--threads`.
-        whole: its batches are images for a model, and are checked.
+        swept: uses the best of the worker counts; otherwise `--threads`.
+        whole: its batches are complete input for a model, and are checked.
         note: how it is used, and what differs.
-        packages: the first that is installed gives the row its version.
+        packages: the first installed one gives the row its version.
         excused: may be missing.
     """
 
@@ -187,7 +187,7 @@ class Entry:
 
 
 def plain_crop(images, **decoder: Any):
-    """Decode and crop as a pipeline of plain DALI does."""
+    """Decodes and crops as a plain DALI pipeline does."""
     device = "cpu" if Pipeline.current().device_id is None else "mixed"
     return fn.decoders.image_random_crop(
         images, device=device, random_area=SCALE, random_aspect_ratio=RATIO, adjust_orientation=False, **decoder
@@ -195,7 +195,7 @@ def plain_crop(images, **decoder: Any):
 
 
 def guarded_crop(images, **decoder: Any):
-    """Decode and crop as this project's loader does, behind a peek."""
+    """Decodes and crops as this project's loader does, after peeking at the image size."""
 
     def region(shape):
         return fn.random_crop_generator(shape, random_area=SCALE, random_aspect_ratio=RATIO)
@@ -237,7 +237,7 @@ def dali_pipeline(
     decoder: dict[str, Any],
     interpolation: types.DALIInterpType,
 ):
-    """What `lumix_dali` does but for mixing and metadata, in plain DALI; `stages` of its four."""
+    """Plain DALI for what `lumix_dali` does without mixing and metadata; the first `stages` of four."""
     images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
     gpu = Pipeline.current().device_id is not None
     images = cropped(images, size, stages, decoder, interpolation=interpolation)
@@ -306,7 +306,7 @@ def open_lumix(mixing: dict[str, Any], s: Setting, threads: int, batches: int, s
 
 
 class Again:
-    """A source whose samples come as often as an epoch needs them."""
+    """A source that repeats its samples as often as an epoch needs."""
 
     def __init__(self, source: Source, length: int):
         self.source, self.length = source, length
@@ -357,7 +357,7 @@ def open_lumix_dynamic(s: Setting, threads: int, batches: int) -> Epoch:
 
 
 class GivenFiles(Reader):
-    """timm's folder reader over given files."""
+    """timm's folder reader for given files."""
 
     def __init__(self, samples: Files):
         super().__init__()
@@ -400,7 +400,7 @@ def open_timm(mode: str, in_collate: bool, s: Setting, workers: int, batches: in
 
 
 class Pictures(Dataset):
-    """torchvision's ImageFolder over given files, its `loader` being `decode_image`; PIL without a transform."""
+    """torchvision's ImageFolder for given files, loading with `decode_image`, or with PIL without a transform."""
 
     def __init__(self, samples: Files, transform: Callable | None = None):
         self.samples, self.transform = samples, transform
@@ -416,7 +416,7 @@ class Pictures(Dataset):
 
 
 class MixingCollate:
-    """torchvision's recipe for CutMix, or for one of CutMix and Mixup a batch, as a DataLoader's collate function."""
+    """torchvision's recipe for CutMix, or CutMix or Mixup per batch, as a DataLoader's collate function."""
 
     def __init__(self, mixing: str, num_classes: int):
         mixup = v2.MixUp(alpha=0.8, num_classes=num_classes)
@@ -427,7 +427,7 @@ class MixingCollate:
         return self.whole(*default_collate(batch))
 
     def whole(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A collated batch, mixed."""
+        """Collates and mixes a batch."""
         return (images, labels) if self.mix is None else self.mix(images, labels)
 
 
@@ -444,7 +444,7 @@ def torchvision_transform(size: int, interpolation: str) -> v2.Compose:
 
 
 def workers_of(s: Setting, workers: int) -> dict[str, Any]:
-    """A DataLoader's arguments for its workers, alike for all that use one."""
+    """The worker arguments of a DataLoader, the same for all loaders that use one."""
     return dict(num_workers=workers, pin_memory=s.cuda, persistent_workers=True, prefetch_factor=PREFETCH)
 
 
@@ -471,7 +471,7 @@ def open_spdl(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    spdl.io.demux_config()  # loads FFmpeg, or says that it is missing
+    spdl.io.demux_config()  # loads FFmpeg, or reports that it is missing
     samples, mix = s.repeated(batches), MixingCollate(mixing, s.num_classes).whole
 
     def decode(index: int):
@@ -500,7 +500,7 @@ def open_spdl(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
 
 
 def normalised(images: torch.Tensor) -> torch.Tensor:
-    """float32 NCHW of uint8 images."""
+    """uint8 images as float32 NCHW."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
@@ -541,7 +541,7 @@ def open_webdataset(mixing: str, rebatched: bool, s: Setting, workers: int, batc
         .map_tuple(FromBytes(s), int)
         .batched(s.batch_size, collation_fn=MixingCollate(mixing, s.num_classes), partial=False)
         .with_epoch(-(-batches // workers))
-    )  # an epoch is each worker's own
+    )  # each worker has its own epoch
     loader = webdataset.WebLoader(dataset, batch_size=None, shuffle=False, **workers_of(s, workers))
     if rebatched:
         loader = loader.unbatched().shuffle(10).batched(s.batch_size, partial=False)
@@ -552,7 +552,7 @@ def open_webdataset(mixing: str, rebatched: bool, s: Setting, workers: int, batc
 
 
 class Transformed:
-    """A `litdata_sample`, its image transformed."""
+    """A `litdata_sample` with its image transformed."""
 
     def __init__(self, s: Setting):
         self.transform = torchvision_transform(s.size, s.interpolation)
@@ -564,7 +564,7 @@ class Transformed:
 def open_litdata(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    # Every worker gets equally many whole batches, and what is over is dropped.
+    # Every worker gets the same number of full batches; the remainder is dropped.
     samples = -(-batches // workers) * workers * s.batch_size
     times = (samples + 0.5) / len(s.samples)  # LitData rounds down
     loader = StreamingDataLoader(
@@ -587,7 +587,7 @@ def open_mosaic(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
     dataset = StreamingImageNet(
         local=s.mds,
         shuffle=True,
-        shuffle_algo="py1e",  # StreamingDataset's default, and what the documentation advises; this class has another
+        shuffle_algo="py1e",  # StreamingDataset's default, as the documentation recommends; this class differs
         batch_size=s.batch_size,
         epoch_size=batches * s.batch_size,
         transform=FromBytes(s),
@@ -636,7 +636,7 @@ WORKERS: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swe
 TORCH: dict[str, Any] = dict(packages=("torchvision",), **WORKERS)
 TIMM: dict[str, Any] = dict(mixing=BOTH, packages=("timm",), **WORKERS)
 DECODED = "decode_image and transforms v2"
-MIXED = "mixed a batch at a time by torchvision"
+MIXED = "mixed per batch by torchvision"
 COLLATED = "create_loader with its prefetcher and FastCollateMixup as collate_fn, as timm's train.py; targets are dense"
 
 
@@ -644,8 +644,8 @@ def mixed(mode: str, mixup_alpha: float = 0.0) -> dict[str, Any]:
     return dict(mode=mode, cutmix_alpha=1.0, mixup_alpha=mixup_alpha)
 
 
-# The paper's and DeiT's; repeated augmentation, too, but that changes the order alone. mmax9: at magnitude 10 timm
-# asks for a Posterize to 0 bits, which Pillow 13 refuses.
+# The paper's and DeiT's; repeated augmentation, too, but that only changes the order. mmax9: at magnitude 10 timm
+# requests Posterize to 0 bits, which Pillow 13 rejects.
 RECIPE: dict[str, Any] = dict(auto_augment="rand-m9-mstd0.5-mmax9-inc1", re_prob=0.25, re_mode="pixel")
 
 ENTRIES = [
@@ -673,7 +673,7 @@ ENTRIES = [
         open_lumix_dynamic,
         mixing=CUTMIX,
         **LUMIX,
-        note="a loop of one's own in DALI's dynamic mode with lumix_dali.dynamic.mix; nothing is decoded ahead",
+        note="a custom loop in DALI's dynamic mode with lumix_dali.dynamic.mix; nothing is decoded ahead",
     ),
     Entry(
         "dali+torchvision cutmix",
@@ -754,7 +754,7 @@ ENTRIES = [
         **WORKERS,
         packages=("mosaicml-streaming",),
         excused=True,
-        note="MDS shards of 64 MB; StreamingImageNet and StreamingDataLoader; the column is bytes, as its jpeg would "
+        note="MDS shards of 64 MB; StreamingImageNet and StreamingDataLoader; the column is bytes, since jpeg would "
         f"give PIL images; {DECODED}, {MIXED} in the workers",
     ),
     Entry(
@@ -765,7 +765,7 @@ ENTRIES = [
         swept=True,
         packages=("ffcv",),
         excused=True,
-        note="threads; JPEGs written anew at quality 90, as it stores no others; resized with OpenCV's area "
+        note="threads; JPEGs re-encoded at quality 90, since it stores no others; resized with OpenCV's area "
         f"interpolation, its only one; normalised on the device, and {MIXED}, in the main thread",
     ),
 ]

@@ -1,12 +1,12 @@
 """What a batch costs, stage by stage, and whether the loader or the model is the bottleneck.
 
-Stages overlap, so a stage's cost is an ablation: the time a batch takes with it, less the time without it. The
-loader's stages are DALI pipelines that end after each stage; the model's are the parts of a step on one cached
-batch. The whole step is then fed by the loader, and by the replay of a cached batch: their difference is what the
-loader costs a training run. "epoch" is what a new epoch and a checkpoint cost. "handover" compares steps on
-batches in DALI's own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into
-PyTorch's memory; its rows also give the process's CPU time (`cpu_ms`) and the GPU memory in use (`memory_mib`).
-"mixing" is mixing's own cost: the CPU time of a loader's batch of 256 images of 8x8 pixels, on the CPU in one thread.
+Stages overlap, so a stage's cost is measured by ablation: the time of a batch with it minus the time without it. The
+loader's stages are DALI pipelines that end after each stage; the model's stages are the parts of a step on one cached
+batch. The whole step is fed once by the loader and once by a replayed batch: the difference is what the loader costs a
+training run. "epoch" is the cost of a new epoch and of a checkpoint. "handover" compares steps on batches in DALI's
+own memory (DLPack; DALI synchronises the device to free them) with steps on batches copied into PyTorch's memory; its
+rows also give the process's CPU time (`cpu_ms`) and the GPU memory in use (`memory_mib`). "mixing" is the cost of
+mixing itself: the CPU time per batch of a loader of 256 images of 8x8 pixels, on the CPU in one thread.
 
     python -m benchmarks.cost --model resnet50 --data imagenet/train --batch-size 256 --out FILE.json
     python -m benchmarks.cost --model resnet50 --data imagenet/train --trace trace.json --out FILE.json
@@ -50,7 +50,7 @@ MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
 CUTMIX: dict[str, Any] = dict(cutmix_alpha=1.0)
 OWN = {"tiny none": {}, "tiny cutmix": CUTMIX, "tiny cutmix+mixup": CUTMIX | dict(mixup_alpha=0.8)}
 OWN_BATCH, OWN_SIDE = 256, 8
-# What is mixed, and the loss that goes with it.
+# The mixing, and the loss that belongs to it.
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "none": ({}, dict(r_r=0.0, r_s=0.0, eta=0.0)),
     "cutmix": (CUTMIX, dict(r_r=0.0, r_s=0.0, eta=0.0)),
@@ -59,7 +59,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 
 
 class Feed:
-    """What the loader's pipeline reads: drawn samples again and again, and the plan of each batch."""
+    """The input of the loader's pipeline: the drawn samples, repeated, and the plan of each batch."""
 
     gives_paths = True
 
@@ -76,7 +76,7 @@ class Feed:
 
 @pipeline_def
 def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
-    """`lumix_dali`'s training pipeline, ended after some of `LOADER_STAGES`."""
+    """`lumix_dali`'s training pipeline, truncated after some of `LOADER_STAGES`."""
     encoded, arrays = pipelines.read(feed)
     images = cropped(encoded, size, stages, decoder, guarded_crop)
     if stages <= 3:
@@ -86,7 +86,7 @@ def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
 
 
 def build(s: Setting, threads: int, stages: int, **options: Any) -> Pipeline:
-    """A pipeline of the first `stages` stages over `s.samples`, again and again."""
+    """A pipeline of the first `stages` stages that repeats `s.samples`."""
     feed = Feed(s, Mixing(**CUTMIX) if stages > 3 else None)
     return staged_pipeline(
         feed,
@@ -164,7 +164,7 @@ class Step:
 
 
 def loader_turn(s: Setting, start: Callable[[int], Iterable], timed: int) -> float:
-    """Milliseconds a batch of a loader in its steady state."""
+    """Milliseconds per batch of a loader in its steady state."""
     loader = start(harness.epoch_length(timed, PREFETCH))
     speed = harness.throughput(loader, batch_size=s.batch_size, timed=timed, ahead=PREFETCH, device=s.device)
     return 1000 * s.batch_size / speed
@@ -183,14 +183,14 @@ def fed(loader: Iterable, step: Step) -> Iterator:
 
 
 def model_turn(step: Step, batch: Any, parts: int, timed: int) -> float:
-    """Milliseconds of the first `parts` parts of a step on a cached batch, after one that does not count."""
+    """Milliseconds of the first `parts` parts of a step on a cached batch, after one untimed step."""
     step.run(batch, parts)
     return harness.milliseconds(partial(step.run, batch, parts), timed, step.s.device)
 
 
 def first_batch(step: Step, threads: int, batches: int) -> float:
-    """Milliseconds from ``iter()`` to the first batch: what every epoch pays for a pipeline of its own."""
-    epochs: list[Any] = []  # kept, so that taking a pipeline down is not counted
+    """Milliseconds from ``iter()`` to the first batch: what every epoch pays for its own pipeline."""
+    epochs: list[Any] = []  # kept, so that the teardown of a pipeline is not timed
 
     def start() -> None:
         epochs.append(iter(step.loader(threads, batches)))
@@ -211,7 +211,7 @@ def checkpointed(s: Setting, threads: int, batches: int) -> float:
     """Milliseconds per call of DALI's ``checkpoint()``, which the loader calls after every batch."""
     seconds, stream = 0.0, s.stream
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # DALI cannot restore our source: nothing is restored here
+        warnings.simplefilter("ignore", UserWarning)  # DALI cannot restore this source, but nothing is restored here
         pipe = build(s, threads, len(LOADER_STAGES), enable_checkpointing=True)
         pipe.run(stream)
     for _ in range(batches):
@@ -249,7 +249,7 @@ class Handover:
             yield images
 
     def prepare(self) -> dict[str, Any]:
-        """CPU time per step and, on a GPU, the peak of its memory in use, less what was in use before."""
+        """CPU time per step and, on a GPU, the peak memory in use minus what was in use before."""
         s = self.step.s
         free = free_memory(s, release=True)
         steps = self.epoch(harness.epoch_length(2 * self.count, PREFETCH))
@@ -260,18 +260,18 @@ class Handover:
         return dict(cpu_ms=cpu, memory_mib=(free - least) / 2**20 if s.cuda else None)
 
     def measure(self) -> float:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         return loader_turn(self.step.s, lambda batches: Epoch(partial(self.epoch, batches)), self.count)
 
 
 class Own:
-    """Mixing's own cost: a loader of images so small that little else is left."""
+    """The cost of mixing itself: a loader of images so small that little else costs time."""
 
     def __init__(self, s: Setting, mixing: dict[str, Any], batches: int):
         self.s, self.mixing, self.batches = s, mixing, batches
 
     def files(self) -> Files:
-        """As many images as an epoch needs, of few files."""
+        """As many images as an epoch needs, from few files."""
         root = self.s.scratch / "tiny"
         if not root.exists():
             for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (512, OWN_SIDE, OWN_SIDE, 3))):
@@ -279,10 +279,10 @@ class Own:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
         samples = dataclasses.replace(self.s, samples=load_files(root), batch_size=OWN_BATCH)
-        return samples.repeated(self.batches + 4 * PREFETCH + 1)  # the next epoch's start is not to be counted
+        return samples.repeated(self.batches + 4 * PREFETCH + 1)  # the start of the next epoch must not be counted
 
     def measure(self) -> float:
-        """CPU milliseconds a batch of all threads, in the loader's steady state."""
+        """CPU milliseconds per batch, over all threads, in the loader's steady state."""
         loader = create_loader(
             self.files(),
             batch_size=OWN_BATCH,
@@ -311,7 +311,7 @@ def free_memory(s: Setting, release: bool = False) -> int:
 
 
 def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
-    """Stages of the loader, stages of the model, and whole steps: those of `args.parts`."""
+    """Measures the stages of the loader and of the model and whole steps, as `args.parts` selects."""
     if "loader" in args.parts:
         for number, name in enumerate(LOADER_STAGES, 1):
             start = partial(stage_start, s, args.threads, min(number, 5), name == "copy")
@@ -324,7 +324,7 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
 
 
 def chained(chosen: list[harness.Candidate]) -> list[harness.Candidate]:
-    """The candidates, of which each stage of the loader and of the model comes after the one before it."""
+    """The candidates; each stage of the loader and of the model comes after the previous one."""
     for part in ("loader", "model"):
         for before, stage in pairwise(candidate for candidate in chosen if candidate.where["part"] == part):
             stage.after = before.name
@@ -332,7 +332,7 @@ def chained(chosen: list[harness.Candidate]) -> list[harness.Candidate]:
 
 
 def model_candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
-    """All that needs a model."""
+    """The candidates that need a model."""
     steps = {recipe: Step(s, args.model, recipe, args.amp) for recipe in RECIPES}
     cached = {recipe: next(iter(step.loader(args.threads, 1))) for recipe, step in steps.items()}
     for parts, name in enumerate(MODEL_STAGES, 1):
@@ -366,7 +366,7 @@ def fed_start(step: Step, threads: int, batches: int) -> Epoch:
 
 
 def write_trace(s: Setting, args: argparse.Namespace) -> None:
-    """Profiles loader-fed LUMix steps and writes a Chrome trace."""
+    """Profiles LUMix steps fed by the loader and writes a Chrome trace."""
     step = Step(s, args.model, "lumix", args.amp)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if s.cuda else []
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     harness.add_arguments(parser)
     parser.add_argument("--data", type=Path, metavar="DIR", help="class folder; default: generated images")
-    parser.add_argument("--model", default="resnet50", help="any name timm.create_model knows")
+    parser.add_argument("--model", default="resnet50", help="any model name that timm.create_model accepts")
     parser.add_argument("--batch-size", type=harness.positive, default=256)
     parser.add_argument("--input-size", type=harness.positive, default=224)
     parser.add_argument("--threads", type=harness.positive, default=harness.cpus(), help="DALI's")
@@ -432,8 +432,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME=NUMBER,...",
         help="of DALI's decoder, as benchmarks.tune finds them",
     )
-    parser.add_argument("--batches", type=harness.positive, default=4, help="that count in a turn of the loader")
-    parser.add_argument("--steps", type=harness.positive, default=4, help="that count in a turn of the model")
+    parser.add_argument("--batches", type=harness.positive, default=4, help="timed batches in a turn of the loader")
+    parser.add_argument("--steps", type=harness.positive, default=4, help="timed batches in a turn of the model")
     parser.add_argument(
         "--parts",
         type=lambda text: text.split(","),
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--only", metavar="NAMES", help=f"of these parts' {harness.ONLY}")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--trace", metavar="FILE.json", help="write a trace for Perfetto as well")
+    parser.add_argument("--trace", metavar="FILE.json", help="also write a trace for Perfetto")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"--parts {','.join(args.parts)}: {min(unknown)} is none of {', '.join(PARTS)}")

@@ -1,8 +1,8 @@
 """A class folder of JPEGs with ImageNet's statistics, for benchmarks on a machine that has no ImageNet.
 
-What decides a loader's speed is bytes, pixels and chroma subsampling, not what a picture shows. ImageNet's files
-have 110 kB and .2 Mpixel in the mean, three quarters of them 4:4:4, the others 4:2:0. Here textures with detail
-at every scale are compressed at the quality that meets a file size drawn for each.
+A loader's speed depends on bytes, pixels and chroma subsampling, not on what a picture shows. ImageNet's files have
+110 kB and .2 Mpixel on average; three quarters of them are 4:4:4, the others 4:2:0. Here, textures with detail at
+every scale are compressed at the quality that meets a file size drawn for each image.
 
     python -m benchmarks.data                                   # 1000 images in data/synthetic-imagenet
     python -m benchmarks.data --root DIR --images 10000 --classes 1000
@@ -29,19 +29,19 @@ _DONE = ".complete.json"
 
 
 def generate(root: str | os.PathLike = DEFAULT, images: int = 1000, classes: int = 100, seed: int = 0) -> Path:
-    """Writes ``root/CLASS/NUMBER.jpg``, or finds it written already; the same files for the same arguments.
+    """Writes ``root/CLASS/NUMBER.jpg`` unless it exists; the same arguments give the same files.
 
     Args:
-        root: folder; what a broken-off run left there is made anew.
-        images: how many files.
-        classes: over how many class folders they are dealt out, one after the other.
-        seed: of everything drawn.
+        root: folder; an incomplete set from an interrupted run is written again.
+        images: number of files.
+        classes: number of class folders; files are assigned to them in turn.
+        seed: seed of all random numbers.
 
     Returns:
         `root`.
 
     Raises:
-        ValueError: fewer images than classes, or `root` holds something else.
+        ValueError: there are fewer images than classes, or `root` holds something else.
     """
     root = Path(root)
     if images < classes:
@@ -71,10 +71,10 @@ def generate(root: str | os.PathLike = DEFAULT, images: int = 1000, classes: int
 
 
 def jpeg(rng: np.random.Generator, subsampled: bool) -> bytes:
-    """One JPEG of about the size drawn for it, 4:2:0 if `subsampled`, else 4:4:4."""
-    wanted = rng.lognormal(np.log(MEAN_BYTES) - SPREAD**2 / 2, SPREAD)  # of which the mean is MEAN_BYTES
+    """A JPEG of about the given size, 4:2:0 if `subsampled`, else 4:4:4."""
+    wanted = rng.lognormal(np.log(MEAN_BYTES) - SPREAD**2 / 2, SPREAD)  # their mean is MEAN_BYTES
     image = texture(rng)
-    low, high = 10, 100  # qualities: too small a file, too large a one
+    low, high = 10, 100  # qualities whose files are too small and too large
     while high - low > 1:
         quality = (low + high) // 2
         low, high = (quality, high) if len(_encode(image, quality, subsampled)) < wanted else (low, quality)
@@ -82,11 +82,11 @@ def jpeg(rng: np.random.Generator, subsampled: bool) -> bytes:
 
 
 def texture(rng: np.random.Generator) -> Image.Image:
-    """An RGB texture of ImageNet's usual sizes: 500 pixels wide or high, .2 Mpixel in the mean."""
+    """An RGB texture of ImageNet's usual sizes: 500 pixels wide or high, .2 Mpixel on average."""
     size = (500, int(rng.integers(300, 501)))
     width, height = size if rng.random() < 0.75 else size[::-1]
     pixels = np.full((height, width, 3), 128, np.float32)
-    for cells in (2, 4, 8, 16, 32, 64, 128, 256, 512):  # an octave each
+    for cells in (2, 4, 8, 16, 32, 64, 128, 256, 512):  # one octave each
         noise = rng.normal(0, 90 / cells**0.4, (cells, cells, 3)).clip(-128, 127) + 128
         octave = Image.fromarray(noise.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
         pixels += np.asarray(octave, np.float32) - 128
@@ -104,17 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", default=DEFAULT, metavar="DIR", help=f"where to (default: {DEFAULT})")
-    parser.add_argument("--images", type=positive, default=1000, help="how many (default: 1000)")
-    parser.add_argument("--classes", type=positive, default=100, help="in how many folders (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
+    parser.add_argument("--root", default=DEFAULT, metavar="DIR", help=f"folder to write (default: {DEFAULT})")
+    parser.add_argument("--images", type=positive, default=1000, help="number of images (default: 1000)")
+    parser.add_argument("--classes", type=positive, default=100, help="number of class folders (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     args = parser.parse_args(argv)
     try:
         root = generate(args.root, args.images, args.classes, args.seed)
     except ValueError as error:
         parser.error(str(error))
     sizes = [path.stat().st_size for path in root.rglob("*.jpg")]
-    print(f"{root}: {len(sizes)} images, {np.mean(sizes) / 1e3:.0f} kB in the mean")
+    print(f"{root}: {len(sizes)} images, {np.mean(sizes) / 1e3:.0f} kB on average")
 
 
 if __name__ == "__main__":

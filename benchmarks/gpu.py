@@ -1,8 +1,8 @@
 """One visit to a machine with a GPU: its report, the GPU tests, the benchmarks and a small training, in minutes.
 
-Steps run in the order of their worth, each in a process of its own that is stopped at its limit; what a step
-leaves unused goes to those after it. All is written as it comes, so that a visit cut short brings home what it
-has, in eight files at most:
+Steps run in order of importance, each in its own process that is stopped at its time limit; unused time goes to the
+later steps. Results are written as they arrive, so that an interrupted visit keeps what it has, in at most eight
+files:
 
     OUT/results.jsonl    one line per step: status, seconds, reason, result
     OUT/log.txt          what the steps print; there is no need to pipe the output into another file
@@ -12,8 +12,9 @@ has, in eight files at most:
     python -m benchmarks.gpu --out runs/gpu --images imagenet/train --cifar cifar10
     python -m benchmarks.gpu --out runs/again --only tests,training --cifar cifar10 --seeds 3 --epochs 15
 
-A host without a registry needs torch, torchvision and timm of its own, and DALI and pytest on PYTHONPATH; steps
-whose packages are missing are reported and skipped. Without a GPU, what can run on the CPU does, in a short form.
+A host without a package registry needs its own torch, torchvision and timm, and DALI and pytest on PYTHONPATH; steps
+whose packages are missing are reported and skipped. Without a GPU, the steps that can run on the CPU do, in a short
+form.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import torch
 
 from . import harness, probe
 
-# Per cent of a visit's time; the order is that of worth.
+# Per cent of a visit's time, in order of importance.
 SHARES = {
     "environment": 9,
     "tests": 34,
@@ -49,7 +50,7 @@ SHARES = {
     "training": 8,
 }
 WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
-# Two processes: should a GPU's decoder crash, the operators have been tested all the same.
+# Two processes: if a GPU's decoder crashes, the operators are still tested.
 TESTS = {
     "operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss", "segment"),
     "decoding": ("gpu", "classification", "loader", "ranks"),
@@ -77,12 +78,12 @@ TRAINING = [
 ]
 FAST = ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
 RECIPES = {"cutmix": ["--no-lumix"], "lumix": []}
-# Name, model, batch size, and what of `benchmarks.cost` is measured with it.
+# Name, model, batch size, and the parts of `benchmarks.cost` to measure.
 COSTS = (
     ("deit", "deit_small_patch16_224", 128, "model,step"),
     ("resnet50", "resnet50", 256, "loader,epoch,handover,step"),
 )
-GRACE = 5  # seconds, between asking a step to end and ending it
+GRACE = 5  # seconds between asking a step to end and killing it
 DALI = ("nvidia.dali", "the wheel nvidia-dali-cuda130 or its files on PYTHONPATH")
 PYTEST = ("pytest", "pure wheels, which can be carried: pytest pluggy iniconfig packaging pygments")
 
@@ -92,11 +93,11 @@ class Step:
     """A program of the visit.
 
     Attributes:
-        name: of its line; what stands before a blank is its name in `SHARES`.
-        argv: behind ``python -m``.
-        result: JSON that it writes; None: the last line of its output, as JSON or as it is.
-        needs: (module, what to install) of what it cannot do without.
-        skip: why it is not run at all.
+        name: name of its line; the part before a blank is its name in `SHARES`.
+        argv: arguments after ``python -m``.
+        result: JSON file that it writes; None: the last line of its output, as JSON or as text.
+        needs: (module, what to install) for each required module.
+        skip: the reason not to run it.
     """
 
     name: str
@@ -106,13 +107,13 @@ class Step:
     skip: str = ""
 
     def reason(self) -> str:
-        """Why it cannot run; empty if it can."""
+        """The reason why it cannot run; empty if it can."""
         missing = [f"no module {module}: {remedy}" for module, remedy in self.needs if not probe.available(module)]
         return self.skip or "; ".join(missing)
 
 
 def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
-    """The steps; a step's arguments may depend on what those before it found."""
+    """The steps; their arguments may depend on the results of earlier steps."""
     gpu, out = args.device != "cpu", args.out
     device = ["--device", args.device]
     quick = [] if gpu else ["--quick"]
@@ -164,8 +165,8 @@ def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
 
 
 def tests(name: str, skip: str) -> Step:
-    """Some of the GPU tests, without those that take minutes."""
-    # The project's own options turn -q on: -vv makes that -v, one line per test.
+    """Some of the GPU tests, without the slow ones."""
+    # The project's options include -q; with -vv that becomes -v, one line per test.
     options = [
         "-m",
         "gpu and not slow",
@@ -181,7 +182,7 @@ def tests(name: str, skip: str) -> Step:
 
 
 def arguments(tuned: Path) -> list[str]:
-    """What `benchmarks.tune` chose, as arguments of the benchmarks behind it."""
+    """The choices of `benchmarks.tune`, as arguments of the later benchmarks."""
     if not tuned.is_file():
         return []
     chosen = json.loads(tuned.read_text())["chosen"]
@@ -190,9 +191,9 @@ def arguments(tuned: Path) -> list[str]:
 
 
 def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scratch: Path) -> Step:
-    """A small training of one recipe; recipes of a seed share everything else.
+    """A small training of one recipe; the recipes of a seed share everything else.
 
-    Without CIFAR it trains and validates on `images`, which shows that it runs, not how accurate it is.
+    Without CIFAR it trains and validates on `images`, which shows that it runs but says nothing about accuracy.
     """
     name, experiment, gpu = f"training {recipe} {seed}", f"{recipe}-{seed}", args.device != "cpu"
     if args.cifar is None:
@@ -214,14 +215,14 @@ def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scr
 
 
 def share(name: str, only: Iterable[str], seeds: int) -> float:
-    """A step's part of the visit; steps of one kind share its time equally."""
+    """A step's share of the visit; steps of the same kind divide it equally."""
     kind = name.partition(" ")[0]
     number = {"tests": len(TESTS), "training": seeds * len(RECIPES)}.get(kind, 1)
     return SHARES[kind] / number if kind in only else 0
 
 
 def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
-    """Runs a step for at most `seconds` and says how it ended and what it found."""
+    """Runs a step for at most `seconds` and returns its status and result."""
     line: dict[str, Any] = dict(step=step.name)
     if reason := step.reason():
         return line | dict(status="skipped", reason=reason)
@@ -248,7 +249,7 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
     result = None
     try:
         result = found(step, output)
-    except (KeyError, TypeError, ValueError) as error:  # of what a step wrote: the visit goes on
+    except (KeyError, TypeError, ValueError) as error:  # in what a step wrote: the visit continues
         line |= dict(status="failed", reason=f"its result cannot be read: {harness.last_line(error)}")
     if status == "failed":
         line["reason"] = f"{ending(code)}: {(output.strip().splitlines() or [''])[-1]}"
@@ -258,14 +259,14 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
 
 
 def ending(code: int | None) -> str:
-    """How a process failed, in words."""
+    """Describes how a process failed."""
     return f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a step and what it started: first as Ctrl-C does, upon which benchmarks write what they have."""
+    """Ends a step and its processes, first as Ctrl-C does, so that benchmarks write what they have."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is None or number == signal.SIGKILL:  # its workers may outlive it
+        if process.poll() is None or number == signal.SIGKILL:  # its workers may still be running
             try:
                 os.killpg(process.pid, number)
                 process.wait(GRACE)
@@ -274,14 +275,14 @@ def end(process: subprocess.Popen) -> None:
 
 
 def found(step: Step, output: str) -> Any:
-    """A step's result: its file's, or what its output says."""
+    """A step's result, from its file or from its output."""
     if step.result is not None:
         if not step.result.is_file():
             return None
         result = json.loads(step.result.read_text())
         if "rows" not in result:
             return result
-        errors = {row["name"]: row["error"] for row in result["rows"] if row.get("error")}  # tune's rows have none
+        errors = {row["name"]: row["error"] for row in result["rows"] if row.get("error")}  # tune's rows have no errors
         return dict(file=step.result.name, complete=result["complete"], errors=errors)  # the rest is in the file
     if step.argv[0] == "pytest":
         outcomes = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, flags=re.MULTILINE)
@@ -289,11 +290,11 @@ def found(step: Step, output: str) -> Any:
             word.lower(): [name for name, outcome in outcomes if outcome == word]
             for word in ("FAILED", "ERROR", "SKIPPED")
         }
-        # Files that cannot be imported have no line of their own.
+        # Files that cannot be imported have no line.
         names["error"] += re.findall(r"^ERROR (tests/[^:\s]+\.py)(?!:)", output, flags=re.MULTILINE)
         selected = re.search(r"^collecting .*? (\d+) (?:items?$|selected)", output, flags=re.MULTILINE)
         return dict(
-            selected=int(selected[1]) if selected else None,  # more than all others: it was cut short
+            selected=int(selected[1]) if selected else None,  # more tests than results: the run was cut short
             passed=sum(outcome == "PASSED" for _, outcome in outcomes),
             **names,
         )
@@ -304,7 +305,7 @@ def found(step: Step, output: str) -> Any:
 
 
 def paired(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Top-1 of each recipe over the seeds that both finished, and LUMix less CutMix seed by seed."""
+    """Top-1 of each recipe over the seeds that both finished, and LUMix minus CutMix seed by seed."""
     top1 = {
         line["step"]: line["result"]["top1"]
         for line in lines
@@ -329,7 +330,7 @@ def paired(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict[str, Any]]:
-    """Runs the steps within the time there is; a line of `results` each."""
+    """Runs the steps within the available time and writes one line of `results` for each."""
     deadline, lines = time.monotonic() + 60 * args.minutes, []
     left = float(sum(SHARES[name] for name in args.only))
 
@@ -351,20 +352,20 @@ def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict
             else dict(step=step.name, status="skipped", reason="no time left")
         )
         left -= part
-    # Without CIFAR, models are validated on what they were trained on: their scores say nothing.
+    # Without CIFAR, models are validated on their training images: the scores are meaningless.
     if args.cifar and (comparison := paired(lines)):
         say(dict(step="training, paired", status="ok", result=comparison))
     return lines
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; with what is wrong on its face it ends here."""
+    """Reads the command line; invalid flags end the program here."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where results go; a new or empty folder")
-    add("--minutes", type=float, default=8.0, help="how long the visit is")
+    add("--minutes", type=float, default=8.0, help="duration of the visit in minutes")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--images", type=Path, metavar="DIR", help="class folder of JPEGs; default: they are generated")
     add(
@@ -386,24 +387,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args.only = [*{"images": 0, **dict.fromkeys(args.only)}]
     for flag, folder in (("--images", args.images), ("--cifar", args.cifar and args.cifar / "train")):
         if folder and not folder.is_dir():
-            parser.error(f"{flag}: there is no folder {folder}")
+            parser.error(f"{flag}: no such folder: {folder}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"--out {args.out}: it is not an empty folder; give another one")
+        parser.error(f"--out {args.out}: not an empty folder; give another one")
     args.images, args.cifar = (path and path.resolve() for path in (args.images, args.cifar))
     args.out = args.out.resolve()
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns 1 if a step failed, 0 also where some were skipped or stopped at their limit."""
+    """Runs the program; returns 1 if a step failed, 0 even if steps were skipped or stopped at their limit."""
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is ended too
     try:
         with tempfile.TemporaryDirectory() as scratch, (args.out / "results.jsonl").open("w") as results:
             lines = visit(args, results, Path(scratch))
     finally:
-        for partial in args.out.glob(".*.partial"):  # of a benchmark that was stopped while it wrote
+        for partial in args.out.glob(".*.partial"):  # from a benchmark that was stopped while writing
             partial.unlink()
     return int(any(line["status"] == "failed" for line in lines))
 

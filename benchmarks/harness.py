@@ -1,15 +1,15 @@
-"""What all benchmarks share: candidates take turns, results are JSON that says where it comes from.
+"""The common part of all benchmarks: candidates take turns, and results are JSON that records its origin.
 
 On a shared machine speed drifts by tens of per cent within minutes. So candidates take turns within one run
-(A B C A B C ...), the first round is not counted, and what is reported besides medians is the ratio to a
-reference round by round, from which the drift cancels.
+(A B C A B C ...), and the first round is not counted. Besides medians, results report the ratio to a reference round
+by round, in which the drift cancels.
 
     candidates = [Candidate("eager", turn=time_eager), Candidate("compiled", turn=time_compiled)]
     compare(candidates, kind="loss", unit="ms", command="...", out=out, references=["eager"])
 
-A row of the result: name, the fields of `where` and `fields`, what `prepare` returned, `values` (one a counted
+A row of the result: name, the fields of `where` and `fields`, what `prepare` returned, `values` (one per counted
 round), `median`, `quartiles`, `ratios` {reference: {values, median, quartiles}}, `error` (None, or its last line).
-The values of a stage are what it adds to the stage before it; `until` has what was measured, both and all before.
+The values of a stage are what it adds to the previous stage; `until` has the measured total up to this stage.
 """
 
 import argparse
@@ -68,14 +68,14 @@ class Candidate:
     """One competitor.
 
     Attributes:
-        name: of its row; stable, since figures and tables go by it.
+        name: name of its row; stable, because figures and tables refer to it.
         turn: one measurement, in the unit of the run.
-        prepare: called once before the untimed round; what it returns becomes part of the row.
-        where: fields that set it apart from a candidate of the same name; ratios are made within equal ones.
+        prepare: called once before the untimed round; its return value becomes part of the row.
+        where: fields that distinguish candidates of the same name; ratios are computed within equal ones.
         fields: further fields of the row.
-        excused: a failure is no fault of the run; the row says so, with the error.
-        after: name of the candidate, of the same `where`, whose work a turn of this one does too; the row's values
-            are this one's alone.
+        excused: a failure does not fail the run; the row records it, with the error.
+        after: name of the candidate, of the same `where`, whose work is included in this one's turn; the row's
+            values are only the difference.
     """
 
     name: str
@@ -101,22 +101,22 @@ def compare(
 ) -> dict[str, Any]:
     """Lets the candidates take turns: an untimed round, then `rounds` counted ones.
 
-    The result is written after every round, and when the run is interrupted; `complete` tells which.
+    The result is written after every round and when the run is interrupted; `complete` says whether it finished.
 
     Args:
-        kind: what was measured; `benchmarks.plot` draws by it.
-        unit: of the values.
+        kind: what was measured; it selects the figure of `benchmarks.plot`.
+        unit: unit of the values.
         command: the command line that repeats the run.
         out: JSON file.
-        references: names of candidates to whom every row gets ratios.
-        settings: what was alike for all candidates.
-        allow_dirty: measure uncommitted code even for `benchmarks/results`; the result says so.
+        references: names of candidates to which every row gets ratios.
+        settings: settings common to all candidates.
+        allow_dirty: measure uncommitted code even for `benchmarks/results`; the result records it.
 
     Returns:
-        The result as it was written.
+        The result as written.
 
     Raises:
-        ValueError: the result would be uncommitted code's, in `benchmarks/results`.
+        ValueError: the result would go to `benchmarks/results` but the code is uncommitted.
     """
     meta = metadata(command)
     refuse_dirty(out, meta, allow_dirty)
@@ -151,7 +151,7 @@ def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
         if counted:
             row.get("until", row)["values"].append(value)
     except Exception as error:
-        # A losing or broken candidate must neither vanish nor end the others' run.
+        # A failing candidate must neither vanish nor end the run of the others.
         row["error"] = last_line(error)
         row["excused"] = candidate.excused
         tqdm.write(f"{candidate.name}: {row['error']}" if candidate.excused else traceback.format_exc())
@@ -177,13 +177,13 @@ def _summarise(rows: list[dict], candidates: Sequence[Candidate], references: Se
 
 
 def ratio(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Ratios round by round, and their summary."""
+    """Ratios round by round and their summary."""
     ratios = [value / other for value, other in zip(values, reference, strict=False)]
     return dict(values=ratios, **summary(ratios))
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median and [lower, upper] quartile; None without values."""
+    """Median and [lower, upper] quartiles; None without values."""
     if not values:
         return dict(median=None, quartiles=None)
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
@@ -201,18 +201,18 @@ def throughput(
 ) -> float:
     """Images/s of one epoch of `loader` in its steady state.
 
-    A loader that idles between its turns has its queue full when its turn comes, and would be credited with
-    work it did before; at its epoch's end it would be credited with work that nobody has to do behind
-    it. So the batches it can have ahead are consumed untimed before, and as many must be left behind. Then
-    the epoch is drained, so that nothing of it runs on in another's turn.
+    A loader that was idle between its turns starts with a full queue, and would be credited with earlier work; at
+    the end of an epoch it no longer prepares batches, and would be credited with work that it skips. So the batches
+    it may hold ahead are consumed untimed first, and the same number must remain afterwards. Then the epoch is
+    drained, so that none of its work runs in another loader's turn.
 
     Args:
         loader: every ``iter()`` is an epoch of at least `epoch_length` batches.
-        batch_size: images a batch.
-        timed: batches that count.
-        ahead: batches that may be ready or in the making when nobody asks for them.
-        device: "cuda" and "cuda:N" are waited for before both readings of the clock.
-        check: is given the first batch, and raises if it is not what was asked for.
+        batch_size: images per batch.
+        timed: number of timed batches.
+        ahead: max batches that are ready or in progress before they are requested.
+        device: "cuda" and "cuda:N" are synchronised before both readings of the clock.
+        check: called with the first batch; raises if it does not have the requested form.
 
     Raises:
         ValueError: an epoch is shorter than `epoch_length`.
@@ -233,18 +233,18 @@ def throughput(
 
 
 def epoch_length(timed: int, ahead: int) -> int:
-    """Batches that an epoch needs for `throughput` to count `timed` of them."""
+    """Number of batches that `throughput` needs in an epoch to time `timed` of them."""
     return ahead + 1 + timed + ahead
 
 
 def synchronise(device: str) -> None:
-    """Waits for a GPU's work; nothing on a CPU."""
+    """Synchronises a GPU; does nothing on a CPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
 def milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
-    """Milliseconds a call of `step`, in the mean of `count` calls; between CUDA events on a GPU."""
+    """Milliseconds per call of `step`, averaged over `count` calls; between CUDA events on a GPU."""
     if not device.startswith("cuda"):
         start = time.perf_counter()
         for _ in range(count):
@@ -262,7 +262,7 @@ def milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
 
 
 def cpu_milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
-    """Milliseconds of CPU time that a call of `step` takes, of all threads of this process together."""
+    """Milliseconds of CPU time per call of `step`, summed over all threads of this process."""
     synchronise(device)
     start = time.process_time()
     for _ in range(count):
@@ -278,7 +278,7 @@ def last_line(error: BaseException) -> str:
 
 
 def write(path: str | os.PathLike, result: dict[str, Any]) -> None:
-    """Writes JSON so that `path` is whole at any time."""
+    """Writes JSON atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -287,7 +287,7 @@ def write(path: str | os.PathLike, result: dict[str, Any]) -> None:
 
 
 def refuse_dirty(out: str | os.PathLike, meta: dict[str, Any], allow_dirty: bool = False) -> None:
-    """Raises ValueError where a result for `benchmarks/results` would not be the stated commit's."""
+    """Raises ValueError if a result for `benchmarks/results` would not come from the stated commit."""
     if allow_dirty or not Path(out).resolve().is_relative_to(RESULTS):
         return
     if not meta["clean"]:
@@ -298,7 +298,7 @@ def refuse_dirty(out: str | os.PathLike, meta: dict[str, Any], allow_dirty: bool
 
 
 def metadata(command: str) -> dict[str, Any]:
-    """Where a result comes from: command, commit, date, machine, versions."""
+    """The origin of a result: command, commit, date, machine, versions."""
     return dict(
         command=command,
         commit=_run("git", "rev-parse", "HEAD"),
@@ -310,7 +310,7 @@ def metadata(command: str) -> dict[str, Any]:
 
 
 def _clean() -> bool:
-    # Results and what is made from them may be new: they are what a series of runs leaves behind.
+    # Results and what is generated from them may be new: a series of runs leaves them behind.
     changes = _run("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/figures")
     package = importlib.util.find_spec("lumix_dali")
     ours = package is not None and package.origin is not None and Path(package.origin).is_relative_to(ROOT)
@@ -360,17 +360,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE.json", help="where the result goes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--rounds", type=positive, default=5, help="counted rounds; an untimed one comes first")
-    parser.add_argument("--quick", action="store_true", help="one small round: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="one small round, to check that everything runs")
     parser.add_argument(
         "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
     )
 
 
-ONLY = "candidates' names, or their beginnings, separated by commas"  # help of --only
+ONLY = "names of candidates, or prefixes of them, separated by commas"  # help of --only
 
 
 class Named(Protocol):
-    """What has a name, to be picked out by it."""
+    """Anything that can be selected by its name."""
 
     @property
     def name(self) -> str: ...
@@ -380,7 +380,7 @@ N = TypeVar("N", bound=Named)
 
 
 def named(candidates: Iterable[N], only: str | None) -> list[N]:
-    """Those whose names begin with one of `only`; None: all. ValueError where nobody's name does."""
+    """The candidates whose names start with one of `only`, None for all; ValueError if a prefix matches none."""
     candidates = list(candidates)
     if only is None:
         return candidates

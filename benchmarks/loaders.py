@@ -1,15 +1,15 @@
-"""Images a second: DALI's stages, this loader, and the loaders people use instead, in turn and in one run.
+"""Images per second of DALI's stages, this loader and its alternatives, taking turns in one run.
 
-Which loaders, and how each is used: `benchmarks.contenders`. DALI and this loader get `--threads`, the others the
-best of a sweep over worker counts, which is kept. How a turn is timed: `harness.throughput`.
+`benchmarks.contenders` lists the loaders and how each is used. DALI and this loader use `--threads`; the others use
+the best of several worker counts, and the result keeps that sweep. `harness.throughput` times a turn.
 
     python -m benchmarks.loaders --data imagenet/train --batch-size 256 --input-size 224 --out FILE.json
-    python -m benchmarks.loaders --out FILE.json --only lumix,timm      # on generated images; these alone
-    python -m benchmarks.loaders --threads 1,2,4,8 --out FILE.json      # a row a thread count, workers alike
+    python -m benchmarks.loaders --out FILE.json --only lumix,timm      # on generated images; only these
+    python -m benchmarks.loaders --threads 1,2,4,8 --out FILE.json      # one row per thread (or worker) count
 
-Needs what ``pip install '.[bench]'`` brings. SPDL asks for FFmpeg's libraries too (``apt install ffmpeg``), FFCV
-for OpenCV's and libjpeg-turbo's headers. Mosaic's package is not in the extra, as it pins NumPy below 2.2 and
-transformers below 5: ``pip install --no-deps`` it with what it imports. Only FFCV and Mosaic may be missing.
+Requires ``pip install '.[bench]'``. SPDL also needs FFmpeg's libraries (``apt install ffmpeg``), FFCV the headers of
+OpenCV and libjpeg-turbo. Mosaic's package is not in the extra because it pins NumPy below 2.2 and transformers below
+5: install it with ``pip install --no-deps`` together with what it imports. Only FFCV and Mosaic may be missing.
 """
 
 import argparse
@@ -49,7 +49,7 @@ REFERENCES = (
 
 
 class Turn:
-    """An entry at work: chooses its workers and the length of a turn, then measures."""
+    """A running entry: chooses its workers and the length of a turn, then measures."""
 
     def __init__(self, entry: Entry, setting: Setting, choices: Sequence[int], images: int | None):
         self.entry, self.setting, self.choices, self.images = entry, setting, choices, images
@@ -60,7 +60,7 @@ class Turn:
             sweep = [(count, self._open(count, timed=max(2, count)).measure()) for count in self.choices]
             count, rate = max(sweep, key=lambda pair: pair[1])
         images = self.images or max(TURN_SECONDS * rate, 2 * self.setting.batch_size)
-        # Workers finish their batches together: only whole turns of theirs are fair.
+        # Workers finish their batches together, so a turn must be a multiple of their number.
         step = count if self.entry.swept else 1
         self._open(count, timed=math.ceil(images / self.setting.batch_size / step) * step)
         if not self.entry.swept:
@@ -78,14 +78,14 @@ class Turn:
         )
 
     def _open(self, count: int, timed: int) -> "Turn":
-        self.loader: Iterable = ()  # the last one's workers go first
+        self.loader: Iterable = ()  # shut down the previous workers first
         self.timed, self.ahead = timed, self.entry.ahead(count)
         self.loader = self.entry.open(self.setting, count, harness.epoch_length(timed, self.ahead))
         return self
 
 
 def candidates(entries: Sequence[Entry], setting: Setting, args: argparse.Namespace) -> list[harness.Candidate]:
-    """An entry each; with several thread counts, an entry for each of them, workers alike."""
+    """One candidate per entry; with several thread counts, one for each count, used for workers too."""
     swept = len(args.threads) > 1
     found = []
     for threads in args.threads:
@@ -116,7 +116,7 @@ def version(packages: Sequence[str]) -> str | None:
 
 
 def some(samples: Files, most: int = MOST_FILES) -> Files:
-    """At most `most` of the samples, drawn from all classes."""
+    """At most `most` samples, drawn from all classes."""
     if len(samples) <= most:
         return samples
     index = np.sort(np.random.default_rng(0).permutation(len(samples))[:most])
@@ -130,7 +130,7 @@ def warm_page_cache(paths: Sequence[str]) -> float:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line; with what is wrong on its face it ends here."""
+    """Reads the command line; invalid flags end the program here."""
     cpus = harness.cpus()
     parser = argparse.ArgumentParser(
         "python -m benchmarks.loaders", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,23 +139,28 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", metavar="DIR", help=f"class folder; default: images are generated in {data.DEFAULT}")
     add("--batch-size", type=harness.positive, default=256)
-    add("--input-size", type=harness.positive, default=224, help="side of the images handed out, in pixels")
+    add("--input-size", type=harness.positive, default=224, help="side of the delivered images, in pixels")
     add(
         "--threads",
         type=harness.positives,
         default=[cpus],
         metavar="LIST",
-        help=f"DALI's threads (default: {cpus}); with several, a row each",
+        help=f"DALI's threads (default: {cpus}); several give one row each",
     )
     add(
         "--workers",
         type=harness.positives,
         default=sorted({max(1, cpus // 2), cpus, 2 * cpus}),
         metavar="LIST",
-        help="the others take the best of these (default: half, all and twice the CPUs)",
+        help="the others use the best of these (default: half, all and twice the CPUs)",
     )
-    add("--interpolation", choices=sorted(INTERPOLATIONS), default="bicubic", help="of the resizing (default: bicubic)")
-    add("--images", type=harness.positive, help="timed images a turn (default: as many as take 3 s)")
+    add(
+        "--interpolation",
+        choices=sorted(INTERPOLATIONS),
+        default="bicubic",
+        help="interpolation of the resizing (default: bicubic)",
+    )
+    add("--images", type=harness.positive, help="timed images per turn (default: as many as take 3 s)")
     add(
         "--decoder",
         type=harness.options,

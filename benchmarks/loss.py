@@ -1,10 +1,10 @@
 """Forward and backward of the loss: time, and peak memory beyond the logits and their gradient.
 
-LUMixLoss, eager and compiled, against what it replaces: timm's `mixup_target` with `SoftTargetCrossEntropy`, and
-PyTorch's cross entropy on probabilities; on a GPU also Liger's fused cross entropy, on hard labels alone.
-Making the target is part of every candidate: it is made anew for every batch. "graphed" is a step captured in a
-CUDA graph: its kernels without the time it takes to launch them. The floor reads the logits twice and writes the
-gradient once, which any loss has to do.
+LUMixLoss, eager and compiled, is compared with what it replaces: timm's `mixup_target` with `SoftTargetCrossEntropy`,
+and PyTorch's cross entropy on probabilities; on a GPU also with Liger's fused cross entropy, on hard labels only.
+Every candidate includes building the target, which is new for every batch. "graphed" is a step captured in a CUDA
+graph: its kernels without the time to launch them. The floor reads the logits twice and writes the gradient once,
+which any loss has to do.
 
     python -m benchmarks.loss --out FILE.json
     python -m benchmarks.loss --batch-sizes 256,1024 --classes 1000,21841 --dtypes float32 --out FILE.json
@@ -30,11 +30,11 @@ from . import harness, readings
 
 SMOOTHING = 0.1
 REFERENCE, FLOOR, PROBABILITIES = "timm soft target", "floor", "torch probabilities"
-SECONDS = 0.3  # a turn lasts about so long
+SECONDS = 0.3  # approximate duration of a turn
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make and that are alive at once (eager mode)."""
+    """Tracks the bytes of tensors that operators create and that are alive at the same time (eager mode)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 def peak_bytes(step: Callable[[], None], device: str, compiled: bool) -> int | None:
-    """Bytes that a step holds at its peak, the logits aside; None where nothing can tell."""
+    """Bytes that a step holds at its peak, without the logits; None if they cannot be measured."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    if compiled:  # its allocations pass no dispatcher
+    if compiled:  # its allocations bypass the dispatcher
         return None
     with PeakBytes() as counter:
         step()
@@ -100,7 +100,7 @@ class Turn:
         self.loss(self.logits, self.target).backward()
 
     def prepare(self) -> dict[str, Any]:
-        """Makes the problem, and measures the memory of a step and how many make a turn."""
+        """Creates the problem, and measures the memory of a step and the number of steps per turn."""
         batch_size, classes = self.shape
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(classes, (batch_size,), generator=generator)
@@ -127,22 +127,22 @@ class Turn:
         return dict(peak_bytes=peak, beyond_gradient=None if peak is None else peak - gradient)
 
     def measure(self) -> float:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         return harness.milliseconds(self.run, self.count, self.device)
 
 
 class Floor(Turn):
-    """The bytes that every loss moves."""
+    """The memory traffic that every loss needs."""
 
     def step(self) -> None:
-        """Reads the logits twice and writes something of the gradient's size."""
+        """Reads the logits twice and writes a tensor of the gradient's size."""
         if self.logits.grad is None:
             self.logits.grad, self.twin = torch.empty_like(self.logits), self.logits.detach().clone()
         torch.add(self.logits.detach(), self.twin, out=self.logits.grad)
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, as PyTorch's notes on graphs do it; a loader may be at work meanwhile."""
+    """Captures a step in a CUDA graph, following PyTorch's notes on graphs; a loader may run at the same time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -168,7 +168,7 @@ def torch_loss(logits: torch.Tensor, target: MixTarget) -> torch.Tensor:
 
 
 def liger_loss(logits: torch.Tensor, target: MixTarget) -> torch.Tensor:
-    """Liger's fused cross entropy, which takes hard labels alone."""
+    """Liger's fused cross entropy, which only takes hard labels."""
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     return LigerCrossEntropyLoss(label_smoothing=SMOOTHING)(logits, target.labels)
@@ -177,7 +177,7 @@ def liger_loss(logits: torch.Tensor, target: MixTarget) -> torch.Tensor:
 def candidates(
     batch_sizes: Sequence[int], classes: Sequence[int], dtypes: Sequence[str], device: str
 ) -> Iterator[harness.Candidate]:
-    """Every candidate on every problem."""
+    """Measures every candidate on every problem."""
     criterion = LUMixLoss(smoothing=SMOOTHING)
     compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
     losses: list[tuple[str, Callable]] = [

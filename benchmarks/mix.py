@@ -1,11 +1,11 @@
-"""The mix stage alone, on images that are on the device already, against the copy that any mixing has to make.
+"""The mix stage only, on images that are already on the device, against the copy that any mixing must make.
 
-A turn is batches of a pipeline that does nothing but the stage; "nothing" is what such a pipeline costs by itself.
-"loader" rows mix by plans that the host draws, as the loader does, the others in the graph (`fn.mix`).
-On a GPU a row also says how long its kernels and copies run (`kernel_us` a batch, from the profiler), whatever the
-CPU's draws take meanwhile, and which they are; `copies` counts the copies a batch by direction. `cpu_ms` is the
-CPU time a batch of all threads: "paste" less "nothing" is what setting up DALI's paste costs the host. Four ways
-to blend Mixup end normalised, as a batch does.
+A turn runs batches of a pipeline that contains only the stage; "nothing" is the cost of an empty pipeline.
+"loader" rows mix by plans drawn on the host, as the loader does; the others mix in the graph (`fn.mix`).
+On a GPU a row also has the run time of its kernels and copies (`kernel_us` per batch, from the profiler; it excludes
+the CPU's draws) and their names; `copies` counts the copies per batch by direction. `cpu_ms` is the CPU time of all
+threads per batch: "paste" minus "nothing" is what setting up DALI's paste costs the host. Four ways to blend Mixup
+end with normalisation, as a batch does.
 
     python -m benchmarks.mix --batch-size 256 --out FILE.json
 """
@@ -50,12 +50,12 @@ def scaled(images, partners, drawn: Any):
 
 
 def arithmetic(images, partners, drawn: Any):
-    """Three float operators and a cast."""
+    """Blends with three float operators and a cast."""
     return normalised_in_dali(fn.cast(images * (1.0 - drawn.weight) + partners * drawn.weight, dtype=types.UINT8))
 
 
 def transformed(images, partners, drawn: Any):
-    """Both images' channels times one 3x6 matrix."""
+    """Multiplies the channels of both images by one 3x6 matrix."""
     own, other = np.eye(3, 6, dtype=np.float32), np.eye(3, 6, k=3, dtype=np.float32)
     both = fn.cat(images, partners, axis=2)
     blended = fn.coord_transform(both, M=(1.0 - drawn.weight) * own + drawn.weight * other, dtype=types.UINT8)
@@ -63,7 +63,7 @@ def transformed(images, partners, drawn: Any):
 
 
 def normalised_twice(images, partners, drawn: Any):
-    """The weight as part of the standard deviation; a weight of 0 divides by infinity."""
+    """Folds the weight into the standard deviation; a weight of 0 divides by infinity."""
     mean, std = ([255 * v for v in values] for values in (MEAN, STD))
     parts = (
         fn.crop_mirror_normalize(
@@ -91,7 +91,7 @@ def mixed(options: dict[str, Any], images, labels):
 
 
 class Plans:
-    """A feed of plans for the same images again and again."""
+    """A feed of plans for the same images, repeated."""
 
     gives_paths = False
 
@@ -99,12 +99,12 @@ class Plans:
         self.plan, self.places = plan, np.arange(count)
 
     def __call__(self, info: Any) -> tuple[Any, ...]:
-        """No images, and the plan of an iteration."""
+        """Only the plan of an iteration, without images."""
         return np.zeros((len(self.places), 1), np.uint8), *self.plan.batch(info.iteration, self.places, self.places)
 
 
 def planned(options: dict[str, Any], side: int, images, labels):
-    """What the loader's graph does: the host draws the plan, its callback included."""
+    """Mixes as the loader's graph does: the host draws the plan, including the callback."""
     pipe = Pipeline.current()
     plan = Plan(0, 0, 0, (side, side), Mixing(**options), training=True, on_gpu=pipe.device_id is not None)
     nothing, arrays = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
@@ -112,18 +112,18 @@ def planned(options: dict[str, Any], side: int, images, labels):
 
 
 def draws(options: dict[str, Any], images, labels):
-    """The draw of `lumix_dali.fn.mix`, from a shape alone: operators on the CPU."""
+    """Only the draw of `lumix_dali.fn.mix`, from a shape: operators on the CPU."""
     drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], Mixing(**options))
     return tuple(node for node in drawn if node is not None)
 
 
 def unmixed(images, labels):
-    """The metadata of a batch that is not mixed: small operators and copies, and no pixels."""
+    """The metadata of an unmixed batch: small operators and copies, no pixels."""
     return images, *mixfn.unmixed(labels, images.device)
 
 
 def pasted(side: int, images, labels):
-    """DALI's paste of one fixed box by itself, from partners as `lumix_dali.fn` gives them."""
+    """Only DALI's paste of one fixed box, from partners as in `lumix_dali.fn`."""
     start, extent = (
         types.Constant(np.array([[canvas] * 2, [side // 4 * box] * 2], np.int32), device="cpu")
         for canvas, box in ((0, 1), (side, 2))
@@ -134,7 +134,7 @@ def pasted(side: int, images, labels):
 
 
 def stages(side: int = 224) -> dict[str, Callable]:
-    """Functions of (images, labels) in a graph; `side` is that of the images, in pixels."""
+    """The stages, as graph functions of (images, labels); `side` is the side of the images in pixels."""
     return {
         NOTHING: lambda images, labels: (images, labels),
         "normalise": lambda images, labels: (normalised_in_dali(images), labels),
@@ -149,10 +149,10 @@ def stages(side: int = 224) -> dict[str, Callable]:
 
 
 def build(stage: Callable, images: torch.Tensor, threads: int):
-    """A pipeline of one stage on `images`, uint8 [B, H, W, 3] on the device, over and over."""
+    """A pipeline that repeats one stage on `images`, uint8 [B, H, W, 3] on the device."""
     device = images.device
     labels = [np.int64(i) for i in range(len(images))]
-    batch: Any = images if device.type == "cuda" else images.numpy()  # of a tensor DALI asks CUDA for its stream
+    batch: Any = images if device.type == "cuda" else images.numpy()  # for tensors, DALI asks CUDA for their stream
 
     @pipeline_def(batch_size=len(images), num_threads=threads, device_id=device.index, seed=0)
     def define():
@@ -164,20 +164,20 @@ def build(stage: Callable, images: torch.Tensor, threads: int):
 
 
 class Turn:
-    """A stage at work."""
+    """A running stage."""
 
     def __init__(self, stage: Callable, images: torch.Tensor, threads: int, count: int):
         self.stage, self.images, self.threads, self.count = stage, images, threads, count
 
     def prepare(self) -> dict[str, Any]:
-        """Builds it, and has its kernels profiled."""
+        """Builds the pipeline and profiles its kernels."""
         device = self.images.device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.run = partial(build(self.stage, self.images, self.threads).run, stream)
         return self.profiled()
 
     def profiled(self) -> dict[str, Any]:
-        """What the stage takes of the CPU, and what it does on a GPU."""
+        """The stage's CPU time and, on a GPU, its kernels and copies."""
         for _ in range(5):
             self.run()
         device = self.images.device
@@ -185,7 +185,7 @@ class Turn:
         return cpu | (kernels(self.run, self.count) if device.type == "cuda" else {})
 
     def measure(self) -> float:
-        """Milliseconds a batch."""
+        """Milliseconds per batch."""
         return harness.milliseconds(self.run, self.count, str(self.images.device))
 
 
@@ -198,7 +198,7 @@ class Copy(Turn):
 
 
 def kernels(step: Callable[[], Any], count: int) -> dict[str, Any]:
-    """Microseconds a call of what a GPU runs for `step`, whichever thread launches it, and the longest of it."""
+    """Microseconds per call that a GPU works for `step`, launched by any thread, and the longest kernels."""
     torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "trace.json")
@@ -212,7 +212,7 @@ def kernels(step: Callable[[], Any], count: int) -> dict[str, Any]:
 
 
 def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Of a Chrome trace's GPU events: microseconds, launches and copies a call, and by name the longest."""
+    """From a Chrome trace's GPU events: microseconds, launches and copies per call, and the longest by name."""
     times: Counter[str] = Counter()
     copies: Counter[str] = Counter()
     launches = 0
@@ -231,7 +231,7 @@ def summed(events: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
 
 
 def candidates(images: torch.Tensor, threads: int, count: int) -> Iterator[harness.Candidate]:
-    """The floor, then the stages."""
+    """Measures the floor and then the stages."""
     turn: Turn = Copy(lambda *nodes: nodes, images, threads, count)
     yield harness.Candidate(FLOOR, turn.measure, turn.prepare)
     for name, stage in stages(images.shape[1]).items():

@@ -1,6 +1,6 @@
 """Statistics of paired runs: means, differences seed by seed with t intervals, and Holm's correction.
 
-Everything is computed from the runs themselves, so that a table cannot disagree with its own values.
+Everything is computed from the runs themselves, so that a table cannot contradict its own values.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Of a sample: n, mean, standard deviation (n - 1), standard error of the mean; None where n is too small."""
+    """Moments of a sample: n, mean, standard deviation (n - 1), standard error; None if n is too small."""
 
     n: int
     mean: float | None
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of paired samples: n, mean, 95 % t interval, two-sided p of the paired t test; None where n is too small."""
+    """Paired differences: n, mean, 95 % t interval, two-sided p of the paired t test; None if n is too small."""
 
     n: int
     mean: float | None
@@ -41,7 +41,7 @@ def moments(values: Sequence[float]) -> Moments:
 
 def difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], metric: str = "top1") -> Difference:
     """`runs` minus `reference` over the seeds that both have, after the last epoch."""
-    from scipy import stats  # of the extra "bench", without which other results are read
+    from scipy import stats  # part of the extra "bench"; other results can be read without it
 
     values, others = last(runs, metric), last(reference, metric)
     gaps = [values[seed] - others[seed] for seed in sorted(values.keys() & others.keys())]
@@ -55,11 +55,11 @@ def difference(runs: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any
 def holm(p: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction (Scandinavian Journal of Statistics 6, 1979).
 
-    Each p is multiplied by the number of comparisons that are left, and is no smaller than the one before. Below
-    .05 a comparison holds at 5 % for the family as a whole.
+    Each p is multiplied by the number of remaining comparisons, and is no smaller than the previous one. A corrected
+    p below .05 is significant at 5 % for the whole family.
 
     Args:
-        p: of a family of comparisons; None has no part in it.
+        p: p values of a family of comparisons; None is left out.
     """
     known = sorted((value, place) for place, value in enumerate(p) if value is not None)
     found: list[float | None] = [None] * len(p)

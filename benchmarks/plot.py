@@ -1,13 +1,13 @@
-"""Figures and README tables, made from the results' JSON and nothing else.
+"""Generates figures and README tables from the results' JSON only.
 
 Every ``benchmarks/results/NAME.json`` becomes ``benchmarks/figures/NAME.svg``, and a table wherever a text has the
-markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure holds its result's hash, so that a stale one
-shows; what stands between markers is compared as it is. NAME "targets" is `TARGETS` beside what was measured, and
+markers ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``. A figure contains the hash of its result, which reveals a
+stale one; text between markers is compared literally. NAME "targets" is `TARGETS` beside the measured values, and
 "headline" the few ratios of the README.
 
-    python -m benchmarks.plot                           # makes them anew
-    python -m benchmarks.plot --check                   # changes nothing; exit status 1 if one is not current
-    python -m benchmarks.plot FILE.json -o FILE.png     # draws any result, and prints its table and what it says
+    python -m benchmarks.plot                           # generates them
+    python -m benchmarks.plot --check                   # changes nothing; exit status 1 if one is out of date
+    python -m benchmarks.plot FILE.json -o FILE.png     # draws any result and prints its table and interpretation
 """
 
 import argparse
@@ -43,7 +43,7 @@ from .tables import (
 GROUPS = {"dali/": "#9aa5b1", "lumix": "#2a7f3f", "dali+": "#4c78a8", "timm": "#e07b39", "torchvision": "#b04a6f"}
 OTHERS = "#8064a2"
 RUN, EAGER = "loaders-targets", "LUMix eager"
-# What, at least or (negative) at most, in which result, whose ratio to whom, under which condition.
+# Description, min or (if negative) max, result, row, reference, condition.
 TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
     ("this loader with CutMix ÷ without mixing", 0.96, RUN, CUTMIX, "lumix/none", {}),
     ("with CutMix + Mixup ÷ without mixing", 0.9, RUN, BOTH, "lumix/none", {}),
@@ -74,7 +74,7 @@ TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
         for batch, name in ((128, "cost-deit_small"), (8, "cost-deit_small-8"))
     ),
 ]
-# The README's five: what, in which result, whose ratio to whom, under which condition.
+# The README's five ratios: description, result, row, reference, condition.
 LOSS = dict(B=256, K=1000, dtype="float32")
 HEADLINE: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("images/s: CutMix + Mixup ÷ timm's loader with FastCollateMixup", RUN, BOTH, TIMM, {}),
@@ -95,18 +95,18 @@ matplotlib.rcParams |= {
 
 
 def colour(name: str) -> str:
-    """Of the group a loader belongs to."""
+    """The colour of a loader's group."""
     return next((shade for start, shade in GROUPS.items() if name.startswith(start)), OTHERS)
 
 
 def whiskers(rows: Sequence[dict], key: str = "median") -> list[list[float]]:
-    """Quartiles as matplotlib wants them: distances below and above the median."""
+    """Quartiles in matplotlib's form: distances below and above the median."""
     return [[row[key] - row["quartiles"][0] for row in rows], [row["quartiles"][1] - row[key] for row in rows]]
 
 
 def draw_loaders(result: dict[str, Any]) -> Figure:
-    """A bar a loader, with quartiles; failed ones keep their place and say why."""
-    # The reader alone is many times faster than all that decodes: it would flatten the other bars.
+    """One bar per loader, with quartiles; failed loaders keep their place and show the reason."""
+    # The reader by itself is many times faster than anything that decodes: it would flatten the other bars.
     rows = [row for row in reversed(result["rows"]) if row["name"] != "dali/read"]
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -124,7 +124,7 @@ def draw_loaders(result: dict[str, Any]) -> Figure:
 
 
 def draw_threads(result: dict[str, Any]) -> Figure:
-    """Throughput against threads (workers, for those that have them), a line a loader."""
+    """Throughput against threads (or workers), one line per loader."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[dict]] = {}
@@ -153,13 +153,13 @@ def draw_threads(result: dict[str, Any]) -> Figure:
 
 
 def draw_cost(result: dict[str, Any]) -> Figure:
-    """What a batch costs: its stages, one upon the other, and below them whole steps."""
+    """The cost of a batch: its stages, stacked, and below them whole steps."""
     found, steps = stages(result), whole_steps(result)
     names = ["stages"] * bool(found) + [row["name"] for row in steps]
     figure = Figure(figsize=(8, 1.9 + 0.3 * len(names)), layout="constrained")
     axes, left = figure.subplots(), 0.0
     for number, stage in enumerate(found):
-        width = max(0.0, stage["ms"])  # a difference, which noise may make negative
+        width = max(0.0, stage["ms"])  # a difference, which may be negative through noise
         axes.barh("stages", width, left=left, color=f"C{number % 10}", label=f"{stage['name']} {stage['ms']:.1f}")
         left += width
     for row in steps:
@@ -172,7 +172,7 @@ def draw_cost(result: dict[str, Any]) -> Figure:
 
 
 def draw_loss(result: dict[str, Any]) -> Figure:
-    """LUMix' time over that of the fastest loss it can replace, with quartiles; a line a size."""
+    """LUMix' time relative to the fastest loss it can replace, with quartiles; one line per size."""
     found = readings.to_best_peer(result)
     sizes = sorted({(row["dtype"], row["B"] * row["K"], row["K"], row["B"]) for row in found})
     names = list(dict.fromkeys(row["name"] for row in found))
@@ -200,7 +200,7 @@ def draw_loss(result: dict[str, Any]) -> Figure:
 
 
 def draw_mix(result: dict[str, Any]) -> Figure:
-    """A bar a stage, with quartiles; failed ones keep their place and say why."""
+    """One bar per stage, with quartiles; failed stages keep their place and show the reason."""
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 0.8 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -216,7 +216,7 @@ def draw_mix(result: dict[str, Any]) -> Figure:
 
 
 def draw_accuracy(result: dict[str, Any]) -> Figure:
-    """Accuracy against epoch, a colour per row: its seeds faint, their mean bold. Without it, the differences."""
+    """Accuracy against epoch, one colour per row: seeds faint, their mean bold; without curves, the differences."""
     rows = [row for row in result["rows"] if row["runs"]]
     if all(len(run["top1"]) == 1 for row in rows for run in row["runs"]):
         return draw_differences(result)
@@ -232,7 +232,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
         label = f"{row['name']}: {found.mean:.2f}{signed('±', found.sd)} (n = {found.n})"
         axes.plot(epochs, mean, color=f"C{number}", linewidth=2, label=label)
         last += [curve[-1] for curve in curves]
-    if last:  # the climb from chance would press the ends, which are what counts, into one line
+    if last:  # the rise from chance level would squeeze the final values, which matter, into one line
         room = max(2.0, max(last) - min(last))
         axes.set_ylim(min(last) - 2 * room, min(100.5, max(last) + room / 2))
     axes.set_xlabel("epoch")
@@ -242,7 +242,7 @@ def draw_accuracy(result: dict[str, Any]) -> Figure:
 
 
 def draw_differences(result: dict[str, Any]) -> Figure:
-    """Each row minus CutMix in every metric, and below it what the label weights did, if the runs kept them."""
+    """Each row minus CutMix in every metric, and below it the label weights, if the runs kept them."""
     metrics = metrics_of(result)
     labels = [row for row in result["rows"] if row["runs"] and row["runs"][0].get("lam")]
     figure = Figure(figsize=(8, 5.6 if labels else 3), layout="constrained")
@@ -303,7 +303,7 @@ def _fan(axes: Any, rows: list[dict], name: str, color: str) -> None:
 
 
 def draw_scaling(result: dict[str, Any]) -> Figure:
-    """Images/s a GPU against the number of GPUs, a line each place of the images."""
+    """Images/s per GPU against the number of GPUs, one line per location of the images."""
     figure = Figure(figsize=(5.5, 3), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["name"] for row in result["rows"]):
@@ -330,7 +330,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def draw_start(result: dict[str, Any]) -> Figure:
-    """Seconds to the opened source and to the first batch."""
+    """Seconds until the source is open and until the first batch."""
     figure = Figure(figsize=(5.5, 3), layout="constrained")
     axes = figure.subplots()
     names = [f"{row['name']}, {row['samples']:,.0f}" for row in result["rows"]]
@@ -343,7 +343,7 @@ def draw_start(result: dict[str, Any]) -> Figure:
 
 
 def draw_augment(result: dict[str, Any]) -> Figure:
-    """A bar an operation: the mean difference to timm's."""
+    """One bar per operation: the mean difference from timm's."""
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 0.8 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -353,7 +353,7 @@ def draw_augment(result: dict[str, Any]) -> Figure:
 
 
 def draw_tune(result: dict[str, Any]) -> Figure:
-    """A bar a value of each knob, with quartiles; chosen ones in colour."""
+    """One bar per value of each knob, with quartiles; chosen values in colour."""
     rows = result["rows"][::-1]
     figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -380,7 +380,7 @@ KINDS = {
 
 
 def table_targets(results: Path) -> str:
-    """Markdown of `TARGETS`: negative bounds are the most it may be."""
+    """Markdown of `TARGETS`; a negative bound is a max."""
     lines = ["| ratio within a run | target | median | quartiles | met |", "| --- | --- | --- | --- | --- |"]
     for what, bound, name, row, reference, where in TARGETS:
         ratio, measured = _measured(results, name, row, reference, where), "not measured |  | no"
@@ -414,7 +414,7 @@ def load(path: Path) -> tuple[dict[str, Any], str]:
     """A result and its hash.
 
     Raises:
-        ValueError: it cannot be drawn.
+        ValueError: the result cannot be drawn.
     """
     content = path.read_bytes()
     try:
@@ -435,10 +435,10 @@ def make_figure(result: dict[str, Any], digest: str, path: Path) -> None:
 
 
 def draw_file(source: Path, out: Path) -> str:
-    """Draws one result, whoever made it; returns its table and what it says.
+    """Draws a result from any machine; returns its table and its interpretation.
 
     Raises:
-        ValueError: it is no result of a kind that is known, or nothing in it was measured.
+        ValueError: it is not a result of a known kind, or nothing in it was measured.
     """
     result, digest = load(source)
     try:
@@ -453,10 +453,10 @@ def draw_file(source: Path, out: Path) -> str:
 
 
 def with_tables(text: str, results: Path) -> str:
-    """`text` with the tables between its markers made anew.
+    """`text` with the tables between its markers regenerated.
 
     Raises:
-        ValueError: a marker without its end, or without a result.
+        ValueError: a marker has no end or no result.
     """
 
     def fill(match: re.Match) -> str:
@@ -474,7 +474,7 @@ def with_tables(text: str, results: Path) -> str:
 
 
 def stale(results: Path, figures: Path, texts: Sequence[Path], check: bool) -> list[Path]:
-    """The figures and texts that are not current; they are made anew unless `check`."""
+    """The figures and texts that are out of date; they are regenerated unless `check`."""
     found = []
     for path in sorted(results.glob("*.json")):
         result, digest = load(path)
@@ -493,7 +493,7 @@ def stale(results: Path, figures: Path, texts: Sequence[Path], check: bool) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status."""
+    """Runs the program; returns its exit status."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""What a GPU host is, and what decodes JPEGs there; the last line of standard output is JSON.
+"""Describes a GPU host and what decodes JPEGs there; the last line of standard output is JSON.
 
-Versions, devices and what is missing; how far the GPU's pixels are from the CPU's; and images/s of the CPU's
-decoder and of the GPU's, the latter for several `hw_decoder_load`, with its kernels and the JPEG engine's load.
-Without libnvjpeg, DALI's "mixed" decoder silently falls back to the CPU: `decoder` says what really ran, and
+The report has versions, devices and what is missing; how much the GPU's pixels differ from the CPU's; and images/s of
+the CPU's decoder and of the GPU's, the latter for several `hw_decoder_load`, with its kernels and the JPEG engine's
+load. Without libnvjpeg, DALI's "mixed" decoder silently falls back to the CPU: `decoder` says which one ran, and
 `warnings` what is wrong with it.
 
     python -m benchmarks.probe
@@ -55,7 +55,7 @@ REGIONS = ("training", "evaluation")
 LOADS = (0.0, 0.65, 0.99)
 SECONDS = 1.0
 CODECS = ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13")
-FASTER = 1.5  # times the CPU's rate, which any GPU that really decodes exceeds
+FASTER = 1.5  # times the CPU's rate; any GPU that really decodes is faster
 
 
 def available(module: str) -> bool:
@@ -66,7 +66,7 @@ def available(module: str) -> bool:
 
 
 def digest() -> str:
-    """SHA-256 of the Python files: says which state of the project ran where there is no git."""
+    """SHA-256 of the Python files, to identify the source on a host without git."""
     files = sorted(
         path
         for name in ("lumix_dali", "pipelines", "benchmarks", "tests")
@@ -128,7 +128,7 @@ def jpegs(images: Sequence[np.ndarray], **options: Any) -> list[np.ndarray]:
 
 
 def decoded(encoded, region: str, **options: Any):
-    """The region of each file that a pipeline of the package decodes, by its own function."""
+    """The region of each file that the package's pipelines decode, from the package's own function."""
     from nvidia.dali import fn, math, types
 
     from lumix_dali import decoding
@@ -146,7 +146,7 @@ def decoded(encoded, region: str, **options: Any):
 
 
 def decoder(files: list[np.ndarray], device: int | None, batch_size: int, region: str = "training", **options: Any):
-    """A pipeline that decodes the same files over and over, the same regions of them on every device."""
+    """A pipeline that repeatedly decodes the same regions of the same files on every device."""
     from nvidia.dali import fn, pipeline_def
 
     @pipeline_def(batch_size=batch_size, num_threads=harness.cpus(), device_id=device, seed=0)
@@ -169,7 +169,7 @@ def differences(device: int | None) -> dict[str, dict[str, float]]:
             (reference,) = decoder(files, None, len(files), region).run()
             for fancy in (False, True):
                 name = f"{region} {sampling}" + " fancy" * fancy
-                print("decoding", name, flush=True)  # should the decoder crash, the log shows on what
+                print("decoding", name, flush=True)  # if the decoder crashes, the log shows on which input
                 (pixels,) = decoder(files, device, len(files), region, jpeg_fancy_upsampling=fancy).run()
                 pixels = pixels if device is None else pixels.as_cpu()
                 off = np.concatenate(
@@ -203,13 +203,13 @@ def installed(names: Sequence[str]) -> Iterator[str]:
 
 
 def loaded(library: str) -> list[str]:
-    """Paths of a library that this process has loaded."""
+    """The paths from which this process has loaded a library."""
     paths = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
     return sorted({path for path in paths if Path(path).name.startswith(library)})
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
-    """What is wrong with a GPU's decoder, judged by what was found so far."""
+    """Problems of a GPU's decoder, judged by the report so far."""
     said, decoder = [], found["decoder"]
     if on_cpu := [name for name, ran in decoder["ran"].items() if ran == "cpu"]:
         said.append(f"THE CPU DECODED, NOT THE GPU: {', '.join(on_cpu)} (pixels equal to the CPU decoder's)")
@@ -224,7 +224,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
 
 @contextmanager
 def engine() -> Iterator[list[int]]:
-    """Readings of the GPU's JPEG engine in per cent, every tenth of a second."""
+    """Utilisation of the GPU's JPEG engine in per cent, sampled every tenth of a second."""
     command = ("nvidia-smi", "--query-gpu=utilization.jpeg", "--format=csv,noheader,nounits", "-lms", "100")
     readings: list[int] = []
     watcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -235,7 +235,7 @@ def engine() -> Iterator[list[int]]:
         text = watcher.communicate()[0]
         readings += [int(line) for line in text.split() if line.isdecimal()]
         if not readings:
-            print("nvidia-smi tells nothing of the JPEG engine:", text.strip()[:200])
+            print("nvidia-smi reports nothing about the JPEG engine:", text.strip()[:200])
 
 
 def decoding(device: int | None, batch_size: int = 256) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -246,7 +246,7 @@ def decoding(device: int | None, batch_size: int = 256) -> Iterator[tuple[str, d
     from .mix import kernels
 
     files = jpegs(photographs(32), subsampling=2)
-    few = batch_size // 8  # a CPU is slow, and needs no large batches
+    few = batch_size // 8  # a CPU is slow and needs no large batches
     yield "cpu", dict(images_per_second=rate(decoder(files, None, few).run, few))
     if device is None:
         return
@@ -284,13 +284,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     for found in findings(harness.resolve_device(parser.parse_args(argv).device)):
-        print(json.dumps(found), flush=True)  # whatever happens to what follows
+        print(json.dumps(found), flush=True)  # in case a later step crashes
     for warning in found.get("warnings", []):
         print("WARNING:", warning, file=sys.stderr)
 
 
 def findings(device: str) -> Iterator[dict[str, Any]]:
-    """All that is known so far, again and again as it grows."""
+    """Prints the report so far, each time it grows."""
     found = environment()
     yield found
     if "nvidia.dali" in found["missing"]:

@@ -1,4 +1,4 @@
-"""What the figures of a result say, in words: no verdict where they do not allow one, and what to do next."""
+"""Interprets a result in words, without a verdict if the numbers do not allow one, and suggests what to do next."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ PEERS = {
     "timm soft target": "timm's mixup_target with SoftTargetCrossEntropy",
     "torch probabilities": "torch.nn.functional.cross_entropy with probability targets",
 }
-ROUNDS = 5  # with fewer, quartiles are hardly more than single rounds
+ROUNDS = 5  # with fewer, quartiles are little more than single rounds
 
 
 class Reading(NamedTuple):
-    """Sentences about a result, and what to do next."""
+    """Sentences about a result, and suggestions what to do next."""
 
     said: list[str]
     then: str
@@ -29,7 +29,7 @@ def is_shown(found: dict[str, Any]) -> bool:
 
 
 def compared(what: str, found: dict[str, Any] | None, below: str, above: str) -> list[str]:
-    """A sentence about a ratio with its quartiles, which is `below` 1 or `above`; none without a ratio."""
+    """A sentence about a ratio and its quartiles, worded `below` or `above` 1; none without a ratio."""
     if not found or found["median"] is None:
         return []
     words = (below if found["median"] < 1 else above) if is_shown(found) else "no difference shown"
@@ -44,9 +44,9 @@ def ratio_of(rows: Sequence[dict[str, Any]], name: str, reference: str) -> dict[
 
 
 def to_best_peer(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """LUMix' time over that of the fastest loss it can take the place of, a row a size and way to run it.
+    """LUMix' time relative to the fastest loss it can replace, one row per size and way to run it.
 
-    A step captured in a CUDA graph is compared with captured ones.
+    A step captured in a CUDA graph is compared only with captured steps.
 
     Returns:
         name, B, K, dtype, peer (its name), and the ratio round by round: values, median, quartiles.
@@ -65,7 +65,7 @@ def to_best_peer(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_loss(result: dict[str, Any]) -> Reading:
-    """All sizes in one sentence a way to run the loss."""
+    """One sentence about all sizes for each way to run the loss."""
     found = to_best_peer(result)
     said = []
     for name in dict.fromkeys(row["name"] for row in found):
@@ -102,7 +102,7 @@ BOTTLENECK = 1.05
 
 
 def read_cost(result: dict[str, Any]) -> Reading:
-    """The longest stage of each part, the ratios of whole steps, and what bounds them."""
+    """The longest stage of each part, the ratios of whole steps, and the bottleneck."""
     said, found = [], stages(result)
     for part in ("loader", "model"):
         ours = [stage for stage in found if stage["part"] == part]
@@ -125,7 +125,7 @@ def read_cost(result: dict[str, Any]) -> Reading:
 
 
 def read_loaders(result: dict[str, Any]) -> Reading:
-    """This loader against timm's and against the ceiling."""
+    """Compares this loader with timm's and with the ceiling."""
     rows, said = result["rows"], []
     for name, reference in ((BOTH, TIMM), (CUTMIX, "dali+torchvision cutmix"), (CUTMIX, CEILING), (BOTH, "lumix/none")):
         said += compared(f"{name} ÷ {reference}", ratio_of(rows, name, reference), "slower", "faster")
@@ -141,7 +141,7 @@ def read_loaders(result: dict[str, Any]) -> Reading:
 
 
 def read_mix(result: dict[str, Any]) -> Reading:
-    """Mixing as the loader does it, in copies of a batch and against normalising it."""
+    """The loader's mixing, relative to copying a batch and to normalising it."""
     said = []
     for name in ("loader: cutmix elem", "loader: cutmix+mixup elem"):
         if (found := ratio_of(result["rows"], name, "floor: copy")) and found["median"] is not None:
@@ -153,7 +153,7 @@ def read_mix(result: dict[str, Any]) -> Reading:
 
 
 def read_start(result: dict[str, Any]) -> Reading:
-    """Whether what is used again and again opens within 5 s."""
+    """Whether the sources for repeated use open within 5 s."""
     quick = ("manifest", "tar shards, again")
     slow = [row["name"] for row in result["rows"] if row["open"] > 5 and row["name"] in quick]
     said = f"opened within 5 s: {'all but ' + ', '.join(slow) if slow else 'manifest and kept index'}"
@@ -173,7 +173,7 @@ BOUND = {
 
 
 def read_scaling(result: dict[str, Any]) -> Reading:
-    """Up to how many GPUs the loaders keep up, for each place of the images."""
+    """The number of GPUs up to which the loaders keep up, for each location of the images."""
     said, rate = ["A model of a cluster, not a measurement of one."], result["assumed"]["gpu_rate"]
     for name in dict.fromkeys(row["name"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["name"] == name]
@@ -186,7 +186,7 @@ def read_scaling(result: dict[str, Any]) -> Reading:
 
 
 def read_augment(result: dict[str, Any]) -> Reading:
-    """How many operations are timm's, and which is farthest from them."""
+    """How many operations agree with timm's, and which differs most."""
     rows = result["rows"]
     same, worst = sum(row["largest"] <= 1 for row in rows), max(rows, key=lambda row: row["mean"])
     said = f"{same} of {len(rows)} operations are within one grey level of timm's; {worst['name']} is the farthest, "
@@ -195,7 +195,7 @@ def read_augment(result: dict[str, Any]) -> Reading:
 
 
 def read_tune(result: dict[str, Any]) -> Reading:
-    """What was chosen."""
+    """The chosen values."""
     moved = [row for row in result["rows"] if row["chosen"] and row["ratios"]["default"]["median"] != 1]
     said = [
         "{name}: {median:.3f} ({:.3f} – {:.3f}) of the default, faster.".format(
@@ -222,7 +222,7 @@ READINGS: dict[str, Callable[[dict[str, Any]], Reading]] = {
 
 
 def read(result: dict[str, Any]) -> Reading:
-    """What a result of any kind says, and what to do next; of a single round it says nothing."""
+    """Interprets a result of any kind and suggests what to do next; a single round is not interpreted."""
     if result.get("rounds") == 1:
         return Reading([SMOKE], f"the same without --quick, and with --rounds {ROUNDS} or more")
     said, then = READINGS[result["kind"]](result)
@@ -232,7 +232,7 @@ def read(result: dict[str, Any]) -> Reading:
 
 
 def report(result: dict[str, Any]) -> str:
-    """What every benchmark prints at its end: its table, what failed, what the figures say, and what to do next."""
+    """The closing output of every benchmark: its table, the failures, the interpretation, and what to do next."""
     cells = [[textwrap.shorten(cell, 40) for cell in line] for line in TABLES[result["kind"]](result)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

@@ -10,12 +10,12 @@ KEYS = {"image": "image/encoded", "label": "image/class/label", "name": "image/f
 
 
 def varint(value: int) -> bytes:
-    """A number as protocol buffers write it."""
+    """A number as a protocol buffers varint."""
     return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
 
 
 def message(number: int, content: bytes) -> bytes:
-    """A field of protocol buffers, with a length."""
+    """A length-delimited field of protocol buffers."""
     return bytes([number << 3 | 2]) + varint(len(content)) + content
 
 

@@ -1,11 +1,11 @@
-"""What a job of N GPUs gets from its loaders: measured rates of one, in a model of many.
+"""What N GPUs get from their loaders: a model of many ranks, based on measured rates of one.
 
-A rank's loader makes a batch in the time that its slowest stage takes: decoding (its share of the node's cores),
-reading (its share of the files a second that the store opens) or the network (its share of the node's link and of
-the store's). It works ahead by the prefetch depth. A training step begins when the last rank has its batch, and
-the step before is done. Batches differ in their cost, by a coefficient of variation; the slowest of many ranks
-then sets the pace. Rates of decoding and mean file size are those of a result of `benchmarks.loaders`; everything
-about the cluster is an assumption, and a flag.
+A rank's loader makes a batch in the time of its slowest stage: decoding (its share of the node's cores), reading (its
+share of the files per second that the store opens) or the network (its share of the node's link and of the store's).
+It works ahead by the prefetch depth. A training step begins when the last rank has its batch and the previous step
+has finished. The cost of batches varies, by a coefficient of variation, and the slowest of many ranks sets the pace.
+Decoding rates and the mean file size come from a result of `benchmarks.loaders`; everything about the cluster is an
+assumption that a flag can change.
 
     python -m benchmarks.scaling --out benchmarks/results/scaling.json
     python -m benchmarks.scaling --out FILE.json --gpus-per-node 4 --link 25 --cores-per-gpu 32 --gpu-rate 2500
@@ -45,7 +45,7 @@ class Rates:
 
     @property
     def loader(self) -> float:
-        """Of all stages together, which overlap."""
+        """Images/s of all stages together, which overlap."""
         return min(asdict(self).values())
 
 
@@ -60,17 +60,17 @@ def simulate(
     steps: int = 1000,
     seed: int = 0,
 ) -> float:
-    """Images/s a GPU of training steps that wait for the slowest of all ranks.
+    """Images/s per GPU of training steps that wait for the slowest of all ranks.
 
     Args:
-        loader: images/s of a rank's loader, alone.
+        loader: images/s of a rank's loader by itself.
         gpu: images/s of a training step that never waits.
-        ranks: how many.
-        batch: images a batch and rank.
-        spread: coefficient of variation of a batch's time in the loader, gamma distributed; 0: all alike.
-        ahead: batches that a loader prepares before they are asked for, at least 1.
-        steps: training steps simulated; the first quarter is not counted.
-        seed: of the times.
+        ranks: number of ranks.
+        batch: images per batch and rank.
+        spread: coefficient of variation of a batch's time in the loader, gamma distributed; 0: constant.
+        ahead: batches that a loader prepares before they are requested, at least 1.
+        steps: number of simulated training steps; the first quarter is not counted.
+        seed: seed of the times.
     """
     rng, mean = np.random.default_rng(seed), batch / loader
     ready, begin = np.zeros(ranks), np.zeros(steps)
@@ -84,14 +84,14 @@ def simulate(
 
 
 def headroom(ranks: int, share: float = 0.99, **options: Any) -> float:
-    """How many times a GPU's images/s each loader has to make so that the GPUs get `share` of them.
+    """The loader rate, as a multiple of a GPU's images/s, at which the GPUs reach `share` of their rate.
 
     Args:
-        ranks: how many.
+        ranks: number of ranks.
         share: in (0, 1).
         options: of `simulate`.
     """
-    low, high = share, 16.0  # all times alike; more than anybody has
+    low, high = share, 16.0  # constant times; more than any real spread needs
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (low, middle) if simulate(middle, 1.0, ranks, **options) >= share else (middle, high)
@@ -102,7 +102,7 @@ def measured(path: Path) -> dict[str, Any]:
     """Rates of one core, and the mean size of a file, from a result of `benchmarks.loaders`.
 
     Raises:
-        ValueError: it is no such result, or not one of a CPU pipeline.
+        ValueError: the file is not such a result, or not one of a CPU pipeline.
     """
     result = json.loads(path.read_text())
     rows = {row["name"]: row for row in result["rows"] if row.get("median")}
@@ -126,7 +126,7 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 def rates(core: dict[str, Any], ranks: int, args: argparse.Namespace, local: bool) -> Rates:
-    """One rank's, of a job with so many; `local`: every node has a copy of the images."""
+    """The rates of one rank in a job of this size; `local`: every node has a copy of the images."""
     here = min(ranks, args.gpus_per_node)
     images = 1e9 / 8 / (1e3 * core["kilobytes"])  # of one Gbit
     network = math.inf if local else min(args.link / here, args.store / ranks) * images
@@ -135,7 +135,7 @@ def rates(core: dict[str, Any], ranks: int, args: argparse.Namespace, local: boo
 
 
 def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row each place of the images and number of GPUs."""
+    """One row per location of the images and number of GPUs."""
     found, waiting = [], dict(batch=args.batch_size, spread=args.spread, ahead=args.ahead)
     needed = {ranks: headroom(ranks, **waiting) for ranks in RANKS}
     for name, local in (("a copy on each node", True), ("one store", False)):
@@ -159,7 +159,7 @@ def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def note(core: dict[str, Any], assumed: dict[str, Any]) -> str:
-    """Where the numbers come from."""
+    """The origin of the numbers."""
     return (
         "measured: {decode:.0f} images/s and {read:.0f} files/s a core of {cpu} ({threads} threads), "
         "{kilobytes} kB a file, commit {commit:.10}; "
@@ -193,7 +193,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gpus-per-node", type=harness.positive, default=8, help="that share a link (default: 8)")
     add("--link", type=float, default=100, help="of a node, Gbit/s (default: 100)")
     add("--store", type=float, default=400, help="of the shared store, Gbit/s (default: 400)")
-    add("--files", type=float, default=1e6, help="that the store opens in a second (default: 1e6)")
+    add("--files", type=float, default=1e6, help="files that the store opens per second (default: 1e6)")
     add("--batch-size", type=harness.positive, default=128, help="of a rank (default: 128)")
     add("--spread", type=float, default=0.1, help="coefficient of variation of a batch's time (default: .1)")
     add("--ahead", type=harness.positive, default=2, help="batches prepared ahead, DALI's queue (default: 2)")

@@ -1,10 +1,10 @@
-"""How long a loader of very many samples takes to start, and what a rank holds of them.
+"""How long a loader of very many samples takes to start, and how much memory a rank needs for them.
 
-A folder of ImageNet's size (hard links to a few tiny images), the same as a list, a manifest and (path, label) pairs,
-and tar shards of eleven times as many (links to one shard, which is read as often as if they were different). Each is
-opened in a process of its own, from a warm page cache; "again" is the start with the kept index. Memory is what the
-process holds of its own (RssAnon) beyond what a loader of few samples does; the index is a mapped file, which all
-ranks of a node share.
+The sources are a folder of ImageNet's size (hard links to a few tiny images), the same files as a list, a manifest and
+(path, label) pairs, and tar shards with eleven times as many samples (links to one shard, which is read as often as if
+they were different). Each is opened in its own process, from a warm page cache; "again" is a start with the cached
+index. Memory is the private memory of the process (RssAnon) beyond that of a loader with few samples; the index is a
+mapped file that all ranks of a node share.
 
     python -m benchmarks.start --out benchmarks/results/start.json
     python -m benchmarks.start --out FILE.json --files 10000 --index 100000  # a smoke test
@@ -36,7 +36,7 @@ CLASSES, FEW, PER_SHARD, LINKS = 1000, 1000, 10_000, 30_000
 
 
 def measure(kind: str, path: str) -> dict[str, Any]:
-    """Seconds to open and to the first batch, and bytes of memory, of one source in this process."""
+    """Seconds to open one source and to its first batch, and bytes of memory, in this process."""
     from lumix_dali import create_loader
     from lumix_dali.data import sources
 
@@ -61,7 +61,7 @@ def measure(kind: str, path: str) -> dict[str, Any]:
 
 
 def write_folder(root: Path, count: int) -> None:
-    """Class folders of hard links, few enough for each file that any file system takes them."""
+    """Class folders of hard links, few enough per file for any file system."""
     root.mkdir(parents=True)
     for number in range(count):
         if number % LINKS == 0:
@@ -94,18 +94,18 @@ def write_shards(root: Path, count: int) -> None:
 
 
 def prepare(root: Path, files: int, index: int) -> list[tuple[str, str, str]]:
-    """(what it is, its kind, its path) of each source."""
+    """(name, kind, path) of each source."""
     from lumix_dali.data import sources
 
     write_folder(root / "few", FEW)
     write_folder(root / "folder", files)
-    print(f"{files:,} files made", flush=True)
+    print(f"{files:,} files created", flush=True)
     samples = sources.folder(root / "folder")
     sources.write_manifest(samples, root / "manifest.json")
     with open(root / "list.txt", "w") as file:
         file.writelines(f"folder/{name} {label}\n" for name, label in zip(samples.names, samples.labels, strict=True))
     write_shards(root / "shards", index)
-    print(f"{index:,} samples in shards made", flush=True)
+    print(f"{index:,} samples in shards created", flush=True)
     return [
         ("few files", "folder", str(root / "few")),
         ("folder", "folder", str(root / "folder")),
@@ -118,7 +118,7 @@ def prepare(root: Path, files: int, index: int) -> list[tuple[str, str, str]]:
 
 
 def in_child(kind: str, path: str) -> dict[str, Any]:
-    """What `measure` gives in a process of its own."""
+    """Runs `measure` in its own process."""
     code = f"import json, sys; from {__spec__.name} import measure; print(json.dumps(measure(*sys.argv[1:])))"
     done = subprocess.run([sys.executable, "-c", code, kind, path], stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -133,8 +133,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
     add("--files", type=harness.positive, default=1_281_167, help="of the folder (default: ImageNet's 1281167)")
     add("--index", type=harness.positive, default=14_000_000, help="samples of the shards (default: 14000000)")
-    add("--rounds", type=harness.positive, default=3, help="of which the median counts (default: 3)")
-    add("--folder", help="where the files are made; needs an inode for each (default: a temporary folder)")
+    add("--rounds", type=harness.positive, default=3, help="rounds, of which the median is reported (default: 3)")
+    add("--folder", help="where the files are created; each needs an inode (default: a temporary folder)")
     add("--allow-dirty", action="store_true", help="write benchmarks/results with uncommitted code")
     return parser.parse_args(argv)
 

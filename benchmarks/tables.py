@@ -1,10 +1,10 @@
-"""What a result says, as a table and in words, made from its JSON and nothing else; figures are `benchmarks.plot`'s.
+"""Results as tables, generated from their JSON only; `benchmarks.plot` draws the figures.
 
 Rows of all kinds: name, median, quartiles (or null, and error); loaders-threads: count too; loss: B, K, dtype too;
 scaling: ranks too, no quartiles.
-A cost result has rows of part "loader" and "model", each of a stage that comes after the row before it; its rows of
-part "step" are whole steps. Where no row has `until`, the values of a stage hold those of all stages before it.
-An accuracy result is what experiments/ablations.py writes.
+A cost result has rows of part "loader" and "model", each for the stage after that of the previous row; its rows of
+part "step" are whole steps. If no row has `until`, the values of a stage include those of all previous stages.
+Accuracy results are written by experiments/ablations.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ CEILING, TIMM, TIMM_RECIPE = "dali/+normalise", "timm FastCollateMixup elem", "t
 
 
 def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages of a batch, each without those before it, in each of two parts."""
+    """The stages of a batch, each without the previous ones, in each of two parts."""
     found = []
     for part in ("loader", "model"):
         rows = [row for row in result["rows"] if row.get("part") == part and row["values"]]
@@ -31,7 +31,7 @@ def stages(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def whole_steps(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are whole steps, fed by the loader or by the replay of a batch."""
+    """The rows for whole steps, fed by the loader or by a replayed batch."""
     return [row for row in result["rows"] if row.get("part") == "step" and row["values"]]
 
 
@@ -54,9 +54,9 @@ def source_of(result: dict[str, Any]) -> str:
 
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loader: images/s, and its ratio to the ceiling and to timm, recipe to recipe."""
+    """One line per loader: images/s, and its ratio to the ceiling and to timm with the same recipe."""
     counted = result["kind"] == "loaders-threads"
-    versioned = any(row.get("version") for row in result["rows"])  # not in results of before 0.2
+    versioned = any(row.get("version") for row in result["rows"])  # not in results from before 0.2
     lines = [
         [
             "loader",
@@ -84,7 +84,7 @@ def table_loaders(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_cost(result: dict[str, Any]) -> list[list[str]]:
-    """A line a stage, with its share of them all; a line for anything else, with its ratio to its reference."""
+    """One line per stage with its share of the total; other rows show the ratio to their reference."""
     found, steps = stages(result), whole_steps(result)
     total = sum(stage["ms"] for stage in found)
     lines = [(stage["name"], stage["ms"], stage["quartiles"], f"{stage['ms'] / total:.0%}") for stage in found]
@@ -107,7 +107,7 @@ def table_cost(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_loss(result: dict[str, Any]) -> list[list[str]]:
-    """A line a loss and size."""
+    """One line per loss and size."""
     return [
         ["loss", "B", "K", "dtype", "ms", "quartiles", "of timm's"],
         *(
@@ -118,7 +118,7 @@ def table_loss(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_mix(result: dict[str, Any]) -> list[list[str]]:
-    """A line a stage."""
+    """One line per stage."""
     kernels = any("kernel_us" in row for row in result["rows"])
     return [
         ["stage", "ms a batch", "quartiles", "of a copy", "CPU, ms", *["kernels, µs"] * kernels],
@@ -136,7 +136,7 @@ def table_mix(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _timed(row: dict[str, Any]) -> list[str]:
-    """Median and quartiles in three digits, or why there are none."""
+    """Median and quartiles in three digits, or the reason why there are none."""
     if row["median"] is None:
         return [row["error"] or "not measured", ""]
     return [f"{row['median']:.3g}", "{:.3g} – {:.3g}".format(*row["quartiles"])]
@@ -154,7 +154,7 @@ def metrics_of(result: dict[str, Any]) -> list[str]:
 
 
 def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
-    """A line per row: each metric and its difference to CutMix seed by seed, and what the row costs."""
+    """One line per row: each metric, its difference from CutMix seed by seed, and the cost of the row."""
     gpu, metrics = result["settings"]["device"] != "cpu", metrics_of(result)
     compared = {metric: paired.compare(result["rows"], "CutMix", metric) for metric in metrics}
     paper = any(row["paper"] for row in result["rows"])
@@ -184,7 +184,7 @@ def table_accuracy(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[str]:
-    """Mean ± standard deviation, and the difference to CutMix with its interval and corrected p."""
+    """Mean ± standard deviation, and the difference from CutMix with its interval and corrected p."""
     digits = DIGITS[metric]
     found = paired.moments(list(paired.last(row["runs"], metric).values()))
     own = f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}")
@@ -198,7 +198,7 @@ def _metric(row: dict[str, Any], metric: str, compared: tuple | None) -> list[st
 
 
 def read_accuracy(result: dict[str, Any]) -> str:
-    """Which differences hold after Holm's correction, and what became of the labels, in a sentence each."""
+    """One sentence each on the differences that hold after Holm's correction and on the label weights."""
     said = []
     for metric in metrics_of(result):
         found = paired.compare(result["rows"], "CutMix", metric)
@@ -225,7 +225,7 @@ def signed(sign: str, value: float | None) -> str:
 
 
 def table_scaling(result: dict[str, Any]) -> list[list[str]]:
-    """A line each place of the images and number of GPUs."""
+    """One line per location of the images and number of GPUs."""
     takes = result["assumed"]["gpu_rate"]
     return [
         [
@@ -257,7 +257,7 @@ def table_scaling(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_start(result: dict[str, Any]) -> list[list[str]]:
-    """A line a source."""
+    """One line per source."""
     return [
         ["source", "samples", "opened, s", "first batch, s", "memory per rank, MB", "bytes per sample"],
         *(
@@ -279,7 +279,7 @@ def _seconds(row: dict[str, Any], key: str) -> str:
 
 
 def table_augment(result: dict[str, Any]) -> list[list[str]]:
-    """A line an operation."""
+    """One line per operation."""
     return [
         ["operation", "mean difference, grey levels", "largest", "values more than one off"],
         *(
@@ -290,7 +290,7 @@ def table_augment(result: dict[str, Any]) -> list[list[str]]:
 
 
 def table_tune(result: dict[str, Any]) -> list[list[str]]:
-    """A line a value."""
+    """One line per value."""
     return [
         ["argument", "images/s", "quartiles", "of the default, round by round", "chosen"],
         *(
@@ -326,7 +326,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[list[str]]]] = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown of a result, with where it comes from below."""
+    """Markdown of a result, followed by its origin."""
     head, *lines = TABLES[result["kind"]](result)
     cells = [head, ["---"] * len(head), *lines]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)

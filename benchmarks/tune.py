@@ -1,8 +1,8 @@
 """Finds the `create_loader` arguments that make this loader fastest on this machine, on your own images.
 
-One knob after the other: its values take turns for some rounds, and one replaces the default only if it is more
-than 2 % faster in the median of the rounds, and faster in three rounds of four. The decoder's knobs concern GPUs
-alone.
+Knobs are tuned one after the other. The values of a knob take turns for several rounds; a value replaces the default
+only if it is more than 2 % faster in the median and faster in three rounds out of four. The decoder's knobs apply
+only to GPUs.
 
     python -m benchmarks.tune --data imagenet/train --batch-size 256
 """
@@ -38,7 +38,7 @@ def knobs(device: str, cpus: int) -> dict[str, list[Any]]:
 
 
 def arguments(chosen: dict[str, Any]) -> dict[str, Any]:
-    """`create_loader`'s arguments for the chosen values: some belong to the decoder."""
+    """`create_loader`'s arguments for the chosen values; some are options of the decoder."""
     decoder = {name: value for name, value in chosen.items() if value != DECODER_KNOBS.get(name, [value])[0]}
     plain = {name: value for name, value in chosen.items() if name not in DECODER_KNOBS}
     return plain | (dict(decoder=decoder) if decoder else {})
@@ -50,16 +50,16 @@ def tune(
     rounds: int,
     save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Chooses a value for each knob, those before it being set already.
+    """Chooses a value for each knob in turn, with the previous knobs already set.
 
     Args:
         measure: images/s with these values of all knobs.
-        values: of each knob, the default first.
+        values: the values of each knob, the default first.
         rounds: turns of each value, after an untimed turn with all defaults.
-        save: is given the rows after every round.
+        save: called with the rows after every round.
 
     Returns:
-        The chosen values, and a row a value: name, knob, value, values (one a round), median, quartiles, its
+        The chosen values, and one row per value: name, knob, value, values (one per round), median, quartiles, its
         ratio to the default round by round, and whether it was chosen.
     """
     chosen = {name: options[0] for name, options in values.items()}
@@ -79,7 +79,7 @@ def tune(
                     row.update(harness.summary(row["values"]), ratios=dict(default=ratio), chosen=False)
                 save(rows)
             best = max(
-                (row for row in found if rounds > 1 and better(row)),  # one round tells no gain from noise
+                (row for row in found if rounds > 1 and better(row)),  # one round cannot tell a gain from noise
                 default=found[0],
                 key=lambda row: row["ratios"]["default"]["median"],
             )
@@ -89,7 +89,7 @@ def tune(
 
 
 def better(row: dict[str, Any]) -> bool:
-    """Whether a value beats the default by more than noise does."""
+    """Whether a value beats the default by more than noise."""
     ratio = row["ratios"]["default"]
     return ratio["median"] > GAIN and ratio["quartiles"][0] > 1
 
@@ -124,8 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--mixup", type=float, default=0.8)
     add("--cutmix", type=float, default=1.0)
     add("--dtype", default="float32", choices=("float32", "float16", "uint8"))
-    add("--batches", type=harness.positive, default=4, help="timed batches a turn")
-    add("--out", metavar="FILE.json", help="where the result goes as well")
+    add("--batches", type=harness.positive, default=4, help="timed batches per turn")
+    add("--out", metavar="FILE.json", help="also write the result here")
     add("--rounds", type=harness.positive, default=5, help="turns of each value")
     args = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.tune", *(sys.argv[1:] if argv is None else argv)])

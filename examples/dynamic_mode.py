@@ -1,8 +1,8 @@
-"""A training loop in DALI's dynamic mode: no pipeline, each operator is called on a batch.
+"""A training loop in DALI's dynamic mode, without a pipeline: each operator is called on a batch.
 
     python examples/dynamic_mode.py IMAGES
 
-IMAGES is a class folder. Runs on a GPU where there is one.
+IMAGES is a class folder. The example runs on a GPU if there is one.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python examples/own_pipeline.py IMAGES [generic | dlpack | proxy]
 
-IMAGES is a class folder. Runs on a GPU where there is one.
+IMAGES is a class folder. The example runs on a GPU if there is one.
 """
 
 import sys
@@ -51,14 +51,14 @@ def generic(pipe) -> Batches:
 
 
 def dlpack(pipe) -> Batches:
-    """`Pipeline.run`, and DLPack: without a copy."""
+    """`Pipeline.run` and DLPack, without a copy."""
     for _ in range(pipe.reader_meta("Reader")["epoch_size"] // pipe.max_batch_size):
         images, *target = (torch.from_dlpack(output.as_tensor()) for output in pipe.run())
         yield images, MixTarget(*target)
 
 
 class Proxied(ImageFolder):
-    """torchvision's data set, whose images are decoded and mixed by DALI in the main process."""
+    """A torchvision data set whose images are decoded and mixed by DALI in the main process."""
 
     def __init__(self, root, proxy):
         super().__init__(root)
@@ -70,7 +70,7 @@ class Proxied(ImageFolder):
 
 
 def proxied(pipe, root, batch_size) -> Batches:
-    """DALI's proxy: torch's DataLoader with its workers, and one DALI pipeline behind it."""
+    """DALI's proxy: PyTorch's DataLoader with its workers, followed by one DALI pipeline."""
     with dali_proxy.DALIServer(pipe) as server:
         data = Proxied(root, server.proxy)
         for images, *target in dali_proxy.DataLoader(

@@ -1,9 +1,9 @@
-"""Trains a small model in each row of a table of the LUMix paper (arXiv 2211.15846), over several seeds.
+"""Trains a small model for each row of a table of the LUMix paper (arXiv 2211.15846), over several seeds.
 
-All rows of a seed start from the same weights and see the same crops in the same order, and the same boxes where
-they mix alike. So what is reported besides mean, standard deviation and standard error is the difference to the
-CutMix row seed by seed, with its 95 % t interval and its p after Holm's correction within the table. The last
-epoch counts, not the best.
+All rows of a seed start from the same weights and see the same crops in the same order, and the same boxes if they
+use the same mixing. Besides mean, standard deviation and standard error, the result has the difference from the
+CutMix row seed by seed, with its 95 % t interval and its p after Holm's correction within the table. The last epoch
+counts, not the best one.
 
     python -m experiments.ablations --table 2 --out runs/table2.json --figure runs/table2.svg
     python -m experiments.ablations --table 6 --model vit_tiny_patch16_224 --model-kwargs img_size=16 \\
@@ -12,9 +12,9 @@ epoch counts, not the best.
         --images-per-class 250 --model resnet10t --hflip .5 --epochs 20 --seeds 10 --val-every 0 --lam --jobs 2 \\
         --out runs/cifar10.json
 
-Every finished (row, seed) is in the JSON at once: a run that was stopped resumes when the same command is given
-again. The default data are the scanned digits of `make demo`, 20 training images a class (another draw for each
-seed): with all of them every row is almost always right.
+Every finished (row, seed) is written to the JSON immediately: the same command resumes a stopped run. The default
+data are the scanned digits of `make demo`, with 20 training images per class (drawn separately for each seed): with
+all images, every row would be almost always right.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from .training import STREAMS, Training, build_model, splits, train
 
 
 def write_digits(root: str) -> None:
-    """Has the demo write its digits: programs do not import each other."""
+    """Runs the demo to write its digits, because programs do not import each other."""
     subprocess.run(
         [sys.executable, "-m", "pipelines.demo", "--data-only", "--data", root], cwd=harness.ROOT, check=True
     )
@@ -54,12 +54,12 @@ def write_digits(root: str) -> None:
 def measure_speed(
     args: argparse.Namespace, rows: Sequence[Row], rounds: int = 9, steps: int = 10
 ) -> dict[str, dict[str, Any]]:
-    """Images/s of batch and training step, rows taking turns: {row: images_per_second, ratio to CutMix}."""
+    """Images/s of batch and training step, with rows taking turns: {row: images_per_second, ratio to CutMix}."""
     trainings = {row.name: Training(args, row, seed=0, epochs=1) for row in rows}
     values: dict[str, list[float]] = {name: [] for name in trainings}
     for number in tqdm(range(rounds + 1), "speed", unit="round", leave=False, disable=None):
         for name, training in trainings.items():
-            for _ in range(3):  # what the pipeline made ahead while it idled
+            for _ in range(3):  # batches that the pipeline prepared while idle
                 training.step()
             harness.synchronise(args.device)
             start = time.perf_counter()
@@ -79,15 +79,15 @@ def measure_speed(
 
 
 def wanted(args: argparse.Namespace) -> list[Row]:
-    """The rows of the table, or those of ``--only``."""
+    """The rows of the table, or those selected by ``--only``."""
     return harness.named(TABLES[args.table], args.only)
 
 
 def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """The result to fill: a new one, or the one under `--out`.
+    """The result to fill: a new one, or the existing one at `--out`.
 
     Raises:
-        ValueError: `--out` is another run's, or would be uncommitted code's in `benchmarks/results`.
+        ValueError: `--out` belongs to another run, or is in `benchmarks/results` and the code is uncommitted.
     """
     meta = harness.metadata(command)
     harness.refuse_dirty(args.out, meta, args.allow_dirty)
@@ -110,13 +110,13 @@ def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if different := [key for key in there | here if there.get(key) != here.get(key)]:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is {here.get(key)!r}" for key in different)
         raise ValueError(
-            f"--out {args.out}: it is another run's: {listed}. Call it as it was called, or give another file"
+            f"--out {args.out}: it belongs to another run: {listed}. Repeat that run's command, or give another file"
         )
     return old
 
 
 def identity(result: dict[str, Any]) -> dict[str, Any]:
-    """What must be alike for a run to go on."""
+    """The settings that must be equal to resume a run."""
     meta = result.get("meta", {})
     return dict(
         kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"), **result.get("settings", {})
@@ -124,13 +124,13 @@ def identity(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Does what is left to do, and writes the result after each model."""
+    """Trains the remaining models and writes the result after each."""
     result = begin(args, command)
     if result["complete"]:
         return result
     rows = []
     for row, entry in zip(wanted(args), result["rows"], strict=True):
-        try:  # a row that this model cannot have stays in the table, and says why
+        try:  # a row that this model cannot have stays in the table with the reason
             if row.method == "transmix":
                 mixing.class_attention(build_model(args, 2))
             rows.append((row, entry))
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
 def fill(
     args: argparse.Namespace, result: dict[str, Any], rows: Sequence[tuple[Row, dict]], workers: "Workers"
 ) -> None:
-    """Trains every row and seed that the result lacks; seeds outside, so that a partial result has all rows."""
+    """Trains every row and seed that the result lacks, seed by seed, so that a partial result has all rows."""
     entries = {row.name: entry for row, entry in rows}
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     left = [
@@ -174,7 +174,7 @@ def fill(
 
 
 def write(path: str, result: dict[str, Any]) -> None:
-    """Like `harness.write`, with a list of numbers on one line."""
+    """Like `harness.write`, with each list of numbers on one line."""
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False)
@@ -183,14 +183,14 @@ def write(path: str, result: dict[str, Any]) -> None:
 
 
 class Workers:
-    """Trainings side by side, each in a process of its own; a single one in this process."""
+    """Parallel trainings, each in its own process; a single one runs in this process."""
 
     def __init__(self, jobs: int):
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (jobs,)) if jobs > 1 else None
 
     def each(self, task: Callable, items: Sequence[tuple]) -> list:
-        """Results of `task(*item)`, all at the same time."""
+        """The results of `task(*item)` for all items, run in parallel."""
         apply = self.pool.map if self.pool else map
         return list(apply(task, *zip(*items, strict=True)))
 
@@ -207,7 +207,7 @@ class Workers:
             yield row.name, train(args, row, seed, epochs, bar.update)
 
     def close(self) -> None:
-        """Ends the processes at once."""
+        """Ends the processes immediately."""
         if self.pool:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -215,7 +215,7 @@ class Workers:
 
 
 def _begin_worker(jobs: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     torch.set_num_threads(max(1, harness.cpus() // jobs))
 
 
@@ -224,7 +224,7 @@ def _named_train(task: tuple) -> tuple[str, dict[str, Any]]:
 
 
 def seconds_per_epoch(args: argparse.Namespace, seed: int) -> float:
-    """Of CutMix with its validation, when it is warm."""
+    """Seconds of an epoch of CutMix with validation, after a warm-up."""
     row = next(row for row in TABLES[args.table] if row.name == CUTMIX)
     training = Training(args, row, seed, epochs=1)
     for _ in range(2):
@@ -244,17 +244,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--table", required=True, choices=TABLES, help="of the paper; components: LUMix without each of its parts")
+    add(
+        "--table", required=True, choices=TABLES, help="table of the paper; components: LUMix without each of its parts"
+    )
     add("--only", metavar="NAMES", help="rows' " + harness.ONLY)
     add(
         "--data",
         default="data/digits",
         metavar="DIR",
-        help="class folders under train and val (validation, test); the default is made when it is missing",
+        help="class folders under train and val (validation, test); the default is created if it is missing",
     )
-    add("--images-per-class", type=int, default=20, metavar="N", help="training images; 0: all")
+    add("--images-per-class", type=int, default=20, metavar="N", help="number of training images; 0: all")
     add("--seeds", type=harness.positive, default=5, metavar="N", help="how many")
-    add("--first-seed", type=int, default=0, metavar="N", help="for a trial, one that the run will not use")
+    add("--first-seed", type=int, default=0, metavar="N", help="seeds; for a trial, use one that the run will not use")
     add("--out", required=True, metavar="FILE.json", help="where the result goes")
     add("--figure", metavar="FILE.svg", help="accuracy against epoch")
     add("--model", help="any timm model (default: a resnet10t of a quarter of its width)")
@@ -263,21 +265,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--stream",
         choices=STREAMS,
         default="memory",
-        help="memory: images are decoded once; files: by create_loader, in each epoch, where it has the method",
+        help="memory: images are decoded once; files: by create_loader, in each epoch, if it has the method",
     )
-    add("--small-stem", action="store_true", help="a ResNet's stem: 3x3, stride 1, no pooling")
+    add("--small-stem", action="store_true", help="use a small ResNet stem: 3x3, stride 1, no pooling")
     add("--img-size", type=harness.positive, default=16)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=harness.positive, help="of each model (default: 40)")
+    length.add_argument("--epochs", type=harness.positive, help="epochs of each model (default: 40)")
     length.add_argument("--minutes", type=float, help="for a model; as many epochs as CutMix does in them")
     add("--batch-size", type=harness.positive, default=50)
-    add("--lr", type=float, default=2e-3, help="of AdamW, at the top of a cosine schedule")
+    add("--lr", type=float, default=2e-3, help="learning rate of AdamW at the peak of a cosine schedule")
     add("--weight-decay", type=float, default=0.05)
     add("--warmup", type=int, default=2, help="epochs")
     add("--smoothing", type=float, default=0.1, help="of labels")
-    add("--scale", type=float, nargs=2, default=[0.6, 1.0], help="share of the area that a crop has")
-    add("--hflip", type=float, default=0.0, help="a mirrored 2 is no digit")
-    add("--val-every", type=int, default=1, metavar="N", help="epochs between validations; 0: after the last only")
+    add("--scale", type=float, nargs=2, default=[0.6, 1.0], help="range of a crop's share of the area")
+    add("--hflip", type=float, default=0.0, help="probability of a flip; 0 for digits, which must not be mirrored")
+    add("--val-every", type=int, default=1, metavar="N", help="epochs between validations; 0: only after the last")
     add("--lam", action="store_true", help="keep the quantiles of λ0, λ_s and λ over each epoch")
     add("--speed", action=argparse.BooleanOptionalAction, default=True, help="measure images/s of every row first")
     add(
@@ -288,8 +290,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="bfloat16")
-    add("--jobs", type=harness.positive, default=1, help="models trained side by side")
-    add("--threads", type=harness.positive, default=1, help="DALI's, of each model")
+    add("--jobs", type=harness.positive, default=1, help="number of models trained in parallel")
+    add("--threads", type=harness.positive, default=1, help="DALI's threads for each model")
     add(
         "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
     )
@@ -313,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(args, command)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; what is done is in {args.out}, and the same command goes on")
+        sys.exit(f"stopped; finished models are in {args.out}, and the same command resumes")
     from benchmarks import plot
 
     result, digest = plot.load(Path(args.out))

@@ -12,7 +12,7 @@ NAMES = ("lam0", "lam_s", "lam")
 class LabelWeights:
     """Collects the partner's weights of an epoch's CutMix samples.
 
-    `lam_s` is the model's own opinion p_a / (p_a + p_b), whether or not the loss uses it; samples that are not
+    `lam_s` is the model's own estimate p_a / (p_a + p_b), whether or not the loss uses it. Samples that are not
     CutMix, or whose λ0 is 0 or 1, have no weight that LUMix could change and are left out.
     """
 
@@ -20,13 +20,13 @@ class LabelWeights:
         self._batches: list[Tensor] = []
 
     def add(self, criterion: LUMixLoss, logits: Tensor, target: MixTarget, lam_r: Tensor | None) -> None:
-        """Takes a batch.
+        """Adds a batch.
 
         Args:
             criterion: the loss of this batch.
             logits: [B, K].
-            target: of this batch.
-            lam_r: [B], the noise that the loss was given; None where it has none.
+            target: the target of this batch.
+            lam_r: [B], the noise passed to the loss; None without noise.
         """
         with torch.no_grad():
             lam = criterion.lam(logits, target, lam_r)
@@ -39,11 +39,11 @@ class LabelWeights:
             self._batches.append(torch.stack((lam0, lam_s, lam, clamped), 1)[mixed].cpu())
 
     def summary(self) -> dict[str, float]:
-        """Statistics of what was collected, which is then forgotten.
+        """Returns statistics of the collected weights and clears them.
 
         Returns:
             For each of `NAMES` its mean and `QUANTILES`, as ``lam_mean``, ``lam_q10``; ``moved``, the mean of
-            |λ - λ0|; ``clamped``, the share of samples whose λ Eq. 3 puts outside [0, 1]. Empty without samples.
+            |λ - λ0|; ``clamped``, the share of samples for which Eq. 3 gives a λ outside [0, 1]. Empty without samples.
         """
         values, self._batches = torch.cat(self._batches).double(), []
         if not len(values):

@@ -1,7 +1,8 @@
-"""Mixing methods beside the package's own, for Tables 6 and 12 of LUMix (arXiv 2211.15846).
+"""Further mixing methods, for Tables 6 and 12 of LUMix (arXiv 2211.15846).
 
-In DALI's graph, on either backend: ResizeMix, and the two ablations of the input space. Outside: SaliencyMix,
-whose map OpenCV makes on the host; and TransMix, which changes the label alone and needs the model's attention.
+ResizeMix and the two ablations of the input space run in DALI's graph, on either backend. Two methods run outside it:
+SaliencyMix, whose map OpenCV computes on the host, and TransMix, which only changes the label and needs the model's
+attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,22 +19,22 @@ import lumix_dali.fn as mixfn
 from lumix_dali import Kind, MixTarget
 from lumix_dali.reference import count_lam0, cut_box, mix_images
 
-OTHER = 3  # MixTarget's kind: mixed by other means than a box or one weight
+OTHER = 3  # MixTarget's kind: mixed by something other than a box or one weight
 
 
 def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1, 0.8)) -> tuple[DataNode, MixTarget]:
-    """ResizeMix (arXiv 2012.11101): the whole partner, made smaller by τ, is pasted anywhere inside the image.
+    """ResizeMix (arXiv 2012.11101): the whole partner, scaled by τ, is pasted anywhere inside the image.
 
     Args:
         images: uint8, HWC, one size for the whole batch.
-        labels: one integer a sample.
+        labels: one integer per sample.
         scope: range of τ, drawn uniformly, as a fraction of each side.
 
     Returns:
-        Mixed images, and their target, as CutMix has it: kind 2, the box, λ0 its share of the area.
+        Mixed images, and their target as for CutMix: kind 2, the box, and λ0, the box's share of the area.
 
     Note:
-        One draw a sample, where the paper draws one a batch.
+        One draw per sample; the paper draws once per batch.
     """
     size = images.shape(dtype=types.INT32)[:2]
     partner = fn.batch_permutation(no_fixed_points=True)
@@ -42,9 +43,9 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     free = fn.random.uniform(range=[0.0, 1.0], shape=[2]) * (size - side + 1)
     start = fn.cast(math.floor(free), dtype=types.INT32)
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
-    small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste reads all inputs with one size
+    small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste assumes one size for all inputs
     drawn = mixfn.given(size, partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side))
-    _, target = mixfn.apply(images, labels, drawn)  # its pixels are never made: DALI prunes what nobody asks for
+    _, target = mixfn.apply(images, labels, drawn)  # its pixels are never computed: DALI prunes unused outputs
     mixed = fn.multi_paste(
         images,
         small,
@@ -57,16 +58,16 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
 
 
 def shuffle_patches(images: DataNode, size: Sequence[int], patch: int = 16) -> DataNode:
-    """Random shuffling of the mixed image's patches (LUMix, Table 12), another permutation for each sample.
+    """Random shuffling of the mixed image's patches (LUMix, Table 12), with one permutation per sample.
 
     Args:
         images: uint8, HWC.
         size: (H, W) of the images, multiples of `patch`.
-        patch: side of a patch in pixels; the paper has 16.
+        patch: side of a patch in pixels; 16 in the paper.
     """
     rows, columns = _grid(size, patch)
     count = rows * columns
-    # A draw's rank among all draws; of equal ones the first comes first, so that it is always a permutation.
+    # The rank of each draw; ties go to the first, so that the result is always a permutation.
     draws = fn.random.uniform(range=[0.0, 1.0], shape=[count, 1])
     others = fn.reshape(draws, shape=[1, count])
     smaller = (others < draws) | ((others == draws) & types.Constant(np.tri(count, k=-1, dtype=np.bool_)))
@@ -81,14 +82,14 @@ def shuffle_patches(images: DataNode, size: Sequence[int], patch: int = 16) -> D
 def patch_mixup(
     images: DataNode, labels: DataNode, size: Sequence[int], patch: int = 16, alpha: float = 1.0
 ) -> tuple[DataNode, MixTarget]:
-    """Random λ (LUMix, Table 12): another blend weight λ ~ Beta(α, α) for each patch; λ0 is their mean.
+    """Random λ (LUMix, Table 12): one blend weight λ ~ Beta(α, α) per patch; λ0 is their mean.
 
     Args:
         images: uint8, HWC.
-        labels: one integer a sample.
+        labels: one integer per sample.
         size: (H, W) of the images, multiples of `patch`.
-        patch: side of a patch in pixels; the paper has 16.
-        alpha: of "the original Beta distribution"; 1 is CutMix'.
+        patch: side of a patch in pixels; 16 in the paper.
+        alpha: α of "the original Beta distribution"; 1 as in CutMix.
 
     Returns:
         Mixed images, rounded to uint8, and their target: kind 3, no box.
@@ -123,23 +124,23 @@ def _grid(size: Sequence[int], patch: int) -> tuple[int, int]:
 def saliency_mix(
     images: np.ndarray, labels: np.ndarray, rng: np.random.Generator, alpha: float = 1.0
 ) -> tuple[np.ndarray, MixTarget]:
-    """SaliencyMix (arXiv 2006.01791): CutMix whose box lies around the partner's most salient point.
+    """SaliencyMix (arXiv 2006.01791): CutMix with a box around the partner's most salient point.
 
     Args:
         images: uint8 [B, H, W, 3], RGB.
         labels: int64 [B].
-        rng: of partners and of λ0 ~ Beta(α, α).
+        rng: random generator for partners and λ0 ~ Beta(α, α).
 
     Returns:
-        Mixed images, and their target with NumPy fields: kind 2, λ0 counted in the clipped box.
+        Mixed images, and their target with NumPy fields: kind 2, λ0 computed from the clipped box.
 
     Note:
-        The authors' code makes one saliency map a batch, the first partner's, and uses its box for all; here, as
-        the paper describes the method, each sample's box is its own partner's.
+        The authors' code computes one saliency map per batch, of the first partner, and uses its box for all
+        samples; here, as the paper describes the method, each sample uses the box of its own partner.
     """
     order = rng.permutation(len(images))
     partner = np.empty_like(order)
-    partner[order] = np.roll(order, 1)  # one cycle: nobody is his own partner
+    partner[order] = np.roll(order, 1)  # one cycle: no sample is its own partner
     size, weights = images.shape[1:3], rng.beta(alpha, alpha, len(images))
     box = np.array(
         [cut_box(size, lam, most_salient(images[other])) for lam, other in zip(weights, partner, strict=True)]
@@ -150,44 +151,44 @@ def saliency_mix(
 
 
 def most_salient(image: np.ndarray) -> tuple[int, int]:
-    """(y, x) of the largest value of OpenCV's fine-grained static saliency, SaliencyMix' detector.
+    """(y, x) of the max of OpenCV's fine-grained static saliency, the detector of SaliencyMix.
 
     Args:
         image: uint8 [H, W, 3].
 
     Note:
-        As in the authors' code the map has 256 levels, and of equal values the first one counts. Its maximum is
-        often at an edge, the more so the smaller the image.
+        As in the authors' code, the map has 256 levels and ties go to the first value. Its maximum is often at an
+        edge, especially in small images.
     """
     import cv2  # an extra: pip install opencv-contrib-python-headless
 
-    detector: Any = cv2.saliency  # its stubs lack what it makes at run time
+    detector: Any = cv2.saliency  # its stubs lack what it creates at run time
     found, values = detector.StaticSaliencyFineGrained_create().computeSaliency(image)
     if not found:
-        raise RuntimeError(f"OpenCV finds no saliency map for an image of shape {image.shape}")
+        raise RuntimeError(f"OpenCV cannot compute a saliency map for an image of shape {image.shape}")
     y, x = np.unravel_index((255 * values).astype(np.uint8).argmax(), values.shape)
     return int(y), int(x)
 
 
 def class_attention(model: nn.Module) -> Callable[[], Tensor]:
-    """Makes a timm ViT keep its last block's attention; TransMix reads it after each forward pass.
+    """Makes a timm ViT keep its last block's attention, which TransMix reads after each forward pass.
 
     Args:
-        model: with a class token in front, and `blocks` of timm's `Attention`.
+        model: a ViT whose first token is the class token, with `blocks` of timm's `Attention`.
 
     Returns:
-        A function that gives [B, patches]: the class token's softmax attention, mean over heads, detached.
+        A function that returns [B, patches]: the class token's softmax attention, averaged over heads, detached.
 
     Raises:
         ValueError: the model has no class token.
     """
     if getattr(model, "cls_token", None) is None or getattr(model, "num_prefix_tokens", 0) != 1:
         raise ValueError(
-            f"TransMix: {type(model).__name__} has no class token alone in front; give a ViT such as "
+            f"TransMix: {type(model).__name__} has no class token as its only prefix token; give a ViT such as "
             "deit_small_patch16_224"
         )
     attention: Any = model.blocks[-1].attn  # type: ignore[union-attr,index]
-    attention.fused_attn = False  # the fused kernel never shows its weights
+    attention.fused_attn = False  # the fused kernel does not expose its weights
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -201,16 +202,16 @@ def transmix(target: MixTarget, attention: Tensor, size: Sequence[int]) -> MixTa
     """TransMix (arXiv 2111.09833): λ is the mean of the box's area and of the class token's attention to it.
 
     Args:
-        target: of CutMix samples, on the attention's device.
+        target: target of CutMix samples, on the attention's device.
         attention: [B, patches] of a square grid, from `class_attention`.
         size: (H, W) of the images that `target.box` refers to.
 
     Returns:
-        `target` with its λ0 replaced: (λ0 + Σ attention inside / Σ attention) / 2. Samples without a box stay.
+        `target` with λ0 replaced by (λ0 + Σ attention inside / Σ attention) / 2; samples without a box are unchanged.
 
     Note:
-        As the authors' code has it: the box is brought to the grid by nearest-neighbour resampling, and attention
-        has half the weight. (Eq. 3 of the paper has attention alone.)
+        As in the authors' code, the box is resampled to the grid by nearest neighbour, and attention has half the
+        weight. (Eq. 3 of the paper uses only attention.)
     """
     side = round(attention.size(1) ** 0.5)
     y, x = (torch.arange(length, device=attention.device) for length in size)

@@ -1,8 +1,8 @@
 """Puzzle Mix (Kim, Choo & Song, ICML 2020, arXiv 2009.06962), for Table 6 of LUMix (arXiv 2211.15846).
 
-Each image is cut into blocks. A labelling of the blocks, z in {0, 1/2, 1}, says how much of each is the sample's:
-it keeps salient blocks, prefers neighbours to be labelled alike, and follows a prior whose mean is the drawn λ.
-Then each image's salient blocks are transported to where its own label is above 0.
+Each image is cut into blocks. A labelling of the blocks, z in {0, 1/2, 1}, is the sample's share of each block: it
+keeps salient blocks, prefers equal labels for neighbours, and follows a prior whose mean is the drawn λ. Then each
+image's salient blocks are transported to where its own label is above 0.
 
 The labelling minimises Σ_i U_i(z_i) + Σ_ij w_ij (z_i - z_j)². The pair cost is convex, so the minimum is a cut of
 Ishikawa's graph (PAMI 2003), which SciPy finds exactly; the authors' α-β swap is approximate.
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from lumix_dali import MixTarget
 
-OTHER = 3  # MixTarget's kind: mixed by other means than a box or one weight
+OTHER = 3  # MixTarget's kind: mixed by something other than a box or one weight
 
 
 class Settings(NamedTuple):
-    """The authors' for ImageNet.
+    """The settings, by default the authors' for ImageNet.
 
     Attributes:
         labels: number of labels of a block.
-        beta: weight of label smoothness, divided by 16 times the blocks along a side.
-        gamma: weight of the images' own discontinuities in it.
+        beta: weight of label smoothness, divided by 16 times the number of blocks along a side.
+        gamma: weight of the images' discontinuities in the smoothness term.
         eta: weight of the prior.
-        neighbourhood: side of the pixel groups whose difference is a discontinuity, at most a block's side.
-        transport_cost: ε, cost of moving a block across the image.
-        alpha: of Beta(α, α), the distribution of the drawn λ.
-        grids: blocks along a side, one of them for each batch.
+        neighbourhood: side of the pixel groups whose difference is a discontinuity, at most the side of a block.
+        transport_cost: ε, the cost of moving a block across the image.
+        alpha: α of Beta(α, α), the distribution of the drawn λ.
+        grids: numbers of blocks along a side; one is drawn per batch.
     """
 
     labels: int = 3
@@ -53,12 +53,12 @@ AUTHORS = Settings()
 
 
 class Energy(NamedTuple):
-    """Of a batch's labellings, in the authors' integers.
+    """The energy of a batch's labellings, in integers as in the authors' code.
 
     Attributes:
         unary: int64 [B, N, N, L], cost of each label of each block.
-        down: int64 [B, N - 1, N], weight of (z_i - z_j)² between a block and the one below.
-        right: int64 [B, N, N - 1], the same for the one to the right.
+        down: int64 [B, N - 1, N], weight of (z_i - z_j)² between a block and the block below.
+        right: int64 [B, N, N - 1], the same for the block to the right.
     """
 
     unary: np.ndarray
@@ -70,7 +70,7 @@ def saliency(loss: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Square root of the mean squared gradient over the channels, [B, H, W].
 
     Args:
-        loss: of `inputs`, a scalar; the model should be in evaluation mode.
+        loss: a scalar function of `inputs`; the model should be in evaluation mode.
         inputs: [B, C, H, W].
     """
     inputs = inputs.detach().requires_grad_()
@@ -93,18 +93,18 @@ def puzzle_mix(
         images: float [B, C, S, S], normalised; S is a multiple of the grid that is drawn.
         labels: int64 [B].
         salient: [B, S, S], from `saliency`.
-        rng: of what is drawn.
-        mean, std: what images were normalised with, scalars or [C, 1, 1]; discontinuities are those of [0, 1].
-        settings: the authors' by default.
+        rng: random generator of all draws.
+        mean, std: normalisation of the images, scalars or [C, 1, 1]; discontinuities are measured in [0, 1].
+        settings: by default the authors'.
 
     Returns:
         Mixed images, and their target: kind 3, no box, λ0 = 1 - the share of the sample's own label.
 
     Raises:
-        ValueError: images that are not square, or not a multiple of the grid.
+        ValueError: the images are not square, or their side is not a multiple of the grid.
 
     Note:
-        Partners make one cycle, where the authors' permutation may leave a sample with itself. Grid and λ are one
+        Partners form one cycle; the authors' permutation may pair a sample with itself. Grid and λ are drawn once
         per batch, as in their code.
     """
     order = rng.permutation(len(images))
@@ -130,9 +130,9 @@ def mix_pairs(
     """Mixes each image with its partner; see `puzzle_mix`.
 
     Args:
-        partner: int64 [B], places in the batch.
+        partner: int64 [B], indices in the batch.
         lam: λ in [0, 1], the prior's mean of the sample's own share.
-        grid: N, blocks along a side.
+        grid: N, the number of blocks along a side.
 
     Returns:
         Mixed images, and float32 [B], the share of each sample's own label: the mean of its mask.
@@ -155,12 +155,12 @@ def mix_pairs(
 
 
 def energy(images: Tensor, share: Tensor, partner: Tensor, lam: float, settings: Settings) -> Energy:
-    """The cost of every labelling (Eq. 4 and 5 of the paper), scaled and truncated to integers as the authors do.
+    """The cost of every labelling (Eq. 4 and 5 of the paper), scaled and truncated to integers as in the authors' code.
 
     Args:
         images: [B, C, S, S] in [0, 1].
         share: [B, N, N], each block's share of its image's saliency.
-        partner, lam, settings: of `mix_pairs`.
+        partner, lam, settings: as for `mix_pairs`.
 
     Returns:
         `Energy`; label l means that (L - 1 - l) / (L - 1) of the block is the sample's own.
@@ -172,7 +172,7 @@ def energy(images: Tensor, share: Tensor, partner: Tensor, lam: float, settings:
     own, other = share.clone(), share[partner]  # cost of losing the sample's block, and the partner's
     weights = []
     for axis in (1, 2):
-        # gap[a, b]: how much image a differs from image b across the border between two blocks; 1 is the sample.
+        # gap[a, b]: difference of image a from image b across the border between two blocks; 1 is the sample.
         pair = (pooled[partner], pooled)
         gap = [[beta * settings.gamma * _gap(a, b, axis, size // grid // side) for b in pair] for a in pair]
         first, second = (_sides(term, axis) for term in (own, other))
@@ -206,7 +206,7 @@ def _sides(blocks: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _gap(first: Tensor, second: Tensor, axis: int, block: int) -> Tensor:
-    """Mean |first - second| of adjacent pixels across each border along `axis`: [B, ...] one per border."""
+    """Mean |first - second| of adjacent pixels across each border along `axis`: [B, ...], one value per border."""
     before, _ = _sides(first, axis + 1)
     _, after = _sides(second, axis + 1)
     across = (before - after).abs().mean(1)
@@ -221,27 +221,27 @@ def _prior(lam: float, labels: int, eps: float = 1e-8) -> list[float]:
 
 
 def cost(labels: np.ndarray, unary: np.ndarray, down: np.ndarray, right: np.ndarray) -> float:
-    """Energy of one labelling, integers [N, N] in [0, L)."""
+    """The energy of one labelling, integers [N, N] in [0, L)."""
     own = np.take_along_axis(unary, labels[..., None], -1).sum()
     pairs = (down * np.diff(labels, axis=0) ** 2).sum() + (right * np.diff(labels, axis=1) ** 2).sum()
     return own + pairs / (unary.shape[-1] - 1) ** 2
 
 
 def cut(unary: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The labelling of least `cost`.
+    """The labelling with the minimum `cost`.
 
     Args:
         unary: integers [N, N, L].
-        down, right: integers [N - 1, N] and [N, N - 1], none below 0.
+        down, right: non-negative integers [N - 1, N] and [N, N - 1].
 
     Returns:
         int64 [N, N] in [0, L).
 
     Note:
-        Block i has a node for each step l = 1 .. L - 1, on the source's side where z_i ≥ l. With those
+        Block i has one node for each step l = 1 .. L - 1, on the source's side if z_i ≥ l. With these nodes,
         (z_i - z_j)² = Σ_kl |[z_i ≥ k] - [z_j ≥ l]| + q(z_i) + q(z_j), q(z) = z² - (L - 1) z.
-        Usually edges of endless capacity keep a block's nodes in order. Here the sum is linear in how many of them
-        are on the source's side, so that a cut out of order is never cheaper than both ends of what it skips.
+        Usually, edges of infinite capacity keep a block's nodes in order. They are not needed here: the sum is linear
+        in the number of nodes on the source's side, so a cut out of order is never cheaper than both ordered ones.
     """
     grid, n = unary.shape[0], unary.shape[-1] - 1
     graph = _ishikawa(grid, n)
@@ -264,7 +264,7 @@ def cut(unary: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class _Graph(NamedTuple):
-    """Rows of a sparse matrix, and for each of its entries the place of its capacity in `cut`'s list."""
+    """Rows of a sparse matrix, and for each entry the index of its capacity in `cut`'s list."""
 
     indices: np.ndarray
     indptr: np.ndarray
@@ -273,7 +273,7 @@ class _Graph(NamedTuple):
 
 @lru_cache
 def _ishikawa(grid: int, n: int) -> _Graph:
-    """The graph of `cut`: a chain from source to sink through each block's nodes, and the pairs both ways."""
+    """The graph of `cut`: a chain from source to sink through each block's nodes, and pair edges in both directions."""
     nodes = np.arange(n * grid**2).reshape(grid, grid, n)
     first, last = n * grid**2, n * grid**2 + 1
     ends = np.full((grid, grid, 1), first), np.full((grid, grid, 1), last)
@@ -290,15 +290,15 @@ def _ishikawa(grid: int, n: int) -> _Graph:
 
 
 def transport(mask: Tensor, share: Tensor, eps: float) -> Tensor:
-    """Where each block goes: the authors' approximate assignment, N rounds of bids and rejections.
+    """The destination of each block: the authors' approximate assignment, in N rounds of bids and rejections.
 
     Args:
-        mask: [B, N, N], the image's label of each block.
-        share: [B, N, N], each block's share of its saliency.
+        mask: [B, N, N], the image's label for each block.
+        share: [B, N, N], each block's share of the image's saliency.
         eps: cost of moving across the image.
 
     Returns:
-        [B, N², N²] of 0 and 1: block i goes to j. Places where the mask is 0 may get none.
+        [B, N², N²] of 0 and 1: block i moves to j. Positions where the mask is 0 may receive none.
     """
     grid = mask.size(-1)
     place = torch.stack(torch.meshgrid(*[torch.arange(grid, device=mask.device)] * 2, indexing="ij"), -1)
@@ -314,7 +314,7 @@ def transport(mask: Tensor, share: Tensor, eps: float) -> Tensor:
 
 
 def move(images: Tensor, plan: Tensor) -> Tensor:
-    """Images [B, C, S, S] with their blocks moved by `plan` [B, N², N²]; a place without a block is 0."""
+    """Images [B, C, S, S] with their blocks moved by `plan` [B, N², N²]; positions without a block are 0."""
     grid = round(plan.size(-1) ** 0.5)
     batch, channels, size, _ = images.shape
     cells = images.reshape(batch, channels, grid, size // grid, grid, size // grid).transpose(3, 4)

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-CUTMIX = "CutMix"  # the row that all others are compared with
+CUTMIX = "CutMix"  # the reference row of all comparisons
 PLAIN = dict(r_r=0.0, r_s=0.0, eta=0.0)
 LUMIX = dict(r_r=0.4, r_s=0.1, eta=1.0)
 
@@ -36,7 +36,7 @@ TABLES = {
         Row("r_r .3, r_s .2", 80.3, _ratios(0.3, 0.2)),
         Row("r_r 0, r_s .5", 80.3, _ratios(0, 0.5)),
     ],
-    # The paper's "baseline" is the whole recipe except CutMix (§4.5), and so Mixup; "no mixing" is not in it.
+    # The paper's "baseline" is the whole recipe except CutMix (§4.5), so it uses Mixup; "no mixing" is our own row.
     "6": [
         Row("no mixing", None, PLAIN, "none"),
         Row("Mixup", 78.6, PLAIN, "mixup"),

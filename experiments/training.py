@@ -1,7 +1,7 @@
 """One training of a small model: its data, its stream of mixed batches, its updates and its validation.
 
-All rows of a seed start from the same weights and see the same crops in the same order, and the same boxes where
-they mix alike.
+All rows of a seed start from the same weights and see the same crops in the same order, and the same boxes if they
+use the same mixing.
 """
 
 import argparse
@@ -37,8 +37,7 @@ def _shuffled(images, labels, **where):
     return mixing.shuffle_patches(images, **where), target
 
 
-# What the graph does to images and labels. SaliencyMix and Puzzle Mix follow in `Training.batch`, TransMix in
-# `Training.step`.
+# The mixing done in the graph. SaliencyMix and Puzzle Mix follow in `Training.batch`, TransMix in `Training.step`.
 METHODS: dict[str, Callable[..., tuple[Any, MixTarget]]] = {
     "none": lambda images, labels, **_: (images, mixfn.unmixed(labels, images.device)),
     "cutmix": lambda images, labels, **_: mixfn.cutmix(images, labels),
@@ -51,7 +50,7 @@ METHODS |= {"transmix": METHODS["cutmix"], "saliencymix": METHODS["none"], "puzz
 
 
 class Images(NamedTuple):
-    """Images in host memory, decoded and resized once: uint8 [N, H, W, 3], and int64 [N] labels."""
+    """Images in host memory, decoded and resized once, uint8 [N, H, W, 3], and labels, int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -75,10 +74,10 @@ def decoded(folder: str, size: int, device: str) -> Images:
 
 
 def splits(root: str) -> list[str]:
-    """The training and the validation folder.
+    """The training and validation folders.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: a folder is missing.
     """
     found = [
         next((str(Path(root, name)) for name in names if Path(root, name).is_dir()), None)
@@ -86,13 +85,13 @@ def splits(root: str) -> list[str]:
     ]
     if None in found:
         raise ValueError(
-            f"--data {root}: it needs the folders train and val (or validation, test), each with a folder a class"
+            f"--data {root}: it needs the folders train and val (or validation, test), each with one folder per class"
         )
     return [folder for folder in found if folder]
 
 
 def subset(labels: np.ndarray, images_per_class: int, seed: int) -> np.ndarray:
-    """Indices of so many images of each class, another draw for each seed; 0: of all."""
+    """Indices of a given number of images per class, drawn by seed; 0: all images."""
     if not images_per_class:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
@@ -105,7 +104,7 @@ def subset(labels: np.ndarray, images_per_class: int, seed: int) -> np.ndarray:
 @pipeline_def
 def batches(source: Callable, *, size: int, scale: Sequence[float], hflip: float, method: str, patch: int):
     """Random resized crop, flip, and the method of mixing; uint8 HWC, then the fields of `MixTarget`."""
-    # The operators before the method are the same for all rows, in number too: each gets its seed by its place.
+    # The operators before the method must be the same for all rows: each gets its seed from its position.
     images, labels = fn.external_source(
         source,
         num_outputs=2,
@@ -127,12 +126,12 @@ Batch = tuple[Tensor, MixTarget]
 
 
 def from_memory(args: argparse.Namespace, row: Row, seed: int) -> tuple[int, Iterator[Batch]]:
-    """Batches an epoch, and the endless stream of them, cropped and mixed by `batches` from decoded images."""
+    """Batches per epoch, and an endless stream of them, cropped and mixed by `batches` from decoded images."""
     data = decoded(splits(args.data)[0], args.img_size, args.device)
     chosen = subset(data.labels, args.images_per_class, seed)
     images, labels = data.images[chosen], data.labels[chosen]
     order = Order(len(chosen), args.batch_size, shuffle=True, drop_last=True, seed=seed)
-    epoch = lru_cache(1)(order.epoch)  # of `Order`, which is a pure function
+    epoch = lru_cache(1)(order.epoch)  # `Order` is a pure function
 
     def source(info) -> tuple[np.ndarray, np.ndarray]:
         number, step = divmod(info.iteration, len(order))
@@ -163,10 +162,10 @@ def from_memory(args: argparse.Namespace, row: Row, seed: int) -> tuple[int, Ite
 
 
 def from_files(args: argparse.Namespace, row: Row, seed: int) -> tuple[int, Iterator[Batch]]:
-    """The same from the files themselves, by `create_loader`, in each epoch again.
+    """The same from the files themselves, decoded by `create_loader` in each epoch.
 
     Raises:
-        ValueError: the loader has no such method of mixing.
+        ValueError: the loader does not have this mixing method.
     """
     alphas: dict[str, Any] = {"none": {}, "cutmix": dict(cutmix_alpha=1.0), "mixup": dict(mixup_alpha=0.8)}
     if row.method not in alphas:
@@ -201,7 +200,7 @@ STREAMS = {"memory": from_memory, "files": from_files}
 
 
 class Training:
-    """One row, one seed: the model, and the endless stream of its batches."""
+    """One row and one seed: the model, and the endless stream of its batches."""
 
     def __init__(self, args: argparse.Namespace, row: Row, seed: int, epochs: int):
         self.args, self.row, self.device = args, row, torch.device(args.device)
@@ -237,7 +236,7 @@ class Training:
         return images, target
 
     def puzzle_mixed(self, images: Tensor, target: MixTarget) -> Batch:
-        """The batch mixed by Puzzle Mix, rounded to uint8, by the saliency that the model has for it."""
+        """The batch mixed by Puzzle Mix with the model's saliency, rounded to uint8."""
         inputs = normalised(images)
         self.model.eval()
         salient = puzzlemix.saliency(lambda x: self.criterion(self.forward(x), target.labels), inputs)
@@ -246,7 +245,7 @@ class Training:
         return mixed.mul_(127.5).add_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1), target
 
     def logits(self, images: Tensor) -> Tensor:
-        """Of uint8 images [B, H, W, 3]."""
+        """Logits of uint8 images [B, H, W, 3]."""
         return self.forward(normalised(images))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ class Training:
             return self.model(inputs)
 
     def step(self) -> Tensor:
-        """One batch and one update; gives the loss."""
+        """Trains on one batch with one update; returns the loss."""
         images, target = self.batch()
         logits = self.logits(images)
         if self.attention is not None:
@@ -275,7 +274,7 @@ class Training:
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Of the validation images.
+        """Evaluates the validation images.
 
         Returns:
             top1 in %; nll, the mean negative log likelihood in nats; ece, the expected calibration error in %:
@@ -302,7 +301,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """A timm model; `--small-stem` gives a ResNet the stem that is used for CIFAR: 3x3, stride 1, no pooling."""
+    """A timm model; `--small-stem` gives a ResNet the usual CIFAR stem: 3x3, stride 1, no pooling."""
     model: Any = timm.create_model(args.model, num_classes=int(num_classes), **args.model_kwargs)
     if args.small_stem:
         if not (isinstance(getattr(model, "conv1", None), nn.Conv2d) and hasattr(model, "maxpool")):
@@ -318,14 +317,14 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def train(
     args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[], object] | None = None
 ) -> dict[str, Any]:
-    """Trains a row with a seed.
+    """Trains one row with one seed.
 
     Args:
         tick: called after each epoch.
 
     Returns:
-        seed; validated, the epochs after which there are top1, nll and ece, lists of `Training.validate`'s values;
-        lam, with ``--lam``: `LabelWeights.summary` of each epoch, {name: list}; seconds on the clock, and
+        seed; validated, the epochs with a validation; top1, nll and ece, lists of `Training.validate`'s values for
+        them; with ``--lam``, lam: `LabelWeights.summary` of each epoch, {name: list}; seconds of wall time, and
         cpu_seconds of this process.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Makes what the flags name: data, loaders, model, loss, optimiser, schedule; errors name the flag."""
+"""Builds data, loaders, model, loss, optimiser and schedule from the flags; errors name the flag."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ from lumix_dali.data.sources import Source, load
 from .checkpoint import SUMS, Run
 from .flags import ratios
 
-# The flags behind `create_loader`'s arguments, for its errors.
+# The flag for each argument of `create_loader`, to name it in errors.
 LOADER_FLAGS = {
     "mixup_alpha": "--mixup",
     "cutmix_alpha": "--cutmix",
@@ -44,7 +44,7 @@ def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
     """The training and the validation samples.
 
     Raises:
-        ValueError: if a folder or a class is missing or empty, or the two differ in their classes.
+        ValueError: a folder or a class is missing or empty, or the two splits have different classes.
     """
 
     def split(*names: str) -> Source:
@@ -76,7 +76,7 @@ def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
 
 
 class TimmBCE(LUMixLoss):
-    """timm's BinaryCrossEntropy on the dense target at λ0, for what LUMix has no meaning with: a threshold."""
+    """timm's BinaryCrossEntropy on the dense target at λ0, for options that exclude LUMix, such as a threshold."""
 
     def __init__(self, bce: BinaryCrossEntropy, smoothing: float):
         super().__init__(0.0, 0.0, 0.0, smoothing=smoothing)
@@ -109,10 +109,10 @@ def build_criterion(args: argparse.Namespace) -> LUMixLoss:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    """A timm model with an output per class, made for the input size asked for.
+    """A timm model with one output per class, built for the requested input size.
 
     Raises:
-        ValueError: `--num-classes` is smaller than the number of classes in the data, or timm cannot make it.
+        ValueError: `--num-classes` is smaller than the number of classes in the data, or timm cannot build it.
     """
     if args.num_classes is not None and args.num_classes < num_classes:
         raise ValueError(
@@ -145,7 +145,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
         size = args.input_size[1:] if args.input_size else args.img_size
-        if size and hasattr(model, "set_input_size"):  # position embeddings and windows have a size of their own
+        if size and hasattr(model, "set_input_size"):  # position embeddings and windows depend on it
             model.set_input_size(img_size=size)
     except (RuntimeError, TypeError, AssertionError, OSError) as error:
         raise ValueError(f"--model {args.model}: {error}{similar(args.model, timm.list_models())}") from error
@@ -154,7 +154,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def start_head(model: Any, args: argparse.Namespace) -> None:
-    """Gives the classifier the initial values asked for."""
+    """Initialises the classifier as the flags request."""
     with torch.no_grad():
         if args.head_init_scale is not None:
             model.get_classifier().weight.mul_(args.head_init_scale)
@@ -164,13 +164,13 @@ def start_head(model: Any, args: argparse.Namespace) -> None:
 
 
 def similar(name: str, known: Sequence[str]) -> str:
-    """What may have been meant by a name that is not known."""
+    """Suggests known names that resemble an unknown one."""
     found = [] if name in known else difflib.get_close_matches(name, known, 3)
     return f"; is it {', '.join(found)}?" if found else ""
 
 
 def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data_config: dict):
-    """The training and the validation loader, with the input that timm's `data_config` describes."""
+    """The training and validation loaders for the input that timm's `data_config` describes."""
     common = dict(
         data_config,
         device=args.device,
@@ -208,10 +208,10 @@ def build_loaders(args: argparse.Namespace, train_data: Any, val_data: Any, data
 
 
 def augmentation(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the training loader for what is done to an image before it is mixed."""
+    """The training loader's arguments for augmentation before mixing."""
     if args.no_aug:
         return dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
-    jitter = args.color_jitter  # a list, but a number in timm's YAML
+    jitter = args.color_jitter  # a list from the command line, a number in timm's YAML
     found = dict(
         scale=args.scale,
         ratio=args.ratio,
@@ -230,14 +230,14 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def updates_per_epoch(loader: Any, args: argparse.Namespace) -> int:
-    """An update takes --grad-accum-steps batches, the last one of an epoch what is left."""
+    """Each update takes --grad-accum-steps batches; the last one of an epoch may take fewer."""
     return -(-len(loader) // args.grad_accum_steps)
 
 
 def build_run(
     args: argparse.Namespace, model: nn.Module, train: Any, val: Any, size: tuple[int, ...], folder: Path
 ) -> Run:
-    """Moves the model to the device and gives it its optimiser, schedule, scaler, average and ranks."""
+    """Moves the model to the device and sets up optimiser, schedule, scaler, averaged weights and DDP."""
     device = train.device
     model.to(device)
     if args.channels_last:

@@ -1,4 +1,4 @@
-"""A run's whole state: what it is, how it is written, and how a run goes on from it, bit for bit on the CPU."""
+"""The complete state of a run: its contents, how it is saved, and how a run resumes from it, bit for bit on the CPU."""
 
 import argparse
 import json
@@ -19,8 +19,8 @@ from torch import nn
 from .ranks import gathered
 
 FORMAT = "pipelines.train/1"
-# Flags that may differ between a run and its continuation: they do not touch what is computed. The loaders
-# compare the data themselves, wherever they lie.
+# Flags that may differ between a run and its continuation, because they do not affect what is computed. The
+# loaders compare the data themselves, wherever they are stored.
 FREE = {
     "config",
     "resume",
@@ -49,8 +49,8 @@ FREE = {
     "wandb_resume_id",
     "rank",
 }
-# What is summed over an epoch: over all samples, and over those of every --log-interval batches that LUMix
-# applies to.
+# Sums over an epoch. The first two are over all samples; the others are over the samples that LUMix applies to,
+# taken every --log-interval batches.
 SUMS = ("loss", "lam0", "applied", "lumix_lam0", "lumix_lam_s", "lumix_lam", "lumix_clamped")
 
 
@@ -59,48 +59,50 @@ class Found(NamedTuple):
 
     path: Path
     state: dict[str, Any]
-    written: int  # when, in ns
+    written: int  # modification time in ns
 
     def check(self) -> None:
-        """Raises ValueError where it is another one by now."""
+        """Raises ValueError if the file has been replaced since it was read."""
         if self.path.stat().st_mtime_ns != self.written:
-            raise ValueError(f"--resume: {self.path} has been written meanwhile by another run; start again")
+            raise ValueError(
+                f"--resume: {self.path} was replaced by another run in the meantime; run the command again"
+            )
 
 
 @dataclass
 class Run:
-    """What training changes: all that a checkpoint has to restore."""
+    """The state that training changes and a checkpoint restores."""
 
     train: Any  # the two loaders
     val: Any
     folder: Path
     input_size: tuple[int, ...]
     model: nn.Module
-    network: Callable[..., torch.Tensor]  # the model as it is called: compiled, distributed, where asked for
+    network: Callable[..., torch.Tensor]  # the model as it is called: compiled and distributed if requested
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler | None
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     ema: ModelEmaV3 | None
     sums: torch.Tensor  # SUMS of this epoch and rank, on the device
-    epochs: int  # of the whole run, as the schedule has it
+    epochs: int  # of the whole run, according to the schedule
     updates: int = 0
     epoch: int = 0
-    step: int = 0  # batches of this epoch that are done
+    step: int = 0  # finished batches of this epoch
     rows: list[dict[str, Any]] = field(default_factory=list)
     saved: tuple[int, int] | None = None  # (epoch, step) of last.pth.tar
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that `timm.create_model(checkpoint_path=...)` takes from our checkpoints."""
+        """The model that `timm.create_model(checkpoint_path=...)` loads from these checkpoints."""
         return self.ema.module if self.ema else self.model
 
 
 def read_checkpoint(args: argparse.Namespace) -> Found | None:
-    """The checkpoint that --resume names, and where it lies; nothing in it is executed. Rank 0 reads it for all.
+    """The checkpoint that --resume names, read by rank 0 for all ranks; no code in it is executed.
 
     Raises:
-        ValueError: it is not there, damaged, or no checkpoint of this program.
+        ValueError: the file is missing, damaged, or not a checkpoint of this program.
     """
     path = Path(args.output, args.experiment) if args.resume is True else Path(args.resume)
     path = path / "last.pth.tar" if path.suffixes[-2:] != [".pth", ".tar"] else path
@@ -111,15 +113,15 @@ def read_checkpoint(args: argparse.Namespace) -> Found | None:
             if part := zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
                 raise ValueError(f"{part} is damaged")
             found = [torch.load(path, map_location="cpu", weights_only=True), written]
-        except Exception as error:  # what a damaged file raises is anything
+        except Exception as error:  # a damaged file may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"--resume: {path} cannot be read ({reason}); give the path of a whole checkpoint, "
-                "or leave --resume out to start anew"
+                "or omit --resume to start from scratch"
             ) from error
         if not isinstance(found[0], dict) or found[0].get("run_format") != FORMAT:
             raise ValueError(
-                f"--resume: {path} is no checkpoint of this program's ({FORMAT}) to go on from; "
+                f"--resume: {path} is not a checkpoint of this program ({FORMAT}); "
                 f"give --initial-checkpoint {path} to start from its weights"
             )
     if dist.is_initialized():
@@ -128,10 +130,10 @@ def read_checkpoint(args: argparse.Namespace) -> Found | None:
 
 
 def resume(run: Run, args: argparse.Namespace, found: Found) -> None:
-    """Puts everything back to where the state was taken; with other `--epochs`, on the schedule that they give.
+    """Restores the saved state; a different `--epochs` continues on the new schedule.
 
     Raises:
-        ValueError: the state is of another run: other flags that matter, ranks or data.
+        ValueError: the state belongs to a run with other relevant flags, ranks or data.
     """
     path, state, part = found.path, found.state, ""
     try:
@@ -169,25 +171,25 @@ def resume(run: Run, args: argparse.Namespace, found: Found) -> None:
 
 
 def reschedule(run: Run, args: argparse.Namespace, before: int) -> None:
-    """Gives the optimiser the learning rates that the new schedule has at this place."""
-    if run.scheduler and not hasattr(run.scheduler, "lr_scheduler"):  # plateau follows the scores
-        run.scheduler.step(run.epoch)  # one of the two does nothing
+    """Sets the learning rates that the new schedule has at this point."""
+    if run.scheduler and not hasattr(run.scheduler, "lr_scheduler"):  # plateau depends on the scores, not on the epoch
+        run.scheduler.step(run.epoch)  # one of these two calls does nothing
         run.scheduler.step_update(run.updates)
     if args.rank == 0:
-        print(f"--epochs was {before} and is {args.epochs}: from here on the learning rate is the new schedule's")
+        print(f"--epochs was {before} and is {args.epochs}: from here on the learning rate follows the new schedule")
 
 
 def changed_flags(then: dict[str, Any], args: argparse.Namespace) -> str:
-    """The flags that differ from a checkpoint's and would change the run, and how; empty if none does."""
-    then, now = (json.loads(json.dumps(flags)) for flags in (then, vars(args)))  # of a YAML, tuples come as lists
+    """Lists the flags that differ from the checkpoint's and would change the run; empty if none does."""
+    then, now = (json.loads(json.dumps(flags)) for flags in (then, vars(args)))  # tuples become lists, as from YAML
     odd = [key for key in now if key not in FREE | {"epochs"} and key in then and then[key] != now[key]]
     return "; ".join(f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}" for key in odd)
 
 
 def settle(run: Run, args: argparse.Namespace) -> None:
-    """Lets DDP lay out its buckets for good, which it does after a first step.
+    """Takes a first step, after which DDP fixes the layout of its buckets.
 
-    With three ranks or more the layout decides the order in which gradients are added, hence their last bit.
+    With three or more ranks, the layout decides the order in which gradients are added, hence their last bit.
     """
     run.model.train()
     images = torch.zeros(args.batch_size, *run.input_size, device=run.train.device)
@@ -198,13 +200,13 @@ def settle(run: Run, args: argparse.Namespace) -> None:
 
 
 def save(run: Run, args: argparse.Namespace, *names: str) -> None:
-    """Writes a checkpoint under these names and, after them, as last.pth.tar; all ranks have a part in it.
+    """Writes a checkpoint under these names and then as last.pth.tar; all ranks must call it.
 
-    A file is replaced in one step, so that a run killed meanwhile leaves the old one whole; and one that has lost
-    this last.pth.tar does the epoch again, to the same end. The names are links: they take no time and no space.
+    Files are replaced atomically, so that a killed run leaves the old file intact. A run that was killed before the
+    new last.pth.tar was in place repeats the epoch with the same result. The names are hard links and take no space.
 
     Raises:
-        OSError: it cannot be written; the files of before are whole.
+        OSError: the checkpoint cannot be written; the previous files are intact.
     """
     states = gathered(rank_state(run))
     run.saved = run.epoch, run.step
@@ -227,16 +229,16 @@ def save(run: Run, args: argparse.Namespace, *names: str) -> None:
     except (OSError, RuntimeError) as error:
         for path in (scratch, link):
             path.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save has an error of its own
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises an error of its own
         if not isinstance(reason, OSError):
             raise
         last = run.folder / "last.pth.tar"
-        how = f"{last} is whole, resume from it once there is room" if last.exists() else "there is no other yet"
+        how = f"{last} is intact: free some space and resume from it" if last.exists() else "there is no earlier one"
         raise OSError(f"{run.folder}: a checkpoint cannot be written ({reason.strerror}); {how}") from error
 
 
 def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run in timm's checkpoint format; plain types only, so that `weights_only=True` loads it."""
+    """The run in timm's checkpoint format, of plain types only, so that `weights_only=True` loads it."""
     row = run.rows[-1] if run.rows else {"epoch": -1}
     state = {
         "version": 2,
@@ -252,7 +254,7 @@ def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]])
     }
     if run.ema:
         state["state_dict_ema"] = run.ema.module.state_dict()
-    # timm's schedules are functions of epoch or update, but for plateau, which wraps PyTorch's.
+    # timm's schedules are functions of epoch or update, except plateau, which wraps PyTorch's.
     plateau = getattr(run.scheduler, "lr_scheduler", None)
     state["run"] = {
         "updates": run.updates,
@@ -266,7 +268,7 @@ def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]])
 
 
 def rank_state(run: Run) -> dict[str, Any]:
-    """What each rank has of its own: places of its loaders, generators (of λ_r and dropout) and sums."""
+    """The state of one rank: positions of its loaders, random generators (for λ_r and dropout) and sums."""
     cuda = run.train.device if run.train.device.type == "cuda" else None
     return {
         "train": run.train.state_dict(),
@@ -278,5 +280,5 @@ def rank_state(run: Run) -> dict[str, Any]:
 
 
 def metric_name(args: argparse.Namespace) -> str:
-    """The column of the log that --eval-metric means."""
+    """The column of the log that --eval-metric selects."""
     return "val_loss" if args.eval_metric == "loss" else args.eval_metric

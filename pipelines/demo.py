@@ -1,8 +1,8 @@
-"""Train a small model on real handwritten digits with LUMix in every epoch, and look at the result.
+"""Train a small model on real handwritten digits with LUMix and look at the result.
 
-scikit-learn ships 1797 scanned digits of 8x8 pixels. They are written as a JPEG class folder, a resnet10t is
-trained on them through DALI (on the GPU if there is one), and `runs/demo` gets `summary.json`, `curves.png`
-and `mixed.png`. It takes about three minutes on two cores.
+scikit-learn ships 1797 scanned digits of 8x8 pixels. The demo writes them as a JPEG class folder, trains a resnet10t
+on them through DALI (on the GPU if there is one), and writes `summary.json`, `curves.png` and `mixed.png` to
+`runs/demo`. It takes about three minutes on two cores.
 
     make demo            or            python -m pipelines.demo --seed 1
 """
@@ -25,13 +25,13 @@ from . import train
 
 SIZE = 32
 MEAN = STD = (0.5, 0.5, 0.5)
-SCALE, HFLIP = (0.6, 1.0), 0.0  # a mirrored 2 or 5 is no digit
+SCALE, HFLIP = (0.6, 1.0), 0.0  # a mirrored 2 or 5 is not a digit
 GOAL = 95.0
 
 
 def write_digits(root: Path) -> None:
-    """Writes root/{train,val}/DIGIT/NUMBER.jpg: 1437 and 360 images, stratified, the same ones each time."""
-    if root.exists():  # it appears under this name only when it is whole
+    """Writes root/{train,val}/DIGIT/NUMBER.jpg: 1437 and 360 images, stratified, always the same."""
+    if root.exists():  # renamed to this only once it is complete
         return
     digits = load_digits()
     split = train_test_split(range(len(digits.images)), test_size=360, stratify=digits.target, random_state=0)
@@ -51,7 +51,7 @@ def curves(log: Path, out: Path) -> None:
     """Draws the losses and the accuracy by epoch, from a run's log.jsonl."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     epochs = [row["epoch"] + 1 for row in rows]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")  # without pyplot no display is looked for
+    figure = Figure(figsize=(9, 3.4), layout="constrained")  # without pyplot, which would look for a display
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["train_loss"] for row in rows], label="training, LUMix on mixed images")
     left.plot(epochs, [row["val_loss"] for row in rows], label="validation, cross entropy")
@@ -69,7 +69,7 @@ def curves(log: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns the exit status, 1 where top-1 stays under the goal."""
+    """Runs the demo and returns the exit status: 1 if top-1 is below the goal."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="where the images are written")
-    parser.add_argument("--data-only", action="store_true", help="write the images, and stop")
+    parser.add_argument("--data-only", action="store_true", help="write the images and stop")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     args = parser.parse_args(argv)
 

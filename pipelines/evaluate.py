@@ -8,10 +8,10 @@
     python -m pipelines.evaluate wsas --data-dir voc --checkpoint FILE --model M
     python -m pipelines.evaluate wsol --data-dir imagenet --boxes annotations --checkpoint FILE --model M
 
-Every result is printed beside the paper's numbers for its baseline and for LUMix: timm's own DeiT-S (--pretrained)
-has to come out at the baseline's, which settles that a protocol is the paper's. A checkpoint of pipelines.train
-brings its model, classes, input size, mean and std, and for top1 also the crop that it was validated with. The other
-protocols keep the paper's crop, so that "shuffled 1", the whole image, may differ from top1.
+Every result is printed beside the paper's numbers for its baseline and for LUMix. timm's own DeiT-S (--pretrained)
+must reach the baseline's numbers: that shows that a protocol is the paper's. A checkpoint of pipelines.train
+supplies its model, classes, input size, mean and std, and for top1 also the crop it was validated with. The other
+protocols keep the paper's crop, so "shuffled 1", the whole image, may differ from top1.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from . import extras, metrics, report
 from .checkpoint import FORMAT
 from .progress import progress
 
-Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): a value a seed, in percent
-Variant = tuple[tuple[str, str | int], int, torch.Tensor]  # key, number of the seed, images
+Values = dict[tuple[str, str | int], list[float]]  # (curve, abscissa or metric): one value per seed, in percent
+Variant = tuple[tuple[str, str | int], int, torch.Tensor]  # key, index of the seed, images
 
 IMAGENET = "the validation set of ImageNet-1k (https://image-net.org) as DIR/WNID/IMAGE.JPEG or DIR/val/WNID/..."
 BENCHMARK = "from https://github.com/hendrycks/natural-adv-examples, unpacked: 200 folders DIR/WNID/IMAGE.jpg"
@@ -61,17 +61,17 @@ EXPECTED = {
     "wsas": "PASCAL VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012), unpacked, with "
     "DIR/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/val.txt}",
 }
-# What a run of pipelines.train passes on: its size but for wsas, which has its own, and how it validated for top1
-# alone, which then repeats the run's own number.
+# Settings taken from a checkpoint of pipelines.train: always; except for wsas, which has its own size; and only for
+# top1, which then reproduces the run's own number.
 FROM_THE_RUN = ("model", "num_classes", "model_kwargs", "mean", "std")
 SIZE_OF_THE_RUN = ("img_size", "input_size")
 FROM_ITS_VALIDATION = ("crop_pct", "interpolation")
-HUB_SECONDS = 5  # within which a hub that can be reached answers
+HUB_SECONDS = 5  # timeout for a first answer from the hub
 BOXES = "ILSVRC2012_bbox_val_v3.tgz of ImageNet (https://image-net.org), unpacked: ILSVRC2012_val_*.xml anywhere"
 
 
 class Normalised(nn.Module):
-    """A model that takes uint8 images: pixels are dropped, permuted and shown before they are normalised."""
+    """A model that takes uint8 images: protocols drop and permute pixels before normalisation."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -88,12 +88,12 @@ class Normalised(nn.Module):
 
 @dataclass
 class Subject:
-    """What is evaluated, and how images get to it."""
+    """The model under evaluation and its input."""
 
     args: argparse.Namespace
     model: Any  # of timm
-    network: Normalised  # around the model
-    data: dict[str, Any]  # size, interpolation, crop, mean, std, in timm's words
+    network: Normalised  # wraps the model
+    data: dict[str, Any]  # size, interpolation, crop, mean, std, under timm's names
     names: Sequence[str] | None  # of the outputs
     autocast: torch.autocast
 
@@ -104,12 +104,12 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Of the model and of the images."""
+        """The device of the model and the images."""
         return self.network.mean.device
 
     def batches(self, samples: Files, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` concern resize and crop."""
-        # A damaged image is an error: a substitute would falsify the result.
+        """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` override resize and crop."""
+        # A damaged image is an error: a substitute would distort the result.
         options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
         loader = create_loader(
             samples, batch_size=self.args.batch_size, device=self.device, num_threads=self.args.workers, **options
@@ -125,7 +125,7 @@ class Subject:
             return self.network(images).float()
 
 
-# Protocols: each takes the subject and gives its values.
+# Protocols: each takes the subject and returns its values.
 
 
 def top1(subject: Subject) -> Values:
@@ -149,7 +149,7 @@ def shuffle(subject: Subject) -> Values:
 
 
 def occlusion(subject: Subject) -> Values:
-    """Table 9 (non-salient), and the two other ways of its source to drop patches."""
+    """Table 9 (non-salient), and the two other ways of dropping patches in its source."""
     args, generators = subject.args, seeded(subject.args)
     rows, columns = args.drop_grid
     if "random" in args.drop:
@@ -190,14 +190,14 @@ def imagenet_a(subject: Subject) -> Values:
 
 
 def imagenet_o(subject: Subject) -> Values:
-    """Table 8, lower part: ImageNet-O's images against those that ImageNet has in the folders of the same name."""
+    """Table 8, lower part: ImageNet-O's images against ImageNet's images of the same class folders."""
     from sklearn.metrics import average_precision_score
 
     args = subject.args
     outside, outputs = subset(subject)
     validation = read(args, "--val-dir", args.val_dir, IMAGENET)
     if absent := sorted(set(outside.classes) - set(validation.classes)):
-        raise missing(args, "--val-dir", args.val_dir, IMAGENET, f"it lacks {len(absent)} classes, as {absent[0]}")
+        raise missing(args, "--val-dir", args.val_dir, IMAGENET, f"it lacks {len(absent)} classes, such as {absent[0]}")
     inside = relabelled(validation, outside.classes)
     scores = [-confidences(subject, samples, outputs)[0] for samples in (outside, inside)]
     is_outside = np.repeat([1, 0], [len(outside), len(inside)])
@@ -217,7 +217,7 @@ def wsas(subject: Subject) -> Values:
     ):
         masks = metrics.enlarge(metrics.top_mass(attend(images), args.mass), subject.size)
         for mask, number in zip(masks, numbers.tolist(), strict=True):
-            # The public protocol resizes the truth, too; class numbers cannot be interpolated.
+            # The public protocol also resizes the ground truth; class numbers cannot be interpolated.
             truth = Image.open(voc.masks[number]).resize(subject.size[::-1], Image.Resampling.NEAREST)
             target = torch.from_numpy(np.array(truth)).to(mask.device)
             scores.append([metrics.best_jaccard(mask, target, ignore_void) for ignore_void in (False, True)])
@@ -231,7 +231,7 @@ def wsol(subject: Subject) -> Values:
     samples = numbered(read(args, "--data-dir", args.data_dir))
     annotations = find_boxes(args, samples)
     attend, best = class_attention(subject, subject.model), []
-    # The whole image is squashed into the input, so that no object is cut off.
+    # The whole image is squashed into the input so that no object is cut off.
     for images, numbers in subject.batches(samples, crop_mode="squash", crop_pct=1.0):
         masks = metrics.top_mass(one_head(attend(images), args.head), args.mass)
         for mask, number in zip(masks, numbers.tolist(), strict=True):
@@ -268,7 +268,7 @@ def accuracies(subject: Subject, variants: Callable[[torch.Tensor], Iterable[Var
 
 
 def with_average(values: Values) -> Values:
-    """Adds the average of each curve, seed by seed; a point without a draw is the same for all seeds."""
+    """Adds the average of each curve, seed by seed; a deterministic point has the same value for all seeds."""
     result = dict(values)
     for curve in dict.fromkeys(curve for curve, _ in values):
         points = [seeds for (other, _), seeds in values.items() if other == curve]
@@ -279,12 +279,12 @@ def with_average(values: Values) -> Values:
 
 
 def seeded(args: argparse.Namespace) -> list[torch.Generator]:
-    """A generator a seed."""
+    """One generator per seed."""
     return [torch.Generator().manual_seed(args.seed + number) for number in range(args.seeds)]
 
 
 def check_grids(flag: str, grids: Iterable[tuple[int, int]], size: tuple[int, int]) -> None:
-    """Raises ValueError where cells would not be equal."""
+    """Raises ValueError if a grid does not divide the images into equal cells."""
     for rows, columns in grids:
         if size[0] % rows or size[1] % columns:
             fitting = [
@@ -303,7 +303,7 @@ def permutations(batch: int, cells: int, perm: str, generator: torch.Generator) 
 
 
 def confidences(subject: Subject, samples: Files, outputs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Largest probability among these outputs, and whether it is the label's; [n] each."""
+    """The max probability among these outputs, and whether it belongs to the label; [n] each."""
     found = []
     for images, labels in subject.batches(samples):
         confidence, guess = subject.logits(images)[:, outputs].softmax(1).max(1)
@@ -313,10 +313,10 @@ def confidences(subject: Subject, samples: Files, outputs: Sequence[int]) -> tup
 
 
 def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of uint8 images that gives the last block's attention from the class token to the patches.
+    """Gives a function from uint8 images to the last block's attention from the class token to the patches.
 
     Returns:
-        float [B, heads, rows, columns], of the softmax over all tokens.
+        A function that returns float [B, heads, rows, columns], parts of a softmax over all tokens.
 
     Raises:
         ValueError: the model has no such attention.
@@ -324,7 +324,7 @@ def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], to
     name, blocks = model.pretrained_cfg["architecture"], getattr(model, "blocks", None)
     if blocks is None or getattr(model, "cls_token", None) is None or not hasattr(blocks[-1], "attn"):
         raise ValueError(f"{name}: it has no attention from a class token to patches; give a ViT, such as deit_*")
-    blocks[-1].attn.fused_attn = False  # the fused kernel keeps its attention to itself
+    blocks[-1].attn.fused_attn = False  # the fused kernel does not expose its attention
     layer = f"blocks.{len(blocks) - 1}.attn.attn_drop"
     data = subject.data if model is subject.model else resolve_data_config(model=model)
     extract = Normalised(AttentionExtract(model, [layer], method="hook"), data["mean"], data["std"])
@@ -339,10 +339,10 @@ def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], to
 
 
 def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of uint8 images that gives DINO's attention [B, rows, columns], of the head asked for."""
+    """Gives a function from uint8 images to DINO's attention [B, rows, columns] of the requested head."""
     args = subject.args
     if timm.is_model(args.dino_model.split(".")[0]):
-        with torch.device("meta"):  # nothing is fetched for a model that cannot be used
+        with torch.device("meta"):  # download nothing for a model that cannot be used
             check_patches(timm.create_model(args.dino_model), subject.size, "--dino-model")
     model = build(args.dino_model, args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
     set_size(model, subject.size, "--dino-model")
@@ -351,7 +351,7 @@ def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def one_head(attention: torch.Tensor, head: str) -> torch.Tensor:
-    """[B, heads, rows, columns] to [B, rows, columns]: the head of this number, or "mean" or "max" over heads."""
+    """[B, heads, rows, columns] to [B, rows, columns]: one head by its index, or "mean" or "max" over the heads."""
     if head in ("mean", "max"):
         return attention.mean(1) if head == "mean" else attention.amax(1)
     if int(head) >= attention.shape[1]:
@@ -363,7 +363,7 @@ def one_head(attention: torch.Tensor, head: str) -> torch.Tensor:
 
 
 def missing(args: argparse.Namespace, flag: str, path: str | None, expected: str, reason: object) -> ValueError:
-    """An error that says where data come from and how they lie."""
+    """An error that says where to get the data and which layout is expected."""
     return ValueError(f"{flag} {path}: {reason}. {args.protocol} needs {expected}")
 
 
@@ -377,12 +377,12 @@ def read(args: argparse.Namespace, flag: str, path: str | None, expected: str = 
 
 
 def labelled(subject: Subject, samples: Files) -> Files:
-    """`samples` with the number of the model's output as label."""
+    """`samples` with the index of the model's output as label."""
     names = subject.names
     if names is None and len(samples.classes) == subject.model.num_classes:
         names = samples.classes
     if names is None or (unknown := set(samples.classes) - set(names)):
-        what = "their names are not known" if names is None else f"{min(unknown)!r} is none of them"
+        what = "their names are unknown" if names is None else f"{min(unknown)!r} is not one of them"
         raise ValueError(
             f"--data-dir {subject.args.data_dir}: {len(samples.classes)} class folders, a model of "
             f"{subject.model.num_classes} classes, and {what}; name the folders as its classes"
@@ -391,7 +391,7 @@ def labelled(subject: Subject, samples: Files) -> Files:
 
 
 def relabelled(samples: Files, names: Sequence[str]) -> Files:
-    """The samples of the classes `names`, with the place among them as label."""
+    """The samples of the classes `names`, with the index in `names` as label."""
     place = {name: number for number, name in enumerate(names)}
     labels = np.array([place.get(name, -1) for name in samples.classes])[samples.labels]
     kept = np.flatnonzero(labels >= 0)
@@ -399,7 +399,7 @@ def relabelled(samples: Files, names: Sequence[str]) -> Files:
 
 
 def subset(subject: Subject) -> tuple[Files, list[int]]:
-    """ImageNet-A's or -O's samples, and which of the model's 1000 outputs are their classes."""
+    """The samples of ImageNet-A or -O, and the indices of their classes among the model's 1000 outputs."""
     args = subject.args
     samples = read(args, "--data-dir", args.data_dir)
     known = ImageNetInfo().label_names()
@@ -413,20 +413,20 @@ def subset(subject: Subject) -> tuple[Files, list[int]]:
         )
     if subject.names != known:
         raise ValueError(
-            f"--model {args.model}: {args.protocol} needs a model of ImageNet's 1000 classes, in the "
-            f"order of their WordNet ids; this one has {subject.model.num_classes} outputs"
+            f"--model {args.model}: {args.protocol} needs a model of ImageNet's 1000 classes, ordered by "
+            f"WordNet id; this one has {subject.model.num_classes} outputs"
         )
     outputs = sorted(known.index(name) for name in samples.classes)
     return relabelled(samples, [known[number] for number in outputs]), outputs
 
 
 def numbered(samples: Files) -> Files:
-    """`samples` with their own number as label."""
+    """`samples` with their own index as label."""
     return Files(samples.root, samples.names, np.arange(len(samples)), samples.names)
 
 
 def find_boxes(args: argparse.Namespace, samples: Files) -> list[Path]:
-    """The annotation of each sample."""
+    """The annotation file of each sample."""
     found = {path.stem: path for path in Path(args.boxes or "").rglob("*.xml")} if args.boxes else {}
     stems = [Path(name).stem for name in samples.names]
     if absent := [stem for stem in stems if stem not in found]:
@@ -442,7 +442,7 @@ def true_boxes(annotation: Path, image: str) -> torch.Tensor:
     ]
     if not boxes:
         raise ValueError(f"{annotation}: no bndbox in it; leave the image out, or give its boxes")
-    with Image.open(image) as opened:  # reads the header alone; some annotations have another size
+    with Image.open(image) as opened:  # reads only the header; some annotations state another size
         width, height = opened.size
     return torch.tensor(boxes, dtype=torch.float64) / torch.tensor([width, height, width, height])
 
@@ -451,10 +451,10 @@ def true_boxes(annotation: Path, image: str) -> torch.Tensor:
 
 
 def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | None = None, **options: Any) -> Any:
-    """A timm model with the weights of a checkpoint, made for images of `size`, or without one with timm's own.
+    """A timm model with a checkpoint's weights, built for images of `size`; without a checkpoint, with timm's weights.
 
     Raises:
-        ValueError: the model, the file or the download fails, with a remedy.
+        ValueError: the model is unknown, or its weights cannot be read or downloaded.
     """
     model_flag = flag.replace("checkpoint", "model")
     if not timm.is_model(name.split(".")[0]):
@@ -463,7 +463,7 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
         try:
             with offline_unless_answered():
                 return timm.create_model(name, pretrained=True, **options)
-        except Exception as error:  # whatever a hub and a network raise
+        except Exception as error:  # the hub and the network may raise anything
             raise ValueError(
                 f"{model_flag} {name}: timm could not get its weights ({first_line(error)}); "
                 f"without a network, fetch them elsewhere and give {flag} FILE"
@@ -475,7 +475,7 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
         load_checkpoint(model, checkpoint)
     except FileNotFoundError as error:
         raise ValueError(f"{flag} {checkpoint}: no such file; give a checkpoint of {name}") from error
-    except Exception as error:  # what a foreign or damaged file raises is anything
+    except Exception as error:  # a foreign or damaged file may raise anything
         raise ValueError(
             f"{flag} {checkpoint}: it does not fit {name} ({first_line(error)}); give its model, "
             "--num-classes and --model-kwargs"
@@ -485,15 +485,15 @@ def build(name: str, checkpoint: str | None, flag: str, size: Sequence[int] | No
 
 @contextmanager
 def offline_unless_answered() -> Iterator[None]:
-    """The Hugging Face hub in its offline mode, its cache alone, if it does not answer a first request.
+    """Switches the Hugging Face hub to its offline mode, with its cache only, if a first request fails.
 
-    Its own client repeats each request for half a minute before it gives up.
+    Its own client would retry each request for half a minute.
     """
     before = hub.HF_HUB_OFFLINE
     try:
         if not before:
             get_session().head(hub.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # of whichever library the hub's client uses
+    except Exception:  # the type depends on the library that the hub's client uses
         hub.HF_HUB_OFFLINE = True
     try:
         yield
@@ -507,7 +507,7 @@ def first_line(error: Exception) -> str:
 
 
 def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
-    """Makes a model for images of this size; position embeddings are resampled as the public protocols do."""
+    """Adapts a model to images of this size; position embeddings are resampled as in the public protocols."""
     patches = getattr(model, "patch_embed", None)
     if patches is None or not hasattr(model, "set_input_size") or tuple(patches.img_size) == tuple(size):
         return
@@ -515,7 +515,7 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
     before, grid = getattr(model, "pos_embed", None), patches.grid_size
     model.set_input_size(img_size=size)
     if isinstance(model, VisionTransformer) and before is not None:
-        # timm's way has antialiasing, and with it another kernel.
+        # timm antialiases by default, which changes the kernel.
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         model.pos_embed = nn.Parameter(
             resample_abs_pos_embed(before.data, list(patches.grid_size), list(grid), prefix, antialias=False)
@@ -523,7 +523,7 @@ def set_size(model: Any, size: tuple[int, int], flag: str) -> None:
 
 
 def check_patches(model: Any, size: tuple[int, int], flag: str) -> None:
-    """Raises ValueError where a model's patches do not divide images of this size."""
+    """Raises ValueError if a model's patches do not divide images of this size."""
     patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if any(side % patch for side, patch in zip(size, patch_size, strict=True)):
         raise ValueError(
@@ -532,14 +532,14 @@ def check_patches(model: Any, size: tuple[int, int], flag: str) -> None:
 
 
 def build_subject(args: argparse.Namespace) -> Subject:
-    """The model on its device, with the protocol's input."""
+    """The model on its device, with the input settings of the protocol."""
     saved = saved_run(args)
     options = dict(args.model_kwargs, **({"num_classes": args.num_classes} if args.num_classes else {}))
     model = build(args.model, args.checkpoint, "--checkpoint", size=saved.get("size"), **options)
     wanted: dict[str, Any] = {"img_size": 512 if args.protocol == "wsas" else None}
-    if not (args.protocol == "top1" and saved):  # which is validated as it was in training
+    if not (args.protocol == "top1" and saved):  # otherwise validated as in training
         wanted |= {
-            "crop_pct": 1.0 if args.model.startswith("xcit") else 0.875,  # as the paper
+            "crop_pct": 1.0 if args.model.startswith("xcit") else 0.875,  # as in the paper
             "interpolation": "bicubic" if args.protocol == "top1" else "bilinear",
         }
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -553,7 +553,7 @@ def build_subject(args: argparse.Namespace) -> Subject:
 
 
 def find_device(name: str) -> torch.device:
-    """The device, "auto" a GPU if there is one."""
+    """The device of this name; "auto" is a GPU if there is one."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
@@ -563,14 +563,14 @@ def find_device(name: str) -> torch.device:
 
 
 def saved_run(args: argparse.Namespace) -> dict[str, Any]:
-    """What a checkpoint of pipelines.train says of its model becomes the default of the flags.
+    """Fills in flags that were not given from a checkpoint of pipelines.train.
 
     Returns:
-        Its `classes`, and the `size` (H, W) that it was trained at, None for the model's own; {} of other files.
+        `classes`, and the `size` (H, W) of training, or None for the model's own size; {} for other files.
     """
     try:
         content = torch.load(args.checkpoint, map_location="cpu", weights_only=True) if args.checkpoint else {}
-    except Exception:  # other formats are timm's to read, or to refuse
+    except Exception:  # timm reads other formats, or rejects them
         content = {}
     saved = content if isinstance(content, dict) and content.get("run_format") == FORMAT else {}
     flags = saved.get("args", {})
@@ -579,7 +579,7 @@ def saved_run(args: argparse.Namespace) -> dict[str, Any]:
         if not getattr(args, key):
             setattr(args, key, flags.get(key) or getattr(args, key))
     if args.model is None:
-        raise ValueError("--model: give the name of a timm model; checkpoints of pipelines.train alone bring it")
+        raise ValueError("--model: give the name of a timm model; only checkpoints of pipelines.train contain it")
     if not saved:
         return {}
     args.num_classes = args.num_classes or len(saved["classes"])
@@ -599,26 +599,26 @@ def grid(text: str) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag; a group that has the names of protocols for its title is theirs alone."""
+    """Every flag; a group whose title names protocols applies only to them."""
     parser = argparse.ArgumentParser(
         "python -m pipelines.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("protocol", choices=PROTOCOLS)
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="timm's name of it; None: the checkpoint's")
-    add("--checkpoint", metavar="FILE", help="of pipelines.train, or anything timm.create_model loads")
-    add("--pretrained", action="store_true", help="timm's weights instead")
+    add("--model", help="name of a timm model; None: the checkpoint's")
+    add("--checkpoint", metavar="FILE", help="checkpoint of pipelines.train, or any file that timm.create_model loads")
+    add("--pretrained", action="store_true", help="use timm's weights instead")
     add("--num-classes", type=int, help="outputs of the model; None: the checkpoint's, else timm's")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the model")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="further model arguments")
 
     add = parser.add_argument_group("images").add_argument
-    add("--data-dir", required=True, metavar="DIR", help="what a protocol needs, it says where DIR lacks it")
-    add("--img-size", type=int, help="side; None: the model's, for wsas 512")
+    add("--data-dir", required=True, metavar="DIR", help="data of the protocol; an error lists what is missing")
+    add("--img-size", type=int, help="side of a square input; None: the model's, for wsas 512")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="input of any shape")
-    add("--crop-pct", type=float, help="None: .875, XCiT 1, top1 of a run's checkpoint as in the run")
+    add("--crop-pct", type=float, help="centre crop; None: .875, XCiT 1, or for top1 that of a run's checkpoint")
     add("--interpolation", choices=("bilinear", "bicubic"), help="None: bilinear, for top1 bicubic")
-    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+    add("--mean", type=float, nargs=3, help="mean of each channel, in [0, 1]; None: the model's")
+    add("--std", type=float, nargs=3, help="standard deviation of each channel, in [0, 1]; None: the model's")
 
     add = parser.add_argument_group("shuffle").add_argument
     add(
@@ -634,10 +634,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--perm",
         choices=("batch", "sample"),
         default="batch",
-        help="one draw a batch, as the public code (default), or one an image",
+        help="one draw per batch, as in the public code (default), or one per image",
     )
-    add("--seeds", type=int, default=3, metavar="N", help="draws, whose spread is reported (3)")
-    add("--seed", type=int, default=0, help="of the first draw (0)")
+    add("--seeds", type=int, default=3, metavar="N", help="number of draws; their spread is reported (3)")
+    add("--seed", type=int, default=0, help="seed of the first draw (0)")
     add = parser.add_argument_group("occlusion").add_argument
     add(
         "--drop",
@@ -653,38 +653,38 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(range(0, 100, 10)),
         metavar="PERCENT",
-        help="how much: of the cells, or of the attention for the salient modes (0 10 ... 90)",
+        help="share that is dropped, of the cells, or of the attention in the salient modes (0 10 ... 90)",
     )
     add("--drop-grid", type=grid, default=(14, 14), metavar="RxC", help="cells of random drops (14x14)")
-    add("--dino-model", default="vit_small_patch16_224.dino", help="whose attention is saliency (%(default)s)")
+    add("--dino-model", default="vit_small_patch16_224.dino", help="model whose attention is saliency (%(default)s)")
     add("--dino-checkpoint", metavar="FILE", help="its weights; None: timm's")
     add = parser.add_argument_group("occlusion, wsol").add_argument
-    add("--head", help="number, mean or max; None: for occlusion 1, the second, as the public code, for wsol mean")
+    add("--head", help="index, mean or max; None: 1 for occlusion, as in the public code, mean for wsol")
     add = parser.add_argument_group("wsas, wsol").add_argument
-    add("--mass", type=float, default=0.9, help="share of the attention that is foreground (.9)")
+    add("--mass", type=float, default=0.9, help="share of the attention that counts as foreground (.9)")
     add = parser.add_argument_group("wsol").add_argument
     add("--boxes", metavar="DIR", help="bounding boxes of ImageNet's validation set")
-    add("--component", choices=("largest", "all"), default="largest", help="what the box is drawn about (largest)")
-    add("--connectivity", type=int, choices=(4, 8), default=4, help="of components (4)")
-    add("--boxes-per-image", choices=("best", "mean"), default="best", help="IoU with several true boxes (best)")
+    add("--component", choices=("largest", "all"), default="largest", help="components that the box encloses (largest)")
+    add("--connectivity", type=int, choices=(4, 8), default=4, help="connectivity of components (4)")
+    add("--boxes-per-image", choices=("best", "mean"), default="best", help="IoU if there are several boxes (best)")
     add = parser.add_argument_group("imagenet-a").add_argument
-    add("--bin-size", type=int, default=100, metavar="N", help="samples a bin of the calibration error (100)")
+    add("--bin-size", type=int, default=100, metavar="N", help="samples per bin of the calibration error (100)")
     add = parser.add_argument_group("imagenet-o").add_argument
     add("--val-dir", metavar="DIR", help="ImageNet's validation set")
 
     add = parser.add_argument_group("run").add_argument
-    add("-b", "--batch-size", type=int, default=256, help="images a batch (256)")
+    add("-b", "--batch-size", type=int, default=256, help="images per batch (256)")
     add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of mixed precision (float16)")
-    add("--out", metavar="FILE.json", help="writes the result, and where it comes from")
-    add("--figure", metavar="FILE.png", help="draws the result beside the paper's")
+    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="type of mixed precision (float16)")
+    add("--out", metavar="FILE.json", help="write the result and its origin")
+    add("--figure", metavar="FILE.png", help="plot the result beside the paper's")
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; what is wrong on its face, or would be ignored, ends the program here."""
+    """Reads the command line; flags that are invalid or would be ignored end the program here."""
     parser = build_parser()
     args = parser.parse_args(argv)
     for group in parser._action_groups:
@@ -708,7 +708,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def require_packages(args: argparse.Namespace) -> None:
-    """Raises ValueError where a package is missing that this command needs, before it does any work."""
+    """Raises ValueError if the command needs a package that is missing, before it does any work."""
     if args.protocol == "imagenet-o":
         extras.require("sklearn", args.protocol)
     if args.protocol == "wsol" and args.component == "largest":
@@ -719,16 +719,16 @@ def require_packages(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluates as the command line says, prints the result, writes and draws it where asked to.
+    """Evaluates as the command line says and prints the result; also writes and plots it if requested.
 
     Args:
-        argv: the command line without the program's name; None takes the process's own.
+        argv: the command line without the program's name; None: the process's own.
 
     Returns:
-        The result, as `--out` gets it.
+        The result, as written to `--out`.
 
     Raises:
-        ValueError: a wrong argument; data, weights or a package that are missing.
+        ValueError: an argument is invalid, or data, weights or a package are missing.
     """
     args = parse_args(argv)
     require_packages(args)

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what is in it, and how its text files are replaced."""
+"""A run's folder: its lock, its contents, and how its text files are replaced."""
 
 import argparse
 import csv
@@ -28,32 +28,32 @@ OF_A_RUN = (
 
 @contextmanager
 def claimed(folder: Path, args: argparse.Namespace, found: Found | None) -> Iterator[None]:
-    """Holds a run's folder against other processes; the system lets go of it however this one ends.
+    """Locks a run's folder against other processes; the system releases the lock however this process ends.
 
     Args:
-        folder: made where it is missing.
-        args: with `overwrite`, a finished run's files are removed.
-        found: the checkpoint that this run resumes, which may be the one in there.
+        folder: created if it is missing.
+        args: with `overwrite`, the files of an earlier run are removed.
+        found: the checkpoint that this run resumes, possibly from this folder.
 
     Raises:
-        ValueError: it cannot be written, another run is writing there, or it has a run already.
+        ValueError: the folder is not writable, another run is using it, or it already holds a run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")  # noqa: SIM115
     except OSError as error:
         raise ValueError(
-            f"{folder}: it cannot be written ({error.strerror}); give --output a folder that can"
+            f"{folder}: it cannot be written ({error.strerror}); give a writable folder as --output"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{folder}: another run is writing there; wait for its end, or give another --experiment"
+                f"{folder}: another run is writing there; wait until it ends, or give another --experiment"
             ) from None
         except OSError as error:  # some network file systems have no locks
-            print(f"{folder}: no lock ({error.strerror}); start no other run there meanwhile", flush=True)
+            print(f"{folder}: cannot be locked ({error.strerror}); do not start another run there", flush=True)
         if found:
             found.check()
         if not found or found.path.parent.resolve() != folder.resolve():
@@ -63,7 +63,7 @@ def claimed(folder: Path, args: argparse.Namespace, found: Found | None) -> Iter
 
 def _make_room(folder: Path, args: argparse.Namespace) -> None:
     old = sorted(path for pattern in OF_A_RUN for path in folder.glob(pattern))
-    # A run that ended before its first checkpoint left settings and empty logs.
+    # A run that ended before its first checkpoint left only settings and empty logs.
     worth = [
         path.name
         for path in old
@@ -71,7 +71,7 @@ def _make_room(folder: Path, args: argparse.Namespace) -> None:
     ]
     if worth and not args.overwrite:
         raise ValueError(
-            f"{folder}: a run is there already ({', '.join(worth[:3])}); continue it with --resume, "
+            f"{folder}: it already holds a run ({', '.join(worth[:3])}); continue it with --resume, "
             "give another --experiment, or replace it with --overwrite"
         )
     for path in old:
@@ -79,7 +79,7 @@ def _make_room(folder: Path, args: argparse.Namespace) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a full disk or a kill leaves the old one whole."""
+    """Replaces a file atomically, so that a full disk or a kill leaves the old one intact."""
     scratch = path.with_name("tmp.log")
     try:
         scratch.write_text(text, newline="")
@@ -90,7 +90,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_log(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes summary.csv and log.jsonl from the rows, so that neither ever differs from the checkpoint."""
+    """Writes summary.csv and log.jsonl from the rows, so that they always agree with the checkpoint."""
     table = io.StringIO()
     if rows:
         writer = csv.DictWriter(table, dict.fromkeys(key for row in rows for key in row))

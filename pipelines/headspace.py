@@ -1,4 +1,4 @@
-"""What a training step waits for its data, and how fast it would be without the loader."""
+"""How long training steps wait for data, and how fast they would be without the loader."""
 
 import argparse
 import statistics
@@ -16,7 +16,7 @@ from .checkpoint import Run
 from .ranks import Stop
 
 ROUNDS = 7
-AHEAD = 4  # batches that a loader may have prepared while others were replayed
+AHEAD = 4  # batches that the loader may have prepared during a replay
 ADVICE = (
     "the model waits for its data: give more --workers if there are CPUs left, try "
     "`python -m benchmarks.tune`, store smaller images, or augment less; --cached-batches 50 measures how "
@@ -25,10 +25,10 @@ ADVICE = (
 
 
 class DataWait:
-    """Adds up the time between a step's end and the next batch's arrival, on the device's own clock.
+    """Adds up the time between the end of a step and the arrival of the next batch, on the device's own clock.
 
-    On a GPU the host runs ahead, and waits for a batch while the device still computes: that costs nothing and is
-    not counted. The time from when the device has run out of work until a batch arrives is.
+    On a GPU the host runs ahead. Waiting for a batch while the device still computes costs nothing and is not
+    counted; waiting after the device has run out of work is.
     """
 
     def __init__(self, device: torch.device):
@@ -36,7 +36,7 @@ class DataWait:
         self._gaps: list[tuple[Any, Any]] = []
 
     def batches(self, source: Iterable[Any]) -> Iterator[Any]:
-        """The same batches, with the time to get each."""
+        """Yields the same batches and times each of them."""
         iterator = iter(source)
         while True:
             asked = self._now()
@@ -48,7 +48,7 @@ class DataWait:
             yield batch
 
     def seconds(self) -> float:
-        """Of all batches so far; waits for the device."""
+        """The wait for all batches so far; synchronises the device."""
         if self._device.type == "cpu":
             return sum(there - asked for asked, there in self._gaps)
         torch.cuda.synchronize(self._device)
@@ -61,15 +61,15 @@ class DataWait:
 
 
 def headspace(run: Run, step: Callable[..., torch.Tensor], args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
-    """Compares the training speed with the loader to that on batches kept from it; trains nothing that is saved.
+    """Compares training speed on batches from the loader and on replayed ones; the trained weights are discarded.
 
-    Rounds of `--cached-batches` steps alternate, so that what else the machine does meets both.
+    Rounds of `--cached-batches` steps alternate, so that other load on the machine affects both.
 
     Returns:
         loaded, replayed: images/s of each round, over all ranks; ratio: quartiles of replayed ÷ loaded.
 
     Raises:
-        SystemExit: a signal came.
+        SystemExit: a signal arrived.
     """
     count, source = args.cached_batches, endless(run)
 
@@ -102,7 +102,7 @@ def headspace(run: Run, step: Callable[..., torch.Tensor], args: argparse.Namesp
 
 
 def endless(run: Run) -> Iterator[Any]:
-    """The loader's batches, epoch after epoch."""
+    """Yields the loader's batches, epoch after epoch."""
     while True:
         yield from run.train
 
@@ -114,7 +114,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def reading(found: dict[str, Any], count: int) -> str:
-    """The figures as a table, what they say, and what to do."""
+    """The measurements as a table, their interpretation, and advice."""
     low, middle, high = found["ratio"]
     lines = [f"{ROUNDS} rounds of {count} batches, alternating, in images/s: median (quartiles)"]
     for name, what in (("loaded", "from the loader"), ("replayed", "kept and replayed")):
@@ -122,7 +122,7 @@ def reading(found: dict[str, Any], count: int) -> str:
         lines.append(f"  {what:18}{second:10,.0f} ({first:,.0f} to {third:,.0f})")
     lines.append(f"  {'replayed ÷ loaded':18}{middle:10.3f} ({low:.3f} to {high:.3f})")
     if low <= 1 <= high:
-        lines.append("No cost of the loader shows: the quartiles hold 1. A faster loader would not speed this up.")
+        lines.append("The loader costs nothing measurable: the quartiles include 1. A faster loader would not help.")
     elif middle < 1:
         lines.append("Replayed batches are not faster: something else slows the run; measure on a quiet machine.")
     else:

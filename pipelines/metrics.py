@@ -1,7 +1,7 @@
-"""What `pipelines.evaluate` measures and does to images: pure functions of arrays.
+"""The metrics and image transforms of `pipelines.evaluate`, as pure functions of arrays.
 
-Where a protocol's public code differs from what it says, the code is the default, because the paper's numbers come
-from it, and an argument gives the corrected value.
+Where a protocol's public code differs from its description, the code's behaviour is the default, because the paper's
+numbers come from it; an argument selects the corrected version.
 """
 
 import numpy as np
@@ -18,15 +18,15 @@ def rms_calibration_error(
     Args:
         confidence: [n] in [0, 1].
         correct: [n] of 0 and 1.
-        bin_size: samples a bin, taken in ascending confidence; the last bin has the rest too.
-        skip_last: leave out the bin of the most confident samples but divide by n still, as the public
+        bin_size: samples per bin, in ascending confidence; the last bin also holds the remainder.
+        skip_last: leave out the bin of the most confident samples but still divide by n, as the public
             evaluation of ImageNet-A does; False: the definition.
 
     Returns:
         A number in [0, 1].
 
     Raises:
-        ValueError: `skip_last` with a single bin, which would be 0 whatever the predictions.
+        ValueError: `skip_last` with a single bin, which would always give 0.
     """
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     gap = (confidence - correct)[np.argsort(confidence, kind="stable")]
@@ -61,8 +61,8 @@ def shuffle_cells(images: torch.Tensor, order: torch.Tensor, grid: tuple[int, in
 
     Args:
         images: [B, C, H, W], any dtype.
-        order: int64 [1, n] or [B, n]; output cell i is input cell order[i], counted row by row.
-        grid: (rows, columns), which divide (H, W); n = rows * columns.
+        order: int64 [1, n] or [B, n]; output cell i is input cell order[i], numbered row by row.
+        grid: (rows, columns), which must divide (H, W); n = rows * columns.
 
     Returns:
         As `images`.
@@ -79,7 +79,7 @@ def drop_cells(images: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
     """Sets the pixels of cells to 0 (PatchDrop of arXiv 2105.10497).
 
     Args:
-        images: [B, C, H, W], not normalised yet: 0 is black.
+        images: [B, C, H, W], not yet normalised: 0 is black.
         dropped: bool [1 or B, rows, columns], on a grid that divides (H, W).
 
     Returns:
@@ -95,16 +95,16 @@ def enlarge(cells: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Te
 
 
 def top_mass(attention: torch.Tensor, mass: float) -> torch.Tensor:
-    """The fewest cells, strongest first, that hold at least this share of the attention (DINO, arXiv 2104.14294).
+    """The smallest set of cells with at least this share of the attention (DINO, arXiv 2104.14294).
 
     Args:
         attention: [..., rows, columns], not negative.
-        mass: in [0, 1]; 0 takes no cell, 1 all that are not 0.
+        mass: in [0, 1]; 0 selects no cell, 1 all cells that are not 0.
 
     Returns:
         bool, shape of `attention`.
     """
-    flat = attention.double().flatten(-2)  # in float32 a sum of 1024 shares can miss 1
+    flat = attention.double().flatten(-2)  # in float32, 1024 shares may not sum to 1
     value, order = flat.sort(descending=True, stable=True)
     stronger = value.cumsum(-1) - value
     taken = (stronger < mass * flat.sum(-1, keepdim=True)) & (value > 0)
@@ -116,9 +116,9 @@ def best_jaccard(masks: torch.Tensor, target: torch.Tensor, ignore_void: bool = 
 
     Args:
         masks: bool [M, H, W], of M heads.
-        target: [H, W] of class numbers; 0 is background, 255 void, neither is a class.
+        target: [H, W] of class numbers; 0 is background and 255 void, neither of them a class.
         ignore_void: leave void pixels out, as VOC's rules do; False counts them as background, as the public
-            code does, though its comments say otherwise.
+            code does despite its comments.
 
     Returns:
         A number in [0, 1].
@@ -130,19 +130,19 @@ def best_jaccard(masks: torch.Tensor, target: torch.Tensor, ignore_void: bool = 
         masks = masks & (target != 255)
     classes = [c for c in target.unique().tolist() if c not in (0, 255)]
     if not classes:
-        raise ValueError("target: it has background and void alone; leave images without an object out")
+        raise ValueError("target: it has only background and void; leave out images without an object")
     truth = torch.stack([target == c for c in classes])[:, None]
     union = (truth | masks).flatten(2).sum(2)
     return float(((truth & masks).flatten(2).sum(2) / union).amax(1).mean())
 
 
 def mask_box(mask: torch.Tensor, largest: bool = True, corners: bool = False) -> torch.Tensor:
-    """The box about a mask, or about its largest connected component.
+    """The bounding box of a mask, or of its largest connected component.
 
     Args:
         mask: bool [rows, columns], not empty.
-        largest: take the largest component alone; of equals the first.
-        corners: cells that touch at a corner are connected too.
+        largest: use only the largest component; the first one in case of a tie.
+        corners: also connect cells that touch at a corner.
 
     Returns:
         float64 [4] on the CPU: (x0, y0, x1, y1), half-open, in units of the mask's width and height.
@@ -152,6 +152,6 @@ def mask_box(mask: torch.Tensor, largest: bool = True, corners: bool = False) ->
 
         parts, _ = ndimage.label(mask.cpu(), np.ones((3, 3)) if corners else None)
         mask = torch.from_numpy(parts == 1 + np.bincount(parts[parts > 0] - 1).argmax())
-    x0, y0, x1, y1 = masks_to_boxes(mask[None].cpu())[0].double()  # which ends at the last cell, not behind it
+    x0, y0, x1, y1 = masks_to_boxes(mask[None].cpu())[0].double()  # inclusive: ends at the last cell
     rows, columns = mask.shape
     return torch.stack([x0 / columns, y0 / rows, (x1 + 1) / columns, (y1 + 1) / rows])

@@ -1,4 +1,4 @@
-"""A bar for images, of training and of evaluation."""
+"""A progress bar that counts images, for training and evaluation."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def progress(total: int, what: str, initial: int = 0, disable: bool = False) -> tqdm:
-    """A bar of `total` images, of which `initial` are done; in a log file it speaks once a minute."""
+    """A bar of `total` images, `initial` of them done; in a log file it prints at most once per minute."""
     interval = 0.1 if sys.stderr.isatty() else 60
     return tqdm(
         total=total,

@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun started: how they join, add up, and stop together."""
+"""The processes that torchrun starts: how they join, reduce values, and stop together."""
 
 import argparse
 import os
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 @contextmanager
 def joined(args: argparse.Namespace) -> Iterator[None]:
-    """Joins the processes that torchrun started; of a single one nothing is asked.
+    """Joins the processes that torchrun started; does nothing for a single process.
 
-    A rank that fails leaves by its error, without waiting for the others: torchrun ends those.
+    A rank that fails raises its error without waiting for the others: torchrun ends those.
     """
     if args.world_size == 1:
         yield
@@ -26,13 +26,13 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
         place = int(os.environ["LOCAL_RANK"])
         if place >= torch.cuda.device_count():
             raise ValueError(
-                f"--nproc_per_node: local rank {place} has no GPU, {torch.cuda.device_count()} are "
-                "here; start one rank a GPU, or give --device cpu"
+                f"--nproc_per_node: local rank {place} has no GPU, only {torch.cuda.device_count()} found; "
+                "start one rank per GPU, or give --device cpu"
             )
         torch.cuda.set_device(place)
         args.device = f"cuda:{place}"
     elif args.sync_bn:
-        raise ValueError("--sync-bn: PyTorch synchronises batch norm on GPUs alone; leave it out on the CPU")
+        raise ValueError("--sync-bn: PyTorch synchronises batch norm only on GPUs; leave it out on the CPU")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
@@ -43,7 +43,7 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """On rank 0 every rank's value, elsewhere nothing."""
+    """The values of all ranks on rank 0; an empty list on the others."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -52,21 +52,21 @@ def gathered(value: Any) -> list[Any]:
 
 
 def summed(sums: torch.Tensor) -> list[float]:
-    """Sums over all ranks; `sums` stay as they are."""
+    """Sums over all ranks; `sums` is not changed."""
     sums = sums.clone()
     if dist.is_initialized():
         dist.all_reduce(sums)
     return sums.tolist()
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last: Slurm's, before a job's end
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Slurm sends the last one before a job ends
 
 
 class Stop:
-    """SIGNALS ask the run to end, unless they are ignored (nohup), and all ranks hear of it after the same update.
+    """Ends a run on SIGNALS, unless they are ignored (nohup), with all ranks stopping after the same update.
 
-    A second SIGINT ends the process at once; SIGTERM comes twice where both a cluster and torchrun send it. With
-    several ranks `agreed` has to be called by all, equally often.
+    A second SIGINT ends the process immediately. A second SIGTERM does not: a cluster and torchrun may both send
+    one. All ranks must call `agreed` equally often.
     """
 
     def __init__(self) -> None:
@@ -87,13 +87,13 @@ class Stop:
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        if number == signal.SIGHUP:  # the terminal is gone; to write there is an error
+        if number == signal.SIGHUP:  # the terminal is gone; writing to it would fail
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for terminal in self._terminals:
                 os.dup2(nowhere, terminal)
 
     def agreed(self) -> int:
-        """The signal, or 0. Of several ranks it is what they said an update ago: none waits for an answer."""
+        """The signal, or 0. With several ranks it is the vote of the previous update, so that no rank waits for it."""
         if not dist.is_initialized():
             return self.signal
         if self._vote:

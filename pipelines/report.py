@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: its numbers beside the paper's, as a table, a figure and JSON."""
+"""The result of an evaluation beside the paper's numbers, as a table, a figure and JSON."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ from nvidia import dali
 
 from lumix_dali import __version__
 
-# (DeiT-S, LUMix-DeiT-S) in percent; Table 1 has other models, too.
+# (baseline, LUMix) in percent, for DeiT-S; Table 1 has other models, too.
 TABLE_1 = {
     "convnext_tiny": (82.1, 82.5),
     "convnext_small": (83.1, 83.3),
@@ -66,7 +66,7 @@ PAPER = {
     ("wsas", "", "Jaccard index"): (29.2, 29.5),
     ("wsol", "", "box IoU"): (34.9, 41.8),
 }
-# The row of unchanged images.
+# The row with unchanged images.
 WHOLE = {"shuffle": "shuffled 1", "occlusion": "a loss of 0"}
 ABSCISSA = {"shuffle": "cells", "occlusion": "information loss, %"}
 
@@ -77,14 +77,14 @@ def build(
     data: dict[str, Any],
     meta: dict[str, Any],
 ) -> dict[str, Any]:
-    """The result as JSON has it: a row a number, with the values of its seeds and the paper's pair beside it."""
+    """The result for JSON: one row per number, with the values of all seeds and the paper's pair."""
     arch = args.model.split(".")[0]
     paper = PAPER | ({("top1", "", "top-1"): TABLE_1[arch]} if arch in TABLE_1 else {})
 
     def pair(curve: str, name: str | int) -> tuple[float, float] | None:
         points = {key[1:] for key in paper if key[:2] == (args.protocol, curve)}
         same = points == {key for key in values if key[0] == curve}
-        # An average over other points is another number.
+        # An average over other points is not comparable.
         return paper.get((args.protocol, curve, name)) if same or name != "average" else None
 
     rows = [
@@ -117,7 +117,7 @@ def table(result: dict[str, Any]) -> str:
     whose = f"paper: {result['paper_model']}"
     size, crop = "x".join(map(str, result["input"]["input_size"][1:])), result["input"]["crop_pct"]
     images = f"images of {size} pixels, {result['input']['interpolation']}"
-    if result["protocol"] not in ("wsas", "wsol"):  # which squash the whole image into the input
+    if result["protocol"] not in ("wsas", "wsol"):  # these two squash the whole image into the input
         images += f", crop_pct {crop:g}"
     if result["protocol"] in WHOLE:
         images += f"; {WHOLE[result['protocol']]} differs from top1 where that has another crop or interpolation"
@@ -135,10 +135,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: str) -> None:
-    """Accuracy over cells or loss where the protocol has such curves, else a bar a number; with the paper's."""
+    """Plots accuracy against cells or loss if the protocol has such curves, else one bar per number."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")  # without pyplot no display is looked for
+    figure = Figure(figsize=(6.4, 4), layout="constrained")  # without pyplot, which would look for a display
     axes, found = figure.subplots(), result["rows"]
     labels = (f"paper, {result['paper_model']}", f"paper, {result['paper_model']} + LUMix")
     if xlabel := ABSCISSA.get(result["protocol"]):
@@ -191,7 +191,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 
 
 def metadata(module: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Where a result comes from: command, commit, date, device, versions."""
+    """The origin of a result: command, commit, date, device, versions."""
 
     def git(*command: str) -> str | None:
         ran = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -214,7 +214,7 @@ def metadata(module: str, argv: Sequence[str], device: torch.device) -> dict[str
 
 
 def write(path: str, result: dict[str, Any]) -> None:
-    """Writes JSON in one step."""
+    """Writes JSON atomically."""
     scratch = Path(f"{path}.partial")
     scratch.parent.mkdir(parents=True, exist_ok=True)
     scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
-"""The image size of each training epoch: timm's `--train-img-sizes`, whose sampler draws it.
+"""The image size of each training epoch, drawn by timm's sampler for `--train-img-sizes`.
 
-timm draws a size for every batch; a DALI pipeline has one size, so here it is drawn once per epoch, from the same
+timm draws a size per batch. A DALI pipeline has a fixed size, so it is drawn once per epoch here, with the same
 probabilities (`timm.data.scheduled_sampler`, timm >= 1.0.31).
 """
 
@@ -8,17 +8,17 @@ import argparse
 
 
 def check_sizes(args: argparse.Namespace) -> None:
-    """Refuses a schedule that timm's sampler refuses, naming the flag.
+    """Checks that timm's sampler accepts the schedule.
 
     Raises:
-        ValueError: the flags do not fit together, or this timm has no schedules.
+        ValueError: the flags are inconsistent, or this version of timm has no schedules.
     """
     if args.train_img_sizes:
         size_of_epoch(args, 0)
 
 
 def size_of_epoch(args: argparse.Namespace, epoch: int) -> int | None:
-    """Side of the training images in `epoch`, alike on all ranks; None without `--train-img-sizes`."""
+    """Side of the training images in `epoch`, the same on all ranks; None without `--train-img-sizes`."""
     sizes = args.train_img_sizes
     if not sizes:
         return None
@@ -26,7 +26,7 @@ def size_of_epoch(args: argparse.Namespace, epoch: int) -> int | None:
         from timm.data.scheduled_sampler import ScheduledBatchSampler
 
         sampler = ScheduledBatchSampler(
-            range(1),  # type: ignore[arg-type]  # one batch of one sample: only its choice is of use
+            range(1),  # type: ignore[arg-type]  # one batch of one sample: only its size is used
             [1] * len(sizes),
             args.train_size_probs,
             args.seed,
@@ -37,7 +37,7 @@ def size_of_epoch(args: argparse.Namespace, epoch: int) -> int | None:
             schedule_random_mix=args.train_size_random_mix,
         )
     except ImportError as error:
-        raise ValueError("--train-img-sizes: it needs timm >= 1.0.31; upgrade timm, or leave it out") from error
+        raise ValueError("--train-img-sizes: requires timm >= 1.0.31; upgrade timm, or leave it out") from error
     except ValueError as error:
         raise ValueError(f"--train-img-sizes {' '.join(map(str, sizes))}: {error}") from error
     sampler.epoch = epoch

@@ -1,4 +1,4 @@
-"""`--smoke`: a command's run in miniature, to see that it works to its end before a machine is booked for it."""
+"""`--smoke`: a run in miniature, to check that a command works before a machine is booked for it."""
 
 import argparse
 from pathlib import Path
@@ -10,9 +10,9 @@ STEPS, BATCH = 2, 2
 
 
 def shrink(args: argparse.Namespace) -> None:
-    """Leaves of `args` what a run is, the model above all, but takes two steps on generated images."""
-    folder = Path(args.output, f"{args.experiment}-smoke".removeprefix("-"))  # never a real run's
-    images = folder / f"images-{args.rank}"  # ranks write at the same time, each its own
+    """Reduces a run to two steps on generated images; the model and the other settings stay."""
+    folder = Path(args.output, f"{args.experiment}-smoke".removeprefix("-"))  # never that of a real run
+    images = folder / f"images-{args.rank}"  # ranks write at the same time, each to its own folder
     write_images(images / "train", STEPS * BATCH * args.world_size)
     write_images(images / "val", BATCH)
     vars(args).update(
@@ -28,11 +28,11 @@ def shrink(args: argparse.Namespace) -> None:
         resume=None,
         overwrite=True,
     )
-    args.warmup_prefix = False  # with it, the warm-up adds its own epochs
+    args.warmup_prefix = False  # with it, the warm-up would add epochs
 
 
 def write_images(root: Path, count: int) -> None:
-    """Writes root/{0,1}/NUMBER.jpg, of noise; the same ones each time."""
+    """Writes noise images to root/{0,1}/NUMBER.jpg, always the same ones."""
     for number in range(count):
         path = root / str(number % 2) / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

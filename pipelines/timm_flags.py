@@ -1,4 +1,4 @@
-"""What becomes of the flags of timm's train.py: which have no effect here, which are refused, and why.
+"""The flags of timm's train.py that have no effect here or are refused, and why.
 
 python -m pipelines.timm_flags > docs/timm_flags.md
 """
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 
 class Flag(NamedTuple):
-    """A flag of timm's train.py, by its dest, that this program does not build."""
+    """A flag of timm's train.py that this program does not implement."""
 
-    default: Any  # timm's: a config that has this value asks for nothing
+    default: Any  # timm's: a config with this value requests nothing
     why: str
     nargs: str | None = None
 
@@ -28,27 +28,27 @@ WITHOUT_EFFECT = {
     "val_num_samples": Flag(None, KIND),
     "input_img_mode": Flag(None, "images are decoded to RGB"),
     "dataset_download": Flag(False, "nothing is downloaded: --data-dir is a folder"),
-    "dataset_trust_remote_code": Flag(False, "no code of a data set is executed"),
+    "dataset_trust_remote_code": Flag(False, "no code from a data set is executed"),
     "dist_bn": Flag("reduce", "running means are always those of rank 0 (broadcast): exact resume relies on it"),
     "no_ddp_bb": Flag(False, TORCH),
     "synchronize_step": Flag(False, TORCH),
     "fuser": Flag("", "for TorchScript; use --torchcompile"),
     "model_ema_force_cpu": Flag(False, "the average stays on the device, where it is validated"),
     "save_images": Flag(False, "`lumix-dali show DIR -o FILE.png` draws batches as the model gets them"),
-    "local_rank": Flag(0, "torchrun says it in the environment"),
+    "local_rank": Flag(0, "torchrun sets it in the environment"),
     "resplit": Flag(False, "for --aug-splits"),
 }
 
-SPLITS = "augmentation splits are not built; a batch has one version of each image (or --aug-repeats)"
-DISTILL = "distillation is not built; train with timm's train.py, which takes this loader (README)"
-NAFLEX = "NaFlex's loader is not built; use timm's train.py"
+SPLITS = "augmentation splits are not supported; a batch has one version of each image (or --aug-repeats)"
+DISTILL = "distillation is not supported; train with timm's train.py, which takes this loader (README)"
+NAFLEX = "the NaFlex loader is not supported; use timm's train.py"
 SIZES = "every batch has --batch-size images, whatever their size"
-FOLDER = "data come from a class folder, a list or shards (README); make one of them"
-MULTILABEL = "one label per image: mixing and LUMix are defined for it"
+FOLDER = "data come from a class folder, a list or shards (README); create one of them"
+MULTILABEL = "mixing and LUMix are defined for one label per image"
 REFUSED = {
     "vflip": Flag(0.0, "the loader flips horizontally only"),
     "gaussian_blur_prob": Flag(None, "the loader does not blur"),
-    "train_crop_mode": Flag(None, "the crop is timm's rrc; leave it out"),
+    "train_crop_mode": Flag(None, "the crop is always timm's rrc; leave it out"),
     "aug_splits": Flag(0, SPLITS),
     "jsd_loss": Flag(False, SPLITS),
     "split_bn": Flag(False, SPLITS),
@@ -66,10 +66,10 @@ REFUSED = {
     "model_dtype": Flag(None, "weights stay float32; use --amp"),
     "no_resume_opt": Flag(False, "--resume restores everything; --initial-checkpoint takes the weights only"),
     "start_epoch": Flag(None, "--resume knows its epoch; --initial-checkpoint starts at 0"),
-    "epoch_repeats": Flag(0.0, "an epoch is each image once; give more --epochs, or --aug-repeats"),
+    "epoch_repeats": Flag(0.0, "an epoch has each image once; give more --epochs, or --aug-repeats"),
     "tta": Flag(0, "validation sees each image once"),
     "train_batch_sizes": Flag(None, SIZES, "+"),
-    "train_batches_per_epoch": Flag(None, "an epoch is each image once"),
+    "train_batches_per_epoch": Flag(None, "an epoch has each image once"),
     "variable_batch_loss_scale": Flag("none", SIZES),
     "naflex_loader": Flag(False, NAFLEX),
     "naflex_train_seq_lens": Flag([128, 256, 576, 784, 1024], NAFLEX, "+"),
@@ -90,34 +90,34 @@ REFUSED = {
 }
 FOREIGN = WITHOUT_EFFECT | REFUSED
 
-# Built here with another default than timm's, and why; what means the same (None for "") is not listed.
+# Flags with a different default than in timm, and why; equivalent values (None for "") are not listed.
 DIFFERENT = {
     "cutmix": Flag(0.0, "LUMix needs it"),
-    "color_jitter": Flag(0.4, "off by default, as all augmentation but crop and flip"),
+    "color_jitter": Flag(0.4, "off by default, like all augmentation except crop and flip"),
     "train_interpolation": Flag("random", "the model's, as in validation"),
-    "val_split": Flag("validation", "`val` or `validation`, whichever is there"),
-    "workers": Flag(4, "threads, not processes: the CPUs that the process may use"),
+    "val_split": Flag("validation", "`val` or `validation`, whichever exists"),
+    "workers": Flag(4, "threads, not processes; one for each CPU that the process may use"),
     "device": Flag("cuda", "a GPU if there is one"),
     "output": Flag("", "timm: output/train"),
     "checkpoint_hist": Flag(
-        10, "`model_best` and `last` are always kept; each more is a file of gigabytes for a large model"
+        10, "`model_best` and `last` are always kept; each further file of a large model takes gigabytes"
     ),
-    "decay_epochs": Flag(90, "90, but the last fifth for wsd and rsqrt, as in timm from 1.0.31 on"),
+    "decay_epochs": Flag(90, "90, or the last fifth for wsd and rsqrt, as in timm 1.0.31 and later"),
 }
-SAME_NAME = {  # built with a meaning that differs in something
-    "no_aug": "images that are not square are cut at a random place, not at the centre",
-    "resume": "everything is restored, within an epoch too; `auto`, or no PATH, means OUTPUT/EXPERIMENT",
-    "recovery_interval": "updates between two writes of `last.pth.tar`; also `--checkpoint-interval`",
-    "model_ema": "average and model are both validated, in one pass; the average's scores decide",
-    "bce_target_thresh": "with `--no-lumix`: a threshold makes λ 0 or 1 and leaves LUMix nothing to weigh",
-    "bce_pos_weight": "with `--no-lumix`",
-    "log_wandb": "an error at the start where wandb is not installed",
+SAME_NAME = {  # flags whose meaning differs from timm's
+    "no_aug": "images that are not square are cropped at a random position, not at the centre",
+    "resume": "everything is restored, even within an epoch; `auto`, or no PATH, means OUTPUT/EXPERIMENT",
+    "recovery_interval": "updates between writes of `last.pth.tar`; also `--checkpoint-interval`",
+    "model_ema": "the average and the model are both validated, in one pass; the average's scores decide",
+    "bce_target_thresh": "requires `--no-lumix`: a threshold makes λ 0 or 1 and leaves LUMix nothing to weigh",
+    "bce_pos_weight": "requires `--no-lumix`",
+    "log_wandb": "raises an error at the start if wandb is not installed",
     "in_chans": "3",
     "aa": "RandAugment's strings (`rand-...`)",
     "mixup_mode": "`batch` or `elem`",
-    "train_img_sizes": "one size per epoch, for which timm's probabilities are drawn; timm draws one for every batch. "
+    "train_img_sizes": "one size is drawn per epoch, with timm's probabilities; timm draws one per batch. "
     "A ViT needs `--model-kwargs dynamic_img_size=True`",
-    "val_interval": "`last.pth.tar` is written after every epoch all the same",
+    "val_interval": "`last.pth.tar` is still written after every epoch",
 }
 OWN = {  # not timm's
     "no_lumix",
@@ -138,19 +138,19 @@ OWN = {  # not timm's
 
 
 def name(dest: str) -> str:
-    """A flag as it is typed."""
+    """A flag as it is typed on the command line."""
     return f"--{dest.replace('_', '-')}" if dest != "local_rank" else "--local_rank"
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """Lets a command line have timm's flags that are not built here; they are absent from what is parsed then."""
+    """Accepts timm's flags that are not implemented here; those not given are absent from the parsed arguments."""
     for dest, flag in FOREIGN.items():
         options: dict[str, Any] = dict(action="store_true") if flag.default is False else dict(nargs=flag.nargs)
         parser.add_argument(name(dest), default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
 
 def settle(parser: argparse.ArgumentParser, args: argparse.Namespace, where: str = "") -> None:
-    """Takes the flags that are not built out of `args`: names those without effect, ends the program at others."""
+    """Removes unimplemented flags from `args`: reports those without effect, ends the program for the others."""
     given = {dest: vars(args).pop(dest) for dest in FOREIGN if hasattr(args, dest)}
     asked = [dest for dest, value in given.items() if _is_asked(value, FOREIGN[dest].default)]
     if refused := [f"{name(dest)}: {REFUSED[dest].why}" for dest in asked if dest in REFUSED]:
@@ -183,9 +183,9 @@ def table(parser: argparse.ArgumentParser) -> str:
         "`python -m pipelines.train` takes the flags of timm's train.py. `python -m pipelines.timm_flags` writes",
         "this page, and a test compares it with timm's own parser, to notice the flags of a new release.",
         "",
-        "## Built",
+        "## Supported",
         "",
-        "They have the same meaning as in timm, and the same default unless the next table has them:",
+        "They have the same meaning and default as in timm, except for those in the two tables below:",
         "",
         ", ".join(f"`{name(dest)}`" for dest in sorted(built)) + ", and the data folder as a positional argument.",
         "",
@@ -200,7 +200,7 @@ def table(parser: argparse.ArgumentParser) -> str:
         "",
         "## Accepted, without effect",
         "",
-        "A command line or a config may have them; a line on stderr says that they do nothing.",
+        "They may appear on the command line or in a config; a line on stderr says that they do nothing.",
         "",
         "| flag | why |",
         "|---|---|",
@@ -208,9 +208,9 @@ def table(parser: argparse.ArgumentParser) -> str:
         "",
         "## Refused",
         "",
-        "They would change what is trained: asking for them, other than by timm's default, ends the program.",
+        "They would change the training: any value other than timm's default ends the program.",
         "",
-        "| flag | why, and what to do |",
+        "| flag | reason and alternative |",
         "|---|---|",
         *(row(dest, flag.why) for dest, flag in REFUSED.items()),
         "",

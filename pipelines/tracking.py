@@ -1,4 +1,4 @@
-"""Each epoch's numbers to Weights & Biases and TensorBoard, where a flag asks for them and they are installed."""
+"""Logs each epoch to Weights & Biases and TensorBoard, if requested by a flag."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -9,11 +9,11 @@ from typing import Any
 
 @contextmanager
 def tracking(args: argparse.Namespace, folder: Path, epoch: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Gives a function of an epoch's row that sends its numbers to every tracker asked for; on rank 0.
+    """Gives a function that sends an epoch's row to every requested tracker, on rank 0 only.
 
     Args:
-        folder: the run's; TensorBoard's files go there, and its name is the run's at Weights & Biases.
-        epoch: the first to come: what TensorBoard has from there on is of epochs that are trained again.
+        folder: the run's folder; TensorBoard's files go there, and its name becomes the name of the W&B run.
+        epoch: the next epoch; TensorBoard discards what it has from there on, since those epochs are trained again.
     """
     sinks: list[Callable[[dict[str, float], int], None]] = []
     with ExitStack() as stack:
@@ -25,7 +25,7 @@ def tracking(args: argparse.Namespace, folder: Path, epoch: int) -> Iterator[Cal
             def to_tensorboard(row: dict[str, float], number: int) -> None:
                 for name, value in row.items():
                     writer.add_scalar(name, value, number)
-                writer.flush()  # of a run that is killed, too
+                writer.flush()  # so that a killed run keeps it
 
             sinks.append(to_tensorboard)
         if args.log_wandb and args.rank == 0:

@@ -2,7 +2,7 @@
 
 DIR holds `train` and `val` (or `validation`), each with one folder per class. Flags are timm's
 (docs/timm_flags.md); the mixing draws one λ per batch unless `--mixup-mode elem`, as timm does. CutMix is on by
-default (`--cutmix 1.0`), because LUMix needs it.
+default (`--cutmix 1.0`) because LUMix needs it.
 
     python -m pipelines.train --data-dir DIR --model resnet50 --epochs 100 --lr .1 -b 256 --amp
     python -m pipelines.train --data-dir DIR --model deit_small_patch16_224 --opt adamw --lr 1e-3 \\
@@ -10,17 +10,16 @@ default (`--cutmix 1.0`), because LUMix needs it.
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
     torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
     python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # continue where it stopped
-    python -m pipelines.train --data-dir DIR --model resnet50 -b 256 --cached-batches 50   # what the loader costs
-    python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # a paper's row: does it run?
+    python -m pipelines.train --data-dir DIR --model resnet50 -b 256 --cached-batches 50   # cost of the loader
+    python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # check that a recipe runs
 
-OUTPUT/EXPERIMENT gets `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
+OUTPUT/EXPERIMENT receives `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads
 them), `summary.csv` and `log.jsonl` (one row per epoch), `args.yaml` and, at the end, `summary.json`. A folder
-that has a run already is refused without `--resume` or `--overwrite`, and so is one that another run writes to.
+that already holds a run is refused without `--resume` or `--overwrite`, and so is one that another run is using.
 
-A run that is killed, at whatever moment, resumes from its last.pth.tar with `--resume` and the same flags on as
-many ranks, on the CPU bit for bit. The file is written before and after each validation; with
-`--checkpoint-interval` within the epochs, too. On SIGINT, SIGTERM, SIGHUP and SIGUSR1 it is written at once, and
-the run ends.
+A run can be killed at any moment. `--resume` with the same flags and the same number of ranks continues it from
+last.pth.tar, bit for bit on the CPU. The file is written before and after each validation, and also within epochs
+with `--checkpoint-interval`. SIGINT, SIGTERM, SIGHUP and SIGUSR1 write it immediately and end the run.
 """
 
 import argparse
@@ -65,10 +64,10 @@ MUCH_WAITING = 0.1  # share of an epoch
 
 
 def leave(run: Run, args: argparse.Namespace, number: int) -> None:
-    """Ends the program as a signal asks, saying how to go on."""
+    """Ends the program after a signal and prints how to resume."""
     if args.rank == 0:
         print(
-            f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: go on with --resume "
+            f"stopped by {signal.Signals(number).name} in epoch {run.epoch}: continue with --resume "
             f"{run.folder / 'last.pth.tar'}",
             file=sys.stderr,
             flush=True,
@@ -77,17 +76,18 @@ def leave(run: Run, args: argparse.Namespace, number: int) -> None:
 
 
 def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop) -> dict[str, Any]:
-    """Trains an epoch, or what is left of it; sums stay on the device until its end, so that no step waits for it.
+    """Trains an epoch, or the rest of it; sums stay on the device until the end, so that no step synchronises.
 
     Returns:
-        train_loss, lam0_mean (over all samples, unmixed ones as 0) and lr. Means over the samples that LUMix
-        applies to in every --log-interval batches, None where there are none: lumix_lam0, lumix_lam_s, lumix_lam
-        (what the labels become) and lumix_clamped (share of λ at 0 or 1). Of the batches that were left, None
-        without any: images_per_second and data_wait (share of the time without a batch, where it is greatest).
+        train_loss, lam0_mean (over all samples; unmixed samples count as 0) and lr. Means over the samples that
+        LUMix applies to, taken every --log-interval batches, or None without such samples: lumix_lam0,
+        lumix_lam_s, lumix_lam (the resulting label weights) and lumix_clamped (share of λ at 0 or 1). For the
+        batches trained in this call, or None without any: images_per_second and data_wait (share of the time
+        spent without a batch, max over the ranks).
 
     Raises:
         FloatingPointError: if the loss is no longer finite.
-        SystemExit: a signal came; the checkpoint is written.
+        SystemExit: a signal arrived; the checkpoint has been written.
     """
     run.model.train()
     loader, first, start, wait = run.train, run.step, time.perf_counter(), DataWait(run.train.device)
@@ -106,7 +106,7 @@ def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, st
                 save(run, args)
             if asked:
                 leave(run, args, asked)
-    check_finite(run)  # it waits for the device, too
+    check_finite(run)  # also synchronises the device before the clock is read
     seconds, done = time.perf_counter() - start, (len(loader) - first) * everywhere
     sums, count = dict(zip(SUMS, summed(run.sums), strict=True)), len(loader) * everywhere
     waited = max(gathered(wait.seconds() / seconds), default=0.0)
@@ -121,8 +121,8 @@ def train_one_epoch(run: Run, criterion: LUMixLoss, args: argparse.Namespace, st
 
 
 def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor, MixTarget]]:
-    """The batches of this epoch that are not done yet."""
-    if run.step < len(run.train):  # else the loader stands in the next epoch already
+    """The remaining batches of this epoch."""
+    if run.step < len(run.train):  # otherwise the loader is already in the next epoch
         run.train.set_epoch(run.epoch)
         run.train.mixup_enabled = not 0 < args.mixup_off_epoch <= run.epoch
         run.train.input_size = size_of_epoch(args, run.epoch) or run.input_size
@@ -132,7 +132,7 @@ def remaining(run: Run, args: argparse.Namespace) -> Iterator[tuple[torch.Tensor
 def train_step(
     run: Run, images: torch.Tensor, target: MixTarget, criterion: LUMixLoss, args: argparse.Namespace
 ) -> torch.Tensor:
-    """One batch, and an update where it is the last of --grad-accum-steps; returns its loss."""
+    """Trains on one batch, updates after every --grad-accum-steps batches, and returns the loss."""
     steps, accum = updates_per_epoch(run.train, args), args.grad_accum_steps
     group = min(accum, len(run.train) - run.step // accum * accum)  # an epoch's last update may have fewer
     is_last = run.step % accum == group - 1
@@ -142,7 +142,7 @@ def train_step(
             logits = run.network(images)
             if run.updates == 0:
                 check_target(target, logits.size(1))
-            # Drawn here, so that the statistics can be of the λ that the loss has.
+            # Drawn here so that the statistics use the same λ_r as the loss.
             lam_r = criterion.draw(logits) if ratios(args)[0] else None
             loss = criterion(logits, target, lam_r)
         run.scaler.scale(loss / group).backward()
@@ -156,7 +156,8 @@ def train_step(
 
 
 def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget, lam_r: torch.Tensor | None) -> torch.Tensor:
-    """SUMS[2:] of a batch: number of samples that LUMix applies to, their λ0, λ_s and λ, and the clamped ones."""
+    """SUMS[2:] of a batch: the number of samples that LUMix applies to, sums of their λ0, λ_s and λ, and how many
+    are clamped."""
     lam = criterion.lam(logits, target, lam_r)
     applied = (target.lam0 > 0) & (target.lam0 < 1)
     if criterion.apply_to == "cutmix":
@@ -167,7 +168,7 @@ def lam_sums(criterion: LUMixLoss, logits: torch.Tensor, target: MixTarget, lam_
 
 
 def update(run: Run, args: argparse.Namespace) -> None:
-    """One step of the optimiser, of the average, and of a schedule by updates."""
+    """Steps the optimiser, the averaged weights and, if it works per update, the schedule."""
     if args.clip_grad is not None:
         run.scaler.unscale_(run.optimizer)
         parameters = model_parameters(run.model, exclude_head=args.clip_mode == "agc")
@@ -183,12 +184,12 @@ def update(run: Run, args: argparse.Namespace) -> None:
 
 
 def learning_rate_now(run: Run) -> float:
-    """The mean over the groups of parameters, as timm logs it; with --layer-decay they differ."""
+    """Mean over the parameter groups, as timm logs it; they differ with --layer-decay."""
     return statistics.fmean(group["lr"] for group in run.optimizer.param_groups)
 
 
 def check_finite(run: Run) -> None:
-    """Stops a run that has gone astray, before its weights take the place of good ones."""
+    """Stops a run that has diverged before its weights replace good ones."""
     if not math.isfinite(run.sums[0].item()):
         raise FloatingPointError(
             f"the training loss of epoch {run.epoch} is {run.sums[0].item()}: lower --lr, "
@@ -197,7 +198,7 @@ def check_finite(run: Run) -> None:
 
 
 def share_statistics(run: Run, args: argparse.Namespace) -> None:
-    """Gives all ranks the running means of rank 0, on which DDP goes on too, so that they validate one model."""
+    """Broadcasts rank 0's batch norm statistics, as DDP does, so that all ranks validate the same model."""
     if dist.is_initialized():
         for model in (run.model, run.evaluated):
             distribute_bn(model, args.world_size, reduce=False)
@@ -205,9 +206,9 @@ def share_statistics(run: Run, args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]:
-    """Top-1 and top-5 in percent, and the plain cross entropy, over every validation sample once.
+    """Top-1 and top-5 in percent and the plain cross entropy, over all validation samples.
 
-    With an average of the weights it has these scores, and the model itself those whose names begin with model_.
+    With --model-ema, these scores are those of the averaged weights; the model's own have the prefix model_.
     """
     models = {"": run.evaluated} | ({"model_": run.model} if run.ema else {})
     for model in models.values():
@@ -224,7 +225,7 @@ def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]
                 scores += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
             count += len(labels)
             bar.update(len(labels) * args.world_size)
-            if stop.signal:  # ranks need not agree: the checkpoint is written
+            if stop.signal:  # ranks need not agree: the checkpoint is already written
                 leave(run, args, stop.signal)
     *values, total = summed(torch.cat([sums.flatten(), count[None]]))
     names = [(prefix, name) for prefix in models for name in SCORES]
@@ -235,7 +236,7 @@ def validate(run: Run, args: argparse.Namespace, stop: Stop) -> dict[str, float]
 
 
 def best_epochs(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
-    """All epochs that were validated, the best first; of two equals the earlier."""
+    """All validated epochs, best first; ties go to the earlier epoch."""
     sign, name = 1 if args.eval_metric == "loss" else -1, metric_name(args)
     return [
         int(row["epoch"])
@@ -244,7 +245,7 @@ def best_epochs(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[in
 
 
 def save_epoch(run: Run, args: argparse.Namespace) -> None:
-    """Writes last.pth.tar, and model_best, checkpoint-E and milestone-N where the epoch earns it, and the log."""
+    """Writes last.pth.tar and the log, and model_best, checkpoint-E and milestone-N where this epoch qualifies."""
     epoch, best = int(run.rows[-1]["epoch"]), best_epochs(run.rows, args)
     keep, drop = best[: args.checkpoint_hist], best[args.checkpoint_hist :]
     earned = {
@@ -262,13 +263,13 @@ def save_epoch(run: Run, args: argparse.Namespace) -> None:
 def fit(
     run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop, track: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Trains, validates, logs and saves every epoch that is left."""
+    """Trains, validates, logs and saves all remaining epochs."""
     last = min(run.epochs, args.stop_epoch or run.epochs)
     while run.epoch < last:
         row: dict[str, Any] = {"epoch": run.epoch, **train_one_epoch(run, criterion, args, stop)}
         share_statistics(run, args)
         if run.saved != (run.epoch, run.step):
-            save(run, args)  # whatever happens in validation, the epoch is not lost
+            save(run, args)  # a failure in validation must not lose the epoch
         done = run.epoch + 1
         is_due = done % args.val_interval == 0 or done == last or done in args.save_epochs
         row |= validate(run, args, stop) if is_due else dict.fromkeys(SCORES)
@@ -284,7 +285,7 @@ def fit(
 
 
 def report(row: dict[str, Any]) -> None:
-    """Prints an epoch's numbers, and what to do where it waited for data."""
+    """Prints an epoch's numbers, and advice if the first epoch waited for data."""
 
     def shown(name: str, form: str) -> str:
         return "-" if row[name] is None else format(row[name], form)
@@ -304,13 +305,13 @@ def report(row: dict[str, Any]) -> None:
 
 
 def replaced_files(run: Run) -> list[str]:
-    """The damaged samples that the loaders of all ranks replaced; on rank 0."""
+    """On rank 0, the damaged samples that the loaders of all ranks replaced."""
     mine = {name for loader in (run.train, run.val) for name in loader.bad}
     return sorted(set().union(*gathered(mine)))
 
 
 def summarise(run: Run, args: argparse.Namespace, replaced: list[str]) -> dict[str, Any]:
-    """The last epoch's scores, which are those of last.pth.tar, the best epoch's, and what ran."""
+    """The scores of the last epoch (those of last.pth.tar) and of the best one, with settings and versions."""
     last, best = run.rows[-1], best_epochs(run.rows, args)[0]
     versions = {
         "lumix_dali": __version__,
@@ -340,18 +341,18 @@ def summarise(run: Run, args: argparse.Namespace, replaced: list[str]) -> dict[s
 
 
 def median(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Of a column; None where no row has it."""
+    """Median of a column; None if no row has it."""
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.median(values) if values else None
 
 
 def start(run: Run, args: argparse.Namespace, found: Found | None) -> None:
-    """Resumes, where there is something to resume, and lays out the run's folder."""
+    """Resumes if there is a checkpoint, and sets up the run's folder."""
     if found:
         resume(run, args, found)
     if args.rank:
         return
-    (run.folder / "summary.json").unlink(missing_ok=True)  # an earlier run's, should this one not get there
+    (run.folder / "summary.json").unlink(missing_ok=True)  # an earlier run's must not outlive this start
     settings = {key: value for key, value in vars(args).items() if key not in ONCE}
     write_text(run.folder / "args.yaml", yaml.safe_dump(settings))
     write_log(run.folder, run.rows)
@@ -363,11 +364,11 @@ def start(run: Run, args: argparse.Namespace, found: Found | None) -> None:
     if found:
         print(f"resumes from {found.path}, epoch {run.epoch}, batch {run.step}", flush=True)
     elif args.resume:
-        print(f"--resume: there is no {run.folder / 'last.pth.tar'} yet, it starts from scratch", flush=True)
+        print(f"--resume: {run.folder / 'last.pth.tar'} does not exist yet; starting from scratch", flush=True)
 
 
 def run_folder(args: argparse.Namespace, found: Found | None, size: str) -> Path:
-    """OUTPUT/EXPERIMENT; a run that is resumed, and given no other name, stays where it is."""
+    """OUTPUT/EXPERIMENT; a resumed run without --experiment stays in its folder."""
     if found and not args.experiment:
         return found.path.parent
     return Path(args.output, args.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{args.model}-{size}")
@@ -377,13 +378,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains as the command line says and leaves everything under OUTPUT/EXPERIMENT.
 
     Args:
-        argv: the command line without the program's name; None takes the process's own.
+        argv: the command line without the program's name; None: the process's own.
 
     Returns:
-        The summary, as rank 0 writes it to summary.json.
+        The summary that rank 0 writes to summary.json.
 
     Raises:
-        ValueError: for a wrong argument, folder or checkpoint, before the first batch.
+        ValueError: an argument, folder or checkpoint is invalid; raised before the first batch.
     """
     args = parse_args(argv, __doc__)
     if args.smoke:
@@ -413,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def train_to_the_end(
     run: Run, criterion: LUMixLoss, args: argparse.Namespace, stop: Stop, found: Found | None
 ) -> dict[str, Any]:
-    """The run in its folder, which is this process's; returns its summary."""
+    """Trains in the run's folder, which the caller has claimed, and returns the summary."""
     start(run, args, found)
     with tracking(args, run.folder, run.epoch) as track:
         fit(run, criterion, args, stop, track)
@@ -421,7 +422,7 @@ def train_to_the_end(
     summary = summarise(run, args, replaced)
     if args.rank == 0:
         for name in replaced:
-            print(f"replaced, it cannot be used: {name}")
+            print(f"unreadable image, replaced: {name}")
         write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -431,6 +432,6 @@ if __name__ == "__main__":
         main()
     except SystemExit as end:
         sys.stdout.flush()
-        os._exit(int(end.code or 0))  # all is closed; Python's own way out takes torch two seconds
+        os._exit(int(end.code or 0))  # everything is closed; a normal exit takes two seconds with torch
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"python -m pipelines.train: {error}")

@@ -1,9 +1,9 @@
-"""Loader and loss in Accelerate: resumed in the middle of an epoch.
+"""The loader and the loss in Accelerate, with resuming within an epoch.
 
     python -m pipelines.with_accelerate data/digits
     accelerate launch --num_processes 8 -m pipelines.with_accelerate data/digits --resume runs/accelerate
 
-`Accelerator.prepare` is given model and optimiser; the loader needs none of it: ranks and device are its own.
+Only the model and the optimiser go through `Accelerator.prepare`; the loader handles ranks and device itself.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lumix_dali import LUMixLoss, create_loader
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Trains, and gives the losses of this process's steps."""
+    """Trains and returns the losses of this process's steps."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.with_accelerate",
         description=__doc__,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     model = timm.create_model(args.model, num_classes=loader.num_classes)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05))
     criterion, losses, step = LUMixLoss(), [], 0
-    # Not register_for_checkpointing, which saves rank 0's place alone; the others are at other images.
+    # Not register_for_checkpointing, which saves only rank 0's position; the other ranks are at different images.
     place = f"loader_{accelerator.process_index}.pt"
     if args.resume:
         accelerator.load_state(args.resume)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         loader.load_state_dict(state["loader"])
         step = state["step"]
     while step < args.epochs * len(loader):
-        for images, target in loader:  # a resumed one yields the rest of its epoch first
+        for images, target in loader:  # a resumed loader yields the rest of its epoch first
             loss = criterion(model(images), target)
             accelerator.backward(loss)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Loader and loss in Lightning: validated every epoch, and resumed in the middle of one.
+"""The loader and the loss in Lightning, with validation after every epoch and resuming within an epoch.
 
 python -m pipelines.with_lightning data/digits
 python -m pipelines.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
@@ -32,7 +32,7 @@ class Classifier(lightning.LightningModule):
         self.top1 = MulticlassAccuracy(len(self.train_data.classes), average="micro")
 
     def loader(self, samples: Any, **options: Any) -> Any:
-        """Each rank has its own; Lightning sets its epoch, and wraps nothing but a DataLoader."""
+        """One loader per rank; Lightning sets its epoch, and adds a distributed sampler only to a DataLoader."""
         return create_loader(
             samples,
             batch_size=self.hparams["batch_size"],
@@ -61,7 +61,7 @@ class Classifier(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.05)
 
-    # Lightning saves the loader's place, but of rank 0 alone; the others are at other images.
+    # Lightning saves the loader's position only for rank 0; the other ranks are at different images.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         loader: Any = self.trainer.train_dataloader
         checkpoint["places"] = gathered(loader.state_dict())
@@ -72,7 +72,7 @@ class Classifier(lightning.LightningModule):
 
 
 def main(argv: Sequence[str] | None = None) -> lightning.Trainer:
-    """Trains, and gives the trainer."""
+    """Trains and returns the trainer."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.with_lightning",
         description=__doc__,

@@ -228,7 +228,7 @@ def test_a_rank_without_validation_samples(start, tmp_path):
 def test_sync_bn_needs_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     data = write_folder(tmp_path / "data", {"train": 9, "val": 2})
-    with pytest.raises(ValueError, match="--sync-bn: PyTorch synchronises batch norm on GPUs alone"):
+    with pytest.raises(ValueError, match="--sync-bn: PyTorch synchronises batch norm only on GPUs"):
         train.main(argv(data, tmp_path, "--sync-bn"))
 
 
@@ -305,7 +305,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
     os.kill(pids[1], signal.SIGTERM)
     out, _ = agent.communicate(timeout=60)
     assert agent.returncode != 0
-    assert "go on with --resume" in out
+    assert "continue with --resume" in out
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     state = torch.load(last, weights_only=True)["run"]
     assert len({(rank["train"]["place"][0], rank["train"]["place"][1]) for rank in state["ranks"]}) == 1

@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(whole, data, tmp_path, capsys):
     before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match=f"checkpoint cannot be written \\(File too large\\); {last} is whole"):
+        with pytest.raises(OSError, match=f"checkpoint cannot be written \\(File too large\\); {last} is intact"):
             train.main(argv(data, tmp_path, *NOISY, "--resume"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -233,7 +233,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, 
         train.main(argv(data, tmp_path, *more))
     assert ended.value.code == 128 + number
     last = tmp_path / "run" / "last.pth.tar"
-    assert f"stopped by {number.name} in epoch 1: go on with --resume {last}\n" in capsys.readouterr().err
+    assert f"stopped by {number.name} in epoch 1: continue with --resume {last}\n" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert digest(last) == digest(whole[1][1, 4])
     monkeypatch.undo()
@@ -282,7 +282,7 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
     with pytest.raises(SystemExit) as ended:
         train.main(argv(data, tmp_path, *more))
     assert ended.value.code == 143
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "continue with --resume" in capsys.readouterr().err
     assert digest(tmp_path / "run" / "last.pth.tar") == digest(whole[1][place])
     monkeypatch.undo()
     train.main(argv(data, tmp_path, *more, "--resume"))
@@ -350,7 +350,7 @@ def test_a_run_is_stopped_and_continued(whole, data, tmp_path):
 
 def test_without_a_checkpoint_a_run_starts_from_scratch(data, tmp_path, capsys):
     train.main(argv(data, tmp_path, "--epochs", "1", "--resume"))
-    assert f"there is no {tmp_path}/run/last.pth.tar yet, it starts from scratch" in capsys.readouterr().out
+    assert f"--resume: {tmp_path}/run/last.pth.tar does not exist yet; starting from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])
@@ -433,7 +433,7 @@ def test_different_data_are_refused(split, name, whole, data, tmp_path):
         (lambda state: state["run"].pop("ranks"), "does not fit this run: 'ranks'"),
         (lambda state: state["state_dict"].popitem(), r"content, Error[^.]*Missing key"),
         (lambda state: state["run"].update(updates="many"), "content, invalid literal"),
-        (lambda state: state.pop("run_format"), "no checkpoint of this program's"),
+        (lambda state: state.pop("run_format"), "is not a checkpoint of this program"),
     ],
 )
 def test_a_changed_state_is_refused(change, message, whole, data, tmp_path):
@@ -487,7 +487,7 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(damage, whole, data, tmp
     damage(file, tmp_path / "trace")
     with pytest.raises(ValueError, match=f"{file} cannot be read") as refused:
         train.main(argv(data, tmp_path, *NOISY, "--resume", str(file)))
-    assert "to start anew" in str(refused.value)
+    assert "to start from scratch" in str(refused.value)
     assert not (tmp_path / "trace").exists()
 
 

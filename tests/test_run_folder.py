@@ -34,7 +34,7 @@ def test_a_run_is_not_replaced_unless_asked(name, content, worth, tmp_path):
     file = tmp_path / name
     file.write_text(content)
     if worth:
-        says = f"a run is there already .{name}.*--resume.*--experiment.*--overwrite"
+        says = f"it already holds a run .{name}.*--resume.*--experiment.*--overwrite"
         with pytest.raises(ValueError, match=says), claimed(tmp_path, NEW, None):
             pytest.fail("it was replaced")
         assert file.read_text() == content
@@ -63,17 +63,17 @@ def test_only_the_folder_that_is_resumed_may_have_a_run(tmp_path):
         assert file.exists()
     with claimed(tmp_path / "two", NEW, found):
         (tmp_path / "two" / "last.pth.tar").write_text("y")
-    with pytest.raises(ValueError, match="a run is there already"), claimed(tmp_path / "two", NEW, found):
+    with pytest.raises(ValueError, match="it already holds a run"), claimed(tmp_path / "two", NEW, found):
         pytest.fail("it was replaced")
     os.utime(file, ns=(0, 0))  # written between reading and claiming
-    with pytest.raises(ValueError, match="has been written meanwhile"), claimed(file.parent, NEW, found):
+    with pytest.raises(ValueError, match="was replaced by another run"), claimed(file.parent, NEW, found):
         pytest.fail("an old state is resumed")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give --output"),
+        pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give a writable folder as --output"),
         claimed(tmp_path / "file" / "run", NEW, None),
     ):
         pytest.fail("it was written")
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_a_folder_that_may_not_be_written(tmp_path):
     tmp_path.chmod(0o500)
     with (
-        pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give --output"),
+        pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give a writable folder as --output"),
         claimed(tmp_path, NEW, None),
     ):
         pytest.fail("it was written")
@@ -166,7 +166,7 @@ def test_headspace_by_hand(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("ratio", "says"),
     [
-        ([0.98, 1.02, 1.05], "the quartiles hold 1"),
+        ([0.98, 1.02, 1.05], "the quartiles include 1"),
         ([0.8, 0.9, 0.95], "not faster"),
         ([1.01, 1.05, 1.1], "costs 5%"),
     ],

@@ -270,7 +270,7 @@ def test_backbone_prefers_the_average_of_the_weights(tmp_path):
     [
         ("test_resnet", 64, None, "--model test_resnet: Segmenter needs a plain ViT"),
         ("test_vit", 65, None, "--img-size 65: test_vit has patches of 16 pixels"),
-        ("test_vit", 64, {"cls_token": torch.zeros(1, 1, 7)}, "--backbone: its weights are of another model"),
+        ("test_vit", 64, {"cls_token": torch.zeros(1, 1, 7)}, "--backbone: its weights belong to another model"),
     ],
 )
 def test_encoder_that_does_not_fit(name, size, weights, message):
@@ -501,8 +501,8 @@ def damage(root, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("list", r"there is no ImageSets/SegmentationContext/train.txt; it needs JPEGImages"),
-        ("empty", "train.txt: it names no photograph"),
+        ("list", r"ImageSets/SegmentationContext/train.txt is missing; it needs JPEGImages"),
+        ("empty", "train.txt: it lists no photograph"),
         ("missing", r"1 files are missing, such as .*train_001.png"),
         ("class", r"train_001.png: it has class 4, and --num-classes 4 ends at 3"),
         ("mode", r"train_001.png: pixels of mode RGB"),
@@ -837,7 +837,7 @@ def test_from_pretraining_to_a_picture(context, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     stopped = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert any("resumes after update" in stopped.stdout.readline() for _ in range(2))
+    assert any("resuming after update" in stopped.stdout.readline() for _ in range(2))
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     subprocess.run(command, cwd=ROOT, env=environment, check=True)

@@ -110,7 +110,7 @@ def rows(folder):
 def test_a_second_start_leaves_the_first_run_untouched(run, data):
     folder, *_ = run
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(ValueError, match=r"a run is there already \(.*last.pth.tar.*--resume.*--exp.*--overwrite"):
+    with pytest.raises(ValueError, match=r"it already holds a run \(.*last.pth.tar.*--resume.*--exp.*--overwrite"):
         train.main(argv(data, folder.parent))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -276,7 +276,7 @@ def test_damaged_files_are_counted(limit, tmp_path, capsys):
         summary = train.main(argv(data, tmp_path, *more))
     out = capsys.readouterr().out
     assert summary["replaced"] == 2
-    assert all(f"replaced, it cannot be used: {str(file)!r}\n" in out for file in broken)
+    assert all(f"unreadable image, replaced: {str(file)!r}\n" in out for file in broken)
 
 
 def recomputed(folder, data, name="test_resnet", split="validation", file="last.pth.tar", **size):
@@ -704,7 +704,7 @@ def test_bad_config(text, message, tmp_path, capsys):
         (["--bce-loss", "--bce-target-thresh", ".2"], "without LUMix: give --bce-loss --no-lumix too"),
         (["--sched", "plateau", "--val-interval", "2"], "--val-interval 2: --sched plateau needs"),
         (["--vflip", ".5", "--kd-model-name", "resnet50"], "--vflip: the loader flips horizontally only; --kd-model"),
-        (["--wandb-resume-id", "x"], "--wandb-resume-id continues a run"),
+        (["--wandb-resume-id", "x"], "--wandb-resume-id continues a W&B run"),
     ],
 )
 def test_bad_command_line(flags, message, capsys):

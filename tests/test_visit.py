@@ -443,7 +443,7 @@ def test_tuned_values_reach_the_decoder(name, value):
     [
         (["--only", "mixx"], "--only mixx: no such step; give some of environment"),
         (["--minutes", "0"], "--minutes 0: give a number above 0"),
-        (["--cifar", "nowhere"], "--cifar: there is no folder nowhere/train"),
+        (["--cifar", "nowhere"], "--cifar: no such folder: nowhere/train"),
     ],
 )
 def test_an_invalid_visit_is_named(tmp_path, argv, message, capsys):
@@ -456,6 +456,6 @@ def test_results_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "results.jsonl").write_text("{}")
     with pytest.raises(SystemExit):
         gpu.main(["--out", str(tmp_path)])
-    assert "it is not an empty folder" in capsys.readouterr().err
+    assert "not an empty folder; give another" in capsys.readouterr().err
     assert (tmp_path / "results.jsonl").read_text() == "{}"
     assert os.listdir(tmp_path) == ["results.jsonl"]

@@ -1,17 +1,17 @@
-"""Segmenter (arXiv 2105.05633) on a ViT of timm, on Pascal Context through DALI: Table 4 of the LUMix paper.
+"""Segmenter (arXiv 2105.05633) with a timm ViT on Pascal Context through DALI: Table 4 of the LUMix paper.
 
     python -m pipelines.segment train --config pipelines/recipes/segmentation/deit_small.yaml \\
-        --data-dir VOCdevkit/VOC2010 --backbone runs/NAME/model_best.pth.tar     # of pipelines.train
+        --data-dir VOCdevkit/VOC2010 --backbone runs/NAME/model_best.pth.tar     # from pipelines.train
     python -m pipelines.segment train --config runs/NAME/args.yaml --experiment NAME --resume   # after a kill
     python -m pipelines.segment evaluate --checkpoint runs/NAME/last.pth.tar --data-dir VOCdevkit/VOC2010 \\
         --multi-scale --figure masks.png --out result.json
 
 DIR has Pascal Context's layout as MMSegmentation's converter writes it: JPEGImages/NAME.jpg,
 SegmentationClassContext/NAME.png (class numbers, 255 for none), ImageSets/SegmentationContext/{train,val}.txt.
-Table 4 compares two of these runs, whose backbones were trained by pipelines.train with LUMix and with --no-lumix.
+Table 4 compares two such runs, whose backbones were trained by pipelines.train with LUMix and with --no-lumix.
 
-OUTPUT/EXPERIMENT gets `last.pth.tar`, `log.jsonl`, `args.yaml` and, at the end, `result.json`. `--resume` and the
-same flags resume a run that was killed, bit for bit on the CPU.
+OUTPUT/EXPERIMENT receives `last.pth.tar`, `log.jsonl`, `args.yaml` and, at the end, `result.json`. `--resume` with
+the same flags continues a run that was killed, bit for bit on the CPU.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m pipelines.segment", description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", formatter_class=Help, help="train, then evaluate")
-    train.add_argument("-c", "--config", metavar="FILE", help="YAML of defaults for what follows, as args.yaml")
+    train.add_argument(
+        "-c", "--config", metavar="FILE", help="YAML file of defaults, such as args.yaml; flags override it"
+    )
     _add_common(train)
     _add_model(train)
     _add_training(train)
@@ -51,65 +53,65 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(evaluate)
     add = evaluate.add_argument
     add("--checkpoint", metavar="FILE", required=True, help="last.pth.tar of a run")
-    add("--stride", type=int, help="between windows; None: the run's")
+    add("--stride", type=int, help="stride of the windows; None: the run's")
     add("--split", default="val", help="list in ImageSets/SegmentationContext")
-    add("--out", metavar="FILE", help="JSON of the result")
-    add("--figure", metavar="FILE", help="picture of predicted masks")
-    add("--images", type=int, default=6, help="photographs in that picture")
+    add("--out", metavar="FILE", help="write the result as JSON")
+    add("--figure", metavar="FILE", help="draw predicted masks")
+    add("--images", type=int, default=6, help="number of photographs in the figure")
     return parser
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and device").add_argument
     add("--data-dir", metavar="DIR", help="VOCdevkit/VOC2010 of Pascal Context, or the folder around VOCdevkit")
-    add("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads of the host")
+    add("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
-    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of mixed precision")
-    add("--multi-scale", action="store_true", help="evaluate at six scales with flips, too")
-    add("--window-batch-size", type=int, default=4, metavar="N", help="windows at a time in evaluation")
+    add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="type of mixed precision")
+    add("--multi-scale", action="store_true", help="also evaluate at six scales with flips")
+    add("--window-batch-size", type=int, default=4, metavar="N", help="windows per batch in evaluation")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", help="a ViT of timm; None: the backbone's, or deit_small_patch16_224")
-    add("--backbone", metavar="FILE", help="checkpoint of a classifier, as of pipelines.train")
-    add("--pretrained", action="store_true", help="start from timm's weights of ImageNet instead")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="of the encoder")
-    add("--num-classes", type=int, default=len(data.PASCAL_CONTEXT), help="with the background")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth of the encoder")
+    add("--model", help="a timm ViT; None: the backbone's, or deit_small_patch16_224")
+    add("--backbone", metavar="FILE", help="checkpoint of a classifier, such as one of pipelines.train")
+    add("--pretrained", action="store_true", help="start from timm's ImageNet weights instead")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="further encoder arguments")
+    add("--num-classes", type=int, default=len(data.PASCAL_CONTEXT), help="number of classes, including background")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth rate of the encoder")
     add("--decoder-depth", type=int, default=2, help="transformer blocks of the decoder")
-    add("--decoder-drop", type=float, default=0.1, help="dropout of the decoder")
-    add("--mean", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
-    add("--std", type=float, nargs=3, help="of each channel, in [0, 1]; None: the model's")
+    add("--decoder-drop", type=float, default=0.1, help="dropout rate of the decoder")
+    add("--mean", type=float, nargs=3, help="mean of each channel, in [0, 1]; None: the model's")
+    add("--std", type=float, nargs=3, help="standard deviation of each channel, in [0, 1]; None: the model's")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--img-size", type=int, default=480, help="side of crops and windows")
-    add("--short-side", type=int, default=520, help="of a photograph at scale 1")
-    add("--stride", type=int, default=320, help="between windows in evaluation")
+    add("--short-side", type=int, default=520, help="shorter side of a photograph at scale 1")
+    add("--stride", type=int, default=320, help="stride of the windows in evaluation")
     add("-b", "--batch-size", type=int, default=16, help="crops per update")
-    add("--iterations", type=int, default=80_000, help="updates")
-    add("--opt", default="sgd", help="any name of timm.optim; its sgd has Nesterov's momentum")
-    add("--lr", type=float, default=1e-3, help="at the start")
-    add("--min-lr", type=float, default=1e-5, help="at the end")
-    add("--poly-power", type=float, default=0.9, help="of the schedule (1 - update / iterations) ** power")
-    add("--momentum", type=float, default=0.9, help="where the optimiser has one")
+    add("--iterations", type=int, default=80_000, help="number of updates")
+    add("--opt", default="sgd", help="any optimiser of timm.optim; its sgd uses Nesterov momentum")
+    add("--lr", type=float, default=1e-3, help="learning rate at the start")
+    add("--min-lr", type=float, default=1e-5, help="learning rate at the end")
+    add("--poly-power", type=float, default=0.9, help="power in the schedule (1 - update / iterations) ** power")
+    add("--momentum", type=float, default=0.9, help="momentum, for optimisers that have one")
     add("--weight-decay", type=float, default=0.0, help="not applied to biases and norms")
-    add("--seed", type=int, default=42, help="of everything drawn")
-    add("--output", default="runs", metavar="PATH", help="where runs go")
+    add("--seed", type=int, default=42, help="seed of all random numbers")
+    add("--output", default="runs", metavar="PATH", help="parent folder of runs")
     add("--experiment", default="", help="folder under OUTPUT; empty: time and model")
     add(
         "--checkpoint-interval",
         type=int,
         default=1000,
         metavar="N",
-        help="updates between checkpoints; 0: at the end only",
+        help="updates between checkpoints; 0: only at the end",
     )
-    add("--eval-interval", type=int, default=0, metavar="N", help="updates between evaluations; 0: at the end only")
+    add("--eval-interval", type=int, default=0, metavar="N", help="updates between evaluations; 0: only at the end")
     add("--log-interval", type=int, default=50, metavar="N", help="updates between rows of the log")
-    add("--resume", action="store_true", help="resume from OUTPUT/EXPERIMENT, if it is there yet")
+    add("--resume", action="store_true", help="resume from OUTPUT/EXPERIMENT, if it exists")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -158,7 +160,7 @@ def _commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
 
 
 def backbone(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
-    """The weights to start from; fills what the flags leave to the backbone: --model, --mean, --std.
+    """The initial weights; also fills in --model, --mean and --std from the backbone if they are not given.
 
     Raises:
         ValueError: the file cannot be read, or is not a classifier's checkpoint.
@@ -167,8 +169,8 @@ def backbone(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
     if args.backbone:
         try:
             state = torch.load(args.backbone, map_location="cpu", weights_only=True)
-            weights = load_state_dict(args.backbone)  # timm's: an average of the weights first
-        except Exception as error:  # what a damaged file raises is anything
+            weights = load_state_dict(args.backbone)  # timm's function prefers averaged weights
+        except Exception as error:  # a damaged file may raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"--backbone: {args.backbone} cannot be read ({reason}); give a checkpoint of "
@@ -189,14 +191,14 @@ def backbone(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that --device means."""
+    """The device that --device selects."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 
 def run_train(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Trains, evaluates, writes result.json."""
+    """Trains, evaluates and writes result.json."""
     train, val = (data.load(args.data_dir, split, args.num_classes) for split in ("train", "val"))
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
@@ -220,7 +222,7 @@ def run_train(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def start(run: training.Run, args: argparse.Namespace, photographs: int) -> None:
-    """Resumes, where there is something to resume, and lays out the run's folder."""
+    """Resumes if there is a checkpoint, and sets up the run's folder."""
     last = run.folder / "last.pth.tar"
     if args.resume and last.exists():
         training.resume(run, args, last)
@@ -233,12 +235,12 @@ def start(run: training.Run, args: argparse.Namespace, photographs: int) -> None
         f"{args.img_size}, {args.iterations} updates on {run.device}, into {run.folder}"
     )
     if args.resume:
-        print(f"resumes after update {run.update}" if run.update else f"--resume: there is no {last} yet")
+        print(f"resuming after update {run.update}" if run.update else f"--resume: {last} does not exist yet")
     sys.stdout.flush()
 
 
 def run_evaluate(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Evaluates a checkpoint, draws and writes where asked to."""
+    """Evaluates a checkpoint, and draws and writes the result if requested."""
     state = training.read_checkpoint(Path(args.checkpoint))
     for key in MODEL_FLAGS:
         setattr(args, key, state["args"][key])
@@ -257,7 +259,7 @@ def evaluated(
     multi_scale: bool,
     keep: int = 0,
 ) -> tuple[dict[str, Any], list[evaluation.Prediction]]:
-    """Scores at one scale or at several, and predictions for a picture."""
+    """Scores at one scale or at several, and the predictions to draw."""
     protocol = evaluation.Protocol(
         args.short_side, args.img_size, args.stride, args.window_batch_size, args.mean, args.std
     )
@@ -286,7 +288,7 @@ def finish(
     device: torch.device,
     out: str | Path | None,
 ) -> dict[str, Any]:
-    """Evaluates as the flags say, prints Table 4's row, draws, and writes the result."""
+    """Evaluates as the flags say, prints the row of Table 4, and draws and writes the result if requested."""
     figure = getattr(args, "figure", None)
     found, kept = evaluated(args, model, split, device, False, args.images if figure else 0)
     values, per_class = numbers(found, ""), {"IoU": found["IoU"]}
@@ -314,13 +316,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains or evaluates as the command line says.
 
     Args:
-        argv: the command line without the program's name; None takes the process's own.
+        argv: the command line without the program's name; None: the process's own.
 
     Returns:
-        The result, as its JSON has it.
+        The result, as written to JSON.
 
     Raises:
-        ValueError: a wrong argument, file or checkpoint.
+        ValueError: an argument, file or checkpoint is invalid.
     """
     args = parse_args(argv)
     argv = sys.argv[1:] if argv is None else argv

@@ -1,8 +1,8 @@
-"""Photographs and masks of Pascal Context: which there are, how they are drawn, and the two DALI pipelines.
+"""Photographs and masks of Pascal Context: the files, the random transforms, and the two DALI pipelines.
 
-What is cropped, flipped and recoloured how is decided on the host, in NumPy, as a function of the seed and of the
-sample's number in the run; DALI makes the pixels. One window per sample crops, scales and flips, for the
-photograph and for its mask alike: `fn.resize` takes a region, and mirrors it where its ends are exchanged.
+NumPy draws crops, flips and colour changes on the host, as a function of the seed and of the sample's number in the
+run; DALI computes the pixels. One window per sample crops, scales and flips both the photograph and its mask:
+`fn.resize` takes a region, and mirrors it if its ends are exchanged.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,7 +91,7 @@ LAYOUT = (
     "it needs JPEGImages/NAME.jpg, SegmentationClassContext/NAME.png and "
     "ImageSets/SegmentationContext/{train,val}.txt, as MMSegmentation's converter of Pascal Context writes them"
 )
-MAX_ASPECT = 8  # of longer photographs the longer side decides about the scale, as in the official code
+MAX_ASPECT = 8  # beyond it the longer side determines the scale, as in the official code
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Split:
         return len(self.photographs)
 
     def mask(self, index: int) -> np.ndarray:
-        """uint8 [H, W]: class numbers, and 255 where there is none.
+        """uint8 [H, W]: class numbers, and 255 for pixels without a class.
 
         Raises:
-            ValueError: the file is no mask of these classes.
+            ValueError: the file is not a mask of these classes.
         """
         path = self.masks[index]
         try:
@@ -128,10 +128,10 @@ class Split:
         return mask
 
     def encoded(self, index: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """A photograph as DALI may decode it, uint8 [n], and its (height, width).
+        """A photograph in a format that DALI decodes, uint8 [n], and its (height, width).
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the file cannot be read.
         """
         path = self.photographs[index]
         try:
@@ -151,7 +151,7 @@ def load(root: str | Path, split: str, num_classes: int = len(PASCAL_CONTEXT)) -
     """The part of Pascal Context that ImageSets/SegmentationContext/SPLIT.txt lists.
 
     Args:
-        root: VOC2010's folder, or the one with VOCdevkit/VOC2010 in it.
+        root: the VOC2010 folder, or the folder that contains VOCdevkit/VOC2010.
 
     Raises:
         ValueError: a file is missing.
@@ -160,10 +160,10 @@ def load(root: str | Path, split: str, num_classes: int = len(PASCAL_CONTEXT)) -
     root = root / "VOCdevkit/VOC2010" if (root / "VOCdevkit/VOC2010").is_dir() else root
     listed = root / "ImageSets/SegmentationContext" / f"{split}.txt"
     if not listed.is_file():
-        raise ValueError(f"--data-dir {root}: there is no {listed.relative_to(root)}; {LAYOUT}")
+        raise ValueError(f"--data-dir {root}: {listed.relative_to(root)} is missing; {LAYOUT}")
     names = listed.read_text().split()
     if not names:
-        raise ValueError(f"{listed}: it names no photograph; give one name per line, without its ending")
+        raise ValueError(f"{listed}: it lists no photograph; give one name per line, without the file extension")
     photographs = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     masks = [root / "SegmentationClassContext" / f"{name}.png" for name in names]
     if absent := [path for path in (*photographs, *masks) if not path.is_file()]:
@@ -177,15 +177,15 @@ class TrainTransform:
 
     Args:
         size: side of the square crop.
-        short_side: of the photograph at scale 1.
+        short_side: shorter side of the photograph at scale 1.
         scale: range of the scale.
-        max_share: a crop of which one class takes this share is drawn again, up to ten times; 1: never.
+        max_share: a crop in which one class covers this share is drawn again, up to ten times; 1: never.
         hflip: probability of a horizontal flip.
-        brightness: largest shift, in grey levels.
+        brightness: max shift, in grey levels.
         contrast, saturation: ranges of the factors.
-        hue: largest turn, in degrees.
+        hue: max rotation, in degrees.
         color_prob: probability of each of these four.
-        mean, std: of the normalisation, in units of the full range [0, 1].
+        mean, std: mean and standard deviation of the normalisation, in units of the full range [0, 1].
 
     Raises:
         ValueError: an argument is out of its range.
@@ -218,11 +218,11 @@ class TrainTransform:
 
 
 class Draw(NamedTuple):
-    """What happens to a photograph and its mask.
+    """The random transform of a photograph and its mask.
 
     Attributes:
-        window: float32 [2, 2], (y, x) of the start and of the end, in pixels of the source; start > end mirrors.
-        size: float32 [2], height and width of what the window becomes.
+        window: float32 [2, 2], (y, x) of the start and of the end, in source pixels; start > end mirrors.
+        size: float32 [2], height and width of the resized window.
         colors: float32 [4]: contrast, shift in units of the full range, saturation, hue in degrees.
     """
 
@@ -240,13 +240,13 @@ def resized(size: Sequence[int], short_side: float) -> np.ndarray:
 
 
 def draw(rng: np.random.Generator, mask: np.ndarray, transform: TrainTransform) -> Draw:
-    """Draws scale, crop, flip and colours of one sample by MMSegmentation's law.
+    """Draws scale, crop, flip and colours of one sample from MMSegmentation's distributions.
 
     Args:
-        mask: uint8 [H, W], which the crops are judged by.
+        mask: uint8 [H, W], used to reject crops with one dominant class.
 
     Note:
-        The share of a class is counted in the source's pixels, MMSegmentation's in those of the scaled mask.
+        The share of a class is counted in source pixels; MMSegmentation counts pixels of the scaled mask.
     """
     full = resized(mask.shape, transform.short_side * rng.uniform(*transform.scale))
     size = np.minimum(full, transform.size)
@@ -261,7 +261,7 @@ def draw(rng: np.random.Generator, mask: np.ndarray, transform: TrainTransform) 
 
 
 def dominated(mask: np.ndarray, window: np.ndarray, max_share: float) -> bool:
-    """Whether a class takes `max_share` of the pixels of a window that have one, or all of them."""
+    """Whether one class covers at least `max_share` of a window's labelled pixels, or is the only one."""
     low, high = np.floor(window[0]).astype(int), np.ceil(window[1]).astype(int)
     counts = np.bincount(mask[low[0] : high[0], low[1] : high[1]].ravel(), minlength=256)
     counts[VOID] = 0
@@ -278,15 +278,15 @@ def _colors(rng: np.random.Generator, transform: TrainTransform) -> np.ndarray:
 
 
 class TrainSource:
-    """Batches of a run without end, each a function of (seed, its number): `external_source` calls it.
+    """An endless source of batches for `external_source`, each a function of (seed, batch number).
 
     Args:
         split: the training photographs.
-        transform: how they are drawn.
-        batch_size: of every batch; a batch may reach from one epoch into the next.
-        seed: of everything drawn.
-        first: number of the first batch, above 0 where a run is resumed.
-        threads: that read files.
+        transform: the random transform.
+        batch_size: samples per batch; a batch may span two epochs.
+        seed: seed of all random numbers.
+        first: number of the first batch, above 0 if a run is resumed.
+        threads: number of threads that read files.
     """
 
     def __init__(
@@ -301,16 +301,16 @@ class TrainSource:
         return self.batch(self.first + info.iteration)
 
     def batch(self, number: int) -> tuple[list[np.ndarray], ...]:
-        """Lists of encoded photographs, masks [H, W, 1], and the three fields of `Draw`."""
+        """Lists of encoded photographs, of masks [H, W, 1], and of the three fields of `Draw`."""
         samples = self._pool.map(self.sample, range(number * self.batch_size, (number + 1) * self.batch_size))
         encoded, masks, *drawn = zip(*samples, strict=True)
         return list(encoded), list(masks), *map(list, drawn)
 
     def sample(self, number: int) -> tuple[np.ndarray, ...]:
-        """The run's sample of that number.
+        """The sample with this number in the run.
 
         Raises:
-            ValueError: its photograph or mask cannot be used, or they differ in size.
+            ValueError: its photograph or mask is invalid, or they differ in size.
         """
         index = self.index(number)
         (encoded, size), mask = self.split.encoded(index), self.split.mask(index)
@@ -323,7 +323,7 @@ class TrainSource:
         return encoded, mask[..., None], *drawn
 
     def index(self, number: int) -> int:
-        """The place in the split of the run's sample of that number."""
+        """The index in the split of the sample with this number in the run."""
         epoch, place = divmod(number, len(self.split))
         return int(self._order(epoch)[place])
 
@@ -338,15 +338,15 @@ def train_pipeline(source: Callable, *, size: int, mean: Sequence[float], std: S
     Args:
         source: a `TrainSource`.
         size: side of the output.
-        mean, std: of the normalisation, in units of the full range [0, 1].
+        mean, std: mean and standard deviation of the normalisation, in units of the full range [0, 1].
 
     Returns:
         float32 [B, 3, size, size], 0 where padded, and uint8 [B, size, size, 1], 255 where padded.
 
     Note:
-        Saturation and hue are linear in YIQ, as DALI has them, and colours are clipped once after brightness and
-        contrast and once at the end; mmcv works in HSV. A scaled mask has the nearest pixel by centres, which
-        stays on the photograph; OpenCV's nearest lies up to half a pixel aside.
+        Saturation and hue are linear in YIQ, as in DALI, and colours are clipped once after brightness and contrast
+        and once at the end; mmcv works in HSV. Masks are scaled to the nearest pixel centre, which keeps them
+        aligned with the photograph; OpenCV's nearest neighbour is off by up to half a pixel.
     """
     encoded, mask, window, shape, colors = fn.external_source(
         source,
@@ -373,7 +373,7 @@ def eval_pipeline(source: Callable, *, scales: int, mean: Sequence[float], std: 
     """A photograph at every scale.
 
     Args:
-        source: gives lists of encoded photographs and of float32 [scales, 2], their heights and widths.
+        source: yields lists of encoded photographs and of float32 [scales, 2], their heights and widths.
 
     Returns:
         `scales` batches of float32 [3, H, W].
@@ -407,10 +407,10 @@ def train_batches(
     """Endless batches for training.
 
     Returns:
-        Iterator of images float32 [B, 3, H, W] and class numbers int64 [B, H, W], 255 where there is none.
+        Iterator of images float32 [B, 3, H, W] and class numbers int64 [B, H, W], 255 for pixels without a class.
 
     Raises:
-        ValueError: a file cannot be used.
+        ValueError: a file is invalid.
     """
     transform = source.transform
     pipe = train_pipeline(
@@ -440,13 +440,13 @@ def eval_images(
     """Each photograph of the split at every scale.
 
     Args:
-        short_side: of a photograph at scale 1.
+        short_side: shorter side of a photograph at scale 1.
 
     Returns:
         Iterator of lists of float32 [1, 3, H, W].
 
     Raises:
-        ValueError: a file cannot be used.
+        ValueError: a file is invalid.
     """
 
     def samples() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
@@ -468,7 +468,7 @@ def eval_images(
 
 
 def _run(pipe: Pipeline, device: torch.device, split: Split, indices: Iterable[int]) -> list[torch.Tensor]:
-    """The next batch, of these samples; an error of the decoder names its file."""
+    """The next batch, which holds these samples; decoding errors name the file."""
     try:
         if device.type == "cpu":
             return [torch.from_dlpack(output.as_tensor()) for output in pipe.run()]

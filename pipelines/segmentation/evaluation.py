@@ -1,4 +1,4 @@
-"""Sliding-window and multi-scale inference of Segmenter, mIoU and mAcc, and a picture of predicted masks."""
+"""Sliding-window and multi-scale inference of Segmenter, mIoU and mAcc, and a figure of predicted masks."""
 
 import itertools
 import sys
@@ -27,11 +27,11 @@ class Protocol(NamedTuple):
     """How a photograph is evaluated.
 
     Attributes:
-        short_side: of the photograph at scale 1.
+        short_side: shorter side of the photograph at scale 1.
         window: side of the square windows, the model's input.
-        stride: between windows.
-        batch_size: windows at a time.
-        mean, std: of the normalisation, in units of the full range [0, 1].
+        stride: stride of the windows.
+        batch_size: windows per batch.
+        mean, std: mean and standard deviation of the normalisation, in units of the full range [0, 1].
     """
 
     short_side: int
@@ -43,7 +43,7 @@ class Protocol(NamedTuple):
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side; the last one ends with the image."""
+    """Start positions of the windows along a side; the last window ends at the image border."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -51,10 +51,10 @@ def slide(model: nn.Module, image: torch.Tensor, protocol: Protocol) -> torch.Te
     """Logits of an image of any size, averaged where windows overlap (official code of arXiv 2105.05633).
 
     Args:
-        image: [1, 3, H, W], normalised; enlarged to the window where it is smaller.
+        image: [1, 3, H, W], normalised; enlarged to the window if it is smaller.
 
     Returns:
-        [1, K, H, W], or of the enlarged size.
+        [1, K, H, W], or the enlarged size.
     """
     window, height, width = protocol.window, *image.shape[-2:]
     if min(height, width) < window:
@@ -80,8 +80,8 @@ def probabilities(
 
     Args:
         images: the photograph at every scale, [1, 3, H, W] each.
-        size: (H, W) of the photograph as it was.
-        flip: also the mirror image of each.
+        size: original (H, W) of the photograph.
+        flip: also use the mirror image of each.
 
     Returns:
         float [K, H, W].
@@ -95,7 +95,7 @@ def probabilities(
 
 
 class Prediction(NamedTuple):
-    """A photograph's place in the split, its mask and what was predicted: uint8 and int64 [H, W]."""
+    """A photograph's index in the split, its mask, uint8 [H, W], and the predicted mask, int64 [H, W]."""
 
     number: int
     truth: torch.Tensor
@@ -120,7 +120,7 @@ def scores(confusion: torch.Tensor) -> dict[str, Any]:
         confusion: [K, K] of pixel counts, rows truth, columns prediction.
 
     Returns:
-        {"mIoU": percent, "mAcc": percent, "IoU": [percent, or None where a class is in neither]}.
+        {"mIoU": percent, "mAcc": percent, "IoU": [percent, or None for a class in neither]}.
     """
     matrix = confusion.double()
     right, truth, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -149,10 +149,10 @@ def evaluate(
     Args:
         multi_scale: all of `SCALES` with flips instead of scale 1.
         autocast: the context in which the model runs.
-        keep: number of predictions to return, spread over the split.
+        keep: number of predictions to return, spread evenly over the split.
 
     Returns:
-        `scores`, and the predictions.
+        `scores`, and the kept predictions.
     """
     model.eval()
     confusion = MulticlassConfusionMatrix(split.num_classes, ignore_index=VOID, validate_args=False).to(device)
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def table(found: dict[str, float], num_classes: int) -> str:
-    """Results as text; those on Pascal Context's classes beside the paper's Table 4."""
+    """Results as text; for Pascal Context's classes, beside the paper's Table 4."""
     paper = TABLE_4 if num_classes == len(PASCAL_CONTEXT) else {}
     lines = [f"{'in %':12}{'here':>8}" + (f"{'paper: DeiT-S':>17}{'+ LUMix':>9}" if paper else "")]
     for name, value in found.items():
@@ -190,7 +190,7 @@ def table(found: dict[str, float], num_classes: int) -> str:
 
 
 def draw(split: Split, kept: Sequence[Prediction], path: str) -> None:
-    """A picture, one row for each prediction: photograph, its mask, the predicted mask."""
+    """Draws one row per prediction: the photograph, its mask, and the predicted mask."""
     figure = Figure(figsize=(9.5, 2.4 * len(kept)), layout="constrained")
     grid = figure.subplots(len(kept), 3, squeeze=False)
     colors = palette(split.num_classes)
@@ -214,7 +214,7 @@ def draw(split: Split, kept: Sequence[Prediction], path: str) -> None:
 
 
 def class_name(split: Split, number: int) -> str:
-    """Pascal Context's name of a class, or its number in other data."""
+    """The name of a Pascal Context class, or the class number for other data."""
     return PASCAL_CONTEXT[number] if split.num_classes == len(PASCAL_CONTEXT) else f"class {number}"
 
 

@@ -15,16 +15,17 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class MaskTransformer(nn.Module):
-    """Segmenter's decoder: patches and class embeddings attend to each other, and their cosines are the masks.
+    """Segmenter's decoder: patches and class embeddings attend to each other; their cosine similarities are the masks.
 
-    The parameters have the official code's names, so that its state dict loads (section 3.2 of arXiv 2105.05633).
+    The parameters have the same names as in the official code, whose state dict loads (section 3.2 of arXiv
+    2105.05633).
 
     Args:
         num_classes: K.
         dim: D, width of the encoder's tokens and of the decoder; it has D / 64 heads.
         depth: number of transformer blocks.
-        drop: dropout of attention, projections and MLP.
-        drop_path: stochastic depth of the last block; it grows from 0 at the first one.
+        drop: dropout rate of attention, projections and MLP.
+        drop_path: stochastic depth rate of the last block; it increases linearly from 0 at the first one.
     """
 
     def __init__(self, num_classes: int, dim: int, depth: int = 2, drop: float = 0.1, drop_path: float = 0.0):
@@ -49,7 +50,7 @@ class MaskTransformer(nn.Module):
         """Class scores of every patch.
 
         Args:
-            tokens: [B, rows * columns, D], the encoder's, without class and distillation token.
+            tokens: [B, rows * columns, D], from the encoder, without class and distillation tokens.
             grid: (rows, columns) of patches.
 
         Returns:
@@ -65,11 +66,10 @@ class MaskTransformer(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A ViT of timm and a `MaskTransformer`.
+    """A timm ViT followed by a `MaskTransformer`.
 
     Note:
-        The encoder is timm's, whose layer norms have the epsilon it was pre-trained with (1e-6; 1e-5 in the
-        official code).
+        The encoder is timm's; its layer norms keep the epsilon of pre-training (1e-6; 1e-5 in the official code).
     """
 
     def __init__(self, encoder: VisionTransformer, decoder: MaskTransformer):
@@ -101,19 +101,19 @@ def build(
     drop: float = 0.1,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Segmenter:
-    """A Segmenter on a ViT of timm.
+    """A Segmenter with a timm ViT as its encoder.
 
     Args:
-        name: of a model of timm that is a `VisionTransformer`.
+        name: name of a timm model that is a `VisionTransformer`.
         num_classes: K.
         size: side of the square windows, a multiple of the patch size.
         weights: state dict of a classifier of that name and of any input size; None: random weights.
-        drop_path: stochastic depth of the encoder.
-        depth, drop: of the decoder.
+        drop_path: stochastic depth rate of the encoder.
+        depth, drop: number of blocks and dropout rate of the decoder.
         model_kwargs: further arguments of the encoder.
 
     Raises:
-        ValueError: `name` is no such model, `size` does not fit it, or `weights` are of another model.
+        ValueError: `name` is not such a model, `size` does not fit it, or `weights` belong to another model.
     """
     encoder = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **model_kwargs or {})
     if not isinstance(encoder, VisionTransformer):
@@ -128,10 +128,10 @@ def build(
 
 
 def load_encoder(encoder: VisionTransformer, weights: Weights) -> None:
-    """Loads a classifier's weights but for its head; position embeddings are resized as in the official code.
+    """Loads a classifier's weights without its head; position embeddings are resized as in the official code.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: the weights do not fit.
     """
     body = {key: value for key, value in weights.items() if not key.startswith(("head.", "head_dist."))}
     body = checkpoint_filter_fn(body, encoder, interpolation="bilinear", antialias=False)
@@ -140,5 +140,5 @@ def load_encoder(encoder: VisionTransformer, weights: Weights) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"--backbone: its weights are of another model ({reason}); give its name by --model"
+            f"--backbone: its weights belong to another model ({reason}); give its name as --model"
         ) from error

@@ -1,4 +1,4 @@
-"""Training of Segmenter, by iterations: a run's state, its checkpoint, and how it is resumed."""
+"""Iteration-based training of Segmenter: a run's state, its checkpoint, and how it is resumed."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ from ..ranks import Stop
 from .data import VOID, Split, TrainSource, TrainTransform, train_batches
 
 FORMAT = "pipelines.segment/1"
-# Flags that may differ between a run and its continuation: they do not touch what is computed.
+# Flags that may differ between a run and its continuation, because they do not affect what is computed.
 FREE = {
     "config",
     "resume",
@@ -43,7 +43,7 @@ FREE = {
 
 @dataclass
 class Run:
-    """What training changes: all that a checkpoint has to restore."""
+    """The state that training changes and a checkpoint restores."""
 
     folder: Path
     device: torch.device
@@ -52,13 +52,13 @@ class Run:
     scheduler: PolyLRScheduler
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    update: int = 0  # updates that are done
+    update: int = 0  # finished updates
     loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # sum since the last row of the log
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build_run(args: argparse.Namespace, model: nn.Module, device: torch.device, folder: Path) -> Run:
-    """Gives the model its optimiser, its polynomial schedule and its scaler, on the device."""
+    """Moves the model to the device and sets up its optimiser, polynomial schedule and scaler."""
     model.to(device)
     optimizer = create_optimizer_v2(model, args.opt, args.lr, args.weight_decay, args.momentum)
     scheduler = PolyLRScheduler(optimizer, args.iterations, args.poly_power, args.min_lr, t_in_epochs=False)
@@ -74,14 +74,14 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program; nothing in it is executed.
+    """A checkpoint of this program; no code in it is executed.
 
     Raises:
-        ValueError: it is not there, damaged, or another program's.
+        ValueError: the file is missing, damaged, or from another program.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises is anything
+    except Exception as error:  # a damaged file may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}); give the path of a whole checkpoint") from error
     if not isinstance(state, dict) or state.get("run_format") != FORMAT:
@@ -93,7 +93,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def resume(run: Run, args: argparse.Namespace, path: Path) -> None:
-    """Puts everything back to where the checkpoint was taken.
+    """Restores the state saved in the checkpoint.
 
     Raises:
         ValueError: it cannot be read, or a flag that matters differs.
@@ -121,7 +121,7 @@ def resume(run: Run, args: argparse.Namespace, path: Path) -> None:
 
 
 def save(run: Run, args: argparse.Namespace) -> None:
-    """Writes FOLDER/last.pth.tar in one step, so that a kill leaves a whole file, and the log."""
+    """Writes the log and, atomically, FOLDER/last.pth.tar, so that a killed run leaves it intact."""
     check_finite(run)
     cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     state = {
@@ -147,11 +147,11 @@ def save(run: Run, args: argparse.Namespace) -> None:
 
 
 def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]], stop: Stop) -> None:
-    """Trains until --iterations updates are done, validating every --eval-interval.
+    """Trains until --iterations updates are done, validating every --eval-interval updates.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
-        SystemExit: SIGINT or SIGTERM came; the checkpoint is written.
+        SystemExit: a signal arrived; the checkpoint has been written.
     """
     transform = TrainTransform(args.img_size, args.short_side, mean=tuple(args.mean), std=tuple(args.std))
     source = TrainSource(split, transform, args.batch_size, args.seed, run.update, args.workers)
@@ -187,12 +187,12 @@ def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[],
 
 
 def every(interval: int, run: Run) -> bool:
-    """Whether the run is at a multiple of an interval; 0 is never."""
+    """Whether the run is at a multiple of the interval; never for 0."""
     return bool(interval) and run.update % interval == 0
 
 
 def leave(run: Run, number: int) -> None:
-    """Ends the program as a signal asks, saying how to resume."""
+    """Ends the program after a signal and prints how to resume."""
     print(
         f"stopped by {signal.Signals(number).name} after update {run.update}: resume with the same flags and "
         f"--resume --output {run.folder.parent} --experiment {run.folder.name}",
@@ -206,7 +206,7 @@ def step(run: Run, images: torch.Tensor, masks: torch.Tensor) -> None:
     """One update: cross entropy over the pixels that have a class."""
     with run.autocast:
         logits = run.model(images)
-    labelled = (masks != VOID).sum().clamp(min=1)  # a batch without any would give 0 / 0
+    labelled = (masks != VOID).sum().clamp(min=1)  # avoids 0 / 0 in a batch without labelled pixels
     loss = cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum") / labelled
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
