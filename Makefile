@@ -7,6 +7,7 @@ PURE := index layout loss mixing_law mutants order reference target
 QUICK := not compile and not gradcheck and not import_does_not_pull_in and not second_derivatives
 
 python := .venv/bin/python
+# OMP_NUM_THREADS below: each of pytest's two workers would start a thread per CPU.
 # One stamp per wheel: both wheels in one environment would overwrite each other.
 ready := .venv/.ready-$(DALI)
 
@@ -23,10 +24,10 @@ demo: $(ready)  # train a timm model on real handwritten digits: about 6 minutes
 	$(python) -m pipelines.demo $(ARGS)
 
 quick: $(ready)  # only the tests that need neither DALI nor a compiler: about half a minute on 2 cores
-	$(python) -m pytest -n 2 -k "$(QUICK)" $(foreach name,$(PURE),tests/test_$(name).py) $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 -k "$(QUICK)" $(foreach name,$(PURE),tests/test_$(name).py) $(ARGS)
 
 test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes on 2 cores
-	$(python) -m pytest -n 2 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(ready)  # formatting, lint, types, the documentation's examples and figures
 	$(python) -m ruff format --check .
