@@ -370,7 +370,7 @@ ONLY = "names of candidates, or prefixes of them, separated by commas"  # help o
 
 
 class Named(Protocol):
-    """Anything that can be selected by its name."""
+    """Anything that can be selected by name."""
 
     @property
     def name(self) -> str: ...

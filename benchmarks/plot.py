@@ -447,7 +447,7 @@ def draw_file(source: Path, out: Path) -> str:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{source}: a {result['kind']} result without what its figure shows ({type(error).__name__}: {error}); "
-            "was it changed, or did nothing in it succeed?"
+            "check that it was not edited and that something in it succeeded"
         ) from error
     return text
 
@@ -469,7 +469,7 @@ def with_tables(text: str, results: Path) -> str:
 
     filled, count = re.subn(r"<!-- begin: ([\w.-]+) -->\n(?:.*?\n)??<!-- end: \1 -->", fill, text, flags=re.DOTALL)
     if count != len(re.findall(r"<!-- (?:begin|end): [\w.-]+ -->", text)) / 2:
-        raise ValueError("markers: one stands alone; write <!-- begin: NAME --> and <!-- end: NAME -->")
+        raise ValueError("markers: one has no counterpart; write <!-- begin: NAME --> and <!-- end: NAME -->")
     return filled
 
 
@@ -501,12 +501,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("files", nargs="*", type=Path, help="texts with tables (default: README.md, docs/*.md); with -o one result")
     add("-o", "--out", type=Path, metavar="FILE.png", help="draw the given result here: .png, .svg, .pdf")
     add("--check", action="store_true", help="change nothing; exit with 1 if something is not current")
-    add("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is")
-    add("--figures", type=Path, default=ROOT / "benchmarks" / "figures", metavar="DIR", help="where the SVG go")
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the results' JSON")
+    add("--figures", type=Path, default=ROOT / "benchmarks" / "figures", metavar="DIR", help="folder of the figures")
     args = parser.parse_args(argv)
     results = [path for path in args.files if path.suffix == ".json"]
     if (args.out or results) and (not args.out or args.check or len(args.files) != 1):
-        parser.error("to draw a result give it alone, and where to: FILE.json -o FILE.png")
+        parser.error("-o draws a single result: give FILE.json -o FILE.png")
     try:
         if args.out:
             print(draw_file(args.files[0], args.out))
@@ -515,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for path in found:
-        print(f"{path}: " + ("not current; run python -m benchmarks.plot" if args.check else "made anew"))
+        print(f"{path}: " + ("not current; run python -m benchmarks.plot" if args.check else "regenerated"))
     return int(args.check and bool(found))
 
 

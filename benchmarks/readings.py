@@ -165,7 +165,7 @@ def read_start(result: dict[str, Any]) -> Reading:
 
 
 BOUND = {
-    "decode": "more cores a GPU (--cores-per-gpu), or smaller images",
+    "decode": "more cores per GPU (--cores-per-gpu), or smaller images",
     "read": "shards instead of files (lumix-dali convert), or a copy on each node",
     "network": "a copy of the images on each node, or a faster link or store (--link, --store)",
     "GPU": "nothing: the loaders keep up",

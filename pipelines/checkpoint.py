@@ -229,7 +229,7 @@ def save(run: Run, args: argparse.Namespace, *names: str) -> None:
     except (OSError, RuntimeError) as error:
         for path in (scratch, link):
             path.unlink(missing_ok=True)
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises an error of its own
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save wraps the OSError
         if not isinstance(reason, OSError):
             raise
         last = run.folder / "last.pth.tar"

@@ -1002,8 +1002,8 @@ def test_figures_are_the_same_for_the_same_result(report):
     ("text", "message"),
     [
         ("<!-- begin: nothing -->\n<!-- end: nothing -->\n", "begin: nothing -->: no .*nothing.json; measure it"),
-        ("<!-- begin: loaders -->\n", "markers: one stands alone"),
-        ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one stands alone"),
+        ("<!-- begin: loaders -->\n", "markers: one has no counterpart"),
+        ("<!-- begin: loaders -->\n<!-- end: cost -->\n", "markers: one has no counterpart"),
     ],
 )
 def test_invalid_markers_are_named(report, text, message, capsys):

@@ -292,9 +292,9 @@ def test_a_result_is_drawn_where_something_failed(plot, tmp_path):
         ("[1]", ["-o", "x.png"], "mine.json: its kind is None; give a result of a benchmark, one of loaders, "),
         ('{"kind": "odd"}', ["-o", "x.png"], "its kind is 'odd'"),
         ('{"kind": "tune", "rows": [{"name": "x"}]}', ["-o", "x.png"], "a tune result without what its figure shows"),
-        (json.dumps(loaders()), [], "give it alone, and where to: FILE.json -o FILE.png"),
-        (json.dumps(loaders()), ["--check", "-o", "x.png"], "give it alone"),
-        (json.dumps(loaders()), ["README.md", "-o", "x.png"], "give it alone"),
+        (json.dumps(loaders()), [], "-o draws a single result: give FILE.json -o FILE.png"),
+        (json.dumps(loaders()), ["--check", "-o", "x.png"], "-o draws a single result"),
+        (json.dumps(loaders()), ["README.md", "-o", "x.png"], "-o draws a single result"),
         (json.dumps(loaders()), ["-o", "x.xyz"], "xyz.*not supported"),
     ],
 )
