@@ -48,6 +48,8 @@ TARGETS: list[tuple[str, float, str, str, str, dict[str, Any]]] = [
     ("this loader with CutMix ÷ without mixing", 0.96, RUN, CUTMIX, "lumix/none", {}),
     ("with CutMix + Mixup ÷ without mixing", 0.9, RUN, BOTH, "lumix/none", {}),
     ("with CutMix ÷ plain DALI without mixing, the ceiling", 0.95, RUN, CUTMIX, CEILING, {}),
+    ("tar shards ÷ a folder, without mixing", 1.0, RUN, "lumix tar", "lumix/none", {}),
+    ("TFRecord shards ÷ a folder, without mixing", 1.0, RUN, "lumix tfrecord", "lumix/none", {}),
     ("with CutMix + Mixup ÷ timm's loader with FastCollateMixup, elem", 1.3, RUN, BOTH, TIMM, {}),
     ("with CutMix ÷ DALI with torchvision's `CutMix` behind", 1.0, RUN, CUTMIX, "dali+torchvision cutmix", {}),
     *(
@@ -79,7 +81,7 @@ LOSS = dict(B=256, K=1000, dtype="float32")
 HEADLINE: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("images/s: CutMix + Mixup ÷ timm's loader with FastCollateMixup", RUN, BOTH, TIMM, {}),
     ("images/s: CutMix ÷ the same loader without mixing", RUN, CUTMIX, "lumix/none", {}),
-    ("images/s: CutMix + Mixup ÷ SPDL with torchvision's mixing", "loaders-peers", BOTH, "spdl", {}),
+    ("images/s: CutMix + Mixup ÷ FFCV, the fastest of seven other loaders", "loaders-peers", BOTH, "ffcv", {}),
     ("time of the loss: LUMix ÷ timm's dense target and loss, 256 × 1,000", "loss", EAGER, "timm soft target", LOSS),
     ("time of the loss: LUMix ÷ PyTorch's `cross_entropy`, same size", "loss", EAGER, "torch probabilities", LOSS),
 ]
