@@ -647,7 +647,7 @@ def test_config_gives_defaults(tmp_path, capsys):
     assert (args.color_jitter, args.reprob) == (0.4, 0.25)
     assert args.checkpoint_interval == 7
     err = capsys.readouterr().err
-    assert "ignored: new_flag=0.25\n" in err
+    assert "ignored unknown flags: new_flag=0.25\n" in err
     assert "--pin-mem has no effect here" in err
     assert "vflip" not in err
     assert train.parse_args(["-c", str(config), "--lr", "2", "--data-dir", "here"]).lr == 2
