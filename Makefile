@@ -35,6 +35,7 @@ check: $(ready)  # formatting, lint, types, the documentation's examples and fig
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
 	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them
 	$(python) -m benchmarks.plot --check
+	$(python) -m pytest tests/test_docs.py -k "links or anchors or commands or every_page"
 
 mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
 	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'

@@ -72,7 +72,6 @@ def test_the_notebooks_links_lead_somewhere():
     assert not [target for target in targets if not (NOTEBOOK.parent / target).exists()]
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
