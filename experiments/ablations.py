@@ -133,6 +133,8 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         try:  # a row that this model cannot have stays in the table with the reason
             if row.method == "transmix":
                 mixing.class_attention(build_model(args, 2))
+            if row.method == "saliencymix":
+                mixing.require_opencv()
             rows.append((row, entry))
         except ValueError as error:
             entry["error"] = str(error)

@@ -160,7 +160,7 @@ def most_salient(image: np.ndarray) -> tuple[int, int]:
         As in the authors' code, the map has 256 levels and ties go to the first value. Its maximum is often at an
         edge, especially in small images.
     """
-    import cv2  # an extra: pip install opencv-contrib-python-headless
+    import cv2
 
     detector: Any = cv2.saliency  # its stubs lack what it creates at run time
     found, values = detector.StaticSaliencyFineGrained_create().computeSaliency(image)
@@ -168,6 +168,16 @@ def most_salient(image: np.ndarray) -> tuple[int, int]:
         raise RuntimeError(f"OpenCV cannot compute a saliency map for an image of shape {image.shape}")
     y, x = np.unravel_index((255 * values).astype(np.uint8).argmax(), values.shape)
     return int(y), int(x)
+
+
+def require_opencv() -> None:
+    """Raises ValueError where OpenCV with its contributed modules is missing."""
+    try:
+        import cv2
+
+        assert cv2.saliency
+    except (ImportError, AttributeError) as error:
+        raise ValueError("SaliencyMix: it needs OpenCV; pip install opencv-contrib-python-headless") from error
 
 
 def class_attention(model: nn.Module) -> Callable[[], Tensor]:

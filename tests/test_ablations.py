@@ -1,6 +1,7 @@
 """The ablations: paired rows, hand-worked statistics, and a run that resumes where it was stopped."""
 
 import json
+import sys
 from functools import partial
 
 import numpy as np
@@ -305,6 +306,17 @@ def test_a_row_that_does_not_fit_the_model_says_why(folder, tmp_path, monkeypatc
     result = ablations.run(args, "none")
     assert result["complete"] and "no class token" in result["rows"][1]["error"]
     assert "no class token" in tables.table_accuracy(result)[2][3]
+
+
+def test_a_row_whose_package_is_missing_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(TABLES, "6", [row for row in TABLES["6"] if row.name in ("CutMix", "SaliencyMix")])
+    result = ablations.run(arguments(folder, tmp_path / "x.json", "--seeds", "1", "--epochs", "1", table=6), "none")
+    assert result["complete"]
+    assert [row["error"] for row in result["rows"]] == [
+        None,
+        "SaliencyMix: it needs OpenCV; pip install opencv-contrib-python-headless",
+    ]
 
 
 def test_missing_folders_are_named(tmp_path):
