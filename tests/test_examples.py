@@ -23,9 +23,7 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize(
-    "way", ["generic", *(pytest.param(way, marks=pytest.mark.slow) for way in ("dlpack", "proxy"))]
-)
+@pytest.mark.parametrize("way", ["generic", "dlpack", "proxy"])
 def test_batches_of_a_custom_pipeline_arrive(folder, way):
     command = [sys.executable, "examples/own_pipeline.py", str(folder), way]
     done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)
