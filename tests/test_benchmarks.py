@@ -605,25 +605,17 @@ def test_invalid_arguments_are_named(loaders, arguments, message, tmp_path, caps
 # --- cost
 
 
+def small_cost(folder, out):
+    """Arguments of a short run of `benchmarks.cost`."""
+    shape = ["--batch-size", "4", "--input-size", "32", "--model", "test_vit"]
+    return ["--data", str(folder), "--quick", *shape, "--device", "cpu", "--out", str(out)]
+
+
 @pytest.mark.slow
 def test_stages_and_steps_can_be_picked(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
-    arguments = [
-        "--data",
-        str(folder),
-        "--quick",
-        "--batch-size",
-        "4",
-        "--input-size",
-        "32",
-        "--model",
-        "test_vit",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    arguments = small_cost(folder, out)
     cost.main([*arguments, "--parts", "step", "--only", "lumix replayed,cutmix"])
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["cutmix replayed", "cutmix loaded", "lumix replayed"]
@@ -703,27 +695,7 @@ def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
 def test_epoch_and_handover_costs_run(folder, tmp_path, capsys):
     cost = pytest.importorskip("benchmarks.cost")
     out = tmp_path / "x.json"
-    cost.main(
-        [
-            "--data",
-            str(folder),
-            "--quick",
-            "--batch-size",
-            "4",
-            "--input-size",
-            "32",
-            "--model",
-            "test_vit",
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-            "--parts",
-            "epoch,handover",
-            "--only",
-            "build,checkpoint,dlpack,copied",
-        ]
-    )
+    cost.main([*small_cost(folder, out), "--parts", "epoch,handover", "--only", "build,checkpoint,dlpack,copied"])
     result = json.loads(out.read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["build", "checkpoint", "dlpack", "copied"]

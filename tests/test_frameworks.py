@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from test_ranks import torchrun
 from test_train import write_folder
 
 from lumix_dali import LUMixLoss
@@ -93,20 +93,7 @@ def test_two_processes(name, root, tmp_path):
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
             "TOLD": str(tmp_path),
         }
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "rank.py"),
-            name,
-            *more,
-        ]
+        command = [*torchrun(2), str(tmp_path / "rank.py"), name, *more]
         done = subprocess.run(
             command,
             cwd=tmp_path,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from images import damaged, ramps, write
 from test_resume import NOISY, digest, results
-from test_train import argv, recomputed, rows, write_folder
+from test_train import NOISELESS, argv, recomputed, rows, write_folder
 
 from pipelines import train
 
@@ -67,6 +67,12 @@ dist.destroy_process_group()
 """
 
 
+def torchrun(ranks):
+    """The command that runs a program in several ranks, on a free port."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
+
+
 @pytest.fixture
 def start(tmp_path):
     """`start(ranks, flags, **environment)` starts torchrun on a program whose ranks report how they ended."""
@@ -77,19 +83,7 @@ def start(tmp_path):
         told = tmp_path / "told"
         told.mkdir(exist_ok=True)
         base = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOLD": str(told)}
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-            "--nproc-per-node",
-            str(ranks),
-            str(tmp_path / "rank.py"),
-            *flags,
-        ]
+        command = [*torchrun(ranks), str(tmp_path / "rank.py"), *flags]
         agents.append(
             subprocess.Popen(
                 command,
@@ -139,17 +133,7 @@ def test_two_ranks_train_what_one_process_trains(start, tmp_path):
     plain = [
         "--model",
         "test_vit",
-        "--cutmix",
-        "0",
-        "--no-lumix",
-        "--scale",
-        "1",
-        "1",
-        "--ratio",
-        "1",
-        "1",
-        "--hflip",
-        "0",
+        *NOISELESS,
         "--opt",
         "sgd",
         "--lr-base",
@@ -238,17 +222,7 @@ def test_sync_bn(start, tmp_path):
     """Two ranks with batches of 4 get the same statistics and weights as batches of 8."""
     data = write_folder(tmp_path / "data", {"train": 33, "validation": 5}, size=(32, 32))
     plain = [
-        "--cutmix",
-        "0",
-        "--no-lumix",
-        "--scale",
-        "1",
-        "1",
-        "--ratio",
-        "1",
-        "1",
-        "--hflip",
-        "0",
+        *NOISELESS,
         "--opt",
         "sgd",
         "--lr",

@@ -22,6 +22,8 @@ from lumix_dali import LUMixLoss, MixTarget
 from pipelines import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+# No mixing, and crops that are whole images.
+NOISELESS = ["--cutmix", "0", "--no-lumix", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0"]
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 
@@ -226,17 +228,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     plain = [
         "--model",
         "test_vit",
-        "--cutmix",
-        "0",
-        "--no-lumix",
-        "--scale",
-        "1",
-        "1",
-        "--ratio",
-        "1",
-        "1",
-        "--hflip",
-        "0",
+        *NOISELESS,
         "--opt",
         "sgd",
         "--lr",
