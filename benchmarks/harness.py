@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -61,6 +62,8 @@ PACKAGES = (
     "torchmetrics",
     "scipy",
 )
+# Variables that change the threads or the arithmetic of a run: recorded in front of its command.
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 @dataclass
@@ -299,8 +302,9 @@ def refuse_dirty(out: str | os.PathLike, meta: dict[str, Any], allow_dirty: bool
 
 def metadata(command: str) -> dict[str, Any]:
     """The origin of a result: command, commit, date, machine, versions."""
+    settings = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if name in os.environ]
     return dict(
-        command=command,
+        command=" ".join([*settings, command]),
         commit=_run("git", "rev-parse", "HEAD"),
         clean=_clean(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

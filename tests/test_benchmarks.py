@@ -291,12 +291,22 @@ def test_results_and_figures_do_not_make_a_tree_dirty_but_code_does(tmp_path, mo
     assert not harness._clean()
 
 
-def test_metadata_says_where_a_result_comes_from():
+def test_metadata_says_where_a_result_comes_from(monkeypatch):
+    for name in harness.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     meta = harness.metadata("python -m x")
     assert meta["command"] == "python -m x"
     assert {"commit", "clean", "date"} <= meta.keys()
     assert {"cpu", "affinity", "memory_gib", "gpu", "driver"} <= meta["machine"].keys()
     assert meta["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_the_command_has_the_variables_that_change_its_result(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "a b")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert harness.metadata("python -m x")["command"] == "OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY='a b' python -m x"
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
