@@ -167,7 +167,7 @@ def draw_cost(result: dict[str, Any]) -> Figure:
     for row in steps:
         axes.barh(row["name"], row["median"], color=GROUPS["dali/"], xerr=whiskers([row]), capsize=2)
     axes.invert_yaxis()
-    axes.set_xlabel("ms a batch")
+    axes.set_xlabel("ms per batch")
     if found:
         figure.legend(loc="outside upper center", ncols=5, fontsize=7)
     return _captioned(figure, result)
@@ -213,7 +213,7 @@ def draw_mix(result: dict[str, Any]) -> Figure:
             shade = GROUPS["lumix" if row["name"].startswith("loader") else "dali/"]
             axes.barh(place, row["median"], color=shade, xerr=whiskers([row]), capsize=2)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.set_xlabel("ms a batch; green: as the loader mixes")
+    axes.set_xlabel("ms per batch; green: as the loader mixes")
     return _captioned(figure, result)
 
 

@@ -108,7 +108,7 @@ def read_cost(result: dict[str, Any]) -> Reading:
         ours = [stage for stage in found if stage["part"] == part]
         if len(ours) > 1:
             longest, total = max(ours, key=lambda stage: stage["ms"]), sum(stage["ms"] for stage in ours)
-            share = f"{longest['ms']:.1f} of {total:.1f} ms a batch"
+            share = f"{longest['ms']:.1f} of {total:.1f} ms per batch"
             said.append(f"The {part}'s longest stage is {longest['name']}: {share}.")
     for what, (name, reference) in WHOLE_STEPS.items():
         said += compared(what, ratio_of(result["rows"], name, reference), "less time", "more time")

@@ -98,7 +98,7 @@ def table_cost(result: dict[str, Any]) -> list[list[str]]:
             said = _ratio(row, others[row["part"]], 3)
             lines.append((f"{row['part']}, {row['name']}", row["median"], row["quartiles"], said))
     return [
-        ["stage", "ms a batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)],
+        ["stage", "ms per batch", "quartiles", "share" + ", or ratio to CutMix'" * bool(steps)],
         *(
             [name, f"{ms:.2f}", " – ".join(f"{q:.2f}" for q in quartiles or ()), said]
             for name, ms, quartiles, said in lines
@@ -121,7 +121,7 @@ def table_mix(result: dict[str, Any]) -> list[list[str]]:
     """One line per stage."""
     kernels = any("kernel_us" in row for row in result["rows"])
     return [
-        ["stage", "ms a batch", "quartiles", "of a copy", "CPU, ms", *["kernels, µs"] * kernels],
+        ["stage", "ms per batch", "quartiles", "of a copy", "CPU, ms", *["kernels, µs"] * kernels],
         *(
             [
                 row["name"],

@@ -113,7 +113,7 @@ def stage(name, values, until=None):
 def test_what_bounds_a_step(loaded, words, then):
     rows = [stage("read", [1.0] * 3), stage("decode", [6.0] * 3, [7.0] * 3), *steps(loaded, [10.0] * 3, [8.0] * 3)]
     said, found = readings.read(result_of("cost", rows))
-    assert said[0] == "The loader's longest stage is decode: 6.0 of 7.0 ms a batch."
+    assert said[0] == "The loader's longest stage is decode: 6.0 of 7.0 ms per batch."
     assert said[1] == "LUMix ÷ CutMix, whole step: 1.250 (1.250 – 1.250), more time."
     assert said[2].endswith(f", {words}.")
     verdict, start = then.split("|")
