@@ -414,8 +414,8 @@ def operators(pipe: Pipeline) -> dict[str, Any]:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -444,6 +444,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", metavar="NAMES", help=f"of these parts' {harness.ONLY}")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--trace", metavar="FILE.json", help="also write a trace for Perfetto")
+    return parser
+
+
+def settings_of(s: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """What the result says about its run."""
+    stages = enumerate(LOADER_STAGES[:-1], 1)
+    return dict(
+        model=args.model,
+        batch_size=s.batch_size,
+        input_size=s.size,
+        device=s.device,
+        threads=args.threads,
+        decoder=args.decoder,
+        amp=args.amp,
+        images=len(s.samples),
+        operators={name: operators(build(s, args.threads, number)) for number, name in stages},
+        executor_statistics=executor_statistics(s, args.threads),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = command_line()
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"--parts {','.join(args.parts)}: {min(unknown)} is none of {', '.join(PARTS)}")
@@ -454,20 +477,6 @@ def main(argv: list[str] | None = None) -> None:
         root = args.data or data.generate()
         device = harness.resolve_device(args.device)
         s = Setting(load_files(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
-        settings = dict(
-            model=args.model,
-            batch_size=s.batch_size,
-            input_size=s.size,
-            device=s.device,
-            threads=args.threads,
-            decoder=args.decoder,
-            amp=args.amp,
-            images=len(s.samples),
-            operators={
-                name: operators(build(s, args.threads, number)) for number, name in enumerate(LOADER_STAGES[:-1], 1)
-            },
-            executor_statistics=executor_statistics(s, args.threads),
-        )
         try:
             chosen = chained(harness.named(candidates(s, args), args.only))
         except ValueError as error:
@@ -480,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
             out=args.out,
             rounds=args.rounds,
             references=("none replayed", "cutmix replayed", "lumix replayed", "cutmix loaded", "copied", "tiny none"),
-            settings=settings,
+            settings=settings_of(s, args),
             allow_dirty=args.allow_dirty,
         )
         print(readings.report(result))
