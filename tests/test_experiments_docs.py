@@ -82,6 +82,62 @@ def test_the_sampling_error_of_the_validation_sets():
     assert f"{100 * (0.45 * 0.55 / 10_000) ** 0.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
 
 
+def mean(name, metric, row):
+    """Mean over seeds of the last epoch's value."""
+    return np.mean([*last(name, metric)[row].values()])
+
+
+def versus(name, metric):
+    """ "LUMix against CutMix %", as README writes it."""
+    return f"{mean(name, metric, 'LUMix'):.1f} against {mean(name, metric, 'CutMix'):.1f} %"
+
+
+def significant(name, metric):
+    return ("not " if compared(name, metric)["LUMix"][2] >= 0.05 else "") + "significant"
+
+
+def test_the_readmes_sentences_on_cifar():
+    """Every number and comparison in README's answer to "Does it help?"."""
+    resnet, vit = "accuracy-cifar10-resnet", "accuracy-cifar10-vit"
+    for name in (resnet, vit):
+        assert compared(name, "ece")["LUMix"][0] < 0
+        assert compared(name, "top1")["LUMix"][0] < 0
+        assert significant(name, "ece") == "significant"
+        assert len(last(name, "top1")["LUMix"]) == 10
+    without = [mean(name, "top1", "no mixing") for name in (resnet, vit)]
+    said = (
+        "On CIFAR-10 with a short budget (ten paired seeds), LUMix had a lower calibration error than CutMix "
+        f"(ResNet {versus(resnet, 'ece')}, ViT {versus(vit, 'ece')}), but not a higher accuracy "
+        f"({versus(resnet, 'top1')}, {significant(resnet, 'top1')}; "
+        f"{versus(vit, 'top1')}, {significant(vit, 'top1')}). "
+        f"Without mixing, accuracy was {without[0]:.1f} and {without[1]:.1f} %"
+    )
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("model", ["resnet", "vit"])
+def test_the_paragraphs_on_cifar(model):
+    """The numbers and rankings in the paragraph below each table."""
+    name = f"accuracy-cifar10-{model}"
+    start = TEXT.index("**ResNet.**" if model == "resnet" else "**ViT.**")
+    said = " ".join(TEXT[start : TEXT.index("\n\n", start)].split())
+    top1, ece = compared(name, "top1"), compared(name, "ece")
+    gain, _, p = top1["LUMix"]
+    for fact in (
+        f"ECE −{-ece['LUMix'][0]:.1f} points",
+        f"−{-gain:.1f} points, p = {p:.2f}",
+        f"by {top1['no mixing'][0]:.1f} points of accuracy",
+    ):
+        assert fact in said
+    assert (p < 0.05) == ("less accurate" in said)
+    assert (p >= 0.05) == ("not significantly different in accuracy" in said)
+    for metric in ("nll", "ece"):  # "LUMix without λ_r has the best NLL and ECE of the rows that mix"
+        mixing = {row: mean(name, metric, row) for row in last(name, metric) if row != "no mixing"}
+        assert min(mixing, key=mixing.get) == "LUMix without λ_r"
+        assert max(mixing, key=mixing.get) == "LUMix without R"
+        assert mean(name, metric, "no mixing") < mixing["CutMix"]
+
+
 def test_table_7s_seventh_column_is_inferred_from_both_averages():
     cells = r"^\| (?:LUMix-)?DeiT-S \| ([\d.| ]+) \| \*([\d.]+)\* \| ([\d.]+) \| ([\d.]+) \|$"
     rows = re.findall(cells, TEXT, re.MULTILINE)
