@@ -15,7 +15,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = "repository"  # folder of the copies, within the site
 LINK = re.compile(r"(\]\()([^)\s#]+)")
-RANGE = re.compile(r"<td>(-?[\d.]+ – -?[\d.]+)</td>")
+RANGE = re.compile(r"-?[\d.]+ [–±] -?[\d.]+|\([+-]?[\d.]+ (?:–|to) [+-]?[\d.]+[;)]")
+CELL = re.compile(r"<td>[^<]*</td>")
 SPELLINGS = [
     (r"^Example:$", "Examples:"),
     (r"^(    (?:\w+, )*\w+,)\n +((?:\w+, )*\w+: )", r"\1 \2"),  # names of one item on two lines
@@ -55,8 +56,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, **_):
-    """Keeps both ends of a range on one line."""
-    return RANGE.sub(r'<td class="range">\1</td>', html)
+    """Keeps both ends of a range, and a mean and its deviation, on one line."""
+    return CELL.sub(lambda cell: RANGE.sub(r'<span class="range">\g<0></span>', cell[0]), html)
 
 
 class Docstrings(griffe.Extension):
