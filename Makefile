@@ -12,7 +12,8 @@ python := .venv/bin/python
 # imported, a small part of 7 GB, and compiling all took 87 of 216 s of CPU time.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
+CHECKS := check-types check-examples check-docs check-figures check-style
+.PHONY: $(CHECKS) help demo quick test check mutants soak bench figures docs gpu test-gpu
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,12 +32,20 @@ test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes 
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(ready)  # formatting, lint, types, the documentation's examples and figures
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(CHECKS)
+
+check-style:
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
+check-types:
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
-	$(python) -m tests.consumer  # the docs' examples, as a user's strict mypy sees them
-	$(python) -m benchmarks.plot --check
+# The documentation's examples, as a user's strict mypy sees them.
+check-examples:
+	$(python) -m tests.consumer
+check-docs:
 	$(python) -m pytest tests/test_docs.py -k "links or anchors or commands or every_page"
+check-figures:
+	$(python) -m benchmarks.plot --check
 
 mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
 	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
