@@ -55,8 +55,8 @@ def source_of(result: dict[str, Any]) -> str:
 
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
     """One line per loader: images/s, and its ratio to the ceiling and to timm with the same recipe."""
-    counted = result["kind"] == "loaders-threads"
     versioned = any(row.get("version") for row in result["rows"])  # not in results from before 0.2
+    counted = result["kind"] == "loaders-threads" and not versioned
     lines = [
         [
             "loader",
