@@ -13,7 +13,8 @@ python := .venv/bin/python
 ready := .venv/.ready-$(DALI)
 
 CHECKS := check-types check-examples check-docs check-figures check-style
-.PHONY: $(CHECKS) help demo quick test check mutants soak bench figures docs gpu test-gpu
+.PHONY: $(CHECKS)
+.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
