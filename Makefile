@@ -12,9 +12,9 @@ python := .venv/bin/python
 # imported, a small part of 7 GB, and compiling all took 87 of 216 s of CPU time.
 ready := .venv/.ready-$(DALI)
 
+.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
 CHECKS := check-types check-examples check-docs check-figures check-style
 .PHONY: $(CHECKS)
-.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
