@@ -56,12 +56,12 @@ def source_of(result: dict[str, Any]) -> str:
 def table_loaders(result: dict[str, Any]) -> list[list[str]]:
     """One line per loader: images/s, and its ratio to the ceiling and to timm with the same recipe."""
     versioned = any(row.get("version") for row in result["rows"])  # not in results from before 0.2
-    counted = result["kind"] == "loaders-threads" and not versioned
+    counted = versioned or result["kind"] == "loaders-threads"
     lines = [
         [
             "loader",
-            *(["version", "threads or workers"] if versioned else []),
-            *(["threads"] if counted else []),
+            *(["version"] if versioned else []),
+            *(["threads or workers"] if counted else []),
             "mixing",
             "images/s",
             "quartiles",
@@ -72,8 +72,10 @@ def table_loaders(result: dict[str, Any]) -> list[list[str]]:
     for row in result["rows"]:
         start = [row["name"]]
         if versioned:
-            start += [row.get("version") or "", str(row.get("workers", row.get("threads", "")))]
-        start += [*([str(row["count"])] if counted else []), row.get("mixing", "none")]
+            start.append(row.get("version") or "")
+        if counted:  # a row that failed early has only `count`
+            start.append(str(row.get("count", row.get("workers", row.get("threads", "")))))
+        start.append(row.get("mixing", "none"))
         if row["median"] is None:
             lines.append([*start, row["error"] or "not measured", "", "", ""])
             continue
