@@ -14,7 +14,6 @@ ready := .venv/.ready-$(DALI)
 
 .PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
 CHECKS := check-types check-examples check-docs check-figures check-style
-.PHONY: $(CHECKS)
 
 help:  # this list
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +34,8 @@ test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes 
 check: $(ready)  # formatting, lint, types, the documentation's examples and figures
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(CHECKS)
 
+$(CHECKS): FORCE  # parts of `check`, not files
+FORCE:
 check-style:
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
