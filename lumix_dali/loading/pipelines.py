@@ -22,14 +22,12 @@ from ..decoding import decode
 from ..mixing import Regions
 from .feed import Feed
 from .plan import INPUTS, Plan
+from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mirror
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Interpolation = Literal["bilinear", "bicubic"]
-TrainInterpolation = Literal["bilinear", "bicubic", "random"]
 CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
 EraseMode = Literal["const", "rand", "pixel"]
-_INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
@@ -172,7 +170,8 @@ def train_pipeline(
     """
     encoded, arrays = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
-    images = _augmented(_resized_crop(images, transform), transform)
+    images = resize_mirror(images, transform.size, transform.interpolation, transform.hflip)
+    images = _augmented(images, transform)
     images, target, lam0 = mixed(images, arrays, feed.plan)
     return _normalised(images, transform), target, lam0
 
@@ -184,23 +183,11 @@ def _random_crop(shape: DataNode, transform: TrainTransform) -> tuple[DataNode, 
     return start, extent
 
 
-def _resized_crop(images: DataNode, transform: TrainTransform) -> DataNode:
-    return fn.resize_crop_mirror(
-        images,
-        size=list(transform.size),
-        crop=list(transform.size),
-        interp_type=fn.random.choice(list(_INTERPOLATIONS.values()))
-        if transform.interpolation == "random"
-        else _INTERPOLATIONS[transform.interpolation],
-        mirror=fn.random.coin_flip(probability=transform.hflip) if transform.hflip else 0,
-    )
-
-
 def _augmented(images: DataNode, transform: TrainTransform) -> DataNode:
     jitter = transform.color_jitter
     if transform.auto_augment:
         fill = [min(255, round(255 * m)) for m in transform.mean]
-        warped = _INTERPOLATIONS.get(transform.interpolation, types.INTERP_LINEAR)
+        warped = INTERPOLATIONS.get(transform.interpolation, types.INTERP_LINEAR)
         images = augment.rand_augment(
             images, transform.auto_augment, fill=fill, interpolation=warped, size=transform.size
         )
@@ -262,7 +249,7 @@ def val_pipeline(
         return low, high - low
 
     images = decode(encoded, needed, **(decoder or {}))
-    interpolation = _INTERPOLATIONS[transform.interpolation]
+    interpolation = INTERPOLATIONS[transform.interpolation]
     images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
     return _normalised(images, transform), _put(arrays["target"])
 
