@@ -37,7 +37,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
 from lumix_dali import LUMixLoss, Mixing, create_loader
-from lumix_dali.data.sources import Files, load_files
+from lumix_dali.data.files import Files
+from lumix_dali.data.sources import load_files
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan, unpack
 

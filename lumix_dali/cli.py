@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from . import __version__, checks
 from .data import check, convert, sources
+from .data.files import is_manifest, write_manifest
 from .data.formats import MAX_PIXELS
 from .progress import bar
 from .target import Kind
@@ -177,7 +178,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.manifest and report.files:
         raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
     if args.manifest:
-        sources.write_manifest(report.samples, args.manifest)
+        write_manifest(report.samples, args.manifest)
     if args.report:
         content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
         with open(args.report, "w", encoding="ascii") as file:
@@ -202,7 +203,7 @@ def _convert(args: argparse.Namespace) -> int:
     inside = os.path.realpath(args.out).startswith(os.path.realpath(args.root) + os.sep)
     if inside and os.path.isdir(args.root):
         raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
-    if not sources.is_manifest(args.root):
+    if not is_manifest(args.root):
         report = check.scan(args.root, full=args.full, workers=args.workers, progress=bar("chunk"))
         samples = report.samples
         for name, reason in report.bad.items():

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lumix_dali.data import check
+from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder, pillow_pixels
-from lumix_dali.data.sources import Files
 from lumix_dali.loading.feed import Faults
 from tests import odd
 

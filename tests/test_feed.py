@@ -18,7 +18,8 @@ from PIL import Image
 
 import lumix_dali
 from lumix_dali import create_loader
-from lumix_dali.data import formats, sources
+from lumix_dali.data import formats
+from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.feed import Faults, Feed
@@ -193,7 +194,7 @@ def write_files(root, contents):
     for name, content in contents.items():
         (root / name).write_bytes(content)
     count = len(contents)
-    return sources.Files(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
+    return Files(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
 
 
 def make(source, **options):
@@ -255,7 +256,7 @@ def test_paths_that_are_not_regular_files(tmp_path):
     (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
     (tmp_path / "a" / "3.png").mkdir()
     (tmp_path / "a" / "4.png").symlink_to(tmp_path / "a" / "nowhere")
-    samples = sources.Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
+    samples = Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
     loader = make(samples, is_training=False)
     with pytest.warns(UserWarning, match="takes its place") as caught:
         assert len(delivered(loader)) == 6

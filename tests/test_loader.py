@@ -23,7 +23,7 @@ from images import colour_folder, damaged, ramp_samples
 from timm.data import resolve_data_config
 
 from lumix_dali import MixTarget, create_loader, reference
-from lumix_dali.data import sources
+from lumix_dali.data.files import Files
 from lumix_dali.data.order import Order
 from lumix_dali.loading import feed
 from lumix_dali.loading import loader as loader_module
@@ -260,7 +260,7 @@ def test_evaluation_covers_each_file_once(make, colour_files, world_size):
 
 
 def test_evaluation_with_more_ranks_than_samples(make, ramp_files):
-    few = sources.Files(ramp_files.root, ramp_files.names[:2], np.arange(2), ramp_files.classes)
+    few = Files(ramp_files.root, ramp_files.names[:2], np.arange(2), ramp_files.classes)
     loaders = [make(few, is_training=False, rank=rank, world_size=4) for rank in range(4)]
     assert [len(loader) for loader in loaders] == [1, 1, 0, 0]
     assert [[target.tolist() for _, target in loader] for loader in loaders] == [[[0]], [[1]], [], []]
@@ -563,7 +563,7 @@ def test_a_state_of_other_data_is_refused(make, ramp_files, state, change):
         classes[3] = "three"
     else:
         names, labels = names[:-1], labels[:-1]
-    other = make(sources.Files(ramp_files.root, names, labels, classes), **STATE_OPTIONS)
+    other = make(Files(ramp_files.root, names, labels, classes), **STATE_OPTIONS)
     with pytest.raises(ValueError, match="data was "):
         other.load_state_dict(state)
 
@@ -577,7 +577,7 @@ def test_a_state_of_another_dali_is_refused(make, ramp_files, state, monkeypatch
 
 def test_what_does_not_change_the_stream_may_change(make, ramp_files, state, tmp_path):
     shutil.copytree(ramp_files.root, tmp_path / "moved")
-    moved = sources.Files(str(tmp_path / "moved"), ramp_files.names, ramp_files.labels, ramp_files.classes)
+    moved = Files(str(tmp_path / "moved"), ramp_files.names, ramp_files.labels, ramp_files.classes)
     make(moved, num_threads=2, prefetch_queue_depth=4, max_bad=3, **STATE_OPTIONS).load_state_dict(state)
 
 
@@ -646,13 +646,13 @@ def spoilt(ramp_files, tmp_path):
             path.unlink() if content is None else path.write_bytes(content)
 
     shutil.copytree(ramp_files.root, tmp_path / "copy")
-    return sources.Files(str(tmp_path / "copy"), ramp_files.names, ramp_files.labels, ramp_files.classes), spoil
+    return Files(str(tmp_path / "copy"), ramp_files.names, ramp_files.labels, ramp_files.classes), spoil
 
 
 def substituted(samples, bad):
     """`samples` with the substitutes in place from the start: a different digest, but the same order and draws."""
     taken = [bad.get(i, i) for i in range(len(samples))]
-    return sources.Files(samples.root, [samples.names[i] for i in taken], samples.labels[taken], samples.classes)
+    return Files(samples.root, [samples.names[i] for i in taken], samples.labels[taken], samples.classes)
 
 
 def assert_named(caught, samples, *indices):

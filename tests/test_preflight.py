@@ -17,7 +17,8 @@ from PIL import Image
 
 from lumix_dali import create_loader
 from lumix_dali.cli import main
-from lumix_dali.data import check, sources
+from lumix_dali.data import check
+from lumix_dali.data.files import class_folder, write_manifest
 from lumix_dali.data.formats import Decoder
 
 
@@ -67,7 +68,7 @@ def test_good_files_pass(root):
     assert report.ok
     assert not report.bad
     assert report.counts == {"a": 5, "b c": 5}
-    assert report.samples.digest == sources.folder(root).digest
+    assert report.samples.digest == class_folder(root).digest
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
@@ -134,7 +135,7 @@ def test_the_loader_accepts_the_manifest(root, tmp_path_factory):
 )
 def test_a_changed_manifest_is_refused(root, tmp_path_factory, change):
     manifest = tmp_path_factory.mktemp("out") / "train.json"
-    sources.write_manifest(sources.folder(root), manifest)
+    write_manifest(class_folder(root), manifest)
     manifest.write_text(change(manifest.read_text()))
     with pytest.raises(ValueError, match=r"source=.*train\.json.*write it again"):
         create_loader(manifest, batch_size=2, device="cpu")

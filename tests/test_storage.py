@@ -24,6 +24,8 @@ from images import ramp_samples
 from lumix_dali.cli import main
 from lumix_dali.data import check, index, sources, storage
 from lumix_dali.data.convert import convert
+from lumix_dali.data.files import write_manifest
+from lumix_dali.data.shards import braces
 
 N, PER_SHARD = 23, 5
 
@@ -226,7 +228,7 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         again = sources.load(source)
         assert again.remote
         assert contents(again) == (images, found.labels.tolist())
-    sources.write_manifest(found, tmp_path / "m.json")
+    write_manifest(found, tmp_path / "m.json")
     memory.pipe("/m.json", (tmp_path / "m.json").read_bytes())
     assert contents(sources.load("memory://m.json")) == (images, found.labels.tolist())
     memory.rm("/train/" + found.names[4])
@@ -274,7 +276,7 @@ def test_remote_shards_are_not_checked_nor_written(memory, shards, capsys, tmp_p
 )
 def test_braces(pattern, expected):
     """As a shell and WebDataset expand them."""
-    assert sources.braces(pattern) == expected
+    assert braces(pattern) == expected
     if shutil.which("bash") and "{}" not in pattern:
         shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True)
         assert shell.stdout.split() == expected

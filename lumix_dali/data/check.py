@@ -27,8 +27,10 @@ import numpy as np
 
 from ..progress import Progress
 from . import formats, index, sources, storage
+from .files import Files, class_files, natural_key
 from .formats import MAX_PIXELS, BadImage, Decoder
-from .sources import Files
+from .protocol import MAX_CLASSES
+from .shards import DESCRIPTION, description, find_shards
 
 _Task = Callable[[list[Any]], dict[Any, Any]]
 _CHUNK = 256
@@ -144,7 +146,7 @@ def scan(
         ValueError: nothing is there, it is remote, or a list's line is wrong.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    if paths := sources.find_shards(os.fspath(source)):
+    if paths := find_shards(os.fspath(source)):
         return _shard_report(paths, _look_at_shards(paths, full, max_pixels, workers, progress))
     found, ignored, empty = _found(source)
     paths = [found.path(i) for i in range(len(found))]
@@ -162,7 +164,7 @@ def scan(
         samples,
         bad={name: reasons[path] for name, path in zip(found.names, paths, strict=True) if path in reasons},
         ignored=ignored,
-        empty=sorted({*empty, *(name for name, number in counts.items() if not number)}, key=sources.natural_key),
+        empty=sorted({*empty, *(name for name, number in counts.items() if not number)}, key=natural_key),
         counts=counts,
         notes=_counted(found_of[path] for path in paths if path in found_of),
     )
@@ -224,7 +226,7 @@ def _found(source: storage.StrPath) -> tuple[Files, list[str], list[str]]:
     if not os.path.isdir(source):
         return sources.load_files(source), [], []
     root = os.fspath(source)
-    everything = sources.class_files(root)
+    everything = class_files(root)
     classes = list(everything)
     images = {name: sorted(filter(formats.is_image, files)) for name, files in everything.items()}
     names = [file for name in classes for file in images[name]]
@@ -436,8 +438,8 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
     folder, classes = os.path.dirname(paths[0]), None
-    if os.path.exists(os.path.join(folder, sources.DESCRIPTION)):
-        classes = sources.description(folder)["classes"]
+    if os.path.exists(os.path.join(folder, DESCRIPTION)):
+        classes = description(folder)["classes"]
     names: list[str] = []
     labels: list[int] = []
     ignored: list[str] = []
@@ -450,8 +452,8 @@ def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
         for name, label in good:
             if classes is not None and label >= len(classes):
                 bad[f"{shard}/{name}"] = f"label {label}, of {len(classes)} classes"
-            elif label >= sources.MAX_CLASSES:
-                bad[f"{shard}/{name}"] = f"label {label}, not below {sources.MAX_CLASSES}"
+            elif label >= MAX_CLASSES:
+                bad[f"{shard}/{name}"] = f"label {label}, not below {MAX_CLASSES}"
             else:
                 names.append(f"{shard}/{name}")
                 labels.append(label)

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from ..progress import Progress
-from . import sources, storage
+from . import storage
+from .files import Files
 from .formats import EXTENSIONS
+from .shards import DESCRIPTION, FORMAT
 
 
 def convert(
-    samples: sources.Files,
+    samples: Files,
     out: storage.StrPath,
     *,
     shard_size: int = 10_000,
@@ -55,7 +57,7 @@ def convert(
     parts = [order[i : i + shard_size] for i in range(0, len(order), shard_size)]
     names = [f"shard-{number:06}.tar" for number in range(len(parts))]
     plan = dict(
-        format=sources.FORMAT,
+        format=FORMAT,
         complete=False,
         seed=seed,
         shard_size=shard_size,
@@ -70,19 +72,19 @@ def convert(
     left = [(path, part) for path, part in zip(paths, parts, strict=True) if not os.path.exists(path)]
     for path, part in progress(left, len(left)):
         _write_shard(path, samples, part.tolist())
-    _write_plan(os.path.join(out, sources.DESCRIPTION), plan | dict(complete=True))
+    _write_plan(os.path.join(out, DESCRIPTION), plan | dict(complete=True))
     return paths
 
 
 def _begin(out: str, plan: dict[str, Any]) -> None:
     """Writes `plan` to `out`, or checks that it is already there."""
-    path = os.path.join(out, sources.DESCRIPTION)
+    path = os.path.join(out, DESCRIPTION)
     if os.path.exists(path):
         try:
             with open(path, encoding="ascii") as file:
                 before = dict(json.load(file))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"out={out!r}: {sources.DESCRIPTION} is damaged; give a new folder") from error
+            raise ValueError(f"out={out!r}: {DESCRIPTION} is damaged; give a new folder") from error
         if different := [key for key in plan if key != "complete" and before.get(key) != plan[key]]:
             raise ValueError(f"out={out!r}: it contains shards of another {different[0]}; give a new folder")
     elif others := sorted(os.listdir(out)):
@@ -91,7 +93,7 @@ def _begin(out: str, plan: dict[str, Any]) -> None:
         _write_plan(path, plan)
 
 
-def _write_shard(path: str, samples: sources.Files, indices: Sequence[int]) -> None:
+def _write_shard(path: str, samples: Files, indices: Sequence[int]) -> None:
     with (
         storage.replacing(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,

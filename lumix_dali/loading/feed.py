@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from ..data import formats
+from ..data.files import Files
 from ..data.formats import BadImage, Decoder
-from ..data.sources import Files, Source
+from ..data.protocol import Source
 from .plan import Plan
 
 _SEARCH = 1000  # samples that are tried as a substitute for a bad one

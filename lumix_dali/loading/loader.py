@@ -33,6 +33,7 @@ except ImportError as error:
 from .. import checks
 from ..data import formats, sources
 from ..data.order import Order, Window
+from ..data.protocol import Source
 from ..data.storage import StrPath
 from ..decoding import refused
 from ..mixing import Mixing, Mode
@@ -248,7 +249,7 @@ def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
         raise ValueError(f"is_training=False: evaluation augments nothing; leave out {', '.join(given)}")
 
 
-def _order(samples: sources.Source, how: Shuffle, window: int, **options: Any) -> Order:
+def _order(samples: Source, how: Shuffle, window: int, **options: Any) -> Order:
     """One permutation, or a window for storage with slow random access."""
     counts = getattr(samples, "counts", None)
     if how == "window" and counts is None:
@@ -291,7 +292,7 @@ class Loader:
 
     def __init__(
         self,
-        samples: sources.Source,
+        samples: Source,
         order: Order,
         transform: TrainTransform | EvalTransform,
         mixing: Mixing | None = None,
