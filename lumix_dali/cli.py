@@ -1,6 +1,7 @@
 """The ``lumix-dali`` command.
 
-It can ``show`` what the pipeline does to your images, ``check`` them before a run, and ``convert`` them to shards.
+It can ``show`` what the pipeline does to your images, ``check`` them before a run, ``convert`` them to shards, and
+measure the ``speed`` of loading and training.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -22,7 +24,9 @@ from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
-_LOWEST = dict(count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1)
+_LOWEST = dict(
+    count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1, rounds=1, num_threads=1
+)
 BOX_COLOUR = (255, 64, 64)
 # What the partner is to the canvas; CutMix' line has the colour of its box.
 PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
@@ -101,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True)
-    for add in (_add_show, _add_check, _add_convert):
+    for add in (_add_show, _add_check, _add_convert, _add_speed):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -210,4 +214,29 @@ def _convert(args: argparse.Namespace) -> int:
             print(f"left out {name!r}: {reason}", file=sys.stderr)
     paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=bar("chunk"))
     print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
+    return 0
+
+
+def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("speed", help="is the loader the bottleneck? beside timm's, and with your model")
+    add = command.add_argument
+    add("root", help="class folder, list file, manifest, or shards")
+    add("--model", help="name of a timm model, to train on cached batches and on the loader's")
+    add("--batch-size", type=int, default=64, help="(%(default)s)")
+    add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
+    add("--num-threads", type=int, help="of this loader, and workers of timm's; default: the CPUs this process may use")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--minutes", type=float, default=2.0, help="about how long it takes (%(default)s)")
+    add("--rounds", type=int, default=5, help="how often loaders and training take turns (%(default)s)")
+    command.set_defaults(run=_speed)
+
+
+def _speed(args: argparse.Namespace) -> int:
+    print("loading PyTorch, DALI and the list of images", flush=True)
+    from .speed import speed  # it imports PyTorch and DALI
+
+    options = vars(args)
+    del options["run"]
+    root = options.pop("root")
+    print(speed(sources.load(root), **options, report=partial(print, flush=True)))
     return 0
