@@ -66,23 +66,23 @@ class Feed:
 
     def __init__(self, s: Setting, mixing: Mixing | None):
         self.s, self.rng = s, np.random.default_rng(0)
-        self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True, s.cuda)
+        self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True)
 
     def __call__(self, info: Any) -> tuple[Any, ...]:
         """The batch of an iteration."""
         drawn = self.rng.integers(0, len(self.s.samples), self.s.batch_size)
         paths = [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in drawn]
-        return paths, *self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+        return paths, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
 
 
 @pipeline_def
 def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
     """`lumix_dali`'s training pipeline, truncated after some of `LOADER_STAGES`."""
-    encoded, arrays = pipelines.read(feed)
+    encoded, planned = pipelines.read(feed)
     images = cropped(encoded, size, stages, decoder, guarded_crop)
     if stages <= 3:
-        return images, arrays["target"], arrays["lam0"]
-    images, *target = pipelines.mixed(images, arrays, feed.plan)
+        return images, planned
+    images, *target = pipelines.mixed(images, planned, feed.plan)
     return normalised_in_dali(images) if stages > 4 else images, *target
 
 

@@ -12,8 +12,8 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 
 from .fn import BELOW_HALF
-from .mixing import Mixing, draw, regions
-from .target import MixTarget
+from .mixing import Mixing, draw, patches
+from .target import Kind, MixTarget
 
 
 def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator) -> tuple[ndd.Batch, MixTarget]:
@@ -49,22 +49,16 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
     if classes.shape != (images.batch_size,):
         raise ValueError(f"labels: shape {classes.shape}; give one integer per image, [{images.batch_size}]")
     drawn = draw(rng, images.batch_size, size, mixing)
-    patches = regions(drawn, size)
-    anchors = ndd.as_batch(patches.anchors)
-    mixed = ndd.multi_paste(
-        images,
-        in_ids=ndd.as_batch(patches.ids),
-        in_anchors=anchors,
-        out_anchors=anchors,
-        shapes=ndd.as_batch(patches.shapes),
-    )
+    ids, anchors, shapes = (ndd.as_batch(array) for array in patches(drawn, size))
+    mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
+    is_mixup, sides = drawn.kind == Kind.MIXUP, drawn.box[:, 2:] - drawn.box[:, :2]
     if mixing.with_mixup:  # weights of 0 and 1 are exact
-        mixed = _scaled(images, 1 - patches.weight) + _scaled(mixed, patches.weight)
+        weight = np.where(is_mixup, drawn.weight, np.float32(1))
+        mixed = _scaled(images, 1 - weight) + _scaled(mixed, weight)
     lam0 = drawn.weight
     if mixing.counts_lam0:
-        area = (patches.height * patches.width).astype(np.float32)
-        lam0 = patches.weight * (area / np.float32(size[0] * size[1]))
-    fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner)
+        lam0 = np.where(is_mixup, lam0, sides.prod(axis=1, dtype=np.float32) / np.float32(size[0] * size[1]))
+    fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner.astype(np.int64))
     device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
     return mixed, MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
 
