@@ -474,13 +474,15 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
 class Card(TorchDispatchMode):
     """Meta tensors stand for a GPU's: no CPU tensor may meet them, and no value may be read on the host."""
 
-    READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+    READS = frozenset({"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         name = func.overloadpacket.__name__
         assert all(tensor.is_meta for tensor in tensors), f"a CPU tensor reaches {name}"
         assert name not in self.READS, f"{name} waits for the GPU"
+        if name == "_standard_gamma":  # it has no meta kernel
+            return torch.empty_like(args[0])
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         assert all(tensor.is_meta for tensor in made), f"{name} makes a CPU tensor"
@@ -493,7 +495,7 @@ def test_on_a_gpu_nothing_of_the_cpu_takes_part_and_nothing_waits(noise, on_card
     """PyTorch before 2.7 refuses a CPU number in some operators, and a captured graph would keep its value."""
     logits, target, lam_r = random_case(dtype=torch.float32)
     logits, target, lam_r = logits.to("meta").requires_grad_(), target.to("meta"), lam_r.to("meta")
-    for options in OPTIONS:
+    for options in OPTIONS if noise == ("beta", 2.0) else OPTIONS[:1]:
         criterion = LUMixLoss(**options, noise=noise)
         if on_card:
             criterion.r_r, criterion.r_s, criterion.eta = (torch.empty((), device="meta") for _ in range(3))
