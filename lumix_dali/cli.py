@@ -179,9 +179,9 @@ def _check(args: argparse.Namespace) -> int:
             **report.shards(args.ranks, args.batch_size)
         )
     )
-    if args.manifest and report.files:
+    if args.manifest and report.samples is None:
         raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
-    if args.manifest:
+    if args.manifest and report.samples is not None:
         write_manifest(report.samples, args.manifest)
     if args.report:
         content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
@@ -209,7 +209,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
     if not is_manifest(args.root):
         report = check.scan(args.root, full=args.full, workers=args.workers, progress=bar("chunk"))
-        samples = report.samples
+        samples = report.samples or samples
         for name, reason in report.bad.items():
             print(f"left out {name!r}: {reason}", file=sys.stderr)
     paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=bar("chunk"))

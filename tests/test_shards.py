@@ -712,7 +712,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
         assert reason in report.bad[f"a.tar/{name}"]
     assert report.ignored == [f"a.tar/{name}" for name in ("soft", "hard", "device", "pipe", ".hidden.jpg")]
     assert not report.ok
-    assert sorted(os.listdir(tmp_path)) == ["a.tar"]  # nothing was extracted
+    assert sorted(os.listdir(tmp_path)) == [".lumix_dali", "a.tar"]  # nothing was extracted
     assert re.search("what to do: copy a shard again .*lumix-dali convert", check.show(report))
 
 

@@ -31,6 +31,8 @@ EXTENSIONS = (
     ".tif",
     ".tiff",
     ".webp",
+    ".gif",
+    ".avif",
     ".jp2",
     ".ppm",
     ".pgm",

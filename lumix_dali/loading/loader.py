@@ -214,6 +214,8 @@ def create_loader(
             interpolation=cast(Any, interpolation),
         )
     samples = sources.load(source, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing"))
+    if is_training and samples.classes is not None and not len(samples.classes):
+        raise ValueError(f"source={str(source)[:80]!r}: training needs labels; lay images out as ROOT/CLASS/IMAGE.jpg")
     order = _order(
         samples,
         checks.one_of("shuffle", shuffle, get_args(Shuffle)),
