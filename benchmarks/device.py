@@ -153,8 +153,8 @@ def decode(device: str, data: Path | None, regions: bool, batch_size: int, batch
     with tempfile.TemporaryDirectory() as scratch:
         s = Setting(load_files(data or generated.generate()), batch_size, 224, device, Path(scratch))
         length = harness.epoch_length(batches, PREFETCH)
-        options: dict[str, Any] = dict(batch_size=batch_size, input_size=224, seed=0, **CROPS)
-        with create_loader(s.repeated(length), device=device, **options, **dict(decode_regions=regions)) as loader:
+        options: Any = dict(batch_size=batch_size, input_size=224, seed=0, **CROPS)
+        with create_loader(s.repeated(length), device=device, **options | dict(decode_regions=regions)) as loader:
             images = next(iter(loader))[0].float().cpu()
             with create_loader(s.repeated(length), device="cpu", **options) as reference:
                 off = (images - next(iter(reference))[0]).abs() * 255 * 0.225

@@ -93,7 +93,7 @@ def targets(results: Path) -> str:
             continue
         met = ratio["median"] >= target.bound if target.bound > 0 else ratio["median"] <= -target.bound
         low, high = ratio["quartiles"]
-        cells = [f"{ratio['median']:.2f}", f"{low:.2f} – {high:.2f}", "met" if met else f"missed: {target.limit}"]
+        cells = [f"{ratio['median']:.3f}", f"{low:.3f} – {high:.3f}", "met" if met else f"missed: {target.limit}"]
         lines.append((2 if met else 0, [target.what, bound, *cells]))
     ordered = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
     return report.grid([["ratio within one run", "target", "median", "quartiles", ""], *ordered])

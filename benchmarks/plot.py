@@ -189,7 +189,7 @@ def with_tables(text: str, results: Path) -> str:
 
 def linked(texts: Sequence[Path]) -> set[str]:
     """The names of the figures that the texts show."""
-    return {name for path in texts for name in re.findall(r"figures/([\w.-]+)\.svg", path.read_text())}
+    return {name for path in texts for name in re.findall(r"\]\([^)]*figures/([\w.-]+)\.svg\)", path.read_text())}
 
 
 def stale(results: Path, figures: Path, texts: Sequence[Path], check: bool) -> list[Path]:
