@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .contenders import Setting
         from .stages import build, candidates, chained, operators
 
+        check_model(args.model)
         root = args.data or (data.generate("data/few-images", 64, 8) if args.quick else data.generate())
         s = Setting(load_files(root), args.batch_size, args.input_size, device, Path(scratch), args.decoder)
         result = harness.compare(
@@ -182,6 +183,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             allow_dirty=args.allow_dirty,
         )
     report.finish(result)
+
+
+def check_model(name: str) -> None:
+    """ValueError unless timm has a model of this name."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"--model {name}: timm has no such model; timm.list_models('*{name[:6]}*') may help")
 
 
 def estimate(args: argparse.Namespace) -> float:
