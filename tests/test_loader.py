@@ -549,7 +549,7 @@ def test_a_state_of_another_loader_is_refused(make, ramp_files, state, changed, 
         ValueError, match=f"state: it belongs to another loader: .*{named}.*Create the loader as it was"
     ):
         other.load_state_dict(state)
-    assert other.state_dict()["place"][:2] == (0, 0)
+    assert other.state_dict()["position"][:2] == (0, 0)
 
 
 @pytest.mark.parametrize("change", ["name", "label", "class", "sample"])
@@ -610,11 +610,11 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
     loader = make(ramp_files, **STATE_OPTIONS)
     for key in state:
         refusal(loader, {name: value for name, value in state.items() if name != key})
-    epoch, iteration, checkpoint, *rest = state["place"]
+    epoch, iteration, checkpoint, *rest = state["position"]
     for changed in [
-        {"place": (epoch, iteration + 1, checkpoint, *rest)},
+        {"position": (epoch, iteration + 1, checkpoint, *rest)},
         {"mixup_enabled": False},
-        {"place": (epoch, iteration, checkpoint[:-1], *rest)},
+        {"position": (epoch, iteration, checkpoint[:-1], *rest)},
         {"bad": {0: (1, "a", "b")}},
         {"new": 0},
         {"input_size": (8, 8)},
@@ -626,7 +626,7 @@ def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
 
 @pytest.mark.parametrize("other", [None, [], {}, {"epoch": 3}, {"format": "lumix_dali.loader/1"}, b"state"])
 def test_an_unknown_state_format_is_named(make, ramp_files, other):
-    with pytest.raises(ValueError, match=r"state: its format is .*, but this version reads 'lumix_dali.loader/3'"):
+    with pytest.raises(ValueError, match=r"state: its format is .*, but this version reads 'lumix_dali.loader/4'"):
         make(ramp_files).load_state_dict(other)
 
 

@@ -67,7 +67,7 @@ class Output:
         )
         if max(map(abs, (*self.mean, *self.std))) > 2:
             warnings.warn(
-                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=5
+                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=6
             )
 
     def _set(self, **values: object) -> None:
@@ -274,15 +274,23 @@ def _put(node: DataNode) -> DataNode:
 def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, dict[str, DataNode]]:
     """Encoded images, and the arrays of the plan by name."""
     names = feed.plan.inputs
-    given, *arrays = fn.external_source(
-        feed.__call__,
-        num_outputs=1 + len(names),
+    encoded = fn.external_source(
+        feed.images, batch=True, batch_info=True, dtype=types.UINT8, ndim=1, no_copy=not feed.gives_paths
+    )
+    # Not with the images: these arrays reach the user, so DALI must have copies of its own.
+    arrays = fn.external_source(
+        feed.arrays,
+        num_outputs=feed.gives_paths + len(names),
         batch=True,
         batch_info=True,
-        dtype=[types.UINT8, *(_DALI_TYPES[INPUTS[name][0]] for name in names)],
-        ndim=[1, *(INPUTS[name][1] for name in names)],
+        dtype=[types.BOOL] * feed.gives_paths + [_DALI_TYPES[INPUTS[name][0]] for name in names],
+        ndim=[0] * feed.gives_paths + [INPUTS[name][1] for name in names],
     )
-    encoded = fn.io.file.read(given, **{**_READER, **(reader or {})}) if feed.gives_paths else given
+    if feed.gives_paths:  # except for images that Pillow decoded
+        is_path, *arrays = arrays
+        paths, contents = fn._conditional.split(encoded, predicate=is_path)
+        contents_of_paths = fn.io.file.read(paths, **{**_READER, **(reader or {})})
+        encoded = fn._conditional.merge(contents_of_paths, contents, predicate=is_path)
     return encoded, dict(zip(names, arrays, strict=True))
 
 
