@@ -11,6 +11,8 @@ import nvidia.dali as dali
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
+from . import checks
+
 
 def decode(
     encoded: DataNode,
@@ -56,10 +58,10 @@ def decodes_regions(on_gpu: bool, regions: bool | None) -> bool:
 def check_options(options: Mapping[str, Any], name: str, *operators: str) -> dict[str, Any]:
     """Options that all of these DALI operators know, such as "decoders__Image"; else a ValueError names `name`."""
     if not isinstance(options, Mapping):
-        raise ValueError(f"{name}={options!r}: give a dict of arguments of DALI's operator")
+        raise checks.error(name, options, "give a dict of arguments of DALI's operator")
     known = set.intersection(*(set(dali.backend.GetSchema(operator).GetArgumentNames()) for operator in operators))
     if unknown := [option for option in options if option not in known - _OURS]:
-        raise ValueError(f"{name}={dict(options)!r}: {unknown[0]!r} is not among {', '.join(sorted(known - _OURS))}")
+        raise checks.error(name, options, f"{unknown[0]!r} is unknown; give {', '.join(sorted(known - _OURS))}")
     return dict(options)
 
 

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 from images import encoded, write
+from nvidia.dali import fn
 from PIL import Image
 
 import lumix_dali
-from lumix_dali import create_loader
+from lumix_dali import create_loader, decoding
 from lumix_dali.data import formats
 from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder
 from lumix_dali.loading import pipelines
-from lumix_dali.loading.feed import Faults, Feed
+from lumix_dali.loading.faults import Faults
+from lumix_dali.loading.feed import Feed
 from lumix_dali.loading.plan import Plan
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
@@ -200,6 +202,109 @@ def test_whole_and_region_decoding_give_the_same_crops(tmp_path):
         assert np.abs(whole - parts).mean() < 0.01
 
 
+def test_bytes_are_not_copied_and_live_as_long_as_dali_reads_them(monkeypatch):
+    """DALI gets our own arrays; overwriting those that the feed has let go of changes nothing."""
+    rows = [(encoded(np.full((12, 18, 3), 9 * i, np.uint8), "PNG"), i) for i in range(24)]
+    want = delivered(make(rows, is_training=False))
+    buffers, let_go = {}, []
+    original = Feed._make
+
+    def writable(self, iteration):
+        batch = original(self, iteration)
+        images = [image.copy() for image in batch.images]
+        buffers[iteration] = images
+        alive = {kept.iteration for kept in self._batches}
+        for old in [number for number in buffers if number < iteration and number not in alive]:
+            for image in buffers.pop(old):
+                image[:] = 0
+            let_go.append(old)
+        return batch._replace(images=images)
+
+    monkeypatch.setattr(Feed, "_make", writable)
+    np.testing.assert_array_equal(delivered(make(rows, is_training=False, prefetch_queue_depth=1)), want)
+    assert let_go
+
+
+def test_a_known_file_that_becomes_a_fifo_is_replaced(tmp_path):
+    """Looked at each time before DALI opens it, since opening a FIFO waits for ever."""
+    samples = write_files(tmp_path / "a", {f"{i:02}.png": png() for i in range(24)})
+    loader = make(samples)
+    list(loader)
+    path = Path(samples.path(9))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match=r"09\.png' cannot be used \(not a regular file\)"):
+        list(loader)
+        list(loader)
+
+
+def test_files_for_pillow_take_no_file_descriptors(tmp_path):
+    contents = {f"{i:02}.bmp": encoded(PIXELS, "BMP") for i in range(60)}
+    loader, before = make(write_files(tmp_path / "a", contents), batch_size=20), len(os.listdir("/proc/self/fd"))
+    next(batches := iter(loader))
+    assert len(os.listdir("/proc/self/fd")) < before + 20
+    assert len(list(batches)) == 2
+
+
+def test_neither_pillows_limit_nor_a_warning_filter_decides(tmp_path, monkeypatch):
+    animated = Image.new("P", (20, 20))
+    animated.putpalette([i % 256 for i in range(768)])
+    other = animated.copy()
+    other.putpixel((3, 3), 7)
+    (tmp_path / "a").mkdir()
+    animated.save(tmp_path / "a" / "0.png", save_all=True, append_images=[other], transparency=bytes(range(256)))
+    Image.new("RGB", (100, 100), "red").save(tmp_path / "a" / "1.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        loader = make(tmp_path, is_training=False)
+        assert len(delivered(loader)) == 2
+        assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (before, 1000)
+    assert loader.bad == {}
+
+
+def test_stray_markers_are_found_without_decoding():
+    """Every JPEG that Pillow refuses has one, of 200 with 512 random bytes in their scan; no intact one has."""
+    y, x = np.mgrid[:192, :256]
+    pixels = np.stack([x, y, (x + y) // 2], -1).astype(np.uint8)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 2}, {"comment": b"x"}):
+        for content in (encoded(pixels, "JPEG", **options), encoded(pixels[..., 0], "JPEG", **options) + b"tail"):
+            assert not formats.has_stray_marker(io.BytesIO(content))
+    good, rng, refused = encoded(pixels, "JPEG"), np.random.default_rng(0), 0
+    start = good.index(b"\xff\xda") + 14
+    for _ in range(200):
+        at = int(rng.integers(start, len(good) - 700))
+        content = good[:at] + rng.integers(0, 256, 512).astype(np.uint8).tobytes() + good[at + 512 :]
+        try:
+            formats.pillow_pixels(io.BytesIO(content))
+        except BadImage:
+            refused += 1
+            assert formats.has_stray_marker(io.BytesIO(content))
+    assert refused > 50
+
+
+def test_a_broken_decoder_is_one_error(tmp_path, monkeypatch):
+    """It names decoder, versions and remedy after a bounded number of pipelines; no sample is blamed."""
+    real, build, pipes = decoding.decode, decoding.decode_pipeline, []
+
+    def broken(images, region, **options):
+        return real(images, lambda shape: region(fn.reshape(fn.reshape(shape, shape=[5]), shape=[3])), **options)
+
+    monkeypatch.setattr(decoding, "decode", broken)
+    monkeypatch.setattr(pipelines, "decode", broken)
+    monkeypatch.setattr(decoding, "decode_pipeline", lambda *a, **k: pipes.append(1) or build(*a, **k))
+    loader = make(write_files(tmp_path / "a", {f"{i:02}.png": png() for i in range(32)}), batch_size=32)
+    with pytest.raises(
+        RuntimeError, match=r"fn\.decoders\.image_slice on cpu fails .*DALI 2.*decode_regions=False"
+    ) as e:
+        list(loader)
+    assert len(str(e.value)) < 400
+    assert len(pipes) <= 16
+    assert loader.bad == {}
+    assert loader.state_dict()["refused"] == []
+
+
 # Delivered pixels
 
 
@@ -308,7 +413,7 @@ def test_evaluation_needs_only_the_memory_of_the_crop(tmp_path, shape):
     code = rf"""
         import re
         from pathlib import Path
-        from lumix_dali import create_loader
+        from lumix_dali import create_loader, decoding
         peaks = []
         for name in ("1.png", "0.png"):
             open({str(tmp_path / "list.txt")!r}, "w").write(f"a/{{name}} 0")

@@ -99,7 +99,8 @@ class Epoch(Iterator[tuple[Any, ...]]):
 
     def __init__(self, spec: Spec, position: Position, faults: Faults) -> None:
         self.spec, self.position, self._faults = spec, position, faults
-        self._pid, self._closed, self._scheduled, self._refusals = os.getpid(), False, False, 0
+        self._pid, self._closed, self._scheduled = os.getpid(), False, False
+        self._refusals = self._unexplained = 0  # images of this batch; batches of this epoch, any image of which may be
         self._delivered: Callable[[Position], None] = lambda position: None
         self._indices = spec.order.epoch(position.epoch)
         self._build()
@@ -200,15 +201,18 @@ class Epoch(Iterator[tuple[Any, ...]]):
         number, lost = decoding.sample_of(error), list[int]()
         if number is not None and number < len(given):
             reasons = {given[number]: decoding.reason_of(error)}
+            self._refusals += 1
         else:
             encoded, lost = self._faults.encoded(given)
             spec = self.spec
             reasons = decoding.refused(encoded, spec.device_id, spec.threads, limit, **spec.decode_options)
             if not reasons and not lost and decoding.is_decoders(error):
-                # The fault shows only in the regions of this batch, so any of them may have it.
+                # The fault shows only in the regions of this batch, so any of its images may have it.
                 reasons = dict.fromkeys(encoded, decoding.reason_of(error))
-        self._refusals += len(reasons)
-        if self._refusals > limit:
+                self._unexplained += 1
+            else:
+                self._refusals += len(reasons)
+        if self._refusals > limit or self._unexplained > _FEW:
             raise self._broken(len(given), next(iter(reasons.items()))) from error
         for index, reason in reasons.items():
             self._faults.refuse(index, reason)
@@ -221,8 +225,8 @@ class Epoch(Iterator[tuple[Any, ...]]):
             remedy += ", device='cpu', or DALI 2.2 with nvImageCodec 0.8"
         index, reason = example
         return RuntimeError(
-            f"decoder: fn.decoders.{operator} on {self.spec.device} fails for {self._refusals} or more of {count} "
-            f"images ({decoding.versions()}), so not the files are bad; try {remedy}, or `lumix-dali check`. "
+            f"decoder: fn.decoders.{operator} on {self.spec.device} fails for {self._refusals or count} or "
+            f"more of {count} images ({decoding.versions()}), so not the files are bad; try {remedy}, or `lumix-dali check`. "
             f"First: {self._faults.source.name(index)[-80:]}: {reason[:80]}"
         )
 

@@ -75,7 +75,7 @@ class Execution:
             object.__setattr__(self, "num_threads", checks.whole("num_threads", self.num_threads, 1, _MAX_THREADS + 1))
         depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1, _MAX_THREADS + 1)
         object.__setattr__(self, "prefetch_queue_depth", depth)
-        checks.one_of("decode_regions", self.decode_regions, (None, True, False))
+        checks.optional(checks.flag, "decode_regions", self.decode_regions)
         if self.decoder is not None:
             check_options(self.decoder, "decoder", "decoders__Image", "decoders__ImageSlice")
         if self.reader is not None:
@@ -156,7 +156,7 @@ def create_loader(
     # mixing (training)
     mixup_alpha: float = 0.0,
     cutmix_alpha: float = 0.0,
-    cutmix_minmax: tuple[float, float] | None = None,
+    cutmix_minmax: Sequence[float] | None = None,
     prob: float = 1.0,
     switch_prob: float = 0.5,
     mode: Mode = "elem",
@@ -249,13 +249,15 @@ def create_loader(
         TypeError: an argument is unknown; the message names the one that does what timm's of that name does.
         ImportError: DALI is not installed.
     """
+    checks.flag("is_training", is_training)
+    checks.whole("cache_bytes", cache_bytes, 0)
     with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
     if with_mixing and not is_training:
         raise ValueError("is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0")
     mixing = Mixing(
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha if with_mixing else 1.0,
-        cutmix_minmax=cutmix_minmax,
+        cutmix_minmax=checks.optional(checks.pair, "cutmix_minmax", cutmix_minmax, 0, 1),
         prob=prob,
         switch_prob=switch_prob,
         mode=mode,
@@ -283,7 +285,7 @@ def create_loader(
     if not is_training:
         _refuse_augmentation(train, num_aug_repeats)
         if interpolation == "random":
-            raise ValueError("interpolation='random': evaluation draws nothing; give 'bilinear' or 'bicubic'")
+            raise checks.error("interpolation", interpolation, "evaluation draws nothing; give 'bilinear' or 'bicubic'")
         transform = EvalTransform(
             size=train.size,
             mean=train.mean,
@@ -305,7 +307,7 @@ def create_loader(
         n=len(samples),
         batch_size=checks.whole("batch_size", batch_size, 1),
         shuffle=is_training,
-        drop_last=is_training and drop_last,
+        drop_last=is_training and checks.flag("drop_last", drop_last),
         seed=checks.whole("seed", seed, 0, 2**32),
         rank=rank,
         world_size=world_size,
@@ -402,7 +404,7 @@ class Loader:
         self.classes = samples.classes
         self.num_classes = None if samples.classes is None else len(samples.classes)
         self.batch_size, self.device = order.batch_size, _device(device)
-        self.mixup_enabled, self.return_index = True, return_index
+        self.mixup_enabled, self.return_index = True, checks.flag("return_index", return_index)
         self._order, self._transform, self._mixing = order, transform, mixing
         self._options = dataclasses.asdict(order) | dataclasses.asdict(transform)
         self._options |= dataclasses.asdict(mixing) if mixing else {}
@@ -603,7 +605,7 @@ def _checksum(state: dict[str, Any]) -> str:
 
 def _device(device: str | torch.device) -> torch.device:
     if not isinstance(device, str | torch.device):
-        raise ValueError(f"device={device!r}: give 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise checks.error("device", device, "give 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

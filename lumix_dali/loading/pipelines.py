@@ -32,6 +32,7 @@ EraseMode = Literal["const", "rand", "pixel"]
 _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
+_MIN_CROP = 0.05  # below, a resized image has more pixels than memory
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 _DALI_TYPES = {np.int64: types.INT64, np.int32: types.INT32, np.float32: types.FLOAT, np.bool_: types.BOOL}
@@ -63,7 +64,7 @@ class Output:
             mean=checks.channels("mean", self.mean),
             std=checks.channels("std", self.std, positive=True),
             dtype=checks.one_of("dtype", self.dtype, get_args(DType)),
-            channels_last=bool(self.channels_last),
+            channels_last=checks.flag("channels_last", self.channels_last),
         )
         if max(map(abs, (*self.mean, *self.std))) > 2:
             warnings.warn(
@@ -141,7 +142,7 @@ class EvalTransform(Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
-            crop_pct=checks.fraction("crop_pct", self.crop_pct, positive=True),
+            crop_pct=checks.number("crop_pct", self.crop_pct, _MIN_CROP, 1.0),
             crop_mode=checks.one_of("crop_mode", self.crop_mode, get_args(CropMode)),
             interpolation=checks.one_of("interpolation", self.interpolation, get_args(Interpolation)),
         )
