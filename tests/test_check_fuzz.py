@@ -17,7 +17,7 @@ from PIL import Image
 from lumix_dali.data import check
 from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder, pillow_pixels
-from lumix_dali.loading.feed import Faults
+from lumix_dali.loading.faults import Faults
 from tests import odd
 
 MAX_PIXELS = 10**6  # a damaged header may claim anything
