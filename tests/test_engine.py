@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumix_dali import create_loader
+from lumix_dali import create_loader, decoding
 from tests.odd import CAUSES, PATHS, odd, pillow
 from tests.odd_worker import GOOD
 

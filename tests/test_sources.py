@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from timm.data import create_dataset
 
 from lumix_dali import create_loader
 from lumix_dali.data import sources
+from lumix_dali.data.convert import convert
 from lumix_dali.data.files import Files, Names, class_folder, file_list, write_manifest
 from lumix_dali.data.rows import Rows
 
@@ -91,6 +93,8 @@ def test_what_counts_as_an_image(tmp_path):
         "g.tiff",
         "h.webp",
         "i.ppm",
+        "j.gif",
+        "k.avif",
         "two.dots.jpg",
         "with space.jpg",
         "été 犬.jpg",
@@ -98,7 +102,7 @@ def test_what_counts_as_an_image(tmp_path):
         "-rf.jpg",
         "'\"$.jpg",
     }
-    others = {".hidden.jpg", "._a.jpg", ".jpg", "readme.txt", "noextension", "a.gif", "a.jpg.part", "jpg"}
+    others = {".hidden.jpg", "._a.jpg", ".jpg", "readme.txt", "noextension", "a.jpg.part", "jpg"}
     root = touch(tmp_path, *(f"x/{name}" for name in wanted | others), "x/.cache/thumb.jpg", ".git/a.jpg", "loose.jpg")
     samples = class_folder(root)
     assert set(samples.names) == {f"x/{name}" for name in wanted}
@@ -131,17 +135,75 @@ def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "no class folder in it; lay images out"),
-        (["loose.jpg"], "no class folder in it; lay images out"),
-        ([".hidden/a.jpg"], "no class folder in it; lay images out"),
-        (["a/x.jpg", "b/x.txt"], r"class 'b' has no image \(.*\); remove its folder, or put images into it"),
-        (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
+        ([], r"no image in it \(.*\); lay images out"),
+        ([".hidden/a.jpg"], "no image in it"),
+        (["a/x.txt", "b/.x.jpg"], "no image in it"),
     ],
 )
 def test_unusable_folders(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=f"source='{tmp_path}': {message}"):
         sources.load(tmp_path)
+
+
+def test_what_is_passed_over_is_named_in_one_warning(tmp_path):
+    touch(
+        tmp_path, "a/x.jpg", "a/notes.txt", "b/y.gif", "c/.x.jpg", "lost+found/z.jpg", "__MACOSX/z.jpg", "@eaDir/z.jpg"
+    )
+    with pytest.warns(UserWarning, match=r"1 folders without .*'c'.* and 1 files .*'a/notes\.txt'") as caught:
+        samples = sources.load(tmp_path)
+    assert len(caught) == 1
+    assert (list(samples.names), samples.classes) == (["a/x.jpg", "b/y.gif"], ["a", "b"])
+
+
+def test_images_without_classes_are_for_prediction(tmp_path):
+    samples = sources.load(touch(tmp_path, "b.jpg", "a.jpg"))
+    assert (list(samples.names), samples.labels.tolist(), list(samples.classes)) == (["a.jpg", "b.jpg"], [-1, -1], [])
+    with pytest.raises(ValueError, match="training needs labels"):
+        create_loader(tmp_path, batch_size=1, device="cpu")
+
+
+def renumbering_sources(root):
+    """{kind: source} of two bees and a cow."""
+    touch(root, "val/bee/0.jpg", "val/bee/1.jpg", "val/cow/0.jpg")
+    images = class_folder(root / "val")
+    write_manifest(images, root / "val.json")
+    rows = Rows([(b"x", 0), (b"y", 0), (b"z", 1)], classes=["bee", "cow"])
+    pairs = SimpleNamespace(
+        samples=[(images.path(i), int(k)) for i, k in enumerate(images.labels)], classes=["bee", "cow"]
+    )
+    convert(images, root / "shards", shard_size=3)
+    return dict(folder=root / "val", manifest=root / "val.json", rows=rows, pairs=pairs, shards=root / "shards")
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest", "rows", "pairs", "shards"])
+def test_classes_number_every_source_by_name(tmp_path, kind):
+    source = renumbering_sources(tmp_path)[kind]
+    known = ["ant", "bee", "cow", "dog"]
+    found = sources.load(source, classes=known)
+    assert sorted(found.read(range(3))[1].tolist()) == [1, 1, 2]
+    assert list(found.classes) == known
+    assert found.digest != sources.load(source).digest
+    assert sources.load(source, classes=["bee", "cow"]).digest == sources.load(source).digest
+    with pytest.raises(ValueError, match=r"the source's 'bee' is not among these 2 \(ant, cow\)"):
+        sources.load(source, classes=["ant", "cow"])
+
+
+def test_classes_of_a_source_of_numbers(tmp_path):
+    """The labels number the classes already, and must fit."""
+    image = str(touch(tmp_path, "a.jpg") / "a.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg 1\n")
+    for source in ([(image, 1)], tmp_path / "list.txt"):
+        found = sources.load(source, classes=["x", "y", "z"])
+        assert (found.classes, found.labels.tolist()) == (["x", "y", "z"], [1])
+        with pytest.raises(ValueError, match=r"label 1 .*one of the 1 classes"):
+            sources.load(source, classes=["x"])
+    images, labels = sources.load([{"image": b"x", "label": k} for k in (0, 2)], classes=["x", "y"]).read([0, 1])
+    assert labels[0] == 0
+    assert str(images[1]) == "its label is 2, of 2 classes"
+    for wrong in ("abc", [], ["x", "x"], [1, 2]):
+        with pytest.raises(ValueError, match=r"classes=.*different class names"):
+            sources.load([(image, 0)], classes=wrong)
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -242,21 +242,30 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         ("memory://nowhere.tar", "does not exist"),
         ("memory://none*.tar", "it matches no shard"),
         ("nosuch://a/b.tar", "Protocol not known: nosuch"),
-        ("memory://empty", "no class folder in it"),
+        ("memory://empty", "no image in it"),
     ],
 )
 def test_missing_sources_are_named(memory, source, message):
     memory.pipe("/empty/readme.txt", b"")
     with pytest.raises(ValueError, match=f"source='{source.replace('*', '.')}.*{message}"):
         sources.load(source)
-    with pytest.raises(ValueError, match="remote files are not scanned; scan them before the upload"):
-        check.scan("memory://empty")
+    with pytest.raises(ValueError, match=message):
+        check.scan(source)
 
 
-def test_remote_shards_are_not_checked_nor_written(memory, shards, capsys, tmp_path):
+@pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
+def test_remote_shards_and_rows_are_checked(memory, shards, full):
     put(memory, shards, "/data")
-    assert main(["check", "memory://data", "--workers", "1"]) == 2
-    assert "scan them before the upload" in capsys.readouterr().err
+    report = check.scan("memory://data", full=full, workers=1)
+    assert report.ok
+    assert list(report.files.values()) == [5, 5, 5, 5, 3]
+    good = bytes(sources.load(shards).read([0])[0][0])
+    report = check.scan([(good, 0), (b"text", 0), (good, 1), (good, -1)], full=full, workers=1)
+    assert list(report.bad) == ["row 1", "row 3"]
+    assert report.labels.tolist() == [0, 1]
+
+
+def test_remote_shards_are_not_written(capsys, tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "a.jpg").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "in"), "--out", "memory://out"]) == 2
@@ -433,7 +442,9 @@ def test_a_full_disk_is_an_error_that_names_the_shard(memory, shards, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", full)
-    with pytest.raises(ValueError, match=r"source='memory://data/shard-000000\.tar': OSError: .*No space left"):
+    with pytest.raises(
+        ValueError, match=r"source='memory://data/shard-000000\.tar': no space for its copy .*set cache_dir"
+    ):
         sources.load("memory://data").read([0])
 
 

@@ -10,17 +10,18 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 
 from . import storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
-from .protocol import MAX_CLASSES, Image, Source
+from .protocol import MAX_CLASSES, SPLITS, Image, Source
 
 UNKNOWN = -1  # the label of images of which nothing is known
 MANIFEST = "lumix_dali.manifest/2"
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+# Folders that file systems and other programs leave beside classes.
+_FOREIGN = {"lost+found", "__MACOSX", "@eaDir"}
 _LINE = re.compile(r"(.*\S)[ \t]+(\d{1,9})[ \t]*", re.ASCII)
 
 
@@ -181,38 +182,66 @@ def pairs(samples: Sequence[tuple[storage.StrPath, int]], classes: Sequence[str]
     return Files("/", names, labels, classes)
 
 
+class Survey(NamedTuple):
+    """What a class folder holds: its images, files that are no images, and classes without an image."""
+
+    samples: Files
+    ignored: list[str]
+    empty: list[str]
+
+
+def survey(root: str) -> Survey:
+    """Looks at all names in a class folder, ``root/class/**/image``, or in a folder of images without classes.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    below = class_files(root)
+    images = {name: sorted(filter(is_image, files)) for name, files in below.items()}
+    ignored = sorted(file for files in below.values() for file in files if not is_image(file))
+    classes = [name for name in below if images[name]]
+    if classes:
+        names = [file for name in classes for file in images[name]]
+        labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes])
+        return Survey(Files(root, names, labels, classes), ignored, [name for name in below if not images[name]])
+    names = sorted(filter(is_image, storage.listing(root)))
+    if not names:
+        raise ValueError(
+            f"source={root!r}: no image in it ({', '.join(sorted(EXTENSIONS))}); lay images out as "
+            f"{root}/CLASS/IMAGE.jpg"
+        )
+    return Survey(Files(root, names, np.full(len(names), UNKNOWN), ()), ignored, list(below))
+
+
 def class_folder(root: storage.StrPath) -> Files:
     """Files of a class folder: ``root/class/**/image``.
 
     Args:
         root: folder with one folder per class. Labels number the classes in timm's natural order ("2" before
-            "10"), which for names of equal length is also torchvision's. Hidden files and folders, and files without
-            an image's extension, are ignored.
+            "10"), which for names of equal length is also torchvision's. Classes without an image have no number; they
+            and files without an image's extension are named in one warning. Hidden files and folders are ignored. A
+            folder that holds images and no class is for prediction: its labels are -1, and it has no classes.
 
     Returns:
         `Files`, sorted by label, then by name.
 
     Raises:
-        ValueError: there is no class folder, or a class has no image.
+        ValueError: there is no image.
     """
     root = os.fspath(root)
-    files = class_files(root)
-    if len(files) > 1 and {name.lower() for name in files} <= _SPLITS:
-        warnings.warn(
-            f"source={root!r}: its classes are {', '.join(files)}; is the data set one of these folders?", stacklevel=3
-        )
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(files):
-        found = sorted(filter(is_image, files[name]))
-        if not found:
-            raise ValueError(
-                f"source={root!r}: class {name!r} has no image ({', '.join(sorted(EXTENSIONS))}); "
-                "remove its folder, or put images into it"
-            )
-        names += found
-        labels += [label] * len(found)
-    return Files(root, names, np.array(labels, np.int64), list(files))
+    found = survey(root)
+    if len(found.samples.classes) > 1 and {name.lower() for name in found.samples.classes} <= SPLITS:
+        names = ", ".join(found.samples.classes)
+        warnings.warn(f"source={root!r}: its classes are {names}; is the data set one of these folders?", stacklevel=4)
+    seen = [name for name in found.ignored if name[0] != "." and "/." not in name]
+    passed = [
+        f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
+        for what, names in (("folders without an image", found.empty), ("files without an image's ending", seen))
+        if names
+    ]
+    if passed:
+        warnings.warn(f"source={root!r}: passed over {' and '.join(passed)}; see lumix-dali check", stacklevel=4)
+    return found.samples
 
 
 def file_list(
@@ -308,17 +337,16 @@ def class_files(root: str) -> dict[str, list[str]]:
     if storage.is_remote(root):
         for file in storage.listing(root, deep=True):
             name, slash, _ = file.partition("/")
-            if slash and name[0] != ".":
+            if slash and name[0] != "." and name not in _FOREIGN:
                 files.setdefault(name, []).append(file)
     else:
         with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if storage.is_dir(entry) and entry.name[0] != "."]
+            names = [entry.name for entry in entries if storage.is_dir(entry)]
+            names = [name for name in names if name[0] != "." and name not in _FOREIGN]
         seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
         with ThreadPoolExecutor(16) as pool:  # network storage answers many requests at once
             below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)
             files = dict(zip(names, below, strict=True))
-    if not files:
-        raise ValueError(f"source={root!r}: no class folder in it; lay images out as {root}/CLASS/IMAGE.jpg")
     # "1" and "01" have the same key: sort by name first, so that scandir's order does not matter
     return {name: files[name] for name in sorted(sorted(files), key=natural_key)}
 

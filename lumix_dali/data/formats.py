@@ -35,6 +35,8 @@ EXTENSIONS = (
     ".tif",
     ".tiff",
     ".webp",
+    ".gif",
+    ".avif",
     ".jp2",
     ".ppm",
     ".pgm",

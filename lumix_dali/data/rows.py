@@ -13,6 +13,8 @@ from . import files
 from .formats import BadImage
 from .protocol import MAX_CLASSES, Image, Source
 
+_ENCODED = (bytes, bytearray, memoryview, np.ndarray, Mapping, str, os.PathLike, type(None))
+
 
 class Rows(Source):
     """Any map-style data set of encoded images: Hugging Face's ``datasets``, or a class with `__getitem__`.
@@ -41,7 +43,12 @@ class Rows(Source):
         known = getattr(rows, "_fingerprint", type(rows).__qualname__)
         self.digest = hashlib.sha256(repr((known, len(rows), self.classes)).encode()).hexdigest()
         if len(rows):
-            self._pair(0, rows[0])
+            image, kind = self._pair(0, rows[0])[0], type(rows).__name__
+            if not isinstance(image, _ENCODED) or (isinstance(image, np.ndarray) and image.ndim > 1):
+                raise ValueError(
+                    f"source: {kind} decodes its images: {kind}.__getitem__ returns {type(image).__name__}; return the "
+                    "encoded bytes or a path there, or give (path, label) pairs, such as .samples of ImageFolder"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)

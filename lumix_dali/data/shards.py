@@ -16,14 +16,16 @@ from threading import Lock
 from typing import Any, NoReturn, cast
 
 import numpy as np
+from braceexpand import braceexpand
 
 from ..progress import Progress
 from . import index, storage
 from .formats import BadImage
-from .protocol import MAX_CLASSES, Image, Source
+from .protocol import MAX_CLASSES, SPLITS, Image, Source
 
 DESCRIPTION, FORMAT = "shards.json", "lumix_dali.shards/1"
 _HUB = "_info.json"  # in WebDatasets on the Hugging Face Hub, such as timm's ImageNet
+CACHE_BYTES = 50 * 2**30
 _OPEN = 256  # shards that are open at once
 _AHEAD = 4  # remote shards that are copied at once
 
@@ -87,10 +89,14 @@ class Shards(Source):
         self._starts = (np.cumsum(found) - found).tolist()
         sha = hashlib.sha256(repr(classes).encode("utf-8", "surrogateescape"))
         for path, entry, count in zip(paths, entries, found.tolist(), strict=True):
-            sha.update(f"{os.path.basename(path)}\0{entry.size}\0{count}\0".encode("utf-8", "surrogateescape"))
+            # A local shard's time may change without its content, which its rows tell below.
+            version = entry.version if self.remote else ""
+            said = f"{os.path.basename(path)}\0{entry.size}\0{version}\0{count}\0"
+            sha.update(said.encode("utf-8", "surrogateescape"))
         if self._rows is not None:
             sha.update(cast(Any, self._rows))
         self.digest = sha.hexdigest()
+        self._refuse_text()
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -127,9 +133,10 @@ class Shards(Source):
         images: list[Image] = []
         labels = np.zeros(len(indices), np.int64)
         for place, index_ in enumerate(indices):
-            number, shard, (offset, size, label) = self._at(index_)
+            number, shard, row = self._at(index_)
+            offset, size, label = row
             if label < 0:
-                images.append(BadImage(index.reason_at(self.paths[number], shard.handle, offset, label)))
+                images.append(BadImage(index.reason(self.paths[number], shard.handle, row)))
             elif label >= (MAX_CLASSES if self.classes is None else len(self.classes)):
                 limit = f"of {len(self.classes)} classes" if self.classes else f"not below {MAX_CLASSES}"
                 images.append(BadImage(f"its label is {label}, {limit}"))
@@ -210,15 +217,26 @@ class Shards(Source):
         """Rows of a remote shard, which outlive its copy; without `handle` the shard is copied if necessary."""
         path, entry = self.paths[number], self._entries[number]
         kept = f"{self._cache.path(path, entry)}.npy"
-        with suppress(*index.UNUSABLE):
-            kept_rows: np.ndarray = np.load(kept)
-            return kept_rows
+        with suppress(Exception):  # missing, or damaged in any way
+            return index.kept(kept).reshape(-1, 3)
         if handle is None:
             shard = _Shard(self._cache.open(path, entry), np.zeros((0, 3), np.int64))
             return self._index_of(number, shard.handle)
         rows = index.scan(path, handle)
-        index.keep(kept, rows)
+        index.keep(kept, rows.ravel())
         return rows
+
+    def _refuse_text(self) -> None:
+        """Raises if most labels of local shards are no numbers."""
+        if self._rows is None:
+            return
+        wrong = np.flatnonzero(self._rows[:, 2] == index.Fault.LABEL)
+        if 2 * len(wrong) > len(self):
+            (reason,), _ = self.read([int(wrong[0])])
+            raise ValueError(
+                f"source={self.paths[0]!r}: {len(wrong)} of {len(self)} labels are no numbers; of the first, "
+                f"{reason!s}; write them as whole numbers, as lumix-dali convert does"
+            )
 
     def _refuse(self, number: int, found: int, expected: int) -> NoReturn:
         raise ValueError(
@@ -247,22 +265,43 @@ def _shards_in(folder: str) -> list[str]:
     if storage.has_folders(folder):
         return []  # archives beside class folders are not data
     names = storage.listing(folder)
+    shards = sorted(filter(is_shard, names))
     if DESCRIPTION in names:
         description(folder)  # raises if not all shards are written
-    return [os.path.join(folder, name) for name in sorted(names) if is_shard(name)]
+    elif shards:
+        _refuse_mixture(folder, shards)
+    return [os.path.join(folder, name) for name in shards]
+
+
+_NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:\.[a-z]+)?$")
+
+
+def _refuse_mixture(folder: str, names: Sequence[str]) -> None:
+    """Raises if shards in a folder belong to several sets, such as train and val, or lack one of theirs."""
+    parts = {name: match for name in names if (match := _NUMBERED.match(name)) and match[1].strip("-_.")}
+    sets = sorted({match[1].rstrip("-_.") for match in parts.values()})
+    splits = [each for each in sets if re.split(r"[-_.]", each.lower())[-1] in SPLITS]
+    if len(sets) > 1 and splits:
+        raise ValueError(
+            f"source={folder!r}: its shards are of {len(sets)} sets: {', '.join(sets[:5])}; give one of them, such as "
+            f"'{folder}/{splits[0]}*'"
+        )
+    for prefix, total in sorted({(match[1], match[3]) for match in parts.values() if match[3]}):
+        there = {int(match[2]) for match in parts.values() if (match[1], match[3]) == (prefix, total)}
+        if missing := [f"{k:0{len(total)}}" for k in range(int(total)) if k not in there]:
+            raise ValueError(
+                f"source={folder!r}: {len(missing)} of {prefix}*-of-{total} are missing: {', '.join(missing[:5])}; add "
+                f"them, or give those that are there by a pattern, such as '{folder}/{prefix}*'"
+            )
 
 
 def braces(pattern: str) -> list[str]:
     """Expands ``{0000..0127}`` and ``{a,b}`` as a shell and WebDataset do."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not match or (not storage.is_remote(pattern) and os.path.exists(pattern)):
+    is_file = not storage.is_remote(pattern) and os.path.exists(pattern)
+    try:
+        return [pattern] if is_file else list(braceexpand(pattern, escape=False))
+    except ValueError:  # unbalanced
         return [pattern]
-    if match[3] is None:
-        width = max(map(len, match.group(1, 2))) if match[1].startswith("0") or match[2].startswith("0") else 1
-        words = [f"{number:0{width}}" for number in range(int(match[1]), int(match[2]) + 1)]
-    else:
-        words = match[3].split(",")
-    return [each for word in words for each in braces(pattern[: match.start()] + word + pattern[match.end() :])]
 
 
 def is_shard(path: str) -> bool:
@@ -272,7 +311,10 @@ def is_shard(path: str) -> bool:
 
 
 def load_shards(
-    paths: Sequence[str], cache_dir: storage.StrPath | None, cache_bytes: int, progress: Progress
+    paths: Sequence[str],
+    cache_dir: storage.StrPath | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    progress: Progress = lambda items, total: items,
 ) -> Shards:
     """Shards of one kind, with what the files beside them say.
 

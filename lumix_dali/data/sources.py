@@ -16,7 +16,7 @@ from .files import Files, class_folder, file_list, is_manifest, manifest, pairs
 from .formats import BadImage
 from .protocol import Image, Source
 from .rows import Rows
-from .shards import braces, find_shards, load_shards
+from .shards import CACHE_BYTES, braces, find_shards, load_shards
 
 _REQUIRED = ("classes", "digest", "__len__", "name", "read")
 _KINDS = "a folder, a list file, shards, pairs, or a map-style data set of encoded images"
@@ -27,7 +27,7 @@ def load(
     *,
     classes: Sequence[str] | None = None,
     cache_dir: storage.StrPath | None = None,
-    cache_bytes: int = 50 * 2**30,
+    cache_bytes: int = CACHE_BYTES,
     progress: Progress = lambda items, total: items,
 ) -> Source:
     """The samples of any source that `create_loader` takes.

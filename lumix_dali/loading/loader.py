@@ -300,6 +300,8 @@ def create_loader(
     samples = sources.load(
         source, classes=classes, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing")
     )
+    if is_training and samples.classes is not None and not len(samples.classes):
+        raise ValueError(f"source={str(source)[:80]!r}: training needs labels; lay images out as ROOT/CLASS/IMAGE.jpg")
     order = _order(
         samples,
         checks.one_of("shuffle", shuffle, get_args(Shuffle)),
