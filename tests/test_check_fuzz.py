@@ -1,7 +1,7 @@
 """`check` on damaged bytes: it never fails, and its verdict on a file is the loader's.
 
 Small images of each format are truncated, changed, partly duplicated and spliced together. The loader's verdict
-comes from `feed.Faults`, which it consults for each sample.
+comes from `faults.Faults`, which it consults for each sample.
 """
 
 import io

@@ -13,6 +13,7 @@ import json
 import shutil
 import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -801,7 +802,8 @@ def test_an_error_that_no_file_explains_is_not_hidden(make, spoilt, monkeypatch)
 
 def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch):
     samples, spoil = spoilt
-    spoil(3, content=damaged()["truncated.jpg"])
+    good = Path(samples.path(3)).read_bytes()
+    spoil(3, content=good[: len(good) // 2] + b"\xff" * 20 + good[len(good) // 2 + 20 :])  # in the pixels of a PNG
     monkeypatch.setattr(decoding, "refused", lambda *_, **__: {})
     monkeypatch.setattr(decoding, "sample_of", lambda _: None)
     loader = make(samples, is_training=False)

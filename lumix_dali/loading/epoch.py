@@ -92,6 +92,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
 
     Attributes:
         position: after the last delivered batch.
+        begun: whether it has delivered a batch.
         version: of `faults` when the pipeline was built.
     """
 
@@ -100,9 +101,10 @@ class Epoch(Iterator[tuple[Any, ...]]):
     def __init__(self, spec: Spec, position: Position, faults: Faults) -> None:
         self.spec, self.position, self._faults = spec, position, faults
         self._pid, self._closed, self._scheduled = os.getpid(), False, False
-        self._refusals = self._unexplained = 0  # images of this batch; batches of this epoch, any image of which may be
+        self._refusals = 0  # images of this batch
+        self._unexplained = 0  # batches of this epoch in which any image may be at fault
+        self.begun = False
         self._delivered: Callable[[Position], None] = lambda position: None
-        self._indices = spec.order.epoch(position.epoch)
         self._build()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -116,6 +118,12 @@ class Epoch(Iterator[tuple[Any, ...]]):
     def begin(self, delivered: Callable[[Position], None]) -> None:
         """Makes this the epoch under way: `delivered` gets the position after each batch, before the user does."""
         self._delivered = delivered
+
+    def move(self, position: Position) -> None:
+        """Starts elsewhere, as long as nothing was delivered."""
+        if not self.begun and position != self.position:
+            self._release(wait=True)
+            self.position = position
 
     def __next__(self) -> tuple[Any, ...]:
         check_process(self._pid)
@@ -132,7 +140,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
                 batch, position = self._batch()
             self._delivered(position)
             self.position = position  # last: whatever interrupts a step before, this batch is delivered again
-            self._refusals = 0
+            self.begun, self._refusals = True, 0
             return batch
         except BaseException:
             self._release(wait=False)
@@ -225,9 +233,9 @@ class Epoch(Iterator[tuple[Any, ...]]):
             remedy += ", device='cpu', or DALI 2.2 with nvImageCodec 0.8"
         index, reason = example
         return RuntimeError(
-            f"decoder: fn.decoders.{operator} on {self.spec.device} fails for {self._refusals or count} or "
-            f"more of {count} images ({decoding.versions()}), so not the files are bad; try {remedy}, or "
-            f"`lumix-dali check`. First: {self._faults.source.name(index)[-80:]}: {reason[:80]}"
+            f"decoder: fn.decoders.{operator} on {self.spec.device} fails for {self._refusals or count} or more of "
+            f"{count} images ({decoding.versions()}), so not the files are bad; try {remedy}, or `lumix-dali check`. "
+            f"First: {self._faults.source.name(index)[-80:]}: {reason[:80]}"
         )
 
     def _build(self) -> None:
@@ -241,7 +249,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         # Not the seed of the order: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, position.epoch, order.rank]).generate_state(1)
         self.version = self._faults.version
-        feed = Feed(self._faults, self._indices, order.batch_size, plan, spec.threads, spec.prefetch)
+        feed = Feed(self._faults, order.epoch(position.epoch), order.batch_size, plan, spec.threads, spec.prefetch)
         define = pipelines.train_pipeline if order.shuffle else pipelines.val_pipeline
         self._feed, self._pipe = (
             feed,

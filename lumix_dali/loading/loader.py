@@ -524,10 +524,15 @@ class Loader:
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0."""
+        """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0.
+
+        An iterator from which nothing was taken follows: Lightning makes it before it sets the epoch.
+        """
         if checks.whole("epoch", epoch, 0, 2**31) != self._next.epoch:
             self._next = Position(epoch, 0)
         self._position = None
+        if (current := self._current()) is not None:
+            current.move(self._start)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the loader: after the last delivered batch.
