@@ -26,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from lumix_dali import create_loader, decoding
+from lumix_dali.loading.pipelines import TrainInterpolation
 from lumix_dali.data.files import Files
 from lumix_dali.data.protocol import Source
 from lumix_dali.data.sources import load
@@ -48,7 +49,7 @@ class Setting:
     device: str
     scratch: Path
     decoder: dict[str, Any] = field(default_factory=dict)  # of DALI's decoder
-    interpolation: str = "bicubic"
+    interpolation: TrainInterpolation = "bicubic"
 
     @property
     def cuda(self) -> bool:

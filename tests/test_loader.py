@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 import json
-import re
 import shutil
 import warnings
 import weakref
