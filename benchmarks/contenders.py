@@ -29,6 +29,7 @@ from lumix_dali import create_loader, decoding
 from lumix_dali.data.files import Files
 from lumix_dali.data.protocol import Source
 from lumix_dali.data.sources import load
+from lumix_dali.loading.resize import TrainInterpolation
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -48,7 +49,7 @@ class Setting:
     device: str
     scratch: Path
     decoder: dict[str, Any] = field(default_factory=dict)  # of DALI's decoder
-    interpolation: str = "bicubic"
+    interpolation: TrainInterpolation = "bicubic"
 
     @property
     def cuda(self) -> bool:

@@ -53,14 +53,22 @@ class Feed:
     gives_paths = True
 
     def __init__(self, s: Setting, mixing: Mixing | None):
-        self.s, self.rng = s, np.random.default_rng(0)
+        self.s = s
         self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True)
 
-    def __call__(self, info: Any) -> tuple[Any, ...]:
-        """The batch of an iteration."""
-        drawn = self.rng.integers(0, len(self.s.samples), self.s.batch_size)
-        paths = [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in drawn]
-        return paths, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+    def drawn(self, info: Any) -> np.ndarray:
+        """The samples of an iteration."""
+        return np.random.default_rng(info.iteration).integers(0, len(self.s.samples), self.s.batch_size)
+
+    def images(self, info: Any) -> list[np.ndarray]:
+        """Their paths."""
+        return [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in self.drawn(info)]
+
+    def arrays(self, info: Any) -> tuple[Any, ...]:
+        """That they are paths, and the plan."""
+        drawn = self.drawn(info)
+        is_path = [np.bool_(True)] * len(drawn)
+        return is_path, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
 
 
 @pipeline_def

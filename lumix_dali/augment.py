@@ -396,7 +396,8 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     """
     amounts: list[Any] = list(jitter) if isinstance(jitter, Sequence) else [jitter] * 3
     amounts += [0.0] * (len(amounts) == 3)
-    known = all(isinstance(amount, Real) and 0 <= float(amount) < pymath.inf for amount in amounts)
+    numbers = all(isinstance(amount, Real) and not isinstance(amount, bool) for amount in amounts)
+    known = numbers and all(0 <= float(amount) < pymath.inf for amount in amounts)
     if len(amounts) != 4 or not known or amounts[3] > 0.5:
         raise ValueError(
             f"color_jitter={jitter!r}: give a number >= 0, or three or four of them: brightness, contrast, "

@@ -20,13 +20,16 @@ from . import __version__, checks
 from .data import check, convert, sources
 from .data.files import is_manifest, write_manifest
 from .data.formats import MAX_PIXELS
+from .data.storage import replacing
 from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
-_LOWEST = dict(
-    count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1, rounds=1, num_threads=1
-)
+_LOWEST = dict.fromkeys(
+    ("count", "input_size", "workers", "ranks", "batch_size", "shard_size", "max_pixels", "max_size", "quality")
+    + ("rounds", "num_threads"),
+    1,
+) | dict(seed=0)
 BOX_COLOUR = (255, 64, 64)
 # What the partner is to the canvas; CutMix' line has the colour of its box.
 PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
@@ -53,6 +56,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     """
     from .loading.loader import create_loader
 
+    if os.path.splitext(out)[1].lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: Pillow knows no format of this ending; give a name such as mixed.png")
     if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
         options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
     source = sources.load(root)
@@ -67,7 +72,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for place, tile in enumerate(tiles):
         grid.paste(tile, (place % columns * width, place // columns * height))
-    grid.save(out)
+    with replacing(out) as file:
+        grid.save(file, Image.registered_extensions()[os.path.splitext(out)[1].lower()])
 
 
 def _tile(
@@ -185,8 +191,8 @@ def _check(args: argparse.Namespace) -> int:
         write_manifest(report.samples, args.manifest)
     if args.report:
         content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
-        with open(args.report, "w", encoding="ascii") as file:
-            json.dump(content, file, indent=1)
+        with replacing(args.report) as file:
+            file.write(json.dumps(content, indent=1).encode("ascii"))
     return 0 if report.ok else 1
 
 
@@ -197,8 +203,19 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--out", required=True, metavar="DIR", help="folder of the shards; repeating the command resumes a conversion")
     add("--shard-size", type=int, default=10_000, help="samples a shard (%(default)s)")
     add("--seed", type=int, default=0, help="of the order (%(default)s)")
+    add(
+        "--max-size",
+        type=int,
+        metavar="PIXELS",
+        help="reduce images with a longer side; default: no change",
+    )
+    add("--quality", type=int, default=90, help="of the JPEGs that are reduced (%(default)s)")
     add("--full", action="store_true", help="decode every file in the scan")
-    add("--workers", type=int, help="processes of the scan; default: the CPUs this one may use")
+    add(
+        "--workers",
+        type=int,
+        help="processes of the scan, threads of the conversion; default: the CPUs this one may use",
+    )
     command.set_defaults(run=_convert)
 
 
@@ -212,7 +229,16 @@ def _convert(args: argparse.Namespace) -> int:
         samples = report.samples or samples
         for name, reason in report.bad.items():
             print(f"left out {name!r}: {reason}", file=sys.stderr)
-    paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=bar("chunk"))
+    paths = convert.convert(
+        samples,
+        args.out,
+        shard_size=args.shard_size,
+        seed=args.seed,
+        max_size=args.max_size,
+        quality=args.quality,
+        workers=args.workers,
+        progress=bar("shard"),
+    )
     print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
     return 0
 

@@ -493,3 +493,53 @@ def test_descriptors_are_closed(shards, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # one shard, and the index
     del found
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_rewritten_with_its_size_and_time_kept_is_read_again(tmp_path):
+    def write(shift):
+        members = [m for i in range(6) for m in ((f"{i}.jpg", b"image"), (f"{i}.cls", str((i + shift) % 6).encode()))]
+        pack(tmp_path / "a.tar", *members)
+
+    write(0)
+    before = os.stat(tmp_path / "a.tar")
+    assert sources.load(tmp_path / "a.tar").read(range(6))[1].tolist() == [0, 1, 2, 3, 4, 5]
+    write(1)
+    os.utime(tmp_path / "a.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sources.load(tmp_path / "a.tar").read(range(6))[1].tolist() == [1, 2, 3, 4, 5, 0]
+
+
+def test_a_flipped_bit_in_a_kept_index_changes_nothing(shards):
+    sources.load(shards)
+    (kept,) = (shards / ".lumix_dali").glob("*.npy")
+    good, rng = kept.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        content, place = bytearray(good), int(rng.integers(len(good)))
+        content[place] ^= 1 << int(rng.integers(8))
+        kept.write_bytes(content)
+        assert sources.load(shards).read(range(6))[1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_labels_that_are_text_fail_at_once(tmp_path):
+    pack(tmp_path / "a.tar", *(m for i in range(3) for m in ((f"{i}.jpg", b"x"), (f"{i}.cls", b"n01440764"))))
+    with pytest.raises(ValueError, match=r"3 of 3 labels are no numbers; .*b'n01440764'"):
+        sources.load(tmp_path / "a.tar")
+
+
+def test_mixed_or_incomplete_sets_of_shards_are_refused(tmp_path):
+    pack(tmp_path / "whole.tar", ("0.jpg", b"x"), ("0.cls", b"0"))
+    content = (tmp_path / "whole.tar").read_bytes()
+    for names, said in (
+        (["train-0000.tar", "train-0001.tar", "val-0000.tar"], "of 2 sets: train, val; give one of them"),
+        (["train-00000-of-00003", "train-00002-of-00003"], "1 of train-.*-of-00003 are missing: 00001"),
+        (["a.tar", "b.tar"], None),
+        (["part-000.tar", "part-001.tar"], None),
+    ):
+        folder = tmp_path / names[0].replace(".", "")
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(content)
+        if said is None:
+            assert len(sources.load(folder)) == 2
+        else:
+            with pytest.raises(ValueError, match=said):
+                sources.load(folder)

@@ -4,18 +4,21 @@ Every sample has a unique label, so a stream's labels identify its samples. The 
 is compared with `tarfile`.
 """
 
+import io
 import itertools
 import json
 import os
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from archives import as_records, pack
 from images import damaged, encoded, ramp_samples
+from PIL import Image
 from test_train import argv, rows, write_folder
 
 from benchmarks.records import bytes_feature, example, int_feature, record
@@ -516,6 +519,34 @@ def test_bytes_and_labels_are_untouched(files, folders):
             members = [(member.name, archive.extractfile(member).read()) for member in archive]
         found += [(*image, label) for image, (_, label) in zip(members[::2], members[1::2], strict=True)]
     assert found == [contents[i] for i in order]
+
+
+def test_large_images_are_reduced_as_pillow_does(tmp_path):
+    root, rng = tmp_path / "in" / "a", np.random.default_rng(0)
+    root.mkdir(parents=True)
+    for name, size in (
+        ("small.jpg", (40, 30)),
+        ("wide.png", (90, 20)),
+        ("tall.bmp", (7, 101)),
+        ("edge.webp", (50, 50)),
+    ):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(root / name)
+    options = ["--max-size", "50", "--quality", "80", "--workers", "2"]
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]) == 0
+    samples, found = class_folder(tmp_path / "in"), {}
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        found = {each.name: archive.extractfile(each).read() for each in archive if not each.name.endswith("cls")}
+    expected = {}
+    for i, name in enumerate(samples.names):
+        content, size = (tmp_path / "in" / name).read_bytes(), {"wide": (50, 11), "tall": (3, 50)}.get(name[2:6])
+        if size:
+            reduced = io.BytesIO()
+            image = Image.open(io.BytesIO(content)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            image.save(reduced, "JPEG", quality=80)
+            content = reduced.getvalue()
+        expected[f"{i:09}{'.jpg' if size else Path(name).suffix}"] = content
+    assert found == expected
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2  # shards of another encoding
 
 
 @pytest.fixture(scope="module")

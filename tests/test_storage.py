@@ -605,3 +605,28 @@ def test_a_changed_object_is_never_served_stale(bucket, shards):
 def test_missing_s3_objects_are_named(bucket, source, message):
     with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
         sources.load(source)
+
+
+def test_a_remote_shards_digest_tells_its_version(memory, tmp_path):
+    digests = set()
+    for label in (b"0", b"1"):
+        pack(tmp_path / "a.tar", ("0.jpg", b"x"), ("0.cls", label))
+        memory.pipe("/d/a.tar", (tmp_path / "a.tar").read_bytes())
+        digests.add(sources.load("memory://d/a.tar").digest)
+    assert len(digests) == 2
+
+
+def test_a_server_that_fails_for_the_moment_is_asked_again(memory, shards, monkeypatch):
+    put(memory, shards, "/data")
+    get, failures = MemoryFileSystem.get_file, []
+
+    def busy(self, *args, **options):
+        failures.append(1)
+        if len(failures) < 3:
+            raise ConnectionResetError("gone")
+        return get(self, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", busy)
+    monkeypatch.setattr(storage, "_WAITS", (0, 0, 0))
+    assert sources.load("memory://data").read([0])[1].tolist() == sources.load(shards).read([0])[1].tolist()
+    assert len(failures) == 3

@@ -1,7 +1,7 @@
 """``lumix-dali check``: finds the files that a run would have to replace, and writes a manifest of the others.
 
 The fast scan takes the loader's own look at each header, and at a JPEG's markers; ``--full`` decodes everything, as
-the loader does, and once more with Pillow. Both work in child processes: a file on which one dies is found and named.
+the loader does, and JPEGs once more with Pillow. Both work in child processes: a file on which one dies is named.
 Shards are read from end to end, and never extracted.
 """
 
@@ -161,7 +161,7 @@ def scan(
 
     Args:
         source: as `create_loader` takes it; what is remote is read from its storage.
-        full: decode every image, with Pillow too, instead of looking only at headers, markers and ends.
+        full: decode every image, JPEGs with Pillow too, instead of looking only at headers, markers and ends.
         max_pixels: images whose header claims more are bad: they could take the machine's memory.
         workers: processes; None: this process's CPUs.
         progress: wraps the iterable of scanned chunks, given the number of chunks.
@@ -400,7 +400,7 @@ def _is_whole(jpeg: bytes) -> bool:
 
 
 def _decode(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
-    """As `_look_at`, by decoding: what DALI decodes is decoded once more with Pillow.
+    """As `_look_at`, by decoding: JPEGs that DALI decodes are decoded once more with Pillow.
 
     libjpeg's fatal errors inside a scan count as success in nvImageCodec, which then delivers a partly grey image.
     """
@@ -413,16 +413,23 @@ def _decode(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | 
         said.append(_said(item, look))
     encoded = {number: np.frombuffer(content, np.uint8) for number, content in contents.items()}
     for number in refused(encoded):
-        kind = formats.look(io.BytesIO(contents[number]), max_pixels).format
-        said[number] = Note(kind, Decoder.PILLOW, _REFUSED)
+        said[number] = _said(contents[number], partial(_decode_refused, max_pixels=max_pixels))
     return said
+
+
+def _decode_refused(file: BinaryIO, max_pixels: int) -> Note:
+    """Of an image that DALI refuses: Pillow decodes it, or it is bad."""
+    formats.pillow_pixels(file, max_pixels)
+    return Note(formats.look(file, max_pixels).format, Decoder.PILLOW, _REFUSED)
 
 
 def _decode_with_pillow(file: BinaryIO, number: int, contents: dict[int, bytes], max_pixels: int) -> Note | None:
     """What is notable; keeps the content of what DALI decodes."""
     found = formats.look(file, max_pixels)
     content = _content(file)
-    formats.pillow_pixels(file, max_pixels)
+    # Not PNG: Pillow refuses some for a text chunk, whose pixels DALI decodes as they should be.
+    if found.decoder == Decoder.PILLOW or found.format == "JPEG":
+        formats.pillow_pixels(file, max_pixels)
     if found.decoder == Decoder.DALI:
         contents[number] = content
     return _note(file, found)

@@ -131,7 +131,9 @@ class _Renumbered(_Defaults):
     def __init__(self, source: Source, table: np.ndarray, classes: Sequence[str]) -> None:
         super().__init__(source)
         self.classes, self._table = classes, table
-        self.digest = hashlib.sha256(f"{source.digest}\0{table.tolist()}\0{classes}".encode()).hexdigest()
+        self.digest = hashlib.sha256(
+            f"{source.digest}\0{table.tolist()}\0{classes}".encode("utf-8", "surrogateescape")
+        ).hexdigest()
         self.labels = None if source.labels is None else table[source.labels]
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:

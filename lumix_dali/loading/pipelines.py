@@ -19,6 +19,7 @@ from nvidia.dali.data_node import DataNode
 from .. import augment, checks
 from .. import fn as mixfn
 from ..decoding import decode
+from ..graph import branch, first
 from .feed import Feed
 from .plan import ANCHORS, IDS, KIND, SHAPES, WEIGHT, Plan
 from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mirror
@@ -29,6 +30,7 @@ DType = Literal["float32", "float16", "uint8"]
 EraseMode = Literal["const", "rand", "pixel"]
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
+_MIN_CROP = 0.05  # below, a resized image has more pixels than memory
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 
@@ -59,11 +61,11 @@ class Output:
             mean=checks.channels("mean", self.mean),
             std=checks.channels("std", self.std, positive=True),
             dtype=checks.one_of("dtype", self.dtype, get_args(DType)),
-            channels_last=bool(self.channels_last),
+            channels_last=checks.flag("channels_last", self.channels_last),
         )
         if max(map(abs, (*self.mean, *self.std))) > 2:
             warnings.warn(
-                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=5
+                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=6
             )
 
     def _set(self, **values: object) -> None:
@@ -137,7 +139,7 @@ class EvalTransform(Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
-            crop_pct=checks.fraction("crop_pct", self.crop_pct, positive=True),
+            crop_pct=checks.number("crop_pct", self.crop_pct, _MIN_CROP, 1.0),
             crop_mode=checks.one_of("crop_mode", self.crop_mode, get_args(CropMode)),
             interpolation=checks.one_of("interpolation", self.interpolation, get_args(Interpolation)),
         )
@@ -258,11 +260,23 @@ def _put(node: DataNode) -> DataNode:
 
 def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, DataNode]:
     """Encoded images, and the plan."""
-    given, planned = fn.external_source(
-        feed.__call__, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT32], ndim=[1, 2]
+    given = fn.external_source(
+        feed.images, batch=True, batch_info=True, dtype=types.UINT8, ndim=1, no_copy=not feed.gives_paths
     )
-    encoded = fn.io.file.read(given, **{**_READER, **(reader or {})}) if feed.gives_paths else given
-    return encoded, planned
+    # Not with the images: the plan reaches the user, so DALI must have a copy of its own.
+    *is_path, planned = fn.external_source(
+        feed.arrays,
+        num_outputs=feed.gives_paths + 1,
+        batch=True,
+        batch_info=True,
+        dtype=[types.BOOL] * feed.gives_paths + [types.INT32],
+        ndim=[0] * feed.gives_paths + [2],
+    )
+    if not is_path:
+        return given, planned
+    # Pillow decoded the others.
+    options = {**_READER, **(reader or {})}
+    return branch(is_path[0], lambda paths: fn.io.file.read(paths, **options), first, given), planned
 
 
 def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
