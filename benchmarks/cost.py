@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from . import data
         from .contenders import Setting
-        from .stages import build, candidates, chained, operators
+        from .stages import candidates, chained
 
         check_model(args.model)
         root = args.data or (data.generate("data/few-images", 64, 8) if args.quick else data.generate())
@@ -178,7 +178,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 decoder=args.decoder,
                 amp=args.amp,
                 images=len(s.samples),
-                operators=operators(build(s, args.threads)),
             ),
             allow_dirty=args.allow_dirty,
         )

@@ -163,7 +163,8 @@ def decode(device: str, data: Path | None, regions: bool, batch_size: int, batch
             speed = harness.throughput(loader, batch_size=batch_size, timed=batches, ahead=PREFETCH, device=device)
         found |= dict(images_per_second=speed, gpu_after=harness.gpu_state())
         if device != "cpu":
-            found["memory_mib"] = torch.cuda.device_memory_used(device) / 2**20
+            free, total = torch.cuda.mem_get_info(device)
+            found["memory_mib"] = (total - free) / 2**20
         yield found
 
 

@@ -74,7 +74,10 @@ TESTS = {
     "loader": ("test_every_state_leads_to_the_same_stream", "test_two_loaders_at_once", "test_close"),
     "classification": ("test_evaluation_on_the_gpu_is_close_to_the_cpus",),
 }
-LOADERS = "dali/,dali+torchvision,lumix/,timm FastCollateMixup elem"
+LOADERS = (
+    "dali/read,dali/+normalise,dali+torchvision,lumix/none,lumix/cutmix elem,lumix/cutmix+mixup elem,"
+    "timm FastCollateMixup elem"
+)
 TRAINING = "--img-size 64 --crop-pct 1 --mixup-mode elem --opt adamw --lr 2e-3 --warmup-epochs 1 --epochs 4 -b 64"
 GRACE = 5  # seconds between asking a step to end and killing it
 DALI = ("nvidia.dali", "the wheel nvidia-dali-cuda130 or its files on PYTHONPATH")

@@ -4,7 +4,7 @@ A turn runs batches of a pipeline that contains only the stage; "nothing" is the
 "loader" rows mix by plans drawn on the host, as the loader does; the others mix in the graph (`fn.mix`).
 On a GPU a row also has the run time of its kernels and copies (`kernel_us` per batch, from the profiler; it excludes
 the CPU's draws) and their names; `copies` counts the copies per batch by direction. `cpu_ms` is the CPU time of all
-threads per batch: "paste" minus "nothing" is what setting up DALI's paste costs the host.
+threads per batch.
 
     python -m benchmarks.mix --quick
     python -m benchmarks.mix --batch-size 256

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def
 
 import lumix_dali.fn as mixfn
 from lumix_dali.loading import pipelines
@@ -63,22 +63,6 @@ def planned(options: dict[str, Any], side: int, images, labels):
     return *pipelines.mixed(images, rows, plan), nothing
 
 
-def unmixed(images, labels):
-    """The metadata of an unmixed batch: small operators and copies, no pixels."""
-    return images, *mixfn.unmixed(labels, images.device)
-
-
-def pasted(side: int, images, labels):
-    """Only DALI's paste of one fixed box, from partners as in `lumix_dali.fn`."""
-    start, extent = (
-        types.Constant(np.array([[canvas] * 2, [side // 4 * box] * 2], np.int32), device="cpu")
-        for canvas, box in ((0, 1), (side, 2))
-    )
-    index = fn.cast(labels, dtype=types.INT32)  # labels count the batch
-    partners = fn.stack(index, fn.batch_permutation(no_fixed_points=True))
-    return fn.multi_paste(images, in_ids=partners, in_anchors=start, out_anchors=start, shapes=extent), labels
-
-
 def stages(side: int = 224) -> dict[str, Callable]:
     """The stages, as graph functions of (images, labels); `side` is the side of the images in pixels."""
     return {
@@ -86,8 +70,6 @@ def stages(side: int = 224) -> dict[str, Callable]:
         "normalise": lambda images, labels: (normalised_in_dali(images), labels),
         **{name: partial(mixed, options) for name, options in MIXES.items()},
         **{f"loader: {name}": partial(planned, options, side) for name, options in MIXES.items()},
-        "unmixed": unmixed,
-        "paste": partial(pasted, side),
     }
 
 

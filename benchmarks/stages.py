@@ -9,7 +9,6 @@ import sys
 import tarfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BytesIO
@@ -445,21 +444,3 @@ def stage_start(s: Setting, threads: int, stages: int, copied: bool, batches: in
 def fed_start(step: Step, threads: int, batches: int) -> Epoch:
     """An epoch of training steps, as `loader_turn` starts it."""
     return Epoch(partial(fed, step.loader(threads, batches), step))
-
-
-def operators(pipe: Pipeline) -> dict[str, Any]:
-    """A pipeline's operators by device, its copies to the GPU, and its CPU operators that read from the GPU."""
-    pipe._build_graph()
-    made_on = {node.name: operator._op.device for operator in pipe._ops for node in operator.outputs}
-    taken = [(operator, node) for operator in pipe._ops for node in operator.inputs]
-    nodes = {(node.name, node.device) for node in (*(node for _, node in taken), *pipe._graph_outputs)}
-    counts = Counter(operator._op.device for operator in pipe._ops)
-    return dict(
-        **{device: counts[device] for device in ("cpu", "mixed", "gpu")},
-        copies_to_gpu=sum(device == "gpu" and made_on[name] == "cpu" for name, device in nodes),
-        read_from_gpu=[
-            type(operator._op).__name__
-            for operator, node in taken
-            if operator._op.device == "cpu" and node.device == "gpu"
-        ],
-    )

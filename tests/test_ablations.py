@@ -414,19 +414,10 @@ def test_metrics_side_by_side_and_which_differences_hold():
     assert "In its last epoch LUMix moves λ by 0.100 on average; 25.0% are clamped." in plot.table(result)
 
 
-def test_figure_of_differences():
-    figure = plot.draw_accuracy(components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9])))
-    top1, _, _, fan, opinion, moved = figure.axes
-    seeds, mean, interval, zero = top1.lines
-    assert sorted(seeds.get_xdata()) == pytest.approx([1.9, 2, 2.1]) and zero.get_xdata()[0] == 0
-    assert mean.get_xdata() == pytest.approx([2]) and np.mean(interval.get_xdata()) == pytest.approx(2)
-    assert [line.get_label() for line in fan.lines] == ["λ0", "λ_s", "λ"]
-    assert len(opinion.lines) == len(moved.lines) == 2
-    np.testing.assert_allclose(moved.lines[0].get_ydata(), [0.2, 0.1])
-
-
-def test_figure_has_every_seed_and_the_mean(whole):
-    axes = plot.draw_accuracy(whole).axes[0]
-    assert len(axes.lines) == 5 * 3
-    first = np.array([run["top1"] for run in whole["rows"][0]["runs"]])
-    np.testing.assert_allclose(axes.lines[2].get_ydata(), first.mean(0))
+def test_figure_has_every_seed_their_mean_and_its_interval():
+    (top1, _, _) = accuracy.chart(components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]))).panels
+    (dot,) = top1.dots
+    assert sorted(dot.values) == pytest.approx([1.9, 2, 2.1])
+    assert dot.middle == pytest.approx(2)
+    assert (dot.low + dot.high) / 2 == pytest.approx(2)
+    assert dot.high - dot.middle == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)  # t of two degrees of freedom

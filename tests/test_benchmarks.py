@@ -593,19 +593,6 @@ def cost_on(folder, tmp_path):
     return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
 
 
-@pytest.mark.parametrize("stages", range(1, 6))
-def test_every_stage_is_a_gpu_graph(cost_on, stages):
-    """Mixed images and their target come from the GPU; `_Shape` reads only metadata."""
-    from benchmarks.stages import build, operators
-
-    pipe = build(cost_on("cuda:0"), 1, stages)
-    found = operators(pipe)
-    assert set(found["read_from_gpu"]) <= {"_Shape"}
-    assert found["mixed"] == (stages > 1)
-    on_gpu = [node.device == "gpu" for node in pipe._graph_outputs]
-    assert all(on_gpu) if stages > 3 else on_gpu == [stages > 1, False]
-
-
 def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
     from benchmarks.stages import HANDOVERS, build
 

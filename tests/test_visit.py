@@ -7,9 +7,7 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from benchmarks import device, gpu, harness, mixing
 from benchmarks.gpu import Step
@@ -168,18 +166,6 @@ def test_kernels_are_summed_by_name():
         "copies": {"HtoD": 0.5},
         "longest": {"a": 4.0, "Memcpy HtoD (Pinned -> Device)": 1.0},
     }
-
-
-def test_the_paste_by_itself_is_a_box_of_the_partners():
-    """A quarter of the image, so that its cost is comparable with CutMix's paste."""
-    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).repeat(1, 8, 8, 3)
-    found, _ = (np.array(output.as_array()) for output in mixing.build(mixing.stages(8)["paste"], images, 1).run())
-    inside = np.zeros((8, 8), bool)
-    inside[2:6, 2:6] = True
-    for own, image in enumerate(found[..., 0]):
-        assert (image[~inside] == own).all()
-        assert len(set(image[inside])) == 1
-        assert image[inside][0] != own
 
 
 def test_a_decoder_on_the_cpu_is_reported(tmp_path):
