@@ -193,12 +193,12 @@ def check_model(name: str) -> None:
 
 
 def estimate(args: argparse.Namespace) -> float:
-    """Seconds on two cores: 4 ms an image in the loader, 300 in a step, and the start."""
+    """Seconds on two cores: 2 ms per image in the loader, 150 in a step, and the start."""
     rounds, images = args.rounds + 1, args.batch_size
     seconds = 20.0
     seconds += rounds * 6 * (2 * args.batches + 6) * images * 2e-3 * ("loader" in args.parts)
-    seconds += rounds * 10 * (args.steps + 2) * images * 0.25 * bool({"model", "step"} & set(args.parts))
-    return seconds + rounds * 20 * bool({"tiny", "mixing", "cpu"} & set(args.parts))
+    seconds += rounds * 10 * (args.steps + 2) * images * 0.15 * bool({"model", "step"} & set(args.parts))
+    return seconds + rounds * 5 * len({"tiny", "mixing", "cpu"} & set(args.parts))
 
 
 if __name__ == "__main__":

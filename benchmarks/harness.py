@@ -162,18 +162,19 @@ class Progress:
 
     EVERY = 10.0
 
-    def __init__(self, turns: int, rounds: int):
-        self.turns, self.rounds, self.done = turns, rounds, 0
+    def __init__(self, turns: int, rounds: int, untimed: int = 1):
+        self.total, self.rounds, self.done = turns * (rounds + untimed), rounds, 0
         self.start, self.last = time.perf_counter(), -math.inf
-        say(f"{turns} candidates take turns: one untimed round, in which they start, then {rounds} counted")
+        first = "one untimed round, in which they start, then " * untimed
+        say(f"{turns} candidates take turns: {first}{rounds} counted round(s)")
 
     def turn(self, number: int, name: str) -> None:
         """After a turn of candidate `name` in round `number`."""
         self.done += 1
-        now, total = time.perf_counter(), self.turns * (self.rounds + 1)
-        if now - self.last >= self.EVERY or self.done == total:
-            left = (now - self.start) * (total / self.done - 1)
-            say(f"round {number} of {self.rounds}, {name}: {self.done} of {total} turns, about {left:.0f} s to go")
+        now = time.perf_counter()
+        if now - self.last >= self.EVERY or self.done == self.total:
+            left = (now - self.start) * (self.total / self.done - 1)
+            say(f"round {number} of {self.rounds}, {name}: {self.done} of {self.total} turns, about {left:.0f} s to go")
             self.last = now
 
 

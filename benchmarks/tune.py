@@ -92,12 +92,12 @@ def tune(
     """
     chosen = {name: options[0] for name, options in values.items()}
     rows: list[dict[str, Any]] = []
-    said = harness.Progress(sum(map(len, values.values())), rounds - 1)
+    said = harness.Progress(sum(map(len, values.values())), rounds, untimed=0)
     measure(dict(chosen))
     for knob, options in values.items():
         ours = [dict(name=f"{knob}={value!r}", knob=knob, value=value, values=[], chosen=False) for value in options]
         rows += ours
-        for number in range(rounds):
+        for number in range(1, rounds + 1):
             for row in ours:
                 row["values"].append(measure(chosen | {knob: row["value"]}))
                 said.turn(number, row["name"])
