@@ -29,11 +29,7 @@ from lumix_dali import create_loader, decoding
 from lumix_dali.data.files import Files
 from lumix_dali.data.protocol import Source
 from lumix_dali.data.sources import load
-<<<<<<< HEAD
 from lumix_dali.loading.resize import TrainInterpolation
-=======
-from lumix_dali.loading.pipelines import TrainInterpolation
->>>>>>> loader
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
