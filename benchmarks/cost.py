@@ -71,7 +71,7 @@ class Feed:
         """The batch of an iteration."""
         drawn = self.rng.integers(0, len(self.s.samples), self.s.batch_size)
         paths = [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in drawn]
-        return paths, *self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+        return paths, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
 
 
 @pipeline_def

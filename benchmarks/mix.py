@@ -46,7 +46,7 @@ GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 def scaled(images, partners, drawn: Any):
     """What `lumix_dali.fn` does."""
-    return normalised_in_dali(mixfn._blend(images, partners, images, drawn.weight, drawn.is_mixup))
+    return normalised_in_dali(mixfn._blend(images, partners, images, drawn.weight, drawn.kind == mixfn.MIXUP))
 
 
 def arithmetic(images, partners, drawn: Any):
@@ -100,21 +100,21 @@ class Plans:
 
     def __call__(self, info: Any) -> tuple[Any, ...]:
         """Only the plan of an iteration, without images."""
-        return np.zeros((len(self.places), 1), np.uint8), *self.plan.batch(info.iteration, self.places, self.places)
+        return np.zeros((len(self.places), 1), np.uint8), self.plan.batch(info.iteration, self.places, self.places)
 
 
 def planned(options: dict[str, Any], side: int, images, labels):
     """Mixes as the loader's graph does: the host draws the plan, including the callback."""
     pipe = Pipeline.current()
-    plan = Plan(0, 0, 0, (side, side), Mixing(**options), training=True, on_gpu=pipe.device_id is not None)
-    nothing, arrays = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
-    return *pipelines.mixed(images, arrays, plan), nothing
+    plan = Plan(0, 0, 0, (side, side), Mixing(**options), training=True)
+    nothing, rows = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
+    return *pipelines.mixed(images, rows, plan), nothing
 
 
 def draws(options: dict[str, Any], images, labels):
     """Only the draw of `lumix_dali.fn.mix`, from a shape: operators on the CPU."""
     drawn = mixfn.draw(images.shape(dtype=types.INT32)[:2], Mixing(**options))
-    return tuple(node for node in drawn if node is not None)
+    return tuple(drawn)
 
 
 def unmixed(images, labels):

@@ -25,7 +25,7 @@ Batches = Iterator[tuple[torch.Tensor, MixTarget]]
 def augment_and_mix(encoded, labels, size, device):
     images = fn.decoders.image_random_crop(encoded, device="mixed" if device == "gpu" else "cpu")
     images = fn.resize_crop_mirror(images, size=(size, size), crop=(size, size), mirror=fn.random.coin_flip())
-    images, target = mixfn.mix(images, labels, mixup_alpha=0.8, cutmix_alpha=1.0, size=(size, size))
+    images, target = mixfn.mix(images, labels, mixup_alpha=0.8, cutmix_alpha=1.0)
     return fn.crop_mirror_normalize(images, mean=MEAN, std=STD), *target
 
 

@@ -16,7 +16,8 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor, nn
 
 import lumix_dali.fn as mixfn
-from lumix_dali import Kind, MixTarget
+from lumix_dali import Kind, Mixing, MixTarget
+from lumix_dali.mixing import Draw
 from lumix_dali.reference import count_lam0, cut_box, mix_images
 
 OTHER = 3  # MixTarget's kind: mixed by something other than a box or one weight
@@ -44,14 +45,16 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     start = fn.cast(math.floor(free), dtype=types.INT32)
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
     small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste assumes one size for all inputs
-    drawn = mixfn.given(size, partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side))
-    _, target = mixfn.apply(images, labels, drawn)  # its pixels are never computed: DALI prunes unused outputs
+    drawn = Draw(partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side), partner * 0.0)
+    _, target = mixfn.apply(
+        images, labels, drawn, Mixing()
+    )  # its pixels are never computed: DALI prunes unused outputs
     mixed = fn.multi_paste(
         images,
         small,
-        in_anchors=drawn.start * 0,
-        out_anchors=drawn.start,
-        shapes=drawn.stop - drawn.start,
+        in_anchors=fn.stack(start * 0, start * 0),
+        out_anchors=fn.stack(start * 0, start),
+        shapes=fn.stack(size, side),
         output_size=size,
     )
     return mixed, target

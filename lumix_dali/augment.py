@@ -32,6 +32,8 @@ from typing import Any, NamedTuple, TypeAlias
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
+from .conditional import merge, split, verbatim
+
 Operation = Callable[..., DataNode]
 Number: TypeAlias = float | DataNode
 ERASE_MODES = ("const", "rand", "pixel")
@@ -132,6 +134,7 @@ def parse(spec: str) -> Policy:
     )
 
 
+@verbatim
 def rand_augment(
     images: DataNode,
     spec: str = "rand-m9-mstd0.5-inc1",
@@ -164,6 +167,7 @@ def rand_augment(
     return images
 
 
+@verbatim
 def draw(policy: Policy) -> tuple[DataNode, DataNode]:
     """Draws what each layer does to each sample.
 
@@ -228,11 +232,9 @@ def _select(
 
 
 def _if(predicate: DataNode, then: Operation, otherwise: Operation, *nodes: DataNode) -> DataNode:
-    """What DALI makes of an ``if``, without asking every caller to enable conditionals."""
-    parts = [fn._conditional.split(node, predicate=predicate, _if_stmt=True) for node in nodes]
-    return fn._conditional.merge(
-        then(*(true for true, _ in parts)), otherwise(*(false for _, false in parts)), predicate=predicate
-    )
+    """`then` for the samples where `predicate` is true, `otherwise` for the others."""
+    parts = [split(node, predicate) for node in nodes]
+    return merge(then(*(true for true, _ in parts)), otherwise(*(false for _, false in parts)), predicate)
 
 
 def _warp(images: DataNode, outcome: DataNode, argument: DataNode, **options: Any) -> DataNode:
@@ -241,6 +243,7 @@ def _warp(images: DataNode, outcome: DataNode, argument: DataNode, **options: An
     return warp(images, given[0], given[1:3], given[3:5], **options)
 
 
+@verbatim
 def warp(
     images: DataNode,
     degrees: Number,
@@ -282,21 +285,25 @@ def warp(
     )
 
 
+@verbatim
 def brightness(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Brightness: 0 is black, 1 the image."""
     return fn.brightness_contrast(images, brightness=factor, brightness_shift=_CUT / 255)
 
 
+@verbatim
 def color(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Color: 0 is grey, 1 the image."""
     return _blend(_grey(images), images, factor)
 
 
+@verbatim
 def contrast(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Contrast: 0 is the mean of the grey image, 1 the image."""
     return _blend(fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True), images, factor)
 
 
+@verbatim
 def sharpness(images: DataNode, factor: DataNode) -> DataNode:
     """Pillow's ImageEnhance.Sharpness: 0 is smooth, 1 the image."""
     around = (1 - factor) * (1 / 13)
@@ -305,27 +312,32 @@ def sharpness(images: DataNode, factor: DataNode) -> DataNode:
     return fn.filter(images, _put(kernel, images.device))
 
 
+@verbatim
 def posterize(images: DataNode, bits: DataNode) -> DataNode:
     """Keeps the highest `bits` of each grey level (a whole number; below 1 gives black)."""
     kept = fn.cast(256 - math.fpow(2.0, 8 - bits), dtype=types.UINT8)  # clipped to [0, 255]
     return images & _put(kept, images.device)
 
 
+@verbatim
 def solarize(images: DataNode, threshold: DataNode) -> DataNode:
     """Inverts the grey levels >= `threshold` (a whole number)."""
     return images ^ _where(images >= _put(threshold, images.device)) * _level(255)
 
 
+@verbatim
 def solarize_add(images: DataNode, add: DataNode) -> DataNode:
     """Adds `add` (a whole number up to 128) to the grey levels below 128."""
     return images + _where(images < _level(128)) * _put(fn.cast(add, dtype=types.UINT8), images.device)
 
 
+@verbatim
 def invert(images: DataNode) -> DataNode:
     """255 minus each grey level."""
     return images ^ _level(255)
 
 
+@verbatim
 def auto_contrast(images: DataNode) -> DataNode:
     """Stretches each channel to [0, 255]; a channel without contrast stays unchanged."""
     low, high = (reduce(images, axes=[0, 1], keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max))
@@ -334,11 +346,13 @@ def auto_contrast(images: DataNode) -> DataNode:
     return fn.cast(stretched, dtype=types.UINT8)
 
 
+@verbatim
 def equalize(images: DataNode) -> DataNode:
     """Approximates Pillow's ImageOps.equalize by OpenCV's of the negative, whose sum starts at white."""
     return invert(fn.equalize(invert(images)))
 
 
+@verbatim
 def color_jitter(
     images: DataNode, jitter: float | Sequence[float], *, prob: float = 1.0, grayscale_prob: float = 0.0
 ) -> DataNode:
@@ -398,6 +412,7 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     return tuple(map(float, amounts))  # type: ignore[return-value]
 
 
+@verbatim
 def erase(
     images: DataNode,
     *,
@@ -436,6 +451,7 @@ def erase(
     return images
 
 
+@verbatim
 def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNode, DataNode]:
     """timm's rule for a region: one of ten draws that is smaller than the image, or none.
 

@@ -11,9 +11,9 @@ import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
-from .fn import BELOW_HALF
-from .mixing import Mixing, draw, regions
-from .target import MixTarget
+from .fn import BELOW_HALF, box_lam0
+from .mixing import Mixing, draw, patches
+from .target import Kind, MixTarget
 
 
 def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator) -> tuple[ndd.Batch, MixTarget]:
@@ -49,24 +49,19 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
     if classes.shape != (images.batch_size,):
         raise ValueError(f"labels: shape {classes.shape}; give one integer per image, [{images.batch_size}]")
     drawn = draw(rng, images.batch_size, size, mixing)
-    patches = regions(drawn, size)
-    anchors = ndd.as_batch(patches.anchors)
-    mixed = ndd.multi_paste(
-        images,
-        in_ids=ndd.as_batch(patches.ids),
-        in_anchors=anchors,
-        out_anchors=anchors,
-        shapes=ndd.as_batch(patches.shapes),
-    )
+    ids, anchors, shapes = (ndd.as_batch(array) for array in patches(drawn, size))
+    mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
     if mixing.with_mixup:  # weights of 0 and 1 are exact
-        mixed = _scaled(images, 1 - patches.weight) + _scaled(mixed, patches.weight)
-    lam0 = drawn.weight
-    if mixing.counts_lam0:
-        area = (patches.height * patches.width).astype(np.float32)
-        lam0 = patches.weight * (area / np.float32(size[0] * size[1]))
-    fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner)
+        weight = np.where(drawn.kind == Kind.MIXUP, drawn.weight, np.float32(1))
+        mixed = _scaled(images, 1 - weight) + _scaled(mixed, weight)
     device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
-    return mixed, MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
+    partner = drawn.partner.astype(np.int64)
+    fields = MixTarget(classes, classes[partner], drawn.weight, drawn.box, drawn.kind, partner)
+    target = MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
+    if mixing.counts_lam0:
+        counted = box_lam0((target.box[:, 2:] - target.box[:, :2]).T, size)
+        target = target._replace(lam0=torch.where(target.kind == int(Kind.MIXUP), target.lam0, counted))
+    return mixed, target
 
 
 def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:

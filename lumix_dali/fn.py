@@ -2,11 +2,10 @@
 
 ``mix`` is ``apply(draw())``: it samples from the law of `lumix_dali.mixing` with DALI's own operators, on either
 backend, for a pipeline whose batches the host does not see. A callback that does see its batch draws with
-`mixing.draw`, at a tenth of the cost, and the graph pastes with ``lay``. The loader works that way.
+`mixing.draw`, at a tenth of the cost, and the graph applies that `Draw`. The loader works that way.
 
-On a GPU pipeline the draws stay on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and
-box are computed on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes, so a draw uses few
-operators: both pasted regions (the whole canvas and the box) are one 2x2 tensor.
+On a GPU pipeline the draw stays on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and
+box are computed on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes.
 
 `multi_paste` never gets an empty region: on a GPU it would overwrite the rest of the image.
 
@@ -17,50 +16,26 @@ weight. timm and torchvision weigh the canvas: ``lam_timm = 1 - lam0``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import add
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from .mixing import Mixing, Mode, Regions
+from .conditional import merge, split, verbatim
+from .mixing import Draw, Mixing, Mode
 from .target import Kind, MixTarget
 
-# Columns that select a region: row 0 is the canvas, row 1 the box.
-_CANVAS, _BOX = np.array([[1], [0]], np.int32), np.array([[0], [1]], np.int32)
-# A box of λ0 = 16 has four times the image's sides: clipped, it is the whole image wherever its centre lies.
-_WHOLE = np.array([[16], [0]], np.float32)
+MIXUP = int(Kind.MIXUP)
 # Two roundings must not add up to 256 when both parts of a white pixel end in .5.
 BELOW_HALF = -1e-3 / 255
 
 
 Share = Callable[[DataNode], DataNode]  # gives every sample its own draw, or the first sample's
+Size: TypeAlias = Sequence[int] | DataNode  # (H, W) of the images: two integers, or int32 [2] on the CPU
 
 
-class Draw(NamedTuple):
-    """What is drawn for each sample: CPU DataNodes, since they feed argument inputs.
-
-    Attributes:
-        partner: int32 scalar, the partner's index in the batch.
-        is_cutmix, is_mixup: bool scalars; None: not part of the graph.
-        start, stop: int32 [2, 2], (y, x) corners of the canvas (row 0) and of the box (row 1).
-        weight: float32 scalar, Mixup's λ0; zero for other kinds.
-        lam0: float32 scalar, returned unchanged; None: the share of pasted pixels plus `weight`.
-        pixels: number of pixels of an image; None: unknown when the graph is defined.
-    """
-
-    partner: DataNode
-    is_cutmix: DataNode | None = None
-    is_mixup: DataNode | None = None
-    start: Any = None
-    stop: Any = None
-    weight: DataNode | None = None
-    lam0: DataNode | None = None
-    pixels: int | None = None
-
-
+@verbatim
 def mix(
     images: DataNode,
     labels: DataNode,
@@ -72,7 +47,6 @@ def mix(
     switch_prob: float = 0.5,
     mode: Mode = "elem",
     correct_lam: bool = True,
-    size: Sequence[int] | DataNode | None = None,
 ) -> tuple[DataNode, MixTarget]:
     """CutMix (arXiv 1905.04899) or Mixup (arXiv 1710.09412) with a permutation of the batch, LUMix Eq. 1.
 
@@ -88,10 +62,6 @@ def mix(
         mode: "elem", one draw per sample, or "batch", one per batch. Each sample has its own partner
             in both.
         correct_lam: compute λ0 from the pixels of the clipped box; False: return λ0 as drawn.
-        size: (H, W) of the images: two integers, or int32 [2] on the CPU. It is not checked: with CutMix, a size
-            that is too large raises an error of DALI's, and one that is too small leaves pixels undefined. None reads
-            the shape of `images`, which costs some time and on a GPU needs DALI's default executor (not
-            ``exec_dynamic=False``).
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
@@ -104,10 +74,27 @@ def mix(
     Note:
         The arguments have the same meaning as in timm's `Mixup`. The partners are a random permutation in which no
         sample is its own partner; timm flips the batch instead. A batch of one stays unmixed. Mixup is rounded to
-        uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm.
+        uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm. The size
+        is read from the images, which on a GPU needs DALI's default executor (not ``exec_dynamic=False``).
+
+        Ranks whose pipelines have the same seed draw the same boxes: give each rank its own seed. Mixing twice gives
+        the target of the second time only. The partners are those of the whole batch: an iterator that cuts the last
+        batch cuts some of them off, so train with DALI's ``LastBatchPolicy.DROP``.
+
+    Example:
+        >>> from nvidia.dali import Pipeline
+        >>> images = [np.full((8, 8, 3), i, np.uint8) for i in range(4)]
+        >>> pipe = Pipeline(batch_size=4, num_threads=1, device_id=None, seed=0)
+        >>> with pipe:
+        ...     pixels = fn.external_source(lambda: images, batch=True, layout="HWC")
+        ...     labels = fn.external_source(lambda: np.arange(4), batch=True)
+        ...     mixed, target = mix(pixels, labels, cutmix_alpha=1.0)
+        ...     pipe.set_outputs(mixed, target.lam0, target.partner)
+        >>> pipe.build()
+        >>> mixed, lam0, partner = (np.array(output.as_array()) for output in pipe.run())
+        >>> bool((mixed[0, ..., 0] == partner[0]).mean() == lam0[0])
+        True
     """
-    if size is None:
-        size = images.shape(dtype=types.INT32)[:2]
     at_run_time = prob if isinstance(prob, DataNode) else None
     mixing = Mixing(
         mixup_alpha=mixup_alpha,
@@ -118,19 +105,23 @@ def mix(
         mode=mode,
         correct_lam=correct_lam,
     )
-    return apply(images, labels, draw(size, mixing, at_run_time))
+    size = images.shape(dtype=types.INT32)[:2]
+    return apply(images, labels, draw(size, mixing, at_run_time), mixing, size)
 
 
+@verbatim
 def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options: Any) -> tuple[DataNode, MixTarget]:
     """Only CutMix (arXiv 1905.04899): `mix` with ``cutmix_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=0.0, cutmix_alpha=alpha, **options)
 
 
+@verbatim
 def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options: Any) -> tuple[DataNode, MixTarget]:
     """Only Mixup (arXiv 1710.09412): `mix` with ``mixup_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=alpha, cutmix_alpha=0.0, **options)
 
 
+@verbatim
 def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
     """The `MixTarget` of unmixed samples: λ0, kind and partner are 0.
 
@@ -144,7 +135,8 @@ def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
     return MixTarget(labels, labels, fn.cast(kind, dtype=types.FLOAT), kind * np.zeros(4, np.int32), kind, partner)
 
 
-def draw(size: Sequence[int] | DataNode, mixing: Mixing, prob: DataNode | None = None) -> Draw:
+@verbatim
+def draw(size: Size, mixing: Mixing, prob: DataNode | None = None) -> Draw:
     """Draws partners, kinds, boxes and weights in the graph, from the same law as `mixing.draw`.
 
     Args:
@@ -152,139 +144,122 @@ def draw(size: Sequence[int] | DataNode, mixing: Mixing, prob: DataNode | None =
             ``images.shape(dtype=types.INT32)[:2]``.
         mixing: the options.
         prob: float scalar on the CPU that replaces ``mixing.prob``.
-
-    Returns:
-        A `Draw` for `apply`.
     """
-    size, pixels = _size(size)
+    size = _node(size)
     partner = fn.batch_permutation(no_fixed_points=True)
     share = _share(partner, mixing.mode)
-    is_cutmix, is_mixup = _kinds(partner, share, mixing, mixing.prob if prob is None else prob)
-    start = stop = weight = drawn_lam = None
-    if is_cutmix is not None:
-        if mixing.cutmix_minmax is not None:
-            start, stop = _inner_box(size, mixing.cutmix_minmax, share, is_cutmix)
-        else:
-            drawn_lam = share(fn.random.beta(alpha=mixing.cutmix_alpha, beta=mixing.cutmix_alpha)) * is_cutmix
-            start, stop = _box(size, drawn_lam, share)
-    if is_mixup is not None:
-        weight = share(fn.random.beta(alpha=mixing.mixup_alpha, beta=mixing.mixup_alpha)) * is_mixup
-    lam0 = None
-    if drawn_lam is not None and not mixing.counts_lam0:
-        lam0 = drawn_lam if weight is None else drawn_lam + weight
-    return Draw(partner, is_cutmix, is_mixup, start, stop, weight, lam0, pixels)
+    kind, is_mixed, is_cutmix = _kinds(partner, share, mixing, mixing.prob if prob is None else prob)
+    alpha: Any = mixing.mixup_alpha or mixing.cutmix_alpha or 1.0
+    if mixing.cutmix_minmax is None and mixing.mixup_alpha and mixing.cutmix_alpha:
+        alpha = is_cutmix * (mixing.cutmix_alpha - mixing.mixup_alpha) + mixing.mixup_alpha
+    is_weighed = is_mixed if mixing.cutmix_minmax is None else kind == MIXUP
+    weight = share(fn.random.beta(alpha=alpha, beta=alpha)) * is_weighed
+    if not mixing.with_cutmix:
+        box = kind * np.zeros(4, np.int32)
+    elif mixing.cutmix_minmax is not None:
+        box = _inner_box(size, mixing.cutmix_minmax, share) * is_cutmix
+    else:
+        box = _box(size, weight, share) * is_cutmix
+    return Draw(partner, kind, box, weight)
 
 
-def given(
-    size: Sequence[int] | DataNode,
-    partner: DataNode,
-    kind: DataNode,
-    box: DataNode | None = None,
-    weight: DataNode | None = None,
-    lam0: DataNode | None = None,
-) -> Draw:
-    """A `Draw` of the caller's own partners, boxes and weights, for `apply`.
-
-    Args:
-        size: (H, W) of the images: two integers, or int32 [2] on the CPU.
-        partner: int32 scalar on the CPU, index of the partner in the batch.
-        kind: int32 scalar on the CPU, 0 none, 1 Mixup, 2 CutMix.
-        box: int32 [4] on the CPU, (y0, x0, y1, x1), half-open, inside the image; read where kind is 2.
-        weight: float32 scalar on the CPU, the partner's blend weight in [0, 1]; read where kind is 1.
-        lam0: float32 scalar, returned unchanged; None: the share of pasted pixels (CutMix) or `weight` (Mixup).
-
-    Raises:
-        ValueError: neither `box` nor `weight` is given.
-    """
-    if box is None and weight is None:
-        raise ValueError("box=None, weight=None: nothing to mix; give boxes for CutMix, weights for Mixup, or both")
-    size, pixels = _size(size)
-    drawn = Draw(partner, lam0=lam0, pixels=pixels)
-    if box is not None:
-        is_cutmix = kind == int(Kind.CUTMIX)
-        start, stop = _regions(size, box[:2] * is_cutmix, box[2:] * is_cutmix)
-        drawn = drawn._replace(is_cutmix=is_cutmix, start=start, stop=stop)
-    if weight is not None:
-        is_mixup = kind == int(Kind.MIXUP)
-        drawn = drawn._replace(is_mixup=is_mixup, weight=weight * is_mixup)
-    return drawn
-
-
-def apply(images: DataNode, labels: DataNode, drawn: Draw) -> tuple[DataNode, MixTarget]:
+@verbatim
+def apply(
+    images: DataNode, labels: DataNode, drawn: Draw, mixing: Mixing, size: Size | None = None
+) -> tuple[DataNode, MixTarget]:
     """Mixes images as drawn and returns what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
 
     Args:
         images: uint8 HWC, of one size.
         labels: one integer per sample, of any shape with one element.
-        drawn: from `draw` or `given`.
+        drawn: DataNodes on the CPU, from `draw` or from `mixing.draw` on the host.
+        mixing: the options of the draw: what they switch off is left out of the graph.
+        size: (H, W) of the images; None reads it from them. Where `drawn` was made for another size, DALI raises an
+            error or the images leave with `size`.
 
     Returns:
         Mixed images, as `images`, and their `MixTarget` of DataNodes, all on the images' device.
     """
     device = images.device
-    mixed = images
     partners = fn.permute_batch(images, indices=drawn.partner)
-    kinds, weights = [], []
-    if drawn.is_cutmix is not None:
-        is_cutmix, extent = _put(drawn.is_cutmix, device), drawn.stop - drawn.start
-        mixed = _paste(images, partners, drawn.start, extent)
-        box = fn.cat(_put(drawn.start, device), _put(drawn.stop, device), axis=1)[1] * is_cutmix
-        kinds.append(is_cutmix * int(Kind.CUTMIX))
-        weights.append(_area_ratio(_put(extent, device), drawn.pixels))
-    if drawn.is_mixup is not None:
-        mixed = _blend(images, partners, mixed, drawn.weight, drawn.is_mixup)
-        kinds.append(_put(drawn.is_mixup, device) * int(Kind.MIXUP))
-        weights.append(_put(drawn.weight, device))
-    kind = reduce(add, kinds)  # a sample is of one kind: every other addend is zero
-    lam0 = reduce(add, weights) if drawn.lam0 is None else _put(drawn.lam0, device)
-    if drawn.is_cutmix is None:
-        box = kind * np.zeros(4, np.int32)
+    mixed, weight = images, drawn.weight
+    if mixing.with_mixup and mixing.with_cutmix:
+        weight = weight * (drawn.kind == MIXUP)
+    lam0 = _put(weight if mixing.counts_lam0 else drawn.weight, device)
+    if mixing.with_cutmix:
+        size = images.shape(dtype=types.INT32)[:2] if size is None else size
+        start = drawn.box[:2]
+        extent = drawn.box[2:] - start
+        mixed = _paste(images, partners, start, extent, size)
+        if mixing.counts_lam0:
+            share = box_lam0(_put(extent, device), _put(size, device))
+            lam0 = share + lam0 if mixing.with_mixup else share
+    if mixing.with_mixup:
+        mixed = _blend(mixed, partners, mixed, weight, drawn.kind == MIXUP)
     labels = _scalar(labels, device)
     partner = fn.cast(_put(drawn.partner, device), dtype=types.INT64)
-    return mixed, MixTarget(labels, fn.permute_batch(labels, indices=drawn.partner), lam0, box, kind, partner)
+    others = fn.permute_batch(labels, indices=drawn.partner)
+    return mixed, MixTarget(labels, others, lam0, _put(drawn.box, device), _put(drawn.kind, device), partner)
 
 
-def lay(images: DataNode, patches: Regions, with_mixup: bool = True) -> DataNode:
-    """Mixes images with the patches of `mixing.regions`: LUMix Eq. 1, as drawn on the host.
+@verbatim
+def paste(values: DataNode, drawn: Draw) -> DataNode:
+    """Pastes masks, depth or heat maps as CutMix pastes the images (arXiv 1905.04899): each box from the partner.
 
     Args:
-        images: uint8 HWC, all of the size that the patches are made for.
-        patches: DataNodes on the CPU. For Mixup without CutMix `anchors` and `shapes` may be None; `ids` is then the
-            partner, an int32 scalar. Without `is_mixup` every sample is blended, other kinds with a weight of 0 or 1,
-            which is exact: on a GPU the number of operators costs, on a CPU the number of pixels.
-        with_mixup: whether any sample can be of Mixup; False: only paste.
+        values: HWC of the images' size, of any dtype that DALI's ``multi_paste`` takes; give class masks a channel.
+        drawn: the draw that `apply` got, DataNodes on the CPU.
 
     Returns:
-        Mixed images, as `images`.
+        Values like `values`. A sample of Mixup keeps its own: class numbers cannot be averaged. Where an average is
+        meant, mix the batch with `MixTarget.mix`, which also covers boxes, by their share instead of their place.
+
+    Example:
+        >>> from lumix_dali.mixing import Mixing
+        >>> from nvidia.dali import Pipeline
+        >>> mixing, pipe = Mixing(cutmix_alpha=1.0), Pipeline(batch_size=2, num_threads=1, device_id=None, seed=0)
+        >>> masks = [np.full((8, 8, 1), i, np.int32) for i in range(2)]
+        >>> with pipe:
+        ...     mask = fn.external_source(lambda: masks, batch=True, layout="HWC")
+        ...     drawn = draw((8, 8), mixing)
+        ...     pipe.set_outputs(paste(mask, drawn), drawn.box)
+        >>> pipe.build()
+        >>> pasted, box = (np.array(output.as_array()) for output in pipe.run())
+        >>> y0, x0, y1, x1 = box[0]
+        >>> bool(pasted[0].sum() == (y1 - y0) * (x1 - x0))
+        True
     """
-    if patches.anchors is None:
-        pasted = fn.permute_batch(images, indices=patches.ids)
-    else:
-        pasted = fn.multi_paste(
-            images,
-            in_ids=patches.ids,
-            in_anchors=patches.anchors,
-            out_anchors=patches.anchors,
-            shapes=patches.shapes,
-        )
-    if not with_mixup:
-        return pasted
-    if patches.is_mixup is None:
-        return _weighted(images, pasted, patches.weight)
-    return _blend(images, pasted, pasted, patches.weight, patches.is_mixup)
+    start = drawn.box[:2]
+    partners = fn.permute_batch(values, indices=drawn.partner)
+    return _paste(values, partners, start, drawn.box[2:] - start, values.shape(dtype=types.INT32)[:2])
 
 
-def count_lam0(patches: Regions, size: Sequence[int]) -> DataNode:
-    """λ0 = r_w·r_h / HW of the box that `lay` pastes, or Mixup's weight (LUMix Eq. 1); float32 scalar on the CPU.
+@verbatim
+def lay(
+    images: DataNode,
+    ids: DataNode,
+    anchors: DataNode,
+    shapes: DataNode,
+    kind: DataNode,
+    weight: DataNode,
+    mixing: Mixing,
+) -> DataNode:
+    """Mixes images with `mixing.patches` of a draw on the host, where a sample knows its own place in the batch.
 
     Args:
-        patches: as `lay` takes them.
-        size: (H, W) of the images.
+        images: uint8 HWC, of one size.
+        ids, anchors, shapes: of the patches, on the CPU.
+        kind: a `Kind`, on the CPU.
+        weight: float32 scalar on the CPU, the second patch's: Mixup's λ0, 1 for CutMix, 0 where nothing is mixed.
+        mixing: the options of the draw.
     """
-    if patches.height is None:
-        return patches.weight
-    # Divide first: for the whole image the quotient is exactly 1, which leaves Mixup's weight unchanged.
-    return patches.weight * (patches.height * patches.width / float(size[0] * size[1]))
+    if not mixing.with_cutmix:
+        pasted = fn.permute_batch(images, indices=ids[1])
+    else:
+        pasted = fn.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
+    if not mixing.with_mixup:
+        return pasted
+    return _blend(images, pasted, pasted, weight, kind == MIXUP)
 
 
 def _share(partner: DataNode, mode: str) -> Share:
@@ -296,89 +271,94 @@ def _share(partner: DataNode, mode: str) -> Share:
 
 def _kinds(
     partner: DataNode, share: Share, mixing: Mixing, prob: float | DataNode
-) -> tuple[DataNode | None, DataNode | None]:
-    """Booleans (is_cutmix, is_mixup); None for a kind that is switched off."""
+) -> tuple[DataNode, DataNode, DataNode]:
+    """The kind, and booleans: whether the sample is mixed, and whether by CutMix."""
     both = mixing.with_mixup and mixing.with_cutmix
     # Without fixed points a partner's partner is another sample than the partner, except in a batch of one.
     other = fn.permute_batch(partner, indices=partner)
     if not isinstance(prob, DataNode) and prob == 1 and not both:
-        is_mixed = is_cutmix = partner != other
+        is_mixed = partner != other
     else:
         chance = share(fn.random.uniform(range=[0.0, 1.0])) + (partner == other)  # 1 or more in a batch of one
         is_mixed = chance < prob
-        is_cutmix = chance < prob * mixing.switch_prob if both else is_mixed
     if both:
-        return is_cutmix, is_mixed ^ is_cutmix
-    return (None, is_mixed) if mixing.with_mixup else (is_cutmix, None)
+        is_cutmix = chance < prob * mixing.switch_prob
+        return is_cutmix * 1 + is_mixed, is_mixed, is_cutmix  # CutMix is 2, Mixup 1
+    return is_mixed * int(Kind.CUTMIX if mixing.with_cutmix else Kind.MIXUP), is_mixed, is_mixed
 
 
-def _box(size: DataNode, lam: DataNode, share: Share) -> tuple[DataNode, DataNode]:
-    """Corners of canvas and box: side = int(size·√λ0), centre uniform over the pixels, then clipped."""
+def _box(size: DataNode, lam: DataNode, share: Share) -> DataNode:
+    """(y0, x0, y1, x1): side = int(size·√λ0), centre uniform over the pixels, then clipped."""
     # Floor first: fn.cast rounds, which would halve the probability of both ends of the centre's range.
-    side = fn.cast(math.floor(math.sqrt(lam + _WHOLE) * size), dtype=types.INT32)
+    side = fn.cast(math.floor(math.sqrt(lam) * size), dtype=types.INT32)
     centre = fn.cast(math.floor(share(fn.random.uniform(range=[0.0, 1.0], shape=[2])) * size), dtype=types.INT32)
     low = centre - side // 2
-    return math.clamp(low, 0, size), math.clamp(low + side, 0, size)
+    return math.clamp(fn.cat(low, low + side), 0, fn.cat(size, size))
 
 
-def _inner_box(
-    size: DataNode, minmax: tuple[float, float], share: Share, is_cutmix: DataNode
-) -> tuple[DataNode, DataNode]:
+def _inner_box(size: DataNode, minmax: tuple[float, float], share: Share) -> DataNode:
     """timm's `cutmix_minmax`: sides uniform in [int(size·low), int(size·high)), the box anywhere inside."""
     uniform = share(fn.random.uniform(range=[0.0, 1.0], shape=[2, 2]))
     shortest, longest = (fn.cast(math.floor(size * limit), dtype=types.INT32) for limit in minmax)
     side = shortest + fn.cast(math.floor(uniform[0] * (longest - shortest)), dtype=types.INT32)
     start = fn.cast(math.floor(uniform[1] * (size - side + 1)), dtype=types.INT32)
-    return _regions(size, start * is_cutmix, (start + side) * is_cutmix)
+    return fn.cat(start, start + side)
 
 
-def _regions(size: DataNode, start: DataNode, stop: DataNode) -> tuple[DataNode, DataNode]:
-    return start * _BOX, size * _CANVAS + stop * _BOX
-
-
-def _size(size: Sequence[int] | DataNode) -> tuple[DataNode, int | None]:
-    """The size as a DataNode, and the number of pixels if the size is known."""
+def _node(size: Size) -> DataNode:
     if isinstance(size, DataNode):
-        return size, None
+        return size
     sides = np.asarray(size)
     if sides.shape != (2,) or sides.dtype.kind not in "iu" or (sides < 1).any():
         raise ValueError(f"size={size!r}: give (height, width) of the images, two integers > 0, or a DataNode")
-    height, width = sides.tolist()
-    return fn.constant(idata=[height, width], dtype=types.INT32), height * width
+    return fn.constant(idata=sides.tolist(), dtype=types.INT32)
 
 
-def _area_ratio(extent: DataNode, pixels: int | None) -> DataNode:
-    if pixels is not None:
-        return extent[1, 0] * extent[1, 1] / float(pixels)
-    area = extent[:, 0] * extent[:, 1]
-    return area[1] / area[0]
+def _hwc(images: DataNode) -> DataNode:
+    """Names the layout that images from an external source may lack; the operators before it refuse any other."""
+    return fn.reshape(images, layout="HWC")
 
 
-def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNode) -> DataNode:
+def box_lam0(sides: Any, size: Any) -> Any:
+    """λ0 of CutMix, r_w·r_h / HW (arXiv 2211.15846): the box's pixels over the image's, float32.
+
+    Args:
+        sides: int32, height and width of the box along the first dimension: a DataNode or a tensor.
+        size: (H, W) of the image, in the same form or as two integers.
+    """
+    return (sides[0] * sides[1]) / (size[0] * size[1])
+
+
+def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNode, size: Size) -> DataNode:
     """Pastes the partner's box over each image. Samples with an empty box bypass `multi_paste`.
 
     On a GPU an empty region of `multi_paste` overwrites the rest of the image.
     """
     has_box = fn.reductions.min(extent) > 0
-    split = fn._conditional.split
-    (own, kept), (partner, _), (start, _), (extent, _) = (
-        split(node, predicate=has_box, _if_stmt=True) for node in (images, partners, start, extent)
+    anchors, shapes = fn.stack(np.zeros(2, np.int32), start), fn.stack(_node(size), extent)  # the canvas, and the box
+    (own, kept), (partner, _), (anchors, _), (shapes, _) = (
+        split(node, has_box) for node in (images, partners, anchors, shapes)
     )
-    pasted = fn.multi_paste(own, partner, in_anchors=start, out_anchors=start, shapes=extent)
-    return fn._conditional.merge(pasted, kept, predicate=has_box)
+    # Were the given size smaller than the images', they would leave with that size.
+    given = {} if isinstance(size, DataNode) else {"output_size": list(size)}
+    pasted = fn.multi_paste(own, partner, in_anchors=anchors, out_anchors=anchors, shapes=shapes, **given)
+    return merge(pasted, _hwc(kept), predicate=has_box)
 
 
-def _blend(images: DataNode, partners: DataNode, others: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
-    """images·(1 - w) + partners·w where `is_mixup`, within one grey level; elsewhere `others`.
+def _blend(images: DataNode, partners: DataNode, kept: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
+    """images·(1 - w) + partners·w within one grey level for Mixup's samples; `kept`, one of the two, for others.
 
-    On a CPU, float arithmetic and its cast cost six times as much as two uint8 scalings of only the samples that
-    need them. The split is what DALI makes of an ``if``, without asking every caller to enable conditionals.
+    On a GPU the number of operators costs, and all samples are blended: the others' weight must be 0 where `kept` is
+    `images`, and 1 where it is `partners`, which is exact. On a CPU the number of pixels does: only those of Mixup are,
+    and float arithmetic with its cast would cost six times as much as two uint8 scalings.
     """
-    split = fn._conditional.split
-    (own, _), (partner, _), (_, kept), (weight, _) = (
-        split(node, predicate=is_mixup, _if_stmt=True) for node in (images, partners, others, weight)
+    if images.device == "gpu":
+        return _weighted(images, partners, weight)
+    (own, other_own), (partner, other_partner), (weight, _) = (
+        split(node, is_mixup) for node in (images, partners, weight)
     )
-    return fn._conditional.merge(_weighted(own, partner, weight), kept, predicate=is_mixup)
+    others = other_own if kept is images else other_partner
+    return merge(_weighted(own, partner, weight), others, predicate=is_mixup)
 
 
 def _weighted(images: DataNode, partners: DataNode, weight: DataNode) -> DataNode:
@@ -395,5 +375,5 @@ def _scalar(labels: DataNode, device: str) -> DataNode:
     return fn.reshape(labels, shape=[])  # labels: give one integer per sample, not fn.one_hot
 
 
-def _put(node: DataNode, device: str) -> DataNode:
-    return node.gpu() if device == "gpu" and node.device == "cpu" else node
+def _put(node: Any, device: str) -> Any:
+    return node.gpu() if device == "gpu" and isinstance(node, DataNode) and node.device == "cpu" else node

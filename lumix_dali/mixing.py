@@ -1,8 +1,8 @@
 """The law of mixing: which sample of a batch is mixed into which, how, and where. NumPy only.
 
-`Mixing` holds the options. `draw` samples from the law, as a pure function of a random generator. `regions` turns a
-draw into the patches that DALI pastes. `lumix_dali.fn` samples from the same law inside a graph, for pipelines whose
-batches the host does not see.
+`Mixing` holds the options, and a `Draw` what is mixed. `draw` samples from the law, as a pure function of a random
+generator; `lumix_dali.fn.draw` samples from the same law inside a graph, for pipelines whose batches the host does not
+see. `lumix_dali.fn.apply` mixes images by a `Draw` from either.
 """
 
 from __future__ import annotations
@@ -84,19 +84,20 @@ class Mixing:
 
 
 class Draw(NamedTuple):
-    """What is mixed into each of n samples.
+    """What is mixed into each of n samples: arrays, or DataNodes on the CPU, which have no dimension n.
 
     Attributes:
-        partner: int64 [n], index in the batch of the sample that is mixed in.
+        partner: int32 [n], index in the batch of the sample that is mixed in.
         kind: int32 [n], a `Kind`: none, Mixup or CutMix.
         box: int32 [n, 4], half-open (y0, x0, y1, x1) of the pasted pixels; zeros unless the kind is CutMix.
-        weight: float32 [n], λ0 as drawn: Mixup's blend weight; for CutMix before the box is rounded and clipped.
+        weight: float32 [n], λ0 as drawn: Mixup's blend weight; for CutMix before the box is rounded and clipped; zero
+            where nothing is mixed.
     """
 
-    partner: np.ndarray
-    kind: np.ndarray
-    box: np.ndarray
-    weight: np.ndarray
+    partner: Any
+    kind: Any
+    box: Any
+    weight: Any
 
 
 def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing | None) -> Draw:
@@ -112,12 +113,12 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
         >>> rng = np.random.default_rng(0)
         >>> drawn = draw(rng, 4, (8, 8), Mixing(cutmix_alpha=1.0))
         >>> drawn.partner, drawn.kind
-        (array([3, 2, 1, 0]), array([2, 2, 2, 2], dtype=int32))
+        (array([3, 2, 1, 0], dtype=int32), array([2, 2, 2, 2], dtype=int32))
     """
     kind, box, weight = np.zeros(n, np.int32), np.zeros((n, 4), np.int32), np.zeros(n, np.float32)
     if mixing is None or n < 2:
-        return Draw(np.arange(n), kind, box, weight)
-    partner = derangement(rng, n)
+        return Draw(np.arange(n, dtype=np.int32), kind, box, weight)
+    partner = derangement(rng, n).astype(np.int32)
     drawn = n if mixing.mode == "elem" else 1  # one draw is broadcast over the batch
     chance = rng.random(drawn)
     share = mixing.switch_prob if mixing.with_mixup and mixing.with_cutmix else float(mixing.with_cutmix)
@@ -162,40 +163,20 @@ def _inner_boxes(rng: np.random.Generator, n: int, size: Sequence[int], minmax: 
     return np.concatenate([start, start + sides], axis=1).astype(np.int32)
 
 
-class Regions(NamedTuple):
-    """A draw as the patches that `lumix_dali.fn.lay` pastes over each sample: arrays, or DataNodes of them.
+def patches(drawn: Draw, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A draw as two patches for each sample: the whole canvas, and the partner's box, or for Mixup the whole partner.
 
-    Each sample has two patches. The first is the whole canvas. The second is the whole partner for Mixup, which is
-    then blended, and the partner's box for CutMix. No patch is empty, because DALI's GPU kernel mishandles those:
-    where nothing is pasted, the second patch is the sample's own first pixel.
+    No patch is empty, because DALI's GPU kernel mishandles those: where nothing is pasted, it is the sample's own first
+    pixel.
 
-    Attributes:
-        ids: int32 [n, 2], indices in the batch of the samples that the patches come from.
-        anchors, shapes: int32 [n, 2, 2], (y, x) and (height, width) of the patches.
-        height, width: int32 [n], of the second patch; extracting them from `shapes` would cost a DALI operator.
-        weight: float32 [n], the second patch's blend weight: 1 for CutMix, 0 where nothing is mixed.
-        is_mixup: bool [n], whether the kind is Mixup.
+    Returns:
+        Indices int32 [n, 2] of the patches' samples, and their (y, x) and (height, width), int32 [n, 2, 2].
     """
-
-    ids: Any
-    anchors: Any
-    shapes: Any
-    height: Any
-    width: Any
-    weight: Any
-    is_mixup: Any
-
-
-def regions(drawn: Draw, size: Sequence[int]) -> Regions:
-    """The patches of a draw over images of (H, W) `size`."""
-    n, own = len(drawn.kind), np.arange(len(drawn.kind))
-    is_mixup, corner, sides = drawn.kind == Kind.MIXUP, drawn.box[:, :2], drawn.box[:, 2:] - drawn.box[:, :2]
-    is_pasted = sides.min(axis=1, initial=1) > 0 if n else np.zeros(0, bool)
-    ids = np.stack([own, np.where(is_mixup | is_pasted, drawn.partner, own)], axis=1).astype(np.int32)
-    anchors, shapes = np.zeros((n, 2, 2), np.int32), np.ones((n, 2, 2), np.int32)
-    shapes[:, 0] = size
-    anchors[:, 1] = corner * is_pasted[:, None]
-    shapes[:, 1] = np.where(is_mixup[:, None], size, np.where(is_pasted[:, None], sides, 1))
-    weight = np.where(is_mixup, drawn.weight, is_pasted).astype(np.float32)
-    height, width = np.ascontiguousarray(shapes[:, 1].T)
-    return Regions(ids, anchors, shapes, height, width, weight, is_mixup)
+    n, own = len(drawn.kind), np.arange(len(drawn.kind), dtype=np.int32)
+    is_mixup, sides = (drawn.kind == Kind.MIXUP)[:, None], drawn.box[:, 2:] - drawn.box[:, :2]
+    has_box = (sides > 0).all(axis=1, keepdims=True)
+    ids = np.stack([own, np.where((is_mixup | has_box)[:, 0], drawn.partner, own)], axis=1)
+    anchors, shapes = np.zeros((n, 2, 2), np.int32), np.empty((n, 2, 2), np.int32)
+    anchors[:, 1] = drawn.box[:, :2] * has_box
+    shapes[:, 0], shapes[:, 1] = size, np.where(is_mixup, size, np.where(has_box, sides, 1))
+    return ids, anchors, shapes

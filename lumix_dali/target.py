@@ -108,7 +108,8 @@ class MixTarget(NamedTuple):
             A tensor of the shape and dtype of `values`.
 
         Raises:
-            ValueError: `values` is not floating point, or does not have B rows.
+            ValueError: `values` is not floating point, or does not have B rows; on a CPU also if a partner is not among
+                them, because the batch was cut after mixing.
 
         Example:
             >>> import torch
@@ -124,6 +125,11 @@ class MixTarget(NamedTuple):
                 f"({self.lam0.shape[0]})"
             )
         weight = self.lam0.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
+        if not self.partner.is_cuda and (self.partner >= len(values)).any():  # on a GPU the check would wait for it
+            raise ValueError(
+                f"partner: index {int(self.partner.max())} in a batch of {len(values)}, cut after mixing: give DALI's "
+                "iterator last_batch_policy=LastBatchPolicy.DROP, and call mix before select"
+            )
         # Not lerp: 0 · inf is NaN, and a weight of 0 must leave a sample unchanged.
         partners = values[self.partner]
         return ((1 - weight) * values).where(weight < 1, 0) + (weight * partners).where(weight > 0, 0)

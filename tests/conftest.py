@@ -44,8 +44,8 @@ class SmallFeed:
         batch_sizes: sizes of the batches; the last one repeats.
     """
 
-    def __init__(self, images, size, mixing=None, training=True, batch_sizes=(8,), paths=True, on_gpu=False):
-        self.plan, self.gives_paths = Plan(0, 0, 0, size, mixing, training, on_gpu), paths
+    def __init__(self, images, size, mixing=None, training=True, batch_sizes=(8,), paths=True):
+        self.plan, self.gives_paths = Plan(0, 0, 0, size, mixing, training), paths
         self.images, self.batch_sizes, self.planned = images, batch_sizes, []
 
     def __call__(self, info):
@@ -55,8 +55,8 @@ class SmallFeed:
         images = [self.images[i] for i in places]
         if self.gives_paths:
             images = [np.frombuffer(str(path).encode(), np.uint8) for path in images]
-        self.planned.append(dict(zip(self.plan.inputs, self.plan.batch(info.iteration, places, places), strict=True)))
-        return images, *self.planned[-1].values()
+        self.planned.append(self.plan.batch(info.iteration, places, places))
+        return images, self.planned[-1]
 
 
 @pytest.fixture

@@ -290,7 +290,7 @@ def test_the_training_crop_of_a_long_image(tmp_path, size):
 def gpu_graph(define, mixing=None, **options):
     transform = TRANSFORMS[define](**options)
     mixing = mixing and Mixing(**mixing)
-    feed = SmallFeed(None, transform.size, mixing, training=define is pipelines.train_pipeline, on_gpu=True)
+    feed = SmallFeed(None, transform.size, mixing, training=define is pipelines.train_pipeline)
     pipe = define(feed, transform, batch_size=4, num_threads=2, device_id=0, seed=0)
     pipe._build_graph()
     return pipe

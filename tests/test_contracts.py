@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from conftest import SmallFeed
 from images import encoded, ramps
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
 from lumix_dali import augment
 from lumix_dali.loading import pipelines
-from lumix_dali.mixing import Mixing
+from lumix_dali.mixing import Draw, Mixing
 from lumix_dali.target import Kind, MixTarget
 
 
@@ -139,15 +139,12 @@ SIZES = [(9, 20), (4, 3), (1, 1), (1, 7), (7, 1)]
 BATCHES = (8, 3, 8, 1, 2)
 
 
-@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("mode", ["elem", "batch"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_pastes_of_a_mix(monkeypatch, size, name, mode, known):
-    """One graph knows the size; the other reads it from the images."""
-
+def test_pastes_of_a_mix(monkeypatch, size, name, mode):
     def operation(images, labels):
-        mixed, target = mixfn.mix(images, labels, mode=mode, size=size if known else None, **OPTIONS[name])
+        mixed, target = mixfn.mix(images, labels, mode=mode, **OPTIONS[name])
         return mixed, *target
 
     run = recording(monkeypatch, operation, 8, ("images", "labels"))
@@ -183,12 +180,19 @@ def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
     """They include empty boxes at each edge and the whole image. The emitted boxes are the given ones."""
     size, drawn = (9, 20), given_batch()
     if not with_weight:
-        drawn.pop("weight")
+        drawn["kind"][drawn["kind"] == Kind.MIXUP] = Kind.NONE
+        del drawn["weight"]
     drawn["box"][4], drawn["box"][7] = (9, 20, 9, 20), (3, 20, 6, 20)
 
-    def operation(images, labels, **given):
-        chosen = mixfn.given(size if known else images.shape(dtype=types.INT32)[:2], **given)
-        mixed, target = mixfn.apply(images, labels, chosen)
+    def operation(images, labels, weight=None, **given):
+        mixing = Mixing(mixup_alpha=1.0 * with_weight)
+        mixed, target = mixfn.apply(
+            images,
+            labels,
+            Draw(weight=given["partner"] * 0.0 if weight is None else weight, **given),
+            mixing,
+            size if known else None,
+        )
         return mixed, *target
 
     images, labels = batch_of(8, size)
@@ -198,7 +202,7 @@ def test_pastes_of_given_boxes(monkeypatch, known, with_weight):
     assert_contract(pastes)
     is_cutmix = drawn["kind"] == Kind.CUTMIX
     np.testing.assert_array_equal(target.box, drawn["box"] * is_cutmix[:, None])
-    np.testing.assert_array_equal(target.kind, drawn["kind"] if with_weight else drawn["kind"] * is_cutmix)
+    np.testing.assert_array_equal(target.kind, drawn["kind"])
     empty = np.flatnonzero(is_cutmix & (target.lam0 == 0))
     assert list(empty) == [1, 3, 4, 7]
     for i in empty:
@@ -236,36 +240,16 @@ def test_a_small_input_is_read_past_its_end_on_a_gpu():
         gpu_paste([own, noise], starts * 0, starts, stops - starts, (9, 20))
 
 
-def planned(monkeypatch, size, options, batch_sizes=BATCHES):
-    """The pastes of `train_pipeline`'s own graph, batch by batch, with their input and output pixels."""
-    original, calls = fn.multi_paste, []
-
-    def multi_paste(*images, **arguments):
-        calls.append((images, arguments, original(*images, **arguments)))
-        return calls[-1][-1]
-
-    transform = pipelines.TrainTransform(size=size)
-    contents = [np.frombuffer(encoded(ramps(30, 40, blue=25 * k) * [5, 6, 1], "PNG"), np.uint8) for k in range(8)]
-    feed = SmallFeed(contents, size, Mixing(**options), batch_sizes=batch_sizes, paths=False)
-    monkeypatch.setattr(fn, "multi_paste", multi_paste)
-
-    @pipeline_def(batch_size=8, num_threads=2, device_id=None, seed=0, prefetch_queue_depth=1)
-    def define():
-        outputs = pipelines.train_pipeline.__wrapped__(feed, transform)
-        (((images,), arguments, mixed),) = calls
-        return images, mixed, *(arguments[name] for name in ("in_ids", *Paste._fields[1:4])), *outputs
-
-    pipe = define()
-    for _ in batch_sizes:
-        images, mixed, ids, *boxes = (np.array(output.as_array()) for output in pipe.run()[:6])
-        yield [Paste([images[j] for j in ids[i]], *(box[i] for box in boxes), mixed[i]) for i in range(len(images))]
-
-
 @pytest.mark.parametrize("mode", ["elem", "batch"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("size", [(9, 20), (1, 1), (7, 1)])
 def test_pastes_of_the_loaders_graph(monkeypatch, size, name, mode):
-    for count, pastes in zip(BATCHES, planned(monkeypatch, size, {"mode": mode, **OPTIONS[name]}), strict=True):
+    transform = pipelines.TrainTransform(size=size)
+    contents = [np.frombuffer(encoded(ramps(30, 40, blue=25 * k) * [5, 6, 1], "PNG"), np.uint8) for k in range(8)]
+    feed = SmallFeed(contents, size, Mixing(mode=mode, **OPTIONS[name]), batch_sizes=BATCHES, paths=False)
+    run = recording(monkeypatch, lambda: pipelines.train_pipeline.__wrapped__(feed, transform), 8, ())
+    for count in BATCHES:
+        _, pastes = run()
         assert len(pastes) == count  # every sample has two patches, whether it is mixed or not
         assert_contract(pastes)
 
@@ -362,7 +346,7 @@ def test_no_cpu_operator_of_training_reads_gpu_data(options, paths):
     options = dict(options)
     mixing = Mixing(**options.pop("mixing")) if "mixing" in options else None
     transform = pipelines.TrainTransform(**options)
-    feed = SmallFeed(None, transform.size, mixing, paths=paths, on_gpu=True)
+    feed = SmallFeed(None, transform.size, mixing, paths=paths)
     assert offenders(pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0)) == []
 
 
@@ -401,7 +385,7 @@ def test_an_unknown_size_is_read_by_the_cpu(operation):
 def operators(mixing, on_gpu):
     """{device: {operator: count}} of a training graph, without its source's arrays; and the copies to the GPU."""
     transform = pipelines.TrainTransform()
-    feed = SmallFeed(None, transform.size, mixing, on_gpu=on_gpu)
+    feed = SmallFeed(None, transform.size, mixing)
     pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
     pipe._build_graph()
     found = {"cpu": Counter(), "gpu": Counter(), "mixed": Counter()}
@@ -414,33 +398,31 @@ def operators(mixing, on_gpu):
     return found, sum(device == "gpu" and made_on[name] == "cpu" for name, device in taken)
 
 
-MIXUPS_PIXELS = {"Split": 4, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2, "Merge": 1}
+MIXUPS_PIXELS = {"Split": 3, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2, "Merge": 1}
 
 
 @pytest.mark.parametrize(
-    ("mixing", "on_cpu", "on_gpu"),
+    ("mixing", "on_cpu", "gpu_graph"),
     [
-        ({}, 4, 1),
-        ({"cutmix_minmax": (0.2, 0.8)}, 4, 1),
-        ({"correct_lam": False}, 1, 1),
-        ({"mixup_alpha": 0.8}, 4, 4),
-        ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 1, 4),
+        ({}, 9, (3, 6)),
+        ({"cutmix_minmax": (0.2, 0.8)}, 9, (3, 6)),
+        ({"correct_lam": False}, 4, (3, 1)),
+        ({"mixup_alpha": 0.8}, 13, (6, 9)),
+        ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 7, (5, 4)),
     ],
     ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"],
 )
-def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
-    """At most 4 in a CPU graph and in the CPU part of a GPU graph, and 8 with the target's copies to a GPU.
+def test_mixing_adds_few_operators(mixing, on_cpu, gpu_graph):
+    """To a CPU graph, and to the (CPU, GPU) parts of a GPU graph, where the plan is the only copy.
 
-    On a CPU Mixup adds `MIXUPS_PIXELS`: selecting the samples to blend, and blending them.
+    The slices of the plan count, because they replace inputs of the graph, which cost like operators. On a CPU Mixup
+    adds `MIXUPS_PIXELS` besides: selecting the samples to blend, and blending them.
     """
     (plain, _), (found, _) = operators(None, False), operators(Mixing(**mixing), False)
     added = found["cpu"] - plain["cpu"]
     blend = Counter(MIXUPS_PIXELS if "mixup_alpha" in mixing else {})
     assert (added & blend) == blend
-    assert (added - blend).total() == on_cpu <= 4
+    assert (added - blend).total() == on_cpu
     (plain, _), (found, copies) = operators(None, True), operators(Mixing(**mixing), True)
-    assert (found["cpu"] - plain["cpu"]).total() <= 4
-    added = (found["gpu"] - plain["gpu"]).total()
-    assert added == on_gpu
-    assert added + copies <= 8
-    assert copies == 2  # the target, and λ0
+    assert tuple((found[device] - plain[device]).total() for device in ("cpu", "gpu")) == gpu_graph
+    assert copies == 1

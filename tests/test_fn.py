@@ -9,10 +9,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 
 import lumix_dali.fn as mixfn
 from lumix_dali import reference
+from lumix_dali.mixing import Draw, Mixing
 from lumix_dali.target import Kind, MixTarget
 
 BATCH_SIZES = (1, 2, 7, 8)
@@ -208,8 +209,7 @@ def test_minmax_counts_its_boxes(graph, correct_lam, mode):
 
 
 def apply_given(images, labels, partner, kind, box, weight):
-    size = images.shape(dtype=types.INT32)[:2]
-    return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight))
+    return mixfn.apply(images, labels, Draw(partner, kind, box, weight), Mixing(mixup_alpha=1.0))
 
 
 def given_batch(size=(9, 20)):
@@ -225,11 +225,12 @@ def given_batch(size=(9, 20)):
         [0, 0, height, width],
         [3, width, 6, width],
     ]
+    kind = np.int32([2, 2, 2, 2, 2, 1, 0, 2])
     return {
         "partner": np.int32([3, 3, 3, 0, 4, 7, 6, 2]),
-        "kind": np.int32([2, 2, 2, 2, 2, 1, 0, 2]),
-        "box": np.int32(box),
-        "weight": np.float32([0.9, 0.9, 0.9, 0.9, 0.9, 0.3, 0.9, 0.9]),
+        "kind": kind,
+        "box": np.int32(box) * (kind == Kind.CUTMIX)[:, None],
+        "weight": np.float32([0.9, 0.9, 0.9, 0.9, 0.9, 0.3, 0.0, 0.9]),
     }
 
 
@@ -251,19 +252,20 @@ def test_given_draws(graph):
 
 
 def apply_boxes(images, labels, partner, kind, box):
-    size = images.shape(dtype=types.INT32)[:2]
-    return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box=box))
+    return mixfn.apply(images, labels, Draw(partner, kind, box, partner * 0.0), Mixing())
 
 
 def apply_weights(images, labels, partner, kind, weight):
-    size = images.shape(dtype=types.INT32)[:2]
-    return mixfn.apply(images, labels, mixfn.given(size, partner, kind, weight=weight))
+    drawn = Draw(partner, kind, kind * np.zeros(4, np.int32), weight)
+    return mixfn.apply(images, labels, drawn, Mixing(mixup_alpha=1.0, cutmix_alpha=0.0))
 
 
 @pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, Kind.CUTMIX), (apply_weights, Kind.MIXUP)])
 def test_only_boxes_or_only_weights_given(graph, operation, kind):
     images, labels = batch_of(8, (9, 20))
     drawn = given_batch() | {"kind": np.int32([kind, 0] * 4)}
+    drawn["box"] *= (drawn["kind"] == Kind.CUTMIX)[:, None]
+    drawn["weight"] *= drawn["kind"] == Kind.MIXUP
     del drawn["weight" if kind == Kind.CUTMIX else "box"]
     mixed, target = graph(operation)(images, labels, **drawn)
     assert_types(images, mixed, target)
@@ -287,15 +289,39 @@ def test_every_pair_of_levels_blends_within_one_level(graph):
     assert np.abs(mixed - blend).max() <= 1 + 1e-4
 
 
-def test_a_given_lam0_is_emitted_unchanged(graph):
-    def weighed(images, labels, partner, kind, box, weight, lam0):
-        size = images.shape(dtype=types.INT32)[:2]
-        return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight, lam0))
+def test_the_drawn_lam0_is_emitted_unchanged(graph):
+    def weighed(images, labels, partner, kind, box, weight):
+        return mixfn.apply(images, labels, Draw(partner, kind, box, weight), Mixing(mixup_alpha=1.0, correct_lam=False))
 
     images, labels = batch_of(8, (9, 20))
-    lam0 = np.linspace(0, 1, 8, dtype=np.float32)
-    _, target = graph(weighed)(images, labels, **given_batch(), lam0=lam0)
-    np.testing.assert_array_equal(target.lam0, lam0)
+    drawn = given_batch()
+    _, target = graph(weighed)(images, labels, **drawn)
+    np.testing.assert_array_equal(target.lam0, drawn["weight"])
+
+
+def apply_sized(images, labels, partner, kind, box, size):
+    return mixfn.apply(images, labels, Draw(partner, kind, box, partner * 0.0), Mixing(), size)
+
+
+@pytest.mark.parametrize("known", [(9, 20), (5, 20), (5, 7), (9, 21), (10, 20)])
+def test_a_wrong_size_never_corrupts(graph, known):
+    """Smaller: the images leave cropped, and λ0 is right for them, or the batch is not uniform. Larger: an error."""
+    images, labels = batch_of(8, (9, 20))
+    drawn = given_batch()
+    drawn["kind"][:] = Kind.CUTMIX
+    drawn["box"][:] = 1, 2, 5, 6
+    del drawn["weight"]
+    run = graph(apply_sized, size=known)
+    if max(np.array(known) - (9, 20)) > 0:
+        with pytest.raises(RuntimeError):
+            run(images, labels, **drawn)
+        return
+    mixed, target = run(images, labels, **drawn)
+    assert_true_but_partner = reference.mix_images(
+        images[:, : known[0], : known[1]], drawn["partner"], target.box, target.kind, target.lam0
+    )
+    np.testing.assert_array_equal(mixed, assert_true_but_partner)
+    np.testing.assert_allclose(target.lam0, 16 / np.prod(known), rtol=1e-6)
 
 
 def test_unmixed(graph, device):
@@ -382,22 +408,21 @@ def gpu_graph(operation, **options):
 
 
 @pytest.mark.parametrize(
-    ("alphas", "unknown", "known"),
+    ("alphas", "budget"),
     [
-        ({}, 26, 24),
-        ({"mixup_alpha": 0.8}, 35, 33),
-        ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 7, 7),
+        ({}, 33),
+        ({"mixup_alpha": 0.8}, 43),
+        ({"mixup_alpha": 0.8, "cutmix_alpha": 0.0}, 8),
     ],
     ids=["cutmix", "mix", "mixup"],
 )
-def test_gpu_graph_stays_within_the_budget(alphas, unknown, known):
+def test_gpu_graph_stays_within_the_budget(alphas, budget):
     """All outputs are made on the GPU, and the draw adds few CPU operators. Constants cost nothing."""
     without, _, _ = gpu_graph(lambda images, labels: (images, (labels,)))
-    for budget, options in ((unknown, {}), (known, {"size": (16, 16)})):
-        devices, names, outputs = gpu_graph(mixfn.mix, **alphas, **options)
-        assert outputs == dict.fromkeys(ON_GPU, "gpu")
-        assert devices["cpu"] - without["cpu"] - names.count("constant") <= budget
-        assert devices["gpu"]
+    devices, names, outputs = gpu_graph(mixfn.mix, **alphas)
+    assert outputs == dict.fromkeys(ON_GPU, "gpu")
+    assert devices["cpu"] - without["cpu"] - names.count("constant") <= budget
+    assert devices["gpu"]
 
 
 @pytest.mark.parametrize(
@@ -451,15 +476,6 @@ BAD = [
 def test_invalid_arguments_are_named_with_a_remedy(options, value, remedy):
     with pytest.raises(ValueError, match=f"{value}.*{remedy}"):
         gpu_graph(mixfn.mix, **options)
-
-
-def test_nothing_given_is_an_error():
-    def nothing(images, labels):
-        size = images.shape(dtype=types.INT32)[:2]
-        return mixfn.apply(images, labels, mixfn.given(size, partner=labels, kind=labels))
-
-    with pytest.raises(ValueError, match=r"box=None, weight=None.*give boxes"):
-        gpu_graph(nothing)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The distribution of mixing on the host: what `mixing.draw` draws, and what `mixing.regions` passes to DALI's paste.
+"""The distribution of mixing on the host: what `mixing.draw` draws, and what the loader's graph makes of it.
 
 Boxes, kinds, weights and partners are compared with distributions computed here, with timm's, and with
 `fn.mix`, which draws in the graph. The contract of the paste (`test_contracts.py`) is checked on the same arrays that
@@ -19,8 +19,8 @@ from test_fn_law import ODD_AND_EVEN, SEEDS, P, assert_frequencies, box_law, emi
 
 from lumix_dali import reference
 from lumix_dali.loading import pipelines
-from lumix_dali.loading.plan import Plan, unpack
-from lumix_dali.mixing import Mixing, derangement, draw, regions
+from lumix_dali.loading.plan import INDEX, KIND, LABEL, Plan, unpack
+from lumix_dali.mixing import Mixing, derangement, draw, patches
 from lumix_dali.target import Kind, MixTarget
 
 DRAWS = 20_000
@@ -188,7 +188,7 @@ def test_nothing_to_mix_and_no_samples():
     rng = np.random.default_rng(0)
     assert not any(field.any() for field in draw(rng, 5, (4, 4), None)[1:])
     empty = draw(rng, 0, (4, 4), Mixing())
-    assert [len(field) for field in (*empty, *regions(empty, (4, 4)))] == [0] * 11
+    assert [len(field) for field in empty] == [0] * 4
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "prob": 0.8}, {"cutmix_minmax": (0.2, 0.8)}])
@@ -231,38 +231,27 @@ SIDES = st.one_of(st.integers(1, 9), st.integers(1, 4096))
 
 @settings(deadline=None, max_examples=200)
 @given(mixing=MIXINGS, n=st.integers(1, 17), size=st.tuples(SIDES, SIDES), seed=st.integers(0, 2**32 - 1))
-def test_no_patch_is_empty_or_leaves_the_image(mixing, n, size, seed):
+def test_no_box_leaves_the_image(mixing, n, size, seed):
     found = draw(np.random.default_rng(seed), n, size, mixing)
-    patches = regions(found, size)
-    assert_patches(found, patches, size)
-    assert [field.dtype for field in found] == [np.int64, np.int32, np.int32, np.float32]
-    assert [field.dtype for field in patches] == [np.int32] * 5 + [np.float32, np.bool_]
-    assert all(field.flags.c_contiguous for field in (*found, *patches))  # DALI accepts no strides
-
-
-def assert_patches(found, patches, size):
-    """DALI's contract, and that the patches match the draw."""
-    n, own = len(found.kind), np.arange(len(found.kind))
-    np.testing.assert_array_equal(np.stack([patches.height, patches.width], axis=1), patches.shapes[:, 1])
-    assert ((patches.ids >= 0) & (patches.ids < n)).all()
-    assert (patches.shapes >= 1).all()
-    assert (patches.anchors >= 0).all()
-    assert (patches.anchors + patches.shapes <= size).all()
-    np.testing.assert_array_equal(patches.ids[:, 0], own)
-    np.testing.assert_array_equal(patches.anchors[:, 0], 0 * patches.anchors[:, 0])
-    np.testing.assert_array_equal(patches.shapes[:, 0], np.broadcast_to(size, (n, 2)))
-    for i, (kind, box, weight) in enumerate(zip(found.kind, found.box.tolist(), found.weight, strict=True)):
-        area = (box[2] - box[0]) * (box[3] - box[1])
-        patch = (patches.ids[i, 1], *patches.anchors[i, 1], *patches.shapes[i, 1])
+    assert [field.dtype for field in found] == [np.int32, np.int32, np.int32, np.float32]
+    assert all(field.flags.c_contiguous for field in found)  # DALI accepts no strides
+    assert ((found.partner >= 0) & (found.partner < n)).all()
+    assert (found.box >= 0).all() and (found.box[:, 2:] <= size).all() and (found.box[:, :2] <= found.box[:, 2:]).all()
+    assert not found.box[found.kind != Kind.CUTMIX].any()
+    assert not found.weight[found.kind == Kind.NONE].any()
+    ids, anchors, shapes = patches(found, size)
+    assert [(a.dtype, a.flags.c_contiguous) for a in (ids, anchors, shapes)] == [(np.int32, True)] * 3
+    assert ((ids >= 0) & (ids < n)).all() and (ids[:, 0] == np.arange(n)).all()
+    assert (shapes >= 1).all() and (anchors >= 0).all() and (anchors + shapes <= size).all()
+    assert not anchors[:, 0].any() and (shapes[:, 0] == size).all()
+    for i, (kind, box) in enumerate(zip(found.kind, found.box.tolist(), strict=True)):
+        patch = (ids[i, 1], *anchors[i, 1], *shapes[i, 1])
         if kind == Kind.MIXUP:
-            assert (patch, patches.weight[i]) == ((found.partner[i], 0, 0, *size), weight)
-        elif area:
-            assert kind == Kind.CUTMIX
+            assert patch == (found.partner[i], 0, 0, *size)
+        elif (box[2] - box[0]) * (box[3] - box[1]):
             assert patch == (found.partner[i], *box[:2], box[2] - box[0], box[3] - box[1])
-            assert patches.weight[i] == 1
-        else:  # its own pixel pasted onto itself
-            assert (patch, patches.weight[i]) == ((i, 0, 0, 1, 1), 0)
-        assert patches.is_mixup[i] == (kind == Kind.MIXUP)
+        else:
+            assert patch == (i, 0, 0, 1, 1)
 
 
 # The loader's graph, with its inputs
@@ -285,12 +274,12 @@ def contents(count=8):
     return [np.frombuffer(encoded(ramps(40, 48, blue=9 * k) * [4, 5, 1], "PNG"), np.uint8) for k in range(count)]
 
 
-def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
+def delivered(size, mixing, batch_sizes=BATCHES):
     """Batches (images uint8 [n, H, W, 3], target, the graph's inputs) of `train_pipeline` on the CPU."""
     import torch
 
     transform = pipelines.TrainTransform(size=size, dtype="uint8", channels_last=True, hflip=0.0, scale=(1.0, 1.0))
-    feed = SmallFeed(contents(), transform.size, mixing, batch_sizes=batch_sizes, paths=False, on_gpu=on_gpu)
+    feed = SmallFeed(contents(), transform.size, mixing, batch_sizes=batch_sizes, paths=False)
     pipe = pipelines.train_pipeline(
         feed, transform, batch_size=8, num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
     )
@@ -302,12 +291,11 @@ def delivered(size, mixing, batch_sizes=BATCHES, on_gpu=False):
 
 @pytest.mark.parametrize("size", [(9, 20), (1, 1), (7, 1)])
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["blends Mixup", "blends all"])
-def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
+def test_pixels_and_lam0_match_the_target(name, size):
     """Against the oracle's mixing of the images that the same graph gives without mixing."""
     mixing = Mixing(**GRAPHS[name])
     plain = (images for images, *_ in delivered(size, None))
-    for (mixed, target, index, planned), images in zip(delivered(size, mixing, on_gpu=on_gpu), plain, strict=True):
+    for (mixed, target, index, planned), images in zip(delivered(size, mixing), plain, strict=True):
         expected = reference.mix_images(images, target.partner, target.box, target.kind, target.lam0)
         blended = target.kind == Kind.MIXUP
         np.testing.assert_array_equal(mixed[~blended], expected[~blended])
@@ -315,49 +303,41 @@ def test_pixels_and_lam0_match_the_target(name, size, on_gpu):
         np.testing.assert_array_equal(target.labels, index)
         np.testing.assert_array_equal(target.partner_labels, index[target.partner])
         assert_counted(target, size, mixing, planned)
-        if "shapes" in planned:
-            assert (planned["shapes"] >= 1).all()
-            assert (planned["anchors"] + planned["shapes"] <= size).all()
 
 
 def assert_counted(target, size, mixing, planned):
     """λ0 bit exact: the float32 quotient of pixel counts; for Mixup the drawn weight."""
     area = (target.box[:, 2:] - target.box[:, :2]).prod(1)
     counted = (area.astype(np.float32) / np.float32(np.prod(size))).astype(np.float32)
+    weight = planned.view(np.float32)[:, KIND, 1]
     is_cutmix, is_mixup = target.kind == Kind.CUTMIX, target.kind == Kind.MIXUP
     if mixing.counts_lam0:
         np.testing.assert_array_equal(target.lam0[is_cutmix], counted[is_cutmix])
     else:
-        source = planned.get("lam0", planned.get("weight"))
-        np.testing.assert_array_equal(target.lam0, source)
+        np.testing.assert_array_equal(target.lam0, weight)
     if is_mixup.any():
-        np.testing.assert_array_equal(target.lam0[is_mixup], planned["weight"][is_mixup])
+        np.testing.assert_array_equal(target.lam0[is_mixup], weight[is_mixup])
     assert not target.lam0[target.kind == Kind.NONE].any()
 
 
 @settings(deadline=None, max_examples=100)
-@given(mixing=MIXINGS, n=st.integers(1, 9), on_gpu=st.booleans())
-def test_a_plan_has_the_form_that_the_graph_takes(mixing, n, on_gpu):
+@given(mixing=MIXINGS, n=st.integers(1, 9))
+def test_a_plan_has_the_form_that_the_graph_takes(mixing, n):
     """dtype, dimensions and contiguity of each input; labels and indices travel unchanged."""
-    from lumix_dali.loading.plan import INPUTS
-
-    plan, labels = Plan(1, 2, 3, (6, 5), mixing, True, on_gpu), np.arange(n) + 2**40
-    arrays = dict(zip(plan.inputs, plan.batch(4, labels, labels + 1), strict=True))
-    for name, array in arrays.items():
-        dtype, dimensions = INPUTS[name]
-        assert (array.dtype, array.ndim, len(array)) == (dtype, dimensions + 1, n)
-        assert array.flags.c_contiguous
-    np.testing.assert_array_equal(arrays["target"][:, 0], labels)
-    np.testing.assert_array_equal(arrays["target"][:, 3], labels + 1)
-    again = plan.batch(4, labels, labels + 1)
-    assert all(np.array_equal(a, b) for a, b in zip(arrays.values(), again, strict=True))
+    plan, labels = Plan(1, 2, 3, (6, 5), mixing, True), np.arange(n) + 2**40
+    array = plan.batch(4, labels, labels + 1)
+    assert (array.dtype, array.shape) == (np.int32, (n, 13, 2))
+    assert array.flags.c_contiguous
+    np.testing.assert_array_equal(array.view(np.int64)[:, LABEL, 0], labels)
+    np.testing.assert_array_equal(array.view(np.int64)[:, INDEX, 0], labels + 1)
+    assert np.array_equal(array, plan.batch(4, labels, labels + 1))
 
 
 @pytest.mark.parametrize("word", range(4))
 def test_plans_differ_by_seed_epoch_rank_and_iteration(word):
     def target(*words):
         *plan, iteration = words
-        return Plan(*plan, (30, 40), Mixing(), True).batch(iteration, np.arange(16), np.arange(16))[0]
+        return Plan(*plan, (30, 40), Mixing(), True).batch(iteration, np.arange(16), np.arange(16))
 
     words = [5, 6, 7, 8]
     assert np.array_equal(target(*words), target(*words))

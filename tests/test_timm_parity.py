@@ -11,6 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 import lumix_dali.fn as mixfn
+from lumix_dali.mixing import Draw, Mixing
 from lumix_dali.target import Kind, MixTarget
 
 torch = pytest.importorskip("torch")
@@ -64,14 +65,9 @@ def run_timm(monkeypatch, images, labels, mode, seed, options):
     return mixed.numpy().transpose(0, 2, 3, 1), dense, kind, box, lam0.astype(np.float32)
 
 
-def given(images, labels, partner, kind, box, weight):
-    size = images.shape(dtype=types.INT32)[:2]
-    return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight))
-
-
-def given_lam0(images, labels, partner, kind, box, weight, lam0):
-    size = images.shape(dtype=types.INT32)[:2]
-    return mixfn.apply(images, labels, mixfn.given(size, partner, kind, box, weight, lam0))
+def given(images, labels, partner, kind, box, weight, correct_lam):
+    mixing = Mixing(mixup_alpha=1.0, correct_lam=correct_lam)
+    return mixfn.apply(images, labels, Draw(partner, kind, box, weight), mixing)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 15), (9, 20)])
@@ -80,7 +76,7 @@ def given_lam0(images, labels, partner, kind, box, weight, lam0):
 def test_images_and_dense_targets(graph, monkeypatch, name, mode, size):
     count, kinds = 8, set()
     inputs = {"partner": np.arange(count, dtype=np.int32)[::-1].copy()}
-    run = graph(given_lam0 if name == "uncorrected" else given, count)
+    run = graph(given, count, correct_lam=name != "uncorrected")
     for seed in range(6):
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
@@ -88,8 +84,6 @@ def test_images_and_dense_targets(graph, monkeypatch, name, mode, size):
         with monkeypatch.context() as patch:
             wanted, dense, kind, box, lam0 = run_timm(patch, images, labels, mode, seed, OPTIONS[name])
         inputs |= {"kind": kind, "box": box, "weight": lam0}
-        if name == "uncorrected":
-            inputs["lam0"] = lam0
         mixed, target = run(images, labels, **inputs)
 
         blended = kind == Kind.MIXUP
@@ -112,12 +106,11 @@ def our_boxes(rule, size, uniforms, lam=None):
         uniform = fn.external_source(source=[uniforms.astype(np.float32)])
         drawn = () if lam is None else (fn.external_source(source=[lam.astype(np.float32)]),)
         length = fn.constant(idata=list(size), dtype=types.INT32)
-        start, stop = rule(length, *drawn, lambda node: uniform)
-        return start[1], stop[1]
+        return rule(length, *drawn, lambda node: uniform)
 
     pipe = define()
     pipe.build()
-    return np.concatenate([np.array(corner.as_array()) for corner in pipe.run()], axis=1)
+    return np.array(pipe.run()[0].as_array())
 
 
 class Replayed:
@@ -169,6 +162,6 @@ def test_minmax_rule(monkeypatch, size):
     )
 
     def rule(length, share):
-        return mixfn._inner_box(length, minmax, share, 1)
+        return mixfn._inner_box(length, minmax, share)
 
     np.testing.assert_array_equal(our_boxes(rule, size, uniforms), wanted)

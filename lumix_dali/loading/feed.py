@@ -208,8 +208,8 @@ class Feed:
                 used.append(index)
         del self._pending[number]
         self._memory.append(memory)
-        plan = self.plan.batch(number, np.array(labels, np.int64), np.array(used, np.int64))
-        return images, *plan
+        planned = self.plan.batch(number, np.array(labels, np.int64), np.array(used, np.int64))
+        return images, planned
 
     def close(self, wait: bool = True) -> None:
         """Ends the threads and frees the memory; the pipeline must not run afterwards.

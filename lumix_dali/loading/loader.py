@@ -608,8 +608,7 @@ class _Epoch(Iterator[tuple[Any, ...]]):
         self._scheduled = False
         mixing = loader._mixing if place.mixed else None
         transform = dataclasses.replace(loader._transform, size=cast(Any, place.size))
-        on_gpu = loader.device.type == "cuda"
-        plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, order.shuffle, on_gpu)
+        plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, order.shuffle)
         # Not the seed of the order: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
         self._feed = Feed(

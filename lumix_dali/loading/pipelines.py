@@ -19,9 +19,8 @@ from nvidia.dali.data_node import DataNode
 from .. import augment, checks
 from .. import fn as mixfn
 from ..decoding import decode
-from ..mixing import Regions
 from .feed import Feed
-from .plan import INPUTS, Plan
+from .plan import ANCHORS, IDS, KIND, SHAPES, WEIGHT, Plan
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Interpolation = Literal["bilinear", "bicubic"]
@@ -34,7 +33,6 @@ _INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBI
 _READER = {"dont_use_mmap": True}
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
-_DALI_TYPES = {np.int64: types.INT64, np.int32: types.INT32, np.float32: types.FLOAT, np.bool_: types.BOOL}
 
 
 @dataclass(frozen=True)
@@ -170,10 +168,10 @@ def train_pipeline(
         The arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are also given by keyword.
         As in Pillow, the EXIF orientation is not applied.
     """
-    encoded, arrays = read(feed, reader)
+    encoded, planned = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
     images = _augmented(_resized_crop(images, transform), transform)
-    images, target, lam0 = mixed(images, arrays, feed.plan)
+    images, target, lam0 = mixed(images, planned, feed.plan)
     return _normalised(images, transform), target, lam0
 
 
@@ -243,7 +241,7 @@ def val_pipeline(
         Only the region that the crop needs is decoded and resized, so an image of extreme aspect ratio takes no more
         memory than its crop.
     """
-    encoded, arrays = read(feed, reader)
+    encoded, planned = read(feed, reader)
     size = transform.size
     target = [floor(side / transform.crop_pct) for side in size]
     crop: dict[str, DataNode] = {}
@@ -264,37 +262,38 @@ def val_pipeline(
     images = decode(encoded, needed, **(decoder or {}))
     interpolation = _INTERPOLATIONS[transform.interpolation]
     images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
-    return _normalised(images, transform), _put(arrays["target"])
+    return _normalised(images, transform), _put(planned)
 
 
 def _put(node: DataNode) -> DataNode:
-    return node if Pipeline.current().device_id is None else node.gpu()
+    return node if Pipeline.current().device_id is None or node.device == "gpu" else node.gpu()
 
 
-def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, dict[str, DataNode]]:
-    """Encoded images, and the arrays of the plan by name."""
-    names = feed.plan.inputs
-    given, *arrays = fn.external_source(
-        feed.__call__,
-        num_outputs=1 + len(names),
-        batch=True,
-        batch_info=True,
-        dtype=[types.UINT8, *(_DALI_TYPES[INPUTS[name][0]] for name in names)],
-        ndim=[1, *(INPUTS[name][1] for name in names)],
+def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, DataNode]:
+    """Encoded images, and the plan."""
+    given, planned = fn.external_source(
+        feed.__call__, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT32], ndim=[1, 2]
     )
     encoded = fn.io.file.read(given, **{**_READER, **(reader or {})}) if feed.gives_paths else given
-    return encoded, dict(zip(names, arrays, strict=True))
+    return encoded, planned
 
 
-def mixed(images: DataNode, arrays: Mapping[str, DataNode], plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
-    """Images mixed by the plan, its target, and λ0, on the pipeline's device."""
-    mixing = plan.mixing
+def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
+    """Images mixed by the plan, the plan, and λ0, on the pipeline's device."""
+    mixing, rows = plan.mixing, _put(planned)
     if mixing is None:
-        return images, _put(arrays["target"]), _put(arrays["lam0"])
-    patches = Regions(*(arrays.get(name) for name in Regions._fields))
-    patches = patches if mixing.with_cutmix else patches._replace(ids=arrays["partner"])
-    lam0 = arrays["lam0"] if "lam0" in arrays else mixfn.count_lam0(patches, plan.size)
-    return mixfn.lay(images, patches, mixing.with_mixup), _put(arrays["target"]), _put(lam0)
+        return images, rows, _float(rows[KIND, 1])
+    weight, kind = _float(planned[WEIGHT, 0]), planned[KIND, 0]
+    ids, anchors, shapes = planned[IDS], planned[ANCHORS : ANCHORS + 2], planned[SHAPES : SHAPES + 2]
+    lam0 = _float(rows[KIND, 1])
+    if mixing.with_cutmix and mixing.counts_lam0:
+        # Mixup pastes the whole image, of which the share is exactly 1: its weight remains.
+        lam0 = _float(rows[WEIGHT, 0]) * mixfn.box_lam0((rows[SHAPES + 1, 0], rows[SHAPES + 1, 1]), plan.size)
+    return mixfn.lay(images, ids, anchors, shapes, kind, weight, mixing), rows, lam0
+
+
+def _float(bits: DataNode) -> DataNode:
+    return fn.reinterpret(bits, dtype=types.FLOAT)
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
