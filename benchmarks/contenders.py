@@ -26,7 +26,14 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from lumix_dali import create_loader, decoding
-from lumix_dali.data.sources import Files, Source, load
+from lumix_dali.data.files import Files
+from lumix_dali.data.protocol import Source
+from lumix_dali.data.sources import load
+<<<<<<< HEAD
+from lumix_dali.loading.resize import TrainInterpolation
+=======
+from lumix_dali.loading.pipelines import TrainInterpolation
+>>>>>>> loader
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -46,7 +53,7 @@ class Setting:
     device: str
     scratch: Path
     decoder: dict[str, Any] = field(default_factory=dict)  # of DALI's decoder
-    interpolation: str = "bicubic"
+    interpolation: TrainInterpolation = "bicubic"
 
     @property
     def cuda(self) -> bool:

@@ -37,7 +37,8 @@ from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
 from lumix_dali import LUMixLoss, Mixing, create_loader
-from lumix_dali.data.sources import Files, load_files
+from lumix_dali.data.files import Files
+from lumix_dali.data.sources import load_files
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan, unpack
 
@@ -64,24 +65,32 @@ class Feed:
     gives_paths = True
 
     def __init__(self, s: Setting, mixing: Mixing | None):
-        self.s, self.rng = s, np.random.default_rng(0)
-        self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True, s.cuda)
+        self.s = s
+        self.plan = Plan(0, 0, 0, (s.size, s.size), mixing, True)
 
-    def __call__(self, info: Any) -> tuple[Any, ...]:
-        """The batch of an iteration."""
-        drawn = self.rng.integers(0, len(self.s.samples), self.s.batch_size)
-        paths = [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in drawn]
-        return paths, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+    def drawn(self, info: Any) -> np.ndarray:
+        """The samples of an iteration."""
+        return np.random.default_rng(info.iteration).integers(0, len(self.s.samples), self.s.batch_size)
+
+    def images(self, info: Any) -> list[np.ndarray]:
+        """Their paths."""
+        return [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in self.drawn(info)]
+
+    def arrays(self, info: Any) -> tuple[Any, ...]:
+        """That they are paths, and the plan."""
+        drawn = self.drawn(info)
+        is_path = [np.bool_(True)] * len(drawn)
+        return is_path, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
 
 
 @pipeline_def
 def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any]):
     """`lumix_dali`'s training pipeline, truncated after some of `LOADER_STAGES`."""
-    encoded, arrays = pipelines.read(feed)
+    encoded, planned = pipelines.read(feed)
     images = cropped(encoded, size, stages, decoder, guarded_crop)
     if stages <= 3:
-        return images, arrays["target"], arrays["lam0"]
-    images, *target = pipelines.mixed(images, arrays, feed.plan)
+        return images, planned
+    images, *target = pipelines.mixed(images, planned, feed.plan)
     return normalised_in_dali(images) if stages > 4 else images, *target
 
 

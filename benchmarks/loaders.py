@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lumix_dali.data.sources import Files, load_files
+from lumix_dali.data.files import Files
+from lumix_dali.data.sources import load_files
 
 from . import data, harness, readings
 from .contenders import ENTRIES, INTERPOLATIONS, PREFETCH, RATIO, SCALE, Entry, Setting

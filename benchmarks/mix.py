@@ -46,7 +46,7 @@ GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 def scaled(images, partners, drawn: Any):
     """What `lumix_dali.fn` does."""
-    return normalised_in_dali(mixfn._blend(images, partners, images, drawn.weight, drawn.kind == mixfn.MIXUP))
+    return normalised_in_dali(mixfn._blend(images, partners, drawn.weight, drawn.kind == mixfn.MIXUP))
 
 
 def arithmetic(images, partners, drawn: Any):
@@ -97,10 +97,15 @@ class Plans:
 
     def __init__(self, plan: Plan, count: int):
         self.plan, self.places = plan, np.arange(count)
+        self.nothing = np.zeros((count, 1), np.uint8)
 
-    def __call__(self, info: Any) -> tuple[Any, ...]:
-        """Only the plan of an iteration, without images."""
-        return np.zeros((len(self.places), 1), np.uint8), self.plan.batch(info.iteration, self.places, self.places)
+    def images(self, info: Any) -> np.ndarray:
+        """No images."""
+        return self.nothing
+
+    def arrays(self, info: Any) -> tuple[np.ndarray]:
+        """Only the plan of an iteration."""
+        return (self.plan.batch(info.iteration, self.places, self.places),)
 
 
 def planned(options: dict[str, Any], side: int, images, labels):

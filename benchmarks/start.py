@@ -39,10 +39,11 @@ def measure(kind: str, path: str) -> dict[str, Any]:
     """Seconds to open one source and to its first batch, and bytes of memory, in this process."""
     from lumix_dali import create_loader
     from lumix_dali.data import sources
+    from lumix_dali.data.files import file_list
 
     given: Any = path
     if kind == "pairs":
-        files = sources.file_list(path)
+        files = file_list(path)
         given = [(files.path(i), int(label)) for i, label in enumerate(files.labels)]
         del files
     gc.collect()
@@ -95,13 +96,14 @@ def write_shards(root: Path, count: int) -> None:
 
 def prepare(root: Path, files: int, index: int) -> list[tuple[str, str, str]]:
     """(name, kind, path) of each source."""
-    from lumix_dali.data import sources
 
     write_folder(root / "few", FEW)
     write_folder(root / "folder", files)
     print(f"{files:,} files created", flush=True)
-    samples = sources.folder(root / "folder")
-    sources.write_manifest(samples, root / "manifest.json")
+    from lumix_dali.data.files import class_folder, write_manifest
+
+    samples = class_folder(root / "folder")
+    write_manifest(samples, root / "manifest.json")
     with open(root / "list.txt", "w") as file:
         file.writelines(f"folder/{name} {label}\n" for name, label in zip(samples.names, samples.labels, strict=True))
     write_shards(root / "shards", index)

@@ -46,9 +46,8 @@ def resizemix(images: DataNode, labels: DataNode, scope: Sequence[float] = (0.1,
     small = fn.resize(fn.permute_batch(images, indices=partner), size=fn.cast(side, dtype=types.FLOAT))
     small = fn.pad(small, axes=[0, 1], shape=size)  # on a GPU multi_paste assumes one size for all inputs
     drawn = Draw(partner, partner * 0 + int(Kind.CUTMIX), fn.cat(start, start + side), partner * 0.0)
-    _, target = mixfn.apply(
-        images, labels, drawn, Mixing()
-    )  # its pixels are never computed: DALI prunes unused outputs
+    # The pixels of this are never computed: DALI prunes unused outputs.
+    _, target = mixfn.apply(images, labels, drawn, Mixing())
     mixed = fn.multi_paste(
         images,
         small,

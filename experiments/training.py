@@ -24,8 +24,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lumix_dali.fn as mixfn
 from lumix_dali import LUMixLoss, MixTarget, check_target, create_loader
+from lumix_dali.data.files import Files
 from lumix_dali.data.order import Order
-from lumix_dali.data.sources import Files, load_files
+from lumix_dali.data.sources import load_files
 
 from . import mixing, puzzlemix
 from .labels import LabelWeights

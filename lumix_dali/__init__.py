@@ -11,9 +11,10 @@ __all__ = ["Kind", "LUMixLoss", "Loader", "MixTarget", "Mixing", "check_target",
 
 if TYPE_CHECKING:  # without __getattr__, so that a type checker sees a misspelt name
     from .loading.loader import Loader, create_loader
-    from .loss import LUMixLoss, check_target
+    from .loss import LUMixLoss
     from .mixing import Mixing
     from .target import Kind, MixTarget
+    from .target_checks import check_target
 else:
     _HOME = {
         "Kind": "target",
@@ -21,7 +22,7 @@ else:
         "Loader": "loading.loader",
         "MixTarget": "target",
         "Mixing": "mixing",
-        "check_target": "loss",
+        "check_target": "target_checks",
         "create_loader": "loading.loader",
     }
 

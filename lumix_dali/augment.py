@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeAlias
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from .conditional import merge, split, verbatim
+from .graph import as_written, branch, first, put
 
 Operation = Callable[..., DataNode]
 Number: TypeAlias = float | DataNode
@@ -134,7 +134,7 @@ def parse(spec: str) -> Policy:
     )
 
 
-@verbatim
+@as_written
 def rand_augment(
     images: DataNode,
     spec: str = "rand-m9-mstd0.5-inc1",
@@ -167,7 +167,6 @@ def rand_augment(
     return images
 
 
-@verbatim
 def draw(policy: Policy) -> tuple[DataNode, DataNode]:
     """Draws what each layer does to each sample.
 
@@ -215,7 +214,7 @@ def _leaves(policy: Policy, warp: Operation) -> list[tuple[int, Operation]]:
         "AutoContrast": lambda images, _: auto_contrast(images),
         "Equalize": lambda images, _: equalize(images),
     }
-    leaves: list[tuple[int, Operation]] = [(0, _keep), (2 * _WARPS, warp)]
+    leaves: list[tuple[int, Operation]] = [(0, first), (2 * _WARPS, warp)]
     for place, name in enumerate(OPERATIONS):
         if name in single:
             leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
@@ -228,13 +227,7 @@ def _select(
     (last, operation), *others = leaves
     if not others:
         return operation(images, outcome, argument)
-    return _if(outcome <= last, operation, partial(_select, others), images, outcome, argument)
-
-
-def _if(predicate: DataNode, then: Operation, otherwise: Operation, *nodes: DataNode) -> DataNode:
-    """`then` for the samples where `predicate` is true, `otherwise` for the others."""
-    parts = [split(node, predicate) for node in nodes]
-    return merge(then(*(true for true, _ in parts)), otherwise(*(false for _, false in parts)), predicate)
+    return branch(outcome <= last, operation, partial(_select, others), images, outcome, argument)
 
 
 def _warp(images: DataNode, outcome: DataNode, argument: DataNode, **options: Any) -> DataNode:
@@ -243,7 +236,7 @@ def _warp(images: DataNode, outcome: DataNode, argument: DataNode, **options: An
     return warp(images, given[0], given[1:3], given[3:5], **options)
 
 
-@verbatim
+@as_written
 def warp(
     images: DataNode,
     degrees: Number,
@@ -285,59 +278,59 @@ def warp(
     )
 
 
-@verbatim
+@as_written
 def brightness(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Brightness: 0 is black, 1 the image."""
     return fn.brightness_contrast(images, brightness=factor, brightness_shift=_CUT / 255)
 
 
-@verbatim
+@as_written
 def color(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Color: 0 is grey, 1 the image."""
     return _blend(_grey(images), images, factor)
 
 
-@verbatim
+@as_written
 def contrast(images: DataNode, factor: Number) -> DataNode:
     """Pillow's ImageEnhance.Contrast: 0 is the mean of the grey image, 1 the image."""
     return _blend(fn.reductions.mean(_grey(images), axes=[0, 1], keep_dims=True), images, factor)
 
 
-@verbatim
+@as_written
 def sharpness(images: DataNode, factor: DataNode) -> DataNode:
     """Pillow's ImageEnhance.Sharpness: 0 is smooth, 1 the image."""
     around = (1 - factor) * (1 / 13)
     centre = fn.reshape(factor + around * 4, shape=[1, 1])
     kernel = fn.slice(centre, start=[-1, -1], shape=[3, 3], axes=[0, 1], out_of_bounds_policy="pad") + around
-    return fn.filter(images, _put(kernel, images.device))
+    return fn.filter(images, put(kernel, images.device))
 
 
-@verbatim
+@as_written
 def posterize(images: DataNode, bits: DataNode) -> DataNode:
     """Keeps the highest `bits` of each grey level (a whole number; below 1 gives black)."""
     kept = fn.cast(256 - math.fpow(2.0, 8 - bits), dtype=types.UINT8)  # clipped to [0, 255]
-    return images & _put(kept, images.device)
+    return images & put(kept, images.device)
 
 
-@verbatim
+@as_written
 def solarize(images: DataNode, threshold: DataNode) -> DataNode:
     """Inverts the grey levels >= `threshold` (a whole number)."""
-    return images ^ _where(images >= _put(threshold, images.device)) * _level(255)
+    return images ^ _where(images >= put(threshold, images.device)) * _level(255)
 
 
-@verbatim
+@as_written
 def solarize_add(images: DataNode, add: DataNode) -> DataNode:
     """Adds `add` (a whole number up to 128) to the grey levels below 128."""
-    return images + _where(images < _level(128)) * _put(fn.cast(add, dtype=types.UINT8), images.device)
+    return images + _where(images < _level(128)) * put(fn.cast(add, dtype=types.UINT8), images.device)
 
 
-@verbatim
+@as_written
 def invert(images: DataNode) -> DataNode:
     """255 minus each grey level."""
     return images ^ _level(255)
 
 
-@verbatim
+@as_written
 def auto_contrast(images: DataNode) -> DataNode:
     """Stretches each channel to [0, 255]; a channel without contrast stays unchanged."""
     low, high = (reduce(images, axes=[0, 1], keep_dims=True) for reduce in (fn.reductions.min, fn.reductions.max))
@@ -346,13 +339,13 @@ def auto_contrast(images: DataNode) -> DataNode:
     return fn.cast(stretched, dtype=types.UINT8)
 
 
-@verbatim
+@as_written
 def equalize(images: DataNode) -> DataNode:
     """Approximates Pillow's ImageOps.equalize by OpenCV's of the negative, whose sum starts at white."""
     return invert(fn.equalize(invert(images)))
 
 
-@verbatim
+@as_written
 def color_jitter(
     images: DataNode, jitter: float | Sequence[float], *, prob: float = 1.0, grayscale_prob: float = 0.0
 ) -> DataNode:
@@ -403,7 +396,8 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     """
     amounts: list[Any] = list(jitter) if isinstance(jitter, Sequence) else [jitter] * 3
     amounts += [0.0] * (len(amounts) == 3)
-    known = all(isinstance(amount, Real) and 0 <= float(amount) < pymath.inf for amount in amounts)
+    numbers = all(isinstance(amount, Real) and not isinstance(amount, bool) for amount in amounts)
+    known = numbers and all(0 <= float(amount) < pymath.inf for amount in amounts)
     if len(amounts) != 4 or not known or amounts[3] > 0.5:
         raise ValueError(
             f"color_jitter={jitter!r}: give a number >= 0, or three or four of them: brightness, contrast, "
@@ -412,7 +406,7 @@ def jitter_of(jitter: float | Sequence[float]) -> tuple[float, float, float, flo
     return tuple(map(float, amounts))  # type: ignore[return-value]
 
 
-@verbatim
+@as_written
 def erase(
     images: DataNode,
     *,
@@ -447,11 +441,11 @@ def erase(
     known = () if size is None else (fn.constant(idata=[int(side) for side in size], dtype=types.INT32),)
     for region in range(count):
         drawn = fn.random.uniform(range=[0.0, 1.0], shape=[_ATTEMPTS + 1, 3])
-        images = _if(number > region, fill, _keep, images, drawn, number, *known)
+        images = branch(number > region, fill, first, images, drawn, number, *known)
     return images
 
 
-@verbatim
+@as_written
 def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNode, DataNode]:
     """timm's rule for a region: one of ten draws that is smaller than the image, or none.
 
@@ -492,7 +486,7 @@ def _fill(
     if mode == "pixel":
         paste = partial(_paste_noise, mean=mean, std=std)
         # On a GPU an empty region of multi_paste overwrites the rest of the image.
-        return _if(fn.reductions.min(sides) > 0, paste, _keep, images, start, sides, size)
+        return branch(fn.reductions.min(sides) > 0, paste, first, images, start, sides, size)
     colour = _noise(math.min(sides, 0) + 1, "cpu", mean, std)  # of one pixel
     start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, colour))
     level = [round(m) for m in mean] if mode == "const" else fn.reshape(colour, shape=[-1])
@@ -525,17 +519,13 @@ def _noise(sides: DataNode, device: str, mean: Sequence[float], std: Sequence[fl
     )
 
 
-def _keep(images: DataNode, *_: DataNode) -> DataNode:
-    return images
-
-
 def _sometimes(prob: float, operation: Operation, *nodes: DataNode) -> DataNode:
     if prob == 0:
         return nodes[0]
     if prob == 1:
         return operation(*nodes)
     chosen = fn.cast(fn.random.coin_flip(probability=prob), dtype=types.BOOL)
-    return _if(chosen, operation, _keep, *nodes)
+    return branch(chosen, operation, first, *nodes)
 
 
 def _blend(degenerate: DataNode, images: DataNode, factor: Number) -> DataNode:
@@ -555,7 +545,3 @@ def _where(condition: DataNode) -> DataNode:
 
 def _level(value: int, dtype: Any = types.UINT8) -> Any:
     return types.Constant(value, dtype=dtype)
-
-
-def _put(node: DataNode, device: str) -> DataNode:
-    return node.gpu() if device == "gpu" and node.device == "cpu" else node

@@ -1,6 +1,7 @@
 """The ``lumix-dali`` command.
 
-It can ``show`` what the pipeline does to your images, ``check`` them before a run, and ``convert`` them to shards.
+It can ``show`` what the pipeline does to your images, ``check`` them before a run, ``convert`` them to shards, and
+measure the ``speed`` of loading and training.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from . import __version__, checks
 from .data import check, convert, sources
+from .data.files import is_manifest, write_manifest
 from .data.formats import MAX_PIXELS
+from .data.storage import replacing
 from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
-_LOWEST = dict(count=1, input_size=1, seed=0, workers=1, ranks=1, batch_size=1, shard_size=1, max_pixels=1)
+_LOWEST = dict.fromkeys(
+    ("count", "input_size", "workers", "ranks", "batch_size", "shard_size", "max_pixels", "max_size", "quality")
+    + ("rounds", "num_threads"),
+    1,
+) | dict(seed=0)
 BOX_COLOUR = (255, 64, 64)
 # What the partner is to the canvas; CutMix' line has the colour of its box.
 PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
@@ -48,6 +56,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     """
     from .loading.loader import create_loader
 
+    if os.path.splitext(out)[1].lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: Pillow knows no format of this ending; give a name such as mixed.png")
     if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
         options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
     source = sources.load(root)
@@ -62,7 +72,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
     grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
     for place, tile in enumerate(tiles):
         grid.paste(tile, (place % columns * width, place // columns * height))
-    grid.save(out)
+    with replacing(out) as file:
+        grid.save(file, Image.registered_extensions()[os.path.splitext(out)[1].lower()])
 
 
 def _tile(
@@ -100,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lumix-dali", description="CutMix, Mixup and LUMix with NVIDIA DALI")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True)
-    for add in (_add_show, _add_check, _add_convert):
+    for add in (_add_show, _add_check, _add_convert, _add_speed):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -174,14 +185,14 @@ def _check(args: argparse.Namespace) -> int:
             **report.shards(args.ranks, args.batch_size)
         )
     )
-    if args.manifest and report.files:
+    if args.manifest and report.samples is None:
         raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
-    if args.manifest:
-        sources.write_manifest(report.samples, args.manifest)
+    if args.manifest and report.samples is not None:
+        write_manifest(report.samples, args.manifest)
     if args.report:
         content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
-        with open(args.report, "w", encoding="ascii") as file:
-            json.dump(content, file, indent=1)
+        with replacing(args.report) as file:
+            file.write(json.dumps(content, indent=1).encode("ascii"))
     return 0 if report.ok else 1
 
 
@@ -192,8 +203,19 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--out", required=True, metavar="DIR", help="folder of the shards; repeating the command resumes a conversion")
     add("--shard-size", type=int, default=10_000, help="samples a shard (%(default)s)")
     add("--seed", type=int, default=0, help="of the order (%(default)s)")
+    add(
+        "--max-size",
+        type=int,
+        metavar="PIXELS",
+        help="reduce images with a longer side; default: no change",
+    )
+    add("--quality", type=int, default=90, help="of the JPEGs that are reduced (%(default)s)")
     add("--full", action="store_true", help="decode every file in the scan")
-    add("--workers", type=int, help="processes of the scan; default: the CPUs this one may use")
+    add(
+        "--workers",
+        type=int,
+        help="processes of the scan, threads of the conversion; default: the CPUs this one may use",
+    )
     command.set_defaults(run=_convert)
 
 
@@ -202,11 +224,45 @@ def _convert(args: argparse.Namespace) -> int:
     inside = os.path.realpath(args.out).startswith(os.path.realpath(args.root) + os.sep)
     if inside and os.path.isdir(args.root):
         raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
-    if not sources.is_manifest(args.root):
+    if not is_manifest(args.root):
         report = check.scan(args.root, full=args.full, workers=args.workers, progress=bar("chunk"))
-        samples = report.samples
+        samples = report.samples or samples
         for name, reason in report.bad.items():
             print(f"left out {name!r}: {reason}", file=sys.stderr)
-    paths = convert.convert(samples, args.out, shard_size=args.shard_size, seed=args.seed, progress=bar("chunk"))
+    paths = convert.convert(
+        samples,
+        args.out,
+        shard_size=args.shard_size,
+        seed=args.seed,
+        max_size=args.max_size,
+        quality=args.quality,
+        workers=args.workers,
+        progress=bar("shard"),
+    )
     print(f"{len(samples)} samples in {len(paths)} shards in {args.out}")
+    return 0
+
+
+def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("speed", help="is the loader the bottleneck? beside timm's, and with your model")
+    add = command.add_argument
+    add("root", help="class folder, list file, manifest, or shards")
+    add("--model", help="name of a timm model, to train on cached batches and on the loader's")
+    add("--batch-size", type=int, default=64, help="(%(default)s)")
+    add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
+    add("--num-threads", type=int, help="of this loader, and workers of timm's; default: the CPUs this process may use")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--minutes", type=float, default=2.0, help="about how long it takes (%(default)s)")
+    add("--rounds", type=int, default=5, help="how often loaders and training take turns (%(default)s)")
+    command.set_defaults(run=_speed)
+
+
+def _speed(args: argparse.Namespace) -> int:
+    print("loading PyTorch, DALI and the list of images", flush=True)
+    from .speed import speed  # it imports PyTorch and DALI
+
+    options = vars(args)
+    del options["run"]
+    root = options.pop("root")
+    print(speed(sources.load(root), **options, report=partial(print, flush=True)))
     return 0

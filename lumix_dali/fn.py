@@ -22,7 +22,7 @@ import numpy as np
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
-from .conditional import merge, split, verbatim
+from .graph import as_written, branch, first, put
 from .mixing import Draw, Mixing, Mode
 from .target import Kind, MixTarget
 
@@ -30,12 +30,11 @@ MIXUP = int(Kind.MIXUP)
 # Two roundings must not add up to 256 when both parts of a white pixel end in .5.
 BELOW_HALF = -1e-3 / 255
 
-
 Share = Callable[[DataNode], DataNode]  # gives every sample its own draw, or the first sample's
 Size: TypeAlias = Sequence[int] | DataNode  # (H, W) of the images: two integers, or int32 [2] on the CPU
 
 
-@verbatim
+@as_written
 def mix(
     images: DataNode,
     labels: DataNode,
@@ -74,26 +73,10 @@ def mix(
     Note:
         The arguments have the same meaning as in timm's `Mixup`. The partners are a random permutation in which no
         sample is its own partner; timm flips the batch instead. A batch of one stays unmixed. Mixup is rounded to
-        uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm. The size
-        is read from the images, which on a GPU needs DALI's default executor (not ``exec_dynamic=False``).
-
-        Ranks whose pipelines have the same seed draw the same boxes: give each rank its own seed. Mixing twice gives
-        the target of the second time only. The partners are those of the whole batch: an iterator that cuts the last
-        batch cuts some of them off, so train with DALI's ``LastBatchPolicy.DROP``.
-
-    Example:
-        >>> from nvidia.dali import Pipeline
-        >>> images = [np.full((8, 8, 3), i, np.uint8) for i in range(4)]
-        >>> pipe = Pipeline(batch_size=4, num_threads=1, device_id=None, seed=0)
-        >>> with pipe:
-        ...     pixels = fn.external_source(lambda: images, batch=True, layout="HWC")
-        ...     labels = fn.external_source(lambda: np.arange(4), batch=True)
-        ...     mixed, target = mix(pixels, labels, cutmix_alpha=1.0)
-        ...     pipe.set_outputs(mixed, target.lam0, target.partner)
-        >>> pipe.build()
-        >>> mixed, lam0, partner = (np.array(output.as_array()) for output in pipe.run())
-        >>> bool((mixed[0, ..., 0] == partner[0]).mean() == lam0[0])
-        True
+        uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm. The
+        size is read from the images, which on a GPU needs DALI's default executor (not ``exec_dynamic=False``). Calling
+        this twice mixes twice, and the second target says nothing of the first. Pipelines of one seed draw the same
+        boxes, so give each rank another seed.
     """
     at_run_time = prob if isinstance(prob, DataNode) else None
     mixing = Mixing(
@@ -105,23 +88,23 @@ def mix(
         mode=mode,
         correct_lam=correct_lam,
     )
-    size = images.shape(dtype=types.INT32)[:2]
+    size = _shape(images)
     return apply(images, labels, draw(size, mixing, at_run_time), mixing, size)
 
 
-@verbatim
+@as_written
 def cutmix(images: DataNode, labels: DataNode, *, alpha: float = 1.0, **options: Any) -> tuple[DataNode, MixTarget]:
     """Only CutMix (arXiv 1905.04899): `mix` with ``cutmix_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=0.0, cutmix_alpha=alpha, **options)
 
 
-@verbatim
+@as_written
 def mixup(images: DataNode, labels: DataNode, *, alpha: float = 0.8, **options: Any) -> tuple[DataNode, MixTarget]:
     """Only Mixup (arXiv 1710.09412): `mix` with ``mixup_alpha=alpha``; `options` are those of `mix`."""
     return mix(images, labels, mixup_alpha=alpha, cutmix_alpha=0.0, **options)
 
 
-@verbatim
+@as_written
 def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
     """The `MixTarget` of unmixed samples: λ0, kind and partner are 0.
 
@@ -135,7 +118,7 @@ def unmixed(labels: DataNode, device: str = "cpu") -> MixTarget:
     return MixTarget(labels, labels, fn.cast(kind, dtype=types.FLOAT), kind * np.zeros(4, np.int32), kind, partner)
 
 
-@verbatim
+@as_written
 def draw(size: Size, mixing: Mixing, prob: DataNode | None = None) -> Draw:
     """Draws partners, kinds, boxes and weights in the graph, from the same law as `mixing.draw`.
 
@@ -163,7 +146,7 @@ def draw(size: Size, mixing: Mixing, prob: DataNode | None = None) -> Draw:
     return Draw(partner, kind, box, weight)
 
 
-@verbatim
+@as_written
 def apply(
     images: DataNode, labels: DataNode, drawn: Draw, mixing: Mixing, size: Size | None = None
 ) -> tuple[DataNode, MixTarget]:
@@ -185,56 +168,52 @@ def apply(
     mixed, weight = images, drawn.weight
     if mixing.with_mixup and mixing.with_cutmix:
         weight = weight * (drawn.kind == MIXUP)
-    lam0 = _put(weight if mixing.counts_lam0 else drawn.weight, device)
+    box, lam0 = put(drawn.box, device), put(weight if mixing.counts_lam0 else drawn.weight, device)
     if mixing.with_cutmix:
-        size = images.shape(dtype=types.INT32)[:2] if size is None else size
-        start = drawn.box[:2]
-        extent = drawn.box[2:] - start
-        mixed = _paste(images, partners, start, extent, size)
+        size = _shape(images) if size is None else size
+        mixed = _paste(images, partners, drawn.box, size)
         if mixing.counts_lam0:
-            share = box_lam0(_put(extent, device), _put(size, device))
+            share = _area(box[2:] - box[:2]) / _area(put(size, device))
             lam0 = share + lam0 if mixing.with_mixup else share
     if mixing.with_mixup:
-        mixed = _blend(mixed, partners, mixed, weight, drawn.kind == MIXUP)
+        mixed = _blend(mixed, partners, weight, drawn.kind == MIXUP)
     labels = _scalar(labels, device)
-    partner = fn.cast(_put(drawn.partner, device), dtype=types.INT64)
+    partner = fn.cast(put(drawn.partner, device), dtype=types.INT64)
     others = fn.permute_batch(labels, indices=drawn.partner)
-    return mixed, MixTarget(labels, others, lam0, _put(drawn.box, device), _put(drawn.kind, device), partner)
+    return mixed, MixTarget(labels, others, lam0, box, put(drawn.kind, device), partner)
 
 
-@verbatim
-def paste(values: DataNode, drawn: Draw) -> DataNode:
-    """Pastes masks, depth or heat maps as CutMix pastes the images (arXiv 1905.04899): each box from the partner.
+@as_written
+def paste(values: DataNode, drawn: Draw, size: Size | None = None) -> DataNode:
+    """Pastes the partners' boxes into whatever else has the images' size: masks, depth, heat maps.
 
     Args:
-        values: HWC of the images' size, of any dtype that DALI's ``multi_paste`` takes; give class masks a channel.
-        drawn: the draw that `apply` got, DataNodes on the CPU.
+        values: HWC, of one size and any type that ``fn.multi_paste`` takes; cropped and flipped as the images were.
+        drawn: as for `apply`.
+        size: as for `apply`.
 
     Returns:
-        Values like `values`. A sample of Mixup keeps its own: class numbers cannot be averaged. Where an average is
-        meant, mix the batch with `MixTarget.mix`, which also covers boxes, by their share instead of their place.
+        Values like `values`. Samples of Mixup keep their own, because two masks have no mean: weigh both losses by λ0
+        instead, or draw only CutMix.
 
     Example:
-        >>> from lumix_dali.mixing import Mixing
-        >>> from nvidia.dali import Pipeline
-        >>> mixing, pipe = Mixing(cutmix_alpha=1.0), Pipeline(batch_size=2, num_threads=1, device_id=None, seed=0)
-        >>> masks = [np.full((8, 8, 1), i, np.int32) for i in range(2)]
-        >>> with pipe:
-        ...     mask = fn.external_source(lambda: masks, batch=True, layout="HWC")
-        ...     drawn = draw((8, 8), mixing)
-        ...     pipe.set_outputs(paste(mask, drawn), drawn.box)
-        >>> pipe.build()
-        >>> pasted, box = (np.array(output.as_array()) for output in pipe.run())
-        >>> y0, x0, y1, x1 = box[0]
-        >>> bool(pasted[0].sum() == (y1 - y0) * (x1 - x0))
+        >>> from nvidia.dali import fn, pipeline_def
+        >>> @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+        ... def masks():
+        ...     source = [np.full((8, 8, 1), i, np.uint8) for i in range(4)]
+        ...     values = fn.external_source(lambda: source, layout="HWC", batch=True)
+        ...     drawn = draw((8, 8), Mixing(cutmix_alpha=1.0))
+        ...     return paste(values, drawn), drawn.box
+        >>> values, boxes = (np.array(output.as_tensor()) for output in masks(seed=1).run())
+        >>> y0, x0, y1, x1 = boxes[0].tolist()
+        >>> bool((values[0, y0:y1, x0:x1] != 0).all() and (values[0] != 0).sum() == (y1 - y0) * (x1 - x0))
         True
     """
-    start = drawn.box[:2]
     partners = fn.permute_batch(values, indices=drawn.partner)
-    return _paste(values, partners, start, drawn.box[2:] - start, values.shape(dtype=types.INT32)[:2])
+    return _paste(values, partners, drawn.box, _shape(values) if size is None else size)
 
 
-@verbatim
+@as_written
 def lay(
     images: DataNode,
     ids: DataNode,
@@ -259,7 +238,9 @@ def lay(
         pasted = fn.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
     if not mixing.with_mixup:
         return pasted
-    return _blend(images, pasted, pasted, weight, kind == MIXUP)
+    if images.device == "gpu":
+        return _weighted(images, pasted, weight)
+    return branch(kind == MIXUP, _weighted, lambda own, pasted, weight: pasted, images, pasted, weight)
 
 
 def _share(partner: DataNode, mode: str) -> Share:
@@ -308,57 +289,48 @@ def _inner_box(size: DataNode, minmax: tuple[float, float], share: Share) -> Dat
 def _node(size: Size) -> DataNode:
     if isinstance(size, DataNode):
         return size
-    sides = np.asarray(size)
+    sides: np.ndarray = np.asarray(size)
     if sides.shape != (2,) or sides.dtype.kind not in "iu" or (sides < 1).any():
         raise ValueError(f"size={size!r}: give (height, width) of the images, two integers > 0, or a DataNode")
     return fn.constant(idata=sides.tolist(), dtype=types.INT32)
 
 
-def _hwc(images: DataNode) -> DataNode:
-    """Names the layout that images from an external source may lack; the operators before it refuse any other."""
-    return fn.reshape(images, layout="HWC")
+def _shape(images: DataNode) -> DataNode:
+    return images.shape(dtype=types.INT32)[:2]
 
 
-def box_lam0(sides: Any, size: Any) -> Any:
-    """λ0 of CutMix, r_w·r_h / HW (arXiv 2211.15846): the box's pixels over the image's, float32.
-
-    Args:
-        sides: int32, height and width of the box along the first dimension: a DataNode or a tensor.
-        size: (H, W) of the image, in the same form or as two integers.
-    """
-    return (sides[0] * sides[1]) / (size[0] * size[1])
+def _area(sides: Any) -> Any:
+    return sides[0] * sides[1]
 
 
-def _paste(images: DataNode, partners: DataNode, start: DataNode, extent: DataNode, size: Size) -> DataNode:
-    """Pastes the partner's box over each image. Samples with an empty box bypass `multi_paste`.
+def _paste(values: DataNode, partners: DataNode, box: DataNode, size: Size) -> DataNode:
+    """Pastes the partner's box over each sample. Samples with an empty box bypass `multi_paste`.
 
     On a GPU an empty region of `multi_paste` overwrites the rest of the image.
     """
-    has_box = fn.reductions.min(extent) > 0
+    start, extent = box[:2], box[2:] - box[:2]
     anchors, shapes = fn.stack(np.zeros(2, np.int32), start), fn.stack(_node(size), extent)  # the canvas, and the box
-    (own, kept), (partner, _), (anchors, _), (shapes, _) = (
-        split(node, has_box) for node in (images, partners, anchors, shapes)
-    )
     # Were the given size smaller than the images', they would leave with that size.
-    given = {} if isinstance(size, DataNode) else {"output_size": list(size)}
-    pasted = fn.multi_paste(own, partner, in_anchors=anchors, out_anchors=anchors, shapes=shapes, **given)
-    return merge(pasted, _hwc(kept), predicate=has_box)
+    given: dict[str, Any] = {} if isinstance(size, DataNode) else {"output_size": list(size)}
+
+    def paste(own: DataNode, partner: DataNode, anchors: DataNode, shapes: DataNode) -> DataNode:
+        return fn.multi_paste(own, partner, in_anchors=anchors, out_anchors=anchors, shapes=shapes, **given)
+
+    def keep(own: DataNode, *_: DataNode) -> DataNode:
+        return fn.reshape(own, layout="HWC")  # what `multi_paste` returns, also for images without a layout
+
+    return branch(fn.reductions.min(extent) > 0, paste, keep, values, partners, anchors, shapes)
 
 
-def _blend(images: DataNode, partners: DataNode, kept: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
-    """images·(1 - w) + partners·w within one grey level for Mixup's samples; `kept`, one of the two, for others.
+def _blend(images: DataNode, partners: DataNode, weight: DataNode, is_mixup: DataNode) -> DataNode:
+    """images·(1 - w) + partners·w within one grey level. `weight` is 0, which is exact, unless `is_mixup`.
 
-    On a GPU the number of operators costs, and all samples are blended: the others' weight must be 0 where `kept` is
-    `images`, and 1 where it is `partners`, which is exact. On a CPU the number of pixels does: only those of Mixup are,
-    and float arithmetic with its cast would cost six times as much as two uint8 scalings.
+    On a GPU the number of operators costs, and all samples are blended. On a CPU the number of pixels does: only those
+    of Mixup are, and float arithmetic with its cast would cost six times as much as two uint8 scalings.
     """
     if images.device == "gpu":
         return _weighted(images, partners, weight)
-    (own, other_own), (partner, other_partner), (weight, _) = (
-        split(node, is_mixup) for node in (images, partners, weight)
-    )
-    others = other_own if kept is images else other_partner
-    return merge(_weighted(own, partner, weight), others, predicate=is_mixup)
+    return branch(is_mixup, _weighted, first, images, partners, weight)
 
 
 def _weighted(images: DataNode, partners: DataNode, weight: DataNode) -> DataNode:
@@ -370,10 +342,6 @@ def _scale(images: DataNode, factor: DataNode) -> DataNode:
 
 
 def _scalar(labels: DataNode, device: str) -> DataNode:
-    labels = fn.cast(_put(labels, device), dtype=types.INT64)
+    labels = fn.cast(put(labels, device), dtype=types.INT64)
     # Readers give [1], lists give scalars. For any other shape, DALI's error quotes this line with its comment.
     return fn.reshape(labels, shape=[])  # labels: give one integer per sample, not fn.one_hot
-
-
-def _put(node: Any, device: str) -> Any:
-    return node.gpu() if device == "gpu" and isinstance(node, DataNode) and node.device == "cpu" else node

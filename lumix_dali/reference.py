@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import checks
+
 NONE, MIXUP, CUTMIX, OTHER = range(4)
 
 
@@ -32,7 +34,7 @@ def cut_box(size: Sequence[int], lam: float, centre: Sequence[int]) -> tuple[int
     Note:
         This is timm's rule since 1.0.29; before, odd sides lost a pixel. A side of 0 gives an empty box at the centre.
     """
-    _check(0 <= lam <= 1, "lam", lam, "in [0, 1]")
+    checks.fraction("lam", lam)
     sides = [int(length * np.sqrt(lam)) for length in size]
     starts = [int(c) - side // 2 for c, side in zip(centre, sides, strict=True)]
     stops = [start + side for start, side in zip(starts, sides, strict=True)]
@@ -109,7 +111,8 @@ def dense(
     Raises:
         ValueError: a label, lam0 or smoothing is out of range, or an argument is not [B].
     """
-    _check(0 <= smoothing < 1, "smoothing", smoothing, "in [0, 1)")
+    checks.whole("num_classes", num_classes, 1)
+    checks.fraction("smoothing", smoothing, below_one=True)
     size = len(np.asarray(labels))
     labels = _column("labels", labels, size, 0, num_classes - 1)
     partner_labels = _column("partner_labels", partner_labels, size, 0, num_classes - 1)
@@ -127,7 +130,6 @@ def lumix_lam(
     kind: ArrayLike,
     lam_r: ArrayLike,
     *,
-    box: ArrayLike | None = None,
     r_r: float = 0.4,
     r_s: float = 0.1,
     apply_to: str = "cutmix",
@@ -140,12 +142,14 @@ def lumix_lam(
     Returns:
         float64 [B] in [0, 1]; lam0 itself for the samples that `lumix_loss` gives plain cross entropy.
     """
-    _check(r_r >= 0 and r_s >= 0 and r_r + r_s <= 1, "(r_r, r_s)", (r_r, r_s), "≥ 0 with a sum ≤ 1")
+    checks.fraction("r_r", r_r)
+    checks.fraction("r_s", r_s)
+    _check(r_r + r_s <= 1 + 1e-6, "r_r + r_s", r_r + r_s, "1 at most")
     logits, labels, partner_labels = _scores(logits, labels, partner_labels)
     lam0, lam_r = _weight(lam0, len(logits)), _column("lam_r", lam_r, len(logits))
     lam_s = _sigmoid(_gap(logits, labels, partner_labels))
     lam = np.clip((1 - r_r - r_s) * lam0 + r_r * lam_r + r_s * lam_s, 0, 1)
-    return np.where(_applies(lam0, kind, box, apply_to), lam, lam0)
+    return np.where(_applies(lam0, kind, apply_to), lam, lam0)
 
 
 def lumix_loss(
@@ -156,7 +160,6 @@ def lumix_loss(
     kind: ArrayLike,
     lam_r: ArrayLike,
     *,
-    box: ArrayLike | None = None,
     r_r: float = 0.4,
     r_s: float = 0.1,
     eta: float = 1.0,
@@ -175,13 +178,11 @@ def lumix_loss(
         lam0: float [B] in [0, 1], weight of the partner.
         kind: int [B]: 0 none, 1 Mixup, 2 CutMix, 3 mixed by other means.
         lam_r: float [B], the noise λ_r as drawn, any range.
-        box: int [B, 4] or None; needed only where lam0 is not computed from it (correct_lam=False), to find
-            the empty boxes.
         r_r, r_s: ratios of λ_r and λ_s, ≥ 0 with a sum ≤ 1.
         eta: η, weight of the regulariser R.
         smoothing: ε in [0, 1).
         base: "softmax" or "bce" (sigmoid BCE on y; λ_s and R keep the softmax).
-        bce_reduction: "mean" or "sum" over the K classes of the BCE part.
+        bce_reduction: "mean" or "sum" over the K classes, of the BCE and of R.
         detach_lam_s: treat λ_s as a constant in the gradient.
         apply_to: "cutmix": λ and R for CutMix samples; "all": for every mixed sample.
 
@@ -194,15 +195,17 @@ def lumix_loss(
 
     Note:
         Readings of the paper: b is an OR of the labels (Eq. 8 has AND); R is summed over the classes;
-        λ_s is detached; an unmixed sample, an empty box, lam0 = 0 and lam0 = 1 get plain (smoothed)
-        cross entropy at lam0, and so do samples that `apply_to` leaves out.
+        λ_s is detached; an unmixed sample, lam0 = 0 and lam0 = 1 get plain (smoothed) cross entropy at
+        lam0, and so do samples that `apply_to` leaves out; R is divided by K where the BCE is.
     """
-    _check(base in ("softmax", "bce"), "base", base, '"softmax" or "bce"')
-    _check(bce_reduction in ("mean", "sum"), "bce_reduction", bce_reduction, '"mean" or "sum"')
-    lam = lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, box=box, r_r=r_r, r_s=r_s, apply_to=apply_to)
+    checks.number("eta", eta, 0)
+    checks.one_of("base", base, ("softmax", "bce"))
+    checks.one_of("bce_reduction", bce_reduction, ("mean", "sum"))
+    checks.flag("detach_lam_s", detach_lam_s)
+    lam = lumix_lam(logits, labels, partner_labels, lam0, kind, lam_r, r_r=r_r, r_s=r_s, apply_to=apply_to)
     z, b, a = _scores(logits, labels, partner_labels)
     y = dense(b, a, lam, z.shape[1], smoothing)
-    applies = _applies(_weight(lam0, len(z)), kind, box, apply_to)
+    applies = _applies(_weight(lam0, len(z)), kind, apply_to)
     log_p = z - np.logaddexp.reduce(z, axis=1, keepdims=True)
     p = np.exp(log_p)
 
@@ -216,7 +219,7 @@ def lumix_loss(
 
     classes = np.arange(z.shape[1])
     y_pos = y * ((classes == a[:, None]) | (classes == b[:, None]))
-    etas = eta * applies
+    etas = scale * eta * applies
     loss = loss + etas * (y_pos * (1 - p)).sum(1)
     grad = grad + etas[:, None] * p * ((y_pos * p).sum(1, keepdims=True) - y_pos)
 
@@ -230,18 +233,12 @@ def lumix_loss(
     return loss, grad
 
 
-def _applies(lam0: np.ndarray, kind: ArrayLike, box: ArrayLike | None, apply_to: str) -> np.ndarray:
+def _applies(lam0: np.ndarray, kind: ArrayLike, apply_to: str) -> np.ndarray:
     """Which samples get λ and R: bool [B]."""
-    _check(apply_to in ("cutmix", "all"), "apply_to", apply_to, '"cutmix" or "all"')
+    checks.one_of("apply_to", apply_to, ("cutmix", "all"))
     kind = _column("kind", kind, len(lam0), NONE, OTHER)
     chosen: NDArray[np.bool_] = kind == CUTMIX if apply_to == "cutmix" else kind != NONE
-    chosen = chosen & (0 < lam0) & (lam0 < 1)
-    if box is None:
-        return chosen
-    y0, x0, y1, x1 = _array("box", box, (len(lam0), 4)).T
-    # other kinds have no box, so its content does not matter
-    chosen &= (kind != CUTMIX) | ((y0 < y1) & (x0 < x1))
-    return chosen
+    return chosen & (0 < lam0) & (lam0 < 1)
 
 
 def _inside(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -292,4 +289,4 @@ def _array(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check(ok: bool | np.bool_, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {value}; it must be {expected}")
+        raise checks.error(name, value, f"it must be {expected}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from . import checks
+
 
 class Kind(IntEnum):
     """What was drawn for a sample.
@@ -41,8 +43,9 @@ class MixTarget(NamedTuple):
             to the samples. It has no meaning where `lam0` is 0.
 
     Note:
-        This is a tuple of six fields: `target[2]` is `lam0` and `len(target)` is 6. Use `select` to take rows;
-        `partner` then still refers to indices of the whole batch.
+        This is a tuple of six fields: `target[2]` is `lam0`, `len(target)` is 6, and ``prediction == target`` compares
+        no labels. Use `size(0)` for B, `labels` to compare, and `select` to take rows; `partner` then still refers to
+        indices of the whole batch.
     """
 
     labels: Any
@@ -119,16 +122,19 @@ class MixTarget(NamedTuple):
             tensor([[0.7500, 0.2500],
                     [0.0000, 1.0000]])
         """
-        if not values.is_floating_point() or values.shape[:1] != self.lam0.shape:
+        tensor = isinstance(values, type(self.lam0))
+        if not tensor or not values.is_floating_point() or values.shape[:1] != self.lam0.shape:
+            described = f"{values.dtype} {list(values.shape)}" if tensor else f"a {type(values).__name__}"
             raise ValueError(
-                f"values={values.dtype} {list(values.shape)}: give floating point numbers, one row per sample "
+                f"values={described}: give a tensor of floating point numbers, one row per sample "
                 f"({self.lam0.shape[0]})"
             )
         weight = self.lam0.to(values.dtype).reshape(-1, *[1] * (values.dim() - 1))
-        if not self.partner.is_cuda and (self.partner >= len(values)).any():  # on a GPU the check would wait for it
+        # On a GPU the check would wait for it.
+        if not self.partner.is_cuda and (self.partner >= len(values)).any():
             raise ValueError(
-                f"partner: index {int(self.partner.max())} in a batch of {len(values)}, cut after mixing: give DALI's "
-                "iterator last_batch_policy=LastBatchPolicy.DROP, and call mix before select"
+                f"partner: index {int(self.partner.max())} in a batch of {len(values)}, cut after it was mixed. "
+                "Give DALI's iterators last_batch_policy=LastBatchPolicy.DROP, and call mix before select"
             )
         # Not lerp: 0 · inf is NaN, and a weight of 0 must leave a sample unchanged.
         partners = values[self.partner]
@@ -146,13 +152,20 @@ class MixTarget(NamedTuple):
             `mixup_target` at `lam = 1 - lam0`.
 
         Raises:
-            ValueError: `num_classes` below 1 or `smoothing` outside [0, 1).
+            ValueError: `num_classes` is below 1, `smoothing` outside [0, 1), or, on the CPU, a label not below
+                `num_classes`.
         """
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes!r} must be at least 1: pass the model's classes")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing={smoothing!r} must lie in [0, 1): 0 switches it off")
+        num_classes = checks.whole("num_classes", num_classes, 1)
+        smoothing = checks.fraction("smoothing", smoothing, below_one=True)
         dense = self.lam0.new_full((self.labels.shape[0], num_classes), smoothing / num_classes)
         partner = (1 - smoothing) * self.lam0
-        dense.scatter_add_(1, self.partner_labels[:, None], partner[:, None])
-        return dense.scatter_add_(1, self.labels[:, None], (1 - smoothing - partner)[:, None])
+        try:
+            dense.scatter_add_(1, self.partner_labels[:, None], partner[:, None])
+            return dense.scatter_add_(1, self.labels[:, None], (1 - smoothing - partner)[:, None])
+        except RuntimeError:
+            from .target_checks import check_labels  # it imports PyTorch
+
+            if self.labels.device.type == "cpu":
+                check_labels("partner_labels", self.partner_labels, num_classes)
+                check_labels("labels", self.labels, num_classes)
+            raise

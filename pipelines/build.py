@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lumix_dali import LUMixLoss, create_loader
-from lumix_dali.data.sources import Source, load
+from lumix_dali.data.protocol import Source
+from lumix_dali.data.sources import load
 
 from .checkpoint import SUMS, Run
 from .flags import ratios

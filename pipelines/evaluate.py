@@ -40,7 +40,8 @@ from torchvision.datasets import VOCSegmentation
 from torchvision.ops import box_iou
 
 from lumix_dali import create_loader
-from lumix_dali.data.sources import Files, load_files
+from lumix_dali.data.files import Files
+from lumix_dali.data.sources import load_files
 
 from . import extras, metrics, report
 from .checkpoint import FORMAT

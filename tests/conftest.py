@@ -46,17 +46,22 @@ class SmallFeed:
 
     def __init__(self, images, size, mixing=None, training=True, batch_sizes=(8,), paths=True):
         self.plan, self.gives_paths = Plan(0, 0, 0, size, mixing, training), paths
-        self.images, self.batch_sizes, self.planned = images, batch_sizes, []
+        self.contents, self.batch_sizes, self.planned = images, batch_sizes, []
 
-    def __call__(self, info):
+    def places(self, info):
         sizes = self.batch_sizes
         count = sizes[min(info.iteration, len(sizes) - 1)]
-        places = (np.arange(count) + info.iteration * sizes[0]) % len(self.images)
-        images = [self.images[i] for i in places]
-        if self.gives_paths:
-            images = [np.frombuffer(str(path).encode(), np.uint8) for path in images]
+        return (np.arange(count) + info.iteration * sizes[0]) % len(self.contents)
+
+    def images(self, info):
+        images = [self.contents[i] for i in self.places(info)]
+        return [np.frombuffer(str(path).encode(), np.uint8) for path in images] if self.gives_paths else images
+
+    def arrays(self, info):
+        places = self.places(info)
         self.planned.append(self.plan.batch(info.iteration, places, places))
-        return images, self.planned[-1]
+        is_path = [np.bool_(True)] * len(places)
+        return (is_path, self.planned[-1]) if self.gives_paths else (self.planned[-1],)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from lumix_dali.data import sources
+from lumix_dali.data.files import Files
 
 
 def colours(count, seed=0):
@@ -19,7 +19,7 @@ def colours(count, seed=0):
 
 
 def colour_folder(root, count, per_class=3, size=(20, 26)):
-    """One colour per file: ROOT/CLASS/NUMBER.png. Returns the colours in the order of `sources.folder`."""
+    """One colour per file: ROOT/CLASS/NUMBER.png. Returns the colours in the order of `class_folder`."""
     chosen = colours(count)
     for number, colour in enumerate(chosen):
         # sizes differ by file and are unrelated to the class
@@ -43,9 +43,7 @@ def ramp_samples(root, count, size=(40, 48)):
             ramps(size[0] + number % 4, size[1] - number % 3) * [4, 5, 0] + [0, 0, 9 * number],
             root / f"{number:02}.png",
         )
-    return sources.Files(
-        str(root), sorted(f.name for f in root.iterdir()), np.arange(count), [str(k) for k in range(count)]
-    )
+    return Files(str(root), sorted(f.name for f in root.iterdir()), np.arange(count), [str(k) for k in range(count)])
 
 
 def write(pixels, path, **options):

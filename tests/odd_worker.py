@@ -231,7 +231,7 @@ def check(case, source, kinds):
     return dict(
         names=list(report.bad),
         reasons=list(report.bad.values()),
-        labels=report.samples.labels.tolist(),
+        labels=report.labels.tolist(),
         error="",
         warnings=[],
         bad={},

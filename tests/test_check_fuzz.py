@@ -1,7 +1,7 @@
 """`check` on damaged bytes: it never fails, and its verdict on a file is the loader's.
 
 Small images of each format are truncated, changed, partly duplicated and spliced together. The loader's verdict
-comes from `feed.Faults`, which it consults for each sample.
+comes from `faults.Faults`, which it consults for each sample.
 """
 
 import io
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lumix_dali.data import check
+from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder, pillow_pixels
-from lumix_dali.data.sources import Files
-from lumix_dali.loading.feed import Faults
+from lumix_dali.loading.faults import Faults
 from tests import odd
 
 MAX_PIXELS = 10**6  # a damaged header may claim anything

@@ -22,6 +22,7 @@ from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
 from lumix_dali import augment
+from lumix_dali.graph import branch
 from lumix_dali.loading import pipelines
 from lumix_dali.mixing import Draw, Mixing
 from lumix_dali.target import Kind, MixTarget
@@ -383,15 +384,18 @@ def test_an_unknown_size_is_read_by_the_cpu(operation):
 
 
 def operators(mixing, on_gpu):
-    """{device: {operator: count}} of a training graph, without its source's arrays; and the copies to the GPU."""
+    """{device: {operator: count}} of a training graph; and the copies to the GPU.
+
+    Each output of the source counts: it costs as much as an operator.
+    """
     transform = pipelines.TrainTransform()
     feed = SmallFeed(None, transform.size, mixing)
     pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
     pipe._build_graph()
     found = {"cpu": Counter(), "gpu": Counter(), "mixed": Counter()}
     for op in pipe._ops:
-        if (name := type(op._op).__name__) != "ExternalSource":
-            found[op._op.device][name] += 1
+        name = type(op._op).__name__
+        found[op._op.device][name] += len(op.outputs) if name == "ExternalSource" else 1
     made_on = {node.name: op._op.device for op in pipe._ops for node in op.outputs}
     taken = {(node.name, node.device) for op in pipe._ops for node in op.inputs}
     taken |= {(node.name, node.device) for node in pipe._graph_outputs}
@@ -402,27 +406,72 @@ MIXUPS_PIXELS = {"Split": 3, "BrightnessContrast": 2, "_ArithmeticGenericOp": 2,
 
 
 @pytest.mark.parametrize(
-    ("mixing", "on_cpu", "gpu_graph"),
+    ("mixing", "on_cpu", "on_gpu"),
     [
-        ({}, 9, (3, 6)),
-        ({"cutmix_minmax": (0.2, 0.8)}, 9, (3, 6)),
-        ({"correct_lam": False}, 4, (3, 1)),
-        ({"mixup_alpha": 0.8}, 13, (6, 9)),
-        ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, 7, (5, 4)),
+        ({}, (9, 3), 6),
+        ({"cutmix_minmax": (0.2, 0.8)}, (9, 3), 6),
+        ({"correct_lam": False}, (4, 3), 1),
+        ({"mixup_alpha": 0.8}, (13, 6), 9),
+        ({"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, (7, 5), 4),
     ],
     ids=["cutmix", "minmax", "uncorrected", "mix", "mixup"],
 )
-def test_mixing_adds_few_operators(mixing, on_cpu, gpu_graph):
-    """To a CPU graph, and to the (CPU, GPU) parts of a GPU graph, where the plan is the only copy.
+def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
+    """On a CPU, and in the CPU part and the GPU part of a GPU graph, whose target is one copy.
 
-    The slices of the plan count, because they replace inputs of the graph, which cost like operators. On a CPU Mixup
-    adds `MIXUPS_PIXELS` besides: selecting the samples to blend, and blending them.
+    On a CPU Mixup adds `MIXUPS_PIXELS`: selecting the samples to blend, and blending them.
     """
+    blend = Counter(MIXUPS_PIXELS if "mixup_alpha" in mixing else {})
     (plain, _), (found, _) = operators(None, False), operators(Mixing(**mixing), False)
     added = found["cpu"] - plain["cpu"]
-    blend = Counter(MIXUPS_PIXELS if "mixup_alpha" in mixing else {})
     assert (added & blend) == blend
-    assert (added - blend).total() == on_cpu
-    (plain, _), (found, copies) = operators(None, True), operators(Mixing(**mixing), True)
-    assert tuple((found[device] - plain[device]).total() for device in ("cpu", "gpu")) == gpu_graph
+    (before, _), (after, copies) = operators(None, True), operators(Mixing(**mixing), True)
+    assert ((added - blend).total(), (after["cpu"] - before["cpu"]).total()) == on_cpu
+    assert (after["gpu"] - before["gpu"]).total() == on_gpu
     assert copies == 1
+
+
+# DALI's AutoGraph, and its private branches
+
+GRAPH_FUNCTIONS = {
+    "mix": lambda images, labels: mixfn.mix(images, labels, mixup_alpha=0.8, prob=0.5)[0],
+    "cutmix": lambda images, labels: mixfn.cutmix(images, labels)[0],
+    "mixup": lambda images, labels: mixfn.mixup(images, labels)[0],
+    "unmixed": lambda images, labels: mixfn.unmixed(labels).labels,
+    "apply": lambda images, labels: mixfn.apply(images, labels, mixfn.draw((16, 16), Mixing()), Mixing())[0],
+    "paste": lambda images, labels: mixfn.paste(images, mixfn.draw((16, 16), Mixing())),
+    "color_jitter": lambda images, labels: augment.color_jitter(images, 0.4, prob=0.5, grayscale_prob=0.2),
+    "rand_augment": lambda images, labels: augment.rand_augment(images, "rand-m9-mstd0.5-inc1"),
+    **{
+        f"erase {mode}": lambda images, labels, mode=mode: augment.erase(images, prob=0.5, mode=mode, count=2)
+        for mode in augment.ERASE_MODES
+    },
+}
+
+
+@pytest.mark.parametrize("name", GRAPH_FUNCTIONS)
+def test_conditionals_change_nothing(name):
+    """The same batches with and without ``enable_conditionals``, which rewrites the code of graph functions."""
+    images, labels = batch_of(8)
+
+    def run(conditionals):
+        @pipeline_def(batch_size=8, num_threads=1, device_id=None, seed=3, enable_conditionals=conditionals)
+        def define():
+            given = fn.external_source(lambda: (images, labels), num_outputs=2, layout=["HWC", ""])
+            return GRAPH_FUNCTIONS[name](*given)
+
+        pipe = define()
+        return [np.array(sample) for _ in range(2) for sample in pipe.run()[0]]
+
+    assert all(map(np.array_equal, run(False), run(True)))
+
+
+def test_a_branch_takes_each_sample_its_own_way():
+    """The canary of DALI's private `fn._conditional`, on which every branch of this package relies."""
+
+    @pipeline_def(batch_size=6, num_threads=1, device_id=None)
+    def define():
+        values = fn.external_source(lambda: [np.int32(i) for i in range(6)], batch=True)
+        return branch(values % 2 == 0, lambda x: x * 10, lambda x: x - 100, values)
+
+    assert [int(np.array(value)) for value in define().run()[0]] == [0, -99, 20, -97, 40, -95]

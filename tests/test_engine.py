@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumix_dali import create_loader
+from lumix_dali import create_loader, decoding
 from tests.odd import CAUSES, PATHS, odd, pillow
 from tests.odd_worker import GOOD
 
@@ -385,3 +385,19 @@ def test_every_kind_in_the_full_check(workers, orders, kind):
 def test_ten_times(workers, orders, kind, mode):
     """The fault is a race: a single run may pass by luck."""
     assert_right(workers.run([case_of(kind, "folder", mode, "first", 2, orders)] * 10), orders)
+
+
+def test_what_we_read_in_dalis_messages_is_still_there():
+    """`decoding` finds the sample, the operator and the reason in the text of an error."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
+    good = file.getvalue()
+    bad = good[: len(good) // 2] + b"\xff" * 20 + good[len(good) // 2 + 20 :]
+    images = [np.frombuffer(content, np.uint8) for content in (good, good, bad)]
+    with pytest.raises(RuntimeError) as caught:
+        decoding.decode_pipeline(images, {}, batch_size=3, num_threads=1, device_id=None).run()
+    assert decoding.sample_of(caught.value) == 2
+    assert decoding.is_decoders(caught.value)
+    assert "ailed to decode" in decoding.reason_of(caught.value)
+    assert list(decoding.refused(dict(enumerate(images)))) == [2]
+    assert decoding.refused({0: images[0]}, regions=False) == {}

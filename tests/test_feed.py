@@ -1,6 +1,5 @@
 """Which decoder reads what, and what DALI never sees. The oracles are Pillow's pixels and the graph itself."""
 
-import ast
 import io
 import os
 import struct
@@ -14,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from images import encoded, write
+from nvidia.dali import fn
 from PIL import Image
 
-import lumix_dali
-from lumix_dali import create_loader
-from lumix_dali.data import formats, sources
+from lumix_dali import create_loader, decoding
+from lumix_dali.data import formats
+from lumix_dali.data.files import Files
 from lumix_dali.data.formats import BadImage, Decoder
 from lumix_dali.loading import pipelines
-from lumix_dali.loading.feed import Faults, Feed
+from lumix_dali.loading.faults import Faults
+from lumix_dali.loading.feed import Feed
 from lumix_dali.loading.plan import Plan
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
@@ -137,9 +138,9 @@ def test_dali_never_sees_an_odd_header(content):
 # The graph
 
 
-def behind(name, makers):
-    """The operators that produce an edge of the graph, and all that they depend on."""
-    found, names = [], [name]
+def behind(name, makers, user=None):
+    """The operators that produce an edge of the graph, or all inputs of `user`, and all that they depend on."""
+    found, names = [], [edge.name for edge in user.inputs] if user else [name]
     while names:
         if (maker := makers[names.pop()]) not in found:
             found.append(maker)
@@ -147,6 +148,7 @@ def behind(name, makers):
     return found
 
 
+@pytest.mark.parametrize("regions", [True, False])
 @pytest.mark.parametrize("device_id", [None, 0], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("define", "transform"),
@@ -156,33 +158,149 @@ def behind(name, makers):
     ],
     ids=["train", "val"],
 )
-def test_every_decoder_waits_for_a_peek_at_the_same_image(define, transform, device_id, tmp_path):
+def test_every_decoder_waits_for_a_peek_at_the_same_image(define, transform, device_id, regions, tmp_path):
     faults = Faults(write_files(tmp_path / "a", {"0.png": png()}), 0, 10**8)
     plan = Plan(0, 0, 0, transform.size, None, training=define is pipelines.train_pipeline)
     feed = Feed(faults, np.zeros(4, np.int64), 4, plan, 1, 1)
-    pipe = define(feed, transform, batch_size=4, num_threads=1, device_id=device_id)
+    pipe = define(feed, transform, decoder={"regions": regions}, batch_size=4, num_threads=1, device_id=device_id)
     pipe._build_graph()
     makers = {edge.name: operator for operator in pipe._ops for edge in operator.outputs}
     (decoder,) = (operator for operator in pipe._ops if ".decoders" in type(operator._op).__module__)
-    encoded_image, *regions = (edge.name for edge in decoder.inputs)
-    assert len(regions) == 2
-    for region in regions:
-        peeks = [operator for operator in behind(region, makers) if type(operator._op).__name__ == "PeekImageShape"]
-        assert [edge.name for peek in peeks for edge in peek.inputs] == [encoded_image]
+    (reader,) = (operator for operator in pipe._ops if type(operator._op).__name__ == "Read")
+    peeks = [operator for operator in behind(decoder.inputs[0].name, makers, decoder) if is_peek(operator)]
+    assert len(decoder.inputs) == (3 if regions else 1)
+    assert peeks
+    for peek in peeks:
+        assert reader in behind(peek.inputs[0].name, makers)
 
 
-def test_one_function_makes_every_decoder():
-    found = []
-    for path in Path(lumix_dali.__file__).parent.rglob("*.py"):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef):
-                names = [
-                    node.value.attr
-                    for node in ast.walk(function)
-                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
-                ]
-                found += [(path.name, function.name)] * names.count("decoders")
-    assert found == [("decoding.py", "decode")]
+def is_peek(operator):
+    return type(operator._op).__name__ == "PeekImageShape"
+
+
+def test_whole_and_region_decoding_give_the_same_crops(tmp_path):
+    """The GPU's form on the CPU: the same draws, and at most one grey level between the two."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:90, :120]
+    smooth = np.stack([2 * x, 2 * y, x + y], -1)
+    contents = {
+        f"{i}.{kind}": encoded(
+            (smooth + rng.integers(0, 9, smooth.shape)).astype(np.uint8)[i:, : 120 - i], kind.upper()
+        )
+        for i, kind in enumerate(["jpeg", "png", "webp"] * 4)
+    }
+    samples = write_files(tmp_path / "a", contents)
+    for is_training in (True, False):
+        whole, parts = (
+            delivered(make(samples, is_training=is_training, input_size=40, decode_regions=regions)).astype(int)
+            for regions in (False, True)
+        )
+        assert len(whole) == 12
+        assert np.abs(whole - parts).max() <= 1
+        assert np.abs(whole - parts).mean() < 0.01
+
+
+def test_bytes_are_not_copied_and_live_as_long_as_dali_reads_them(monkeypatch):
+    """DALI gets our own arrays; overwriting those that the feed has let go of changes nothing."""
+    rows = [(encoded(np.full((12, 18, 3), 9 * i, np.uint8), "PNG"), i) for i in range(24)]
+    want = delivered(make(rows, is_training=False))
+    buffers, let_go = {}, []
+    original = Feed._make
+
+    def writable(self, iteration):
+        batch = original(self, iteration)
+        images = [image.copy() for image in batch.images]
+        buffers[iteration] = images
+        alive = {kept.iteration for kept in self._batches}
+        for old in [number for number in buffers if number < iteration and number not in alive]:
+            for image in buffers.pop(old):
+                image[:] = 0
+            let_go.append(old)
+        return batch._replace(images=images)
+
+    monkeypatch.setattr(Feed, "_make", writable)
+    np.testing.assert_array_equal(delivered(make(rows, is_training=False, prefetch_queue_depth=1)), want)
+    assert let_go
+
+
+def test_a_known_file_that_becomes_a_fifo_is_replaced(tmp_path):
+    """Looked at each time before DALI opens it, since opening a FIFO waits for ever."""
+    samples = write_files(tmp_path / "a", {f"{i:02}.png": png() for i in range(24)})
+    loader = make(samples)
+    list(loader)
+    path = Path(samples.path(9))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match=r"09\.png' cannot be used \(not a regular file\)"):
+        stream = [list(loader) for _ in range(2)]
+    assert len(stream[1]) == 6
+
+
+def test_files_for_pillow_take_no_file_descriptors(tmp_path):
+    contents = {f"{i:02}.bmp": encoded(PIXELS, "BMP") for i in range(60)}
+    loader, before = make(write_files(tmp_path / "a", contents), batch_size=20), len(os.listdir("/proc/self/fd"))
+    next(batches := iter(loader))
+    assert len(os.listdir("/proc/self/fd")) < before + 20
+    assert len(list(batches)) == 2
+
+
+def test_neither_pillows_limit_nor_a_warning_filter_decides(tmp_path, monkeypatch):
+    animated = Image.new("P", (20, 20))
+    animated.putpalette([i % 256 for i in range(768)])
+    other = animated.copy()
+    other.putpixel((3, 3), 7)
+    (tmp_path / "a").mkdir()
+    animated.save(tmp_path / "a" / "0.png", save_all=True, append_images=[other], transparency=bytes(range(256)))
+    Image.new("RGB", (100, 100), "red").save(tmp_path / "a" / "1.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        loader = make(tmp_path, is_training=False)
+        assert len(delivered(loader)) == 2
+        assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (before, 1000)
+    assert loader.bad == {}
+
+
+def test_stray_markers_are_found_without_decoding():
+    """Every JPEG that Pillow refuses has one, of 200 with 512 random bytes in their scan; no intact one has."""
+    y, x = np.mgrid[:192, :256]
+    pixels = np.stack([x, y, (x + y) // 2], -1).astype(np.uint8)
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 2}, {"comment": b"x"}):
+        for content in (encoded(pixels, "JPEG", **options), encoded(pixels[..., 0], "JPEG", **options) + b"tail"):
+            assert not formats.has_stray_marker(io.BytesIO(content))
+    good, rng, refused = encoded(pixels, "JPEG"), np.random.default_rng(0), 0
+    start = good.index(b"\xff\xda") + 14
+    for _ in range(200):
+        at = int(rng.integers(start, len(good) - 700))
+        content = good[:at] + rng.integers(0, 256, 512).astype(np.uint8).tobytes() + good[at + 512 :]
+        try:
+            formats.pillow_pixels(io.BytesIO(content))
+        except BadImage:
+            refused += 1
+            assert formats.has_stray_marker(io.BytesIO(content))
+    assert refused > 50
+
+
+def test_a_broken_decoder_is_one_error(tmp_path, monkeypatch):
+    """It names decoder, versions and remedy after a bounded number of pipelines; no sample is blamed."""
+    real, build, pipes = decoding.decode, decoding.decode_pipeline, []
+
+    def broken(images, region, **options):
+        return real(images, lambda shape: region(fn.reshape(fn.reshape(shape, shape=[5]), shape=[3])), **options)
+
+    monkeypatch.setattr(decoding, "decode", broken)
+    monkeypatch.setattr(pipelines, "decode", broken)
+    monkeypatch.setattr(decoding, "decode_pipeline", lambda *a, **k: pipes.append(1) or build(*a, **k))
+    loader = make(write_files(tmp_path / "a", {f"{i:02}.png": png() for i in range(32)}), batch_size=32)
+    with pytest.raises(
+        RuntimeError, match=r"fn\.decoders\.image_slice on cpu fails .*DALI 2.*decode_regions=False"
+    ) as e:
+        list(loader)
+    assert len(str(e.value)) < 400
+    assert len(pipes) <= 16
+    assert loader.bad == {}
+    assert loader.state_dict()["refused"] == []
 
 
 # Delivered pixels
@@ -193,7 +311,7 @@ def write_files(root, contents):
     for name, content in contents.items():
         (root / name).write_bytes(content)
     count = len(contents)
-    return sources.Files(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
+    return Files(str(root), sorted(contents), np.arange(count), [str(k) for k in range(count)])
 
 
 def make(source, **options):
@@ -224,9 +342,8 @@ def test_images_that_dali_refuses_and_pillow_reads_are_delivered(tmp_path):
     """A PNG with an unknown critical chunk: DALI's decoder refuses it, Pillow reads its pixels."""
     contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
     samples = write_files(tmp_path / "a", contents)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loader = make(samples, is_training=False, crop_pct=1.0)
+    loader = make(samples, is_training=False, crop_pct=1.0)
+    with pytest.warns(UserWarning, match=r"05\.png': DALI refuses it .*; Pillow decodes it from now on"):
         np.testing.assert_array_equal(delivered(loader), [PIXELS] * 12)
     assert loader.bad == {}
     state = make(samples, is_training=False, crop_pct=1.0).state_dict()
@@ -255,7 +372,7 @@ def test_paths_that_are_not_regular_files(tmp_path):
     (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
     (tmp_path / "a" / "3.png").mkdir()
     (tmp_path / "a" / "4.png").symlink_to(tmp_path / "a" / "nowhere")
-    samples = sources.Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
+    samples = Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
     loader = make(samples, is_training=False)
     with pytest.warns(UserWarning, match="takes its place") as caught:
         assert len(delivered(loader)) == 6
@@ -294,7 +411,7 @@ def test_evaluation_needs_only_the_memory_of_the_crop(tmp_path, shape):
     code = rf"""
         import re
         from pathlib import Path
-        from lumix_dali import create_loader
+        from lumix_dali import create_loader, decoding
         peaks = []
         for name in ("1.png", "0.png"):
             open({str(tmp_path / "list.txt")!r}, "w").write(f"a/{{name}} 0")

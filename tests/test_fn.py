@@ -121,15 +121,6 @@ def test_labels_from_readers_and_from_lists(graph, shape, dtype):
     assert_true(images, labels, mixed, target)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_inside_a_pipeline_with_conditionals(graph, name):
-    operation, options = OPERATIONS[name]
-    run = graph(operation, conditionals=True, **options)
-    for step in range(3):
-        images, labels = batch_of(8, seed=step)
-        assert_true(images, labels, *run(images, labels))
-
-
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channel_counts(graph, channels):
     images, labels = batch_of(8)
@@ -322,6 +313,48 @@ def test_a_wrong_size_never_corrupts(graph, known):
     )
     np.testing.assert_array_equal(mixed, assert_true_but_partner)
     np.testing.assert_allclose(target.lam0, 16 / np.prod(known), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(np.uint8, 1), (np.int32, 1), (np.float32, 2)])
+def test_masks_are_pasted_with_the_boxes_of_their_images(device, dtype, channels):
+    """`paste` moves exactly the pixels that CutMix moves; samples of Mixup keep their own."""
+    images, labels = batch_of(8, (15, 20))
+    masks = (np.random.default_rng(1).random((8, 15, 20, channels)) * 100).astype(dtype)
+    mixing = Mixing(mixup_alpha=0.8, prob=0.8)
+
+    @pipeline_def(batch_size=8, num_threads=1, device_id=0 if device == "gpu" else None, seed=2)
+    def define():
+        given = fn.external_source(lambda: (images, labels, masks), num_outputs=3, layout=["HWC", "", "HWC"])
+        on_device = [node.gpu() if device == "gpu" else node for node in given]
+        drawn = mixfn.draw((15, 20), mixing)
+        return mixfn.paste(on_device[2], drawn), *mixfn.apply(on_device[0], given[1], drawn, mixing)[1]
+
+    pipe, kinds = define(), set()
+    for _ in range(4):
+        pasted, *target = (np.array(output.as_cpu().as_array()) for output in pipe.run())
+        target = MixTarget(*target)
+        for own, mask, partner, (y0, x0, y1, x1) in zip(masks, pasted, target.partner, target.box, strict=True):
+            expected = own.copy()
+            expected[y0:y1, x0:x1] = masks[partner][y0:y1, x0:x1]
+            np.testing.assert_array_equal(mask, expected)
+        kinds |= set(target.kind.tolist())
+    assert kinds == {Kind.NONE, Kind.MIXUP, Kind.CUTMIX}
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.5}, {"mixup_alpha": 0.8, "prob": 0.9}], ids=str)
+def test_images_without_a_layout_are_mixed(options):
+    """`multi_paste` names its layout, the samples that bypass it must agree."""
+    images, labels = batch_of(16)
+
+    @pipeline_def(batch_size=16, num_threads=1, device_id=None, seed=1)
+    def define():
+        mixed, target = mixfn.mix(*fn.external_source(lambda: (images, labels), num_outputs=2), **options)
+        return mixed, *target
+
+    pipe = define()
+    for _ in range(5):
+        mixed, *target = (np.array(output.as_array()) for output in pipe.run())
+        assert_true(images, labels, mixed, MixTarget(*target))
 
 
 def test_unmixed(graph, device):

@@ -7,10 +7,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from images import ramp_samples
 from test_ranks import torchrun
 from test_train import write_folder
 
-from lumix_dali import LUMixLoss
+from lumix_dali import LUMixLoss, create_loader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -111,3 +113,72 @@ def test_two_processes(name, root, tmp_path):
     assert len(first) == len(second) == 6
     assert not set(first) & set(second)
     assert run(*plain, "--resume", str(saved(name, tmp_path / "run", 5))) == [each[5:] for each in whole]
+
+
+# Every epoch's batches are those of a plain loop
+
+
+OPTIONS = dict(batch_size=4, input_size=16, device="cpu", num_threads=1, mixup_alpha=0.8, cutmix_alpha=1.0)
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory):
+    return ramp_samples(tmp_path_factory.mktemp("ramps"), 21)
+
+
+def plain(samples):
+    """(epoch, signature) of every batch of a plain loop."""
+    from lightning_streams import signature
+
+    with create_loader(samples, **OPTIONS) as loader:
+        return [(epoch, *signature(*batch)) for epoch in range(EPOCHS) for batch in loader]
+
+
+def fitted(samples, folder, resume=None, epochs=EPOCHS, **trainer):
+    """What Lightning trains on; it saves after every step."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning_streams import Recorder
+
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    module = Recorder(samples, **OPTIONS)
+    fit = lightning.Trainer(max_epochs=epochs, callbacks=saver, **quiet | trainer).fit
+    fit(module, ckpt_path=resume and folder / f"step={resume}.ckpt")
+    return module.seen
+
+
+def test_lightning_gets_the_epochs_of_a_plain_loop(ramps, tmp_path):
+    pytest.importorskip("lightning")
+    want = plain(ramps)
+    assert len({str(batch[1:]) for batch in want}) == 20
+    assert fitted(ramps, tmp_path) == want
+    for step in (2, 5, 8, 10):  # within an epoch, and at the end of one
+        assert fitted(ramps, tmp_path, resume=step) == want[step:], step
+
+
+def test_lightning_that_makes_its_loaders_anew(ramps, tmp_path):
+    pytest.importorskip("lightning")
+    want = plain(ramps)
+    anew = dict(reload_dataloaders_every_n_epochs=1)
+    assert fitted(ramps, tmp_path, **anew) == want
+    for step in (2, 5, 8):
+        assert fitted(ramps, tmp_path, resume=step, **anew) == want[step:], step
+
+
+def test_accelerate_gets_the_epochs_of_a_plain_loop(ramps, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    from lightning_streams import signature
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model = torch.nn.Linear(1, 1)
+    with create_loader(ramps, **OPTIONS) as loader:
+        accelerator = accelerate.Accelerator()
+        prepared, _ = accelerator.prepare(loader, model)
+        found = []
+        for epoch in range(EPOCHS):
+            if hasattr(prepared, "set_epoch"):
+                prepared.set_epoch(epoch)
+            found += [(epoch, *signature(*batch)) for batch in prepared]
+    assert found == plain(ramps)

@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import loss as benchmark
 from lumix_dali import LUMixLoss, MixTarget, create_loader, reference
-from lumix_dali.data.sources import Files
+from lumix_dali.data.files import Files
 
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 CLASSES = 20

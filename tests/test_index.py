@@ -10,11 +10,13 @@ import threading
 import numpy as np
 import pytest
 from archives import pack
+from filelock import Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.records import bytes_feature, example, image_record, int_feature, message, record, write_records
 from lumix_dali.data import check, index, sources, storage
+from lumix_dali.data import shards as shards_module
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
 
@@ -217,7 +219,7 @@ def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, forma
             with pytest.raises(ValueError, match="cut short"):
                 rows(path)
     path.write_bytes(content[: ends[3]])
-    report = check._look_at_shard([str(path)], 100)[str(path)]
+    report = check._audit(str(path))
     assert report.warnings == ["a.tar: no end mark; if its original is longer it was cut short: copy it again"]
 
 
@@ -389,7 +391,7 @@ def test_the_index_of_a_read_only_folder_goes_into_the_cache(shards, cache, scan
     cache_again = shards / "another"
     cache_again.write_text("")
     monkeypatch.setenv("LUMIX_DALI_CACHE", str(cache_again))
-    with pytest.raises(ValueError, match=r"its index cannot be written to any of .*; set LUMIX_DALI_CACHE"):
+    with pytest.raises(ValueError, match=r"its index cannot be written to .*; set LUMIX_DALI_CACHE"):
         labels(shards)
 
 
@@ -475,7 +477,7 @@ def test_a_lock_held_by_another_process_is_waited_for(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE) as other:
         assert other.stdout.read(4) == b"held"
-        with pytest.raises(BlockingIOError), storage.locked(str(tmp_path / "lock"), wait=False):
+        with pytest.raises(Timeout), storage.locked(str(tmp_path / "lock"), wait=False):
             pass
         with storage.locked(str(tmp_path / "lock")):
             pass
@@ -483,7 +485,7 @@ def test_a_lock_held_by_another_process_is_waited_for(tmp_path):
 
 
 def test_descriptors_are_closed(shards, monkeypatch):
-    monkeypatch.setattr(sources, "_OPEN", 1)
+    monkeypatch.setattr(shards_module, "_OPEN", 1)
     before = len(os.listdir("/proc/self/fd"))
     found = sources.load(shards)
     for _ in range(3):
@@ -491,3 +493,53 @@ def test_descriptors_are_closed(shards, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 2  # one shard, and the index
     del found
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_rewritten_with_its_size_and_time_kept_is_read_again(tmp_path):
+    def write(shift):
+        members = [m for i in range(6) for m in ((f"{i}.jpg", b"image"), (f"{i}.cls", str((i + shift) % 6).encode()))]
+        pack(tmp_path / "a.tar", *members)
+
+    write(0)
+    before = os.stat(tmp_path / "a.tar")
+    assert sources.load(tmp_path / "a.tar").read(range(6))[1].tolist() == [0, 1, 2, 3, 4, 5]
+    write(1)
+    os.utime(tmp_path / "a.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert sources.load(tmp_path / "a.tar").read(range(6))[1].tolist() == [1, 2, 3, 4, 5, 0]
+
+
+def test_a_flipped_bit_in_a_kept_index_changes_nothing(shards):
+    sources.load(shards)
+    (kept,) = (shards / ".lumix_dali").glob("*.npy")
+    good, rng = kept.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        content, place = bytearray(good), int(rng.integers(len(good)))
+        content[place] ^= 1 << int(rng.integers(8))
+        kept.write_bytes(content)
+        assert sources.load(shards).read(range(6))[1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_labels_that_are_text_fail_at_once(tmp_path):
+    pack(tmp_path / "a.tar", *(m for i in range(3) for m in ((f"{i}.jpg", b"x"), (f"{i}.cls", b"n01440764"))))
+    with pytest.raises(ValueError, match=r"3 of 3 labels are no numbers; .*b'n01440764'"):
+        sources.load(tmp_path / "a.tar")
+
+
+def test_mixed_or_incomplete_sets_of_shards_are_refused(tmp_path):
+    pack(tmp_path / "whole.tar", ("0.jpg", b"x"), ("0.cls", b"0"))
+    content = (tmp_path / "whole.tar").read_bytes()
+    for names, said in (
+        (["train-0000.tar", "train-0001.tar", "val-0000.tar"], "of 2 sets: train, val; give one of them"),
+        (["train-00000-of-00003", "train-00002-of-00003"], "1 of train-.*-of-00003 are missing: 00001"),
+        (["a.tar", "b.tar"], None),
+        (["part-000.tar", "part-001.tar"], None),
+    ):
+        folder = tmp_path / names[0].replace(".", "")
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_bytes(content)
+        if said is None:
+            assert len(sources.load(folder)) == 2
+        else:
+            with pytest.raises(ValueError, match=said):
+                sources.load(folder)

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from lumix_dali import create_loader
+from lumix_dali.loading.epoch import Epoch
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +54,16 @@ def settled_threads(expected):
     return found
 
 
+def threads_at_rest():
+    """Number of threads of this process when none has ended for half a second: a dropped epoch ends in its own time."""
+    found = native_threads()
+    while True:
+        time.sleep(0.5)
+        if (now := native_threads()) == found:
+            return found
+        found = now
+
+
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -61,7 +72,7 @@ def test_close_break_and_garbage_collection_free_every_thread(folder):
     for depth in (1, 2):
         list(make(folder, prefetch_queue_depth=depth))  # from now on DALI has what it keeps for the life of the process
     gc.collect()
-    before = native_threads()
+    before = threads_at_rest()
     with make(folder) as loader:
         batches = iter(loader)
         next(batches)
@@ -69,7 +80,7 @@ def test_close_break_and_garbage_collection_free_every_thread(folder):
     assert settled_threads(before) == before
     gc.disable()  # the reference count alone must suffice
     try:
-        loader = make(folder, prefetch_queue_depth=1)
+        loader = make(folder, prefetch_queue_depth=1, batch_size=1)
         for _ in loader:
             break
         assert settled_threads(before) == before
@@ -89,7 +100,7 @@ def test_close_break_and_garbage_collection_free_every_thread(folder):
 def test_an_error_in_user_code_leaves_nothing_running(folder):
     next(iter(make(folder)))
     gc.collect()
-    before = native_threads()
+    before = threads_at_rest()
 
     def step():
         with make(folder) as loader:
@@ -251,3 +262,66 @@ def test_truncating_files_during_reading_does_not_end_the_process(tmp_path):
     process = run(program, tmp_path)  # which is waiting for "ready"
     process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_the_next_epoch_is_built_on_a_thread_of_its_own(folder, monkeypatch):
+    """The training thread builds the first epoch only."""
+    names, build = [], Epoch._build
+
+    def recorded(self):
+        names.append((self.position.epoch, threading.current_thread().name))
+        build(self)
+
+    monkeypatch.setattr(Epoch, "_build", recorded)
+    with make(folder) as loader:
+        for _ in range(3):
+            list(loader)
+    main = threading.current_thread().name
+    assert sorted(names) == [(0, main), *((epoch, "lumix_dali-next") for epoch in (1, 2, 3))]
+
+
+def test_an_interrupted_next_loses_no_batch(folder):
+    """A signal's handler raises at any place within ``next``: the batch is delivered by the call after."""
+    expected = [target.lam0.tolist() for _, target in make(folder)]
+
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    previous, hits = signal.signal(signal.SIGALRM, ring), 0
+    try:
+        for delay in np.geomspace(1e-4, 0.1, 12):
+            batches, found = iter(make(folder)), []
+            while True:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, delay * (len(found) == 1))
+                    _, target = next(batches)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    found.append(target.lam0.tolist())
+                except Alarm:
+                    hits += 1
+                    delay = 0
+                except StopIteration:
+                    break
+            assert found == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert hits
+
+
+def test_exit_with_an_epoch_under_way_is_silent(folder):
+    process = run(
+        """
+        batches = iter(loader)
+        next(batches)
+        import queue
+        del queue.Empty  # modules may be torn down in this order
+        print("ready", flush=True)
+    """,
+        folder,
+    )
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (0, "")

@@ -12,9 +12,9 @@ from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lumix_dali import reference
-from lumix_dali.loss import LUMixLoss, check_target
+from lumix_dali import LUMixLoss, check_target, reference
 from lumix_dali.target import MixTarget
 
 BOX = {True: (8, 8, 24, 24), False: (0, 0, 0, 0)}
@@ -30,22 +30,19 @@ def make_target(labels, partner_labels, lam0, kind=2):
 
 
 def random_case(batch=64, classes=7, seed=0, dtype=torch.float64, spread=3.0):
-    """Every kind, λ0 of 0 and 1, empty boxes with λ0 above 0, equal classes, and noise that is clamped."""
+    """Every kind, λ0 of 0 and 1, equal classes, and noise that is clamped."""
     rng = np.random.default_rng(seed)
     logits = torch.tensor(rng.normal(size=(batch, classes)) * spread, dtype=dtype)
     lam0 = rng.random(batch).round(1)
     kind = rng.integers(4, size=batch)
     kind[: batch // 2] = 2
     target = make_target(rng.integers(classes, size=batch), rng.integers(classes, size=batch), lam0, kind)
-    target.box[:3] = 0
     return logits, target, torch.tensor(rng.normal(0.5, 1, size=batch))
 
 
 def oracle(logits, target, lam_r, **options):
-    labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
-    return reference.lumix_loss(
-        logits.double().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, **options
-    )
+    labels, partner_labels, lam0, _, kind, _ = (field.numpy() for field in target)
+    return reference.lumix_loss(logits.double().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), **options)
 
 
 def loss_and_grad(criterion, logits, target, lam_r=None):
@@ -68,7 +65,7 @@ WORKED = {
     "3": (LOGP, (0, 0), 0.25, 0.6, {}, None, 0.693147, 0.5, 1.193147, (-0.75, 0.45, 0.15, 0.15)),
     "4": (LOGP, (1, 0), 0.25, -1.2, NOISE_ONLY, 0.0, 1.203973, 0.7, 1.903973, None),
     "5": (ZERO, (3, 2), 0.36, 0.5, {}, 0.43, 1.386294, 0.75, 2.136294, None),
-    "bce": (LOGP, (1, 0), 0.25, 0.6, {"base": "bce"}, 0.4275, 0.461011, 0.6145, 0.461011 + 0.6145, None),
+    "bce": (LOGP, (1, 0), 0.25, 0.6, {"base": "bce"}, 0.4275, 0.461011, 0.6145 / 4, 0.461011 + 0.6145 / 4, None),
     "bce sum": (LOGP, (1, 0), 0.25, 0.6, {"base": "bce", "bce_reduction": "sum"}, 0.4275, 1.844045, 0.6145,
                 1.844045 + 0.6145, None),
 }  # fmt: skip
@@ -116,9 +113,9 @@ def test_every_option_matches_the_oracle(options):
 def test_lam_matches_the_oracle_and_is_lam0_where_lumix_does_not_apply(apply_to):
     logits, target, lam_r = random_case()
     lam = LUMixLoss(apply_to=apply_to).lam(logits.requires_grad_(), target, lam_r)
-    labels, partner_labels, lam0, box, kind, _ = (field.numpy() for field in target)
+    labels, partner_labels, lam0, _, kind, _ = (field.numpy() for field in target)
     expected = reference.lumix_lam(
-        logits.detach().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), box=box, apply_to=apply_to
+        logits.detach().numpy(), labels, partner_labels, lam0, kind, lam_r.numpy(), apply_to=apply_to
     )
     np.testing.assert_allclose(lam, expected, atol=1e-12)
     assert not lam.requires_grad
@@ -173,7 +170,7 @@ def test_detached_gradient_is_the_closed_form_with_lam_held_fixed(smoothing):
     y = lam * np.eye(7)[partner_labels] + (1 - lam) * np.eye(7)[labels]
     y = (1 - smoothing) * y + smoothing / 7
     chosen = (classes == labels.numpy()[:, None]) | (classes == partner_labels.numpy()[:, None])
-    active = (kind == 2) & (target.lam0 > 0) & (target.lam0 < 1) & (target.box[:, 2] > 0)
+    active = (kind == 2) & (target.lam0 > 0) & (target.lam0 < 1)
     m = (chosen * y * p).sum(1, keepdims=True)
     expected = ((p - y) + active.numpy()[:, None] * p * (m - chosen * y)) / len(z)
     np.testing.assert_allclose(grad, expected, atol=1e-12)
@@ -321,18 +318,13 @@ MASKED_TARGET = make_target([0, 1, 3, 0], [2, 2, 1, 1], [0.0, 0.0, 1.0, 0.0])
 @pytest.mark.parametrize("target", [MASKED_LABELS, MASKED_TARGET], ids=["labels", "mixed"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_masked_target_class_without_weight_matches_pytorch(target, smoothing, detach, plain):
-    """-inf logits: no 0·∞, and with smoothing PyTorch's infinity; `plain` is the path of torch.func."""
+def test_a_masked_target_class_without_weight_matches_pytorch(target, smoothing, detach):
+    """-inf logits: no 0·∞, and with smoothing PyTorch's infinity."""
     criterion = LUMixLoss(smoothing=smoothing, detach_lam_s=detach, reduction="none")
     expected, expected_grad = loss_and_grad(
         lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing), MASKED, MASKED_LABELS
     )
-    if plain:
-        loss = torch.vmap(lambda z: criterion(z, target, torch.rand(4)), randomness="same")(MASKED[None])[0]
-        grad = torch.func.grad(lambda z: criterion(z, target, torch.rand(4)).sum())(MASKED)
-    else:
-        loss, grad = loss_and_grad(criterion, MASKED, target)
+    loss, grad = loss_and_grad(criterion, MASKED, target)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, expected_grad)
     assert not expected.isnan().any() and not expected_grad.isnan().any()
@@ -366,7 +358,7 @@ def test_nan_logits_stay_nan():
     assert grad.isnan().any(1).tolist() == [False, True, False, False]
 
 
-# Second derivatives and torch.func. Finite differences include λ_s: they need it attached or absent.
+# Second derivatives. Finite differences include λ_s: they need it attached or absent.
 TWICE = [
     {"r_s": 0.0},
     {"r_s": 0.0, "smoothing": 0.0},
@@ -390,7 +382,7 @@ def dense_loss(logits, target, lam, smoothing=0.1, eta=1.0):
     classes = logits.shape[1]
     a, b = F.one_hot(target.partner_labels, classes), F.one_hot(target.labels, classes)
     y = (1 - smoothing) * (lam[:, None] * a + (1 - lam[:, None]) * b) + smoothing / classes
-    active = (target.kind == 2) & (target.lam0 > 0) & (target.lam0 < 1) & (target.box[:, 2] > 0)
+    active = (target.kind == 2) & (target.lam0 > 0) & (target.lam0 < 1)
     hinge = ((a | b) * y * (1 - logits.softmax(1))).sum(1)
     return F.cross_entropy(logits, y, reduction="sum") + eta * (active * hinge).sum()
 
@@ -437,8 +429,6 @@ def test_the_detached_second_derivative_holds_lam_fixed():
     expected = torch.func.hessian(lambda z: dense_loss(z, target, lam))(logits)
     got = torch.autograd.functional.hessian(lambda z: criterion(z, target, lam_r).sum(), logits)
     torch.testing.assert_close(got, expected)
-    got = torch.func.hessian(lambda z: criterion(z, target, lam_r).sum())(logits)
-    torch.testing.assert_close(got, expected)
 
 
 def test_a_compiled_loss_refuses_second_derivatives():
@@ -451,44 +441,24 @@ def test_a_compiled_loss_refuses_second_derivatives():
         grad.backward()
 
 
-@pytest.mark.parametrize("options", [{}, *TWICE], ids=str)
-def test_torch_func_gives_the_oracles_loss_and_gradient(options):
-    logits, target, lam_r = random_case(batch=12)
-    criterion = LUMixLoss(**options, reduction="none")
-    expected, expected_grad = oracle(logits, target, lam_r, **{"smoothing": 0.1, **options})
-    grad, loss = torch.func.grad_and_value(lambda z: criterion(z, target, lam_r).sum())(logits)
-    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-9)
-    np.testing.assert_allclose(grad, expected_grad, atol=1e-9)
-    rows = torch.arange(12)
-    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
-        by_row = jacobian(lambda z: criterion(z, target, lam_r))(logits)
-        np.testing.assert_allclose(by_row[rows, rows], expected_grad, atol=1e-9)
-
-
-def test_vmap_over_models_and_over_backward_passes():
-    _, target, lam_r = random_case(batch=12)
+def test_pytorch_refuses_torch_func_and_batches_of_gradients():
+    """An error, never a wrong number; labels [B] are PyTorch's own cross entropy, which it can transform."""
+    logits, target, lam_r = random_case(batch=4)
     criterion = LUMixLoss(reduction="none")
-    models = torch.stack([random_case(batch=12, seed=seed)[0] for seed in range(3)])
-    expected = [oracle(logits, target, lam_r, smoothing=0.1) for logits in models]
-    losses = torch.vmap(lambda z: criterion(z, target, lam_r))(models)
-    grads = torch.vmap(torch.func.grad(lambda z: criterion(z, target, lam_r).sum()))(models)
-    np.testing.assert_allclose(losses, [loss for loss, _ in expected], rtol=1e-9)
-    np.testing.assert_allclose(grads, [grad for _, grad in expected], atol=1e-9)
 
-    logits, rows = models[0].requires_grad_(), torch.arange(12)
-    loss, one_hot = criterion(logits, target, lam_r), torch.eye(12, dtype=torch.float64)
-    batched = torch.vmap(lambda g: torch.autograd.grad(loss, logits, g, retain_graph=True)[0])(one_hot)
-    (old,) = torch.autograd.grad(loss, logits, one_hot, is_grads_batched=True)
-    for by_row in (batched, old):
-        np.testing.assert_allclose(by_row[rows, rows], expected[0][1], atol=1e-9)
+    def loss_of(z):
+        return criterion(z, target, lam_r).sum()
 
-
-def test_an_unsupported_transform_is_an_error():
-    logits, target, _ = random_case(batch=4)
-    with pytest.raises(RuntimeError, match=r"vmap.*'same' or 'different' randomness"):
-        torch.vmap(lambda z: LUMixLoss()(z, target))(logits[None])
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD"):
-        LUMixLoss()(torch.autograd.forward_ad.make_dual(logits, logits), target)
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            transform(loss_of)(logits)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
+        criterion(torch.autograd.forward_ad.make_dual(logits, logits), target, lam_r)
+    loss = criterion(logits.requires_grad_(), target, lam_r)
+    with pytest.raises(RuntimeError, match="Batching rule"):
+        torch.autograd.grad(loss, logits, torch.eye(4, dtype=torch.float64), is_grads_batched=True)
+    by_label = torch.func.grad(lambda z: criterion(z, target.labels).sum())(logits.detach())
+    torch.testing.assert_close(by_label, loss_and_grad(criterion, logits, target.labels)[1])
 
 
 def test_a_retained_graph_gives_the_same_gradient_twice():
@@ -499,6 +469,40 @@ def test_a_retained_graph_gives_the_same_gradient_twice():
     first = first.clone()
     (second,) = torch.autograd.grad(3 * loss, logits)
     torch.testing.assert_close(second, 3 * first)
+
+
+class Card(TorchDispatchMode):
+    """Meta tensors stand for a GPU's: no CPU tensor may meet them, and no value may be read on the host."""
+
+    READS = frozenset({"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"})
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        assert all(tensor.is_meta for tensor in tensors), f"a CPU tensor reaches {name}"
+        assert name not in self.READS, f"{name} waits for the GPU"
+        if name == "_standard_gamma":  # it has no meta kernel
+            return torch.empty_like(args[0])
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in made), f"{name} makes a CPU tensor"
+        return result
+
+
+@pytest.mark.parametrize("noise", [("beta", 2.0), ("beta", 0.8), ("normal", 0.0, 1.0), ("uniform",)], ids=str)
+@pytest.mark.parametrize("on_card", [False, True], ids=["floats", "0-dim tensors"])
+def test_on_a_gpu_nothing_of_the_cpu_takes_part_and_nothing_waits(noise, on_card):
+    """PyTorch before 2.7 refuses a CPU number in some operators, and a captured graph would keep its value."""
+    logits, target, lam_r = random_case(dtype=torch.float32)
+    logits, target, lam_r = logits.to("meta").requires_grad_(), target.to("meta"), lam_r.to("meta")
+    for options in OPTIONS if noise == ("beta", 2.0) else OPTIONS[:1]:
+        criterion = LUMixLoss(**options, noise=noise)
+        if on_card:
+            criterion.r_r, criterion.r_s, criterion.eta = (torch.empty((), device="meta") for _ in range(3))
+        with Card():
+            for args in ((logits, target, lam_r), (logits, target), (logits, target.labels)):
+                criterion(*args).backward()
+            criterion.lam(logits, target)
 
 
 class LargeTensors(TorchDispatchMode):
@@ -645,7 +649,7 @@ def test_a_schedule_recompiles_once_on_leaving_zero(noise):
             torch.testing.assert_close(
                 loss_and_grad(compiled, logits, target, lam_r), loss_and_grad(twin, logits, target, lam_r)
             )
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= (3 if noise else 2)  # one more where the noise's numbers change too
 
 
 def test_scheduled_numbers_read_back_as_they_were_set():
@@ -662,29 +666,28 @@ def test_scheduled_numbers_read_back_as_they_were_set():
         assert torch.equal(twin(*case), expected)
 
 
-def test_a_number_set_in_inference_mode_works_in_training():
-    case, criterion = random_case(), LUMixLoss(detach_lam_s=False)
-    with torch.inference_mode():
-        criterion.r_s, criterion.eta = 0.3, 0.5
-    expected = loss_and_grad(LUMixLoss(r_s=0.3, eta=0.5, detach_lam_s=False), *case)
-    torch.testing.assert_close(loss_and_grad(criterion, *case), expected)
+INVALID = [
+    *(("r_r", value) for value in (-0.1, 1.1, float("nan"), "0.3", True, None, torch.ones(2))),
+    *(("eta", value) for value in (-1, float("inf"), float("nan"), None)),
+    *(("noise", value) for value in (None, "beta", ("beta", 0.0), ["beta", "2"], ("beta", 1e39), ("beta", 1e-300))),
+    *(("noise", value) for value in (("normal", 0.0), ("normal", -1e300, 1.0), ("normal", 0.0, -1.0), ("gamma", 2.0))),
+    *(("smoothing", value) for value in (1.0, -0.1, "a")),
+    *(("detach_lam_s", value) for value in ("no", 1)),
+    *((name, "sum") for name in ("base", "apply_to", "reduction")),
+    ("bce_reduction", "none"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("r_r", -0.1, r"r_r=-0\.1 must lie in \[0, 1\]"),
-        ("r_s", 1.1, r"r_s=1\.1 must lie in \[0, 1\]"),
-        ("eta", float("inf"), "eta=inf must"),
-        ("noise", ("beta", 0.0), r"noise=\('beta', 0\.0\): alpha"),
-    ],
-)
-def test_a_number_out_of_range_is_refused_when_it_is_set(name, value, message):
-    criterion = LUMixLoss()
-    before = getattr(criterion, name)
-    with pytest.raises(ValueError, match=message):
-        setattr(criterion, name, value)
-    assert getattr(criterion, name) == before
+@pytest.mark.parametrize(("name", "value"), INVALID)
+def test_invalid_options_are_named(name, value):
+    """When the loss is made and, for those that a schedule sets, when they are set."""
+    with pytest.raises(ValueError, match=rf"^{name}.*: give "):
+        LUMixLoss(**{name: value})
+    if name in ("r_r", "eta", "noise"):
+        criterion = LUMixLoss()
+        with pytest.raises(ValueError, match=rf"^{name}.*: give "):
+            setattr(criterion, name, value)
+        assert getattr(criterion, name) == getattr(LUMixLoss(), name)
 
 
 def test_shares_above_one_are_refused_by_the_next_loss():
@@ -697,14 +700,6 @@ def test_shares_above_one_are_refused_by_the_next_loss():
     for method in (criterion, criterion.lam):
         with pytest.raises(ValueError, match=r"r_r=0\.9 and r_s=0\.2 add up to 1\.1: lower one"):
             method(logits, target, lam_r)
-
-
-def test_copies_and_pickles_like_any_module():
-    case = random_case()
-    criterion = LUMixLoss(eta=0.3)
-    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert torch.equal(twin(*case), criterion(*case))
-    assert "eta=0.3" in repr(criterion)
 
 
 @pytest.mark.gpu
@@ -726,34 +721,6 @@ def test_no_host_synchronisation(options, dtype):
     for one, other in zip(got, expected, strict=True):
         rtol = 1e-4 if one.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(one.cpu(), other, rtol=rtol, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r_r": -0.1}, r"r_r=-0\.1 must lie in \[0, 1\]"),
-        ({"r_s": 1.1}, r"r_s=1\.1 must lie in \[0, 1\]"),
-        ({"r_r": float("nan")}, "r_r=nan"),
-        ({"r_r": 0.7, "r_s": 0.4}, r"r_r=0\.7 and r_s=0\.4 add up to 1\.1: lower one"),
-        ({"eta": -1}, "eta=-1 must"),
-        ({"eta": float("nan")}, "eta=nan must"),
-        ({"smoothing": 1.0}, r"smoothing=1\.0 must lie in \[0, 1\)"),
-        ({"smoothing": -0.1}, r"smoothing=-0\.1"),
-        ({"base": "sigmoid"}, "base='sigmoid' is unknown: choose 'softmax' or 'bce'"),
-        ({"bce_reduction": "none"}, "bce_reduction='none' is unknown"),
-        ({"apply_to": "mixup"}, "apply_to='mixup' is unknown: choose 'cutmix' or 'all'"),
-        ({"reduction": "sum"}, "reduction='sum' is unknown: choose 'mean' or 'none'"),
-        ({"noise": ("beta", 0.0)}, r"noise=\('beta', 0\.0\): alpha must be"),
-        ({"noise": ("beta", -1)}, r"noise=\('beta', -1\): alpha"),
-        ({"noise": ("normal", 0.0, -1.0)}, r"noise=\('normal', 0\.0, -1\.0\): .*std"),
-        ({"noise": ("normal", 0.0)}, r"noise=\('normal', 0\.0\): choose"),
-        ({"noise": ("gamma", 2.0)}, r"noise=\('gamma', 2\.0\): choose"),
-        ({"noise": "beta"}, "noise='beta': choose"),
-    ],
-)
-def test_invalid_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        LUMixLoss(**options)
 
 
 def test_shares_that_add_up_to_one_in_decimals_are_accepted():

@@ -234,3 +234,13 @@ def test_a_window_of_two_swaps_an_eighth_of_the_neighbours():
     order = Window(n=4000, batch_size=1, counts=(4000,), window=2).epoch(0)
     swapped = np.diff(np.argsort(order)) < 0
     assert abs(swapped.mean() - 1 / 8) < 5 * np.sqrt(1 / 8 * 7 / 8 / 4000)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_window_in_pieces_is_the_same(monkeypatch, world_size):
+    """At millions of samples, a rank's part is made in pieces."""
+    options = dict(n=500, batch_size=3, counts=(120, 80, 300), window=9, world_size=world_size)
+    whole = [Window(**options, rank=rank).epoch(2) for rank in range(world_size)]
+    monkeypatch.setattr("lumix_dali.data.order._PIECE", 7)
+    for rank in range(world_size):
+        np.testing.assert_array_equal(Window(**options, rank=rank).epoch(2), whole[rank])

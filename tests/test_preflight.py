@@ -17,7 +17,8 @@ from PIL import Image
 
 from lumix_dali import create_loader
 from lumix_dali.cli import main
-from lumix_dali.data import check, sources
+from lumix_dali.data import check, children
+from lumix_dali.data.files import class_folder, write_manifest
 from lumix_dali.data.formats import Decoder
 
 
@@ -67,7 +68,7 @@ def test_good_files_pass(root):
     assert report.ok
     assert not report.bad
     assert report.counts == {"a": 5, "b c": 5}
-    assert report.samples.digest == sources.folder(root).digest
+    assert report.samples.digest == class_folder(root).digest
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
@@ -134,7 +135,7 @@ def test_the_loader_accepts_the_manifest(root, tmp_path_factory):
 )
 def test_a_changed_manifest_is_refused(root, tmp_path_factory, change):
     manifest = tmp_path_factory.mktemp("out") / "train.json"
-    sources.write_manifest(sources.folder(root), manifest)
+    write_manifest(class_folder(root), manifest)
     manifest.write_text(change(manifest.read_text()))
     with pytest.raises(ValueError, match=r"source=.*train\.json.*write it again"):
         create_loader(manifest, batch_size=2, device="cpu")
@@ -174,9 +175,9 @@ def test_killing_a_check_ends_its_processes(root):
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    tasks = Path(f"/proc/{run.pid}/task")  # the children of each thread
     deadline = time.monotonic() + 60
-    while len(found := children.read_text().split()) < 2:  # the pool's, and perhaps a resource tracker
+    while len(found := [child for each in tasks.glob("*/children") for child in each.read_text().split()]) < 2:
         assert run.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -276,3 +277,51 @@ def test_the_full_scan_reports_what_dali_refuses(root):
     report = check.scan(root, full=True, workers=1)
     assert report.ok
     assert report.notes == expected | {check.Note("PNG", Decoder.PILLOW, "DALI refuses them"): 1}
+
+
+def test_the_full_scan_finds_damaged_scans_that_dali_delivers_grey(tmp_path):
+    """libjpeg's fatal errors in a scan count as success in nvImageCodec; Pillow refuses these images."""
+    good = encoded("JPEG", 1, (256, 192))
+    start = good.index(b"\xff\xda") + 14
+    middle, rng, bad = start + (len(good) - start) // 4, np.random.default_rng(0), {"a/marker.jpg"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "good.jpg").write_bytes(good)
+    (tmp_path / "a" / "marker.jpg").write_bytes(good[:middle] + b"\xff\xc0\0\x11" + good[middle + 4 :])
+    for k in range(12):
+        at = int(rng.integers(start, len(good) - 700))
+        content = good[:at] + rng.integers(0, 256, 512).astype(np.uint8).tobytes() + good[at + 512 :]
+        (tmp_path / "a" / f"{k}.jpg").write_bytes(content)
+        try:
+            Image.open(io.BytesIO(content)).convert("RGB")
+        except OSError:
+            bad.add(f"a/{k}.jpg")
+    assert len(bad) > 5
+    assert check.scan(tmp_path, full=True, workers=1).bad.keys() == bad
+    assert "a/marker.jpg" in check.scan(tmp_path, workers=1).bad  # stray markers show without decoding
+    progressive = io.BytesIO()
+    Image.open(io.BytesIO(good)).save(progressive, "JPEG", progressive=True)
+    assert check._is_whole(good)
+    assert check._is_whole(progressive.getvalue())
+
+
+def mortal(items):
+    if "fatal" in items:
+        os.kill(os.getpid(), 9)
+    return [item.upper() for item in items]
+
+
+def test_an_item_that_ends_its_process_is_found():
+    chunks = [["a", "b"], ["c", "fatal", "d"], ["e"]]
+    found = [each for part in children.run(mortal, chunks, 2) for each in part]
+    assert found == ["A", "B", "C", "the process that decoded it died (signal 9)", "D", "E"]
+    assert isinstance(found[3], children.Died)
+
+
+def test_neither_a_main_guard_nor_a_filter_nor_pillows_limit_matters(root, tmp_path_factory):
+    script = tmp_path_factory.mktemp("script") / "scan.py"
+    script.write_text(
+        "import sys, PIL.Image; from lumix_dali.data import check; PIL.Image.MAX_IMAGE_PIXELS = 10\n"
+        "report = check.scan(sys.argv[1], full=True, workers=2); print(len(report.labels), report.bad)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", script, root], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "10 {}\n", done.stderr

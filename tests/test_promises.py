@@ -19,6 +19,7 @@ from images import encoded, ramps
 from benchmarks.records import write_records
 from lumix_dali import create_loader
 from lumix_dali.data import sources
+from lumix_dali.data.files import class_folder, write_manifest
 from lumix_dali.data.order import Order
 
 N, BAD = 13, 5
@@ -44,7 +45,7 @@ def write_source(kind, root, bad=False):
             (root / name).parent.mkdir(parents=True)
             (root / name).write_bytes(image)
         (root / "list.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(names)))
-        sources.write_manifest(sources.folder(root), root / "m.json")
+        write_manifest(class_folder(root), root / "m.json")
         given = {
             "folder": root,
             "list": root / "list.txt",

@@ -282,7 +282,7 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_update(start, tmp_path):
     assert "continue with --resume" in out
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     state = torch.load(last, weights_only=True)["run"]
-    assert len({(rank["train"]["place"][0], rank["train"]["place"][1]) for rank in state["ranks"]}) == 1
+    assert len({(rank["train"]["position"][0], rank["train"]["position"][1]) for rank in state["ranks"]}) == 1
     before = digest(last)
     agent = start(2, [*flags, "--resume", "--checkpoint-interval", "1"])
     deadline = time.monotonic() + 100

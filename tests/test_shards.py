@@ -4,18 +4,21 @@ Every sample has a unique label, so a stream's labels identify its samples. The 
 is compared with `tarfile`.
 """
 
+import io
 import itertools
 import json
 import os
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from archives import as_records, pack
 from images import damaged, encoded, ramp_samples
+from PIL import Image
 from test_train import argv, rows, write_folder
 
 from benchmarks.records import bytes_feature, example, int_feature, record
@@ -23,6 +26,8 @@ from lumix_dali import create_loader
 from lumix_dali.cli import main
 from lumix_dali.data import check, index, sources, storage
 from lumix_dali.data.convert import convert
+from lumix_dali.data.files import Files, class_folder
+from lumix_dali.data.shards import Shards
 from pipelines import train
 
 SUFFIX = {"webdataset": ".tar", "tfrecord": ".tfrecord"}
@@ -106,7 +111,7 @@ JPEG = encoded(np.random.default_rng(0).integers(0, 256, (32, 40, 3)), "JPEG", q
 def test_shards_hold_what_the_files_hold(files, folder):
     """Without shuffling, the stream equals that of a list in the order in which the shards were written."""
     order = np.random.default_rng(0).permutation(COUNT)
-    written = sources.Files(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
+    written = Files(files.root, [files.names[i] for i in order], files.labels[order], files.classes)
     loader = make(folder, is_training=False)
     assert_same(stream(loader), stream(make(written, is_training=False)))
     assert (len(loader), len(loader.dataset), loader.classes) == (6, COUNT, files.classes)
@@ -120,7 +125,7 @@ def test_every_way_to_name_shards(folder, kind, tmp_path):
     assert len(paths) == 5
     for source in (str(folder), f"{folder}/shard-*", paths, tuple(paths), folder / "*"):
         assert sources.load(source).digest == expected.digest
-        assert isinstance(sources.load(source), sources.Shards)
+        assert isinstance(sources.load(source), Shards)
     assert sources.load(expected) is expected
     assert sources.load(paths[1:3]).counts.tolist() == [5, 5]
     assert sources.load(paths[4]).counts.tolist() == [3]
@@ -201,7 +206,7 @@ def counted(tmp_path_factory):
     def build(kind, n):
         if (kind, n) not in made:
             made[kind, n] = tmp_path_factory.mktemp("counted") / "shards"
-            samples = sources.Files(str(pixel), ["a.png"] * n, np.arange(n), [str(k) for k in range(n)])
+            samples = Files(str(pixel), ["a.png"] * n, np.arange(n), [str(k) for k in range(n)])
             write(samples, made[kind, n], kind, 7)
         return made[kind, n]
 
@@ -306,7 +311,7 @@ def spoilt(kind, tmp_path):
         for i in range(12):
             (tmp_path / f"{i}.jpg").write_bytes(damaged()[damage] if i == 7 else JPEG)
         names = [f"{i}.jpg" for i in range(12)]
-        samples = sources.Files(str(tmp_path), names, np.arange(12), names)
+        samples = Files(str(tmp_path), names, np.arange(12), names)
         write(samples, tmp_path / "out", kind, 5)
         place = np.random.default_rng(0).permutation(12).tolist().index(7)
         name = "'000000007.jpg'" if kind == "webdataset" else rf"record {place % 5} \(7\.jpg\)"
@@ -410,7 +415,7 @@ def test_a_shard_that_changed_before_it_was_opened_is_an_error(copy, kind, chang
 def test_training_from_shards(kind, tmp_path):
     data = write_folder(tmp_path / "data", {"train": 33, "val": 5})
     for name in ("train", "val"):
-        write(sources.folder(data / name), tmp_path / "shards" / name, kind, 20)
+        write(class_folder(data / name), tmp_path / "shards" / name, kind, 20)
     train.main(argv(data, tmp_path / "a", "--epochs", "1"))
     train.main(argv(tmp_path / "shards", tmp_path / "b", "--epochs", "1"))
     ours, theirs = (rows(tmp_path / name / "run")[0] for name in "ba")
@@ -516,6 +521,34 @@ def test_bytes_and_labels_are_untouched(files, folders):
     assert found == [contents[i] for i in order]
 
 
+def test_large_images_are_reduced_as_pillow_does(tmp_path):
+    root, rng = tmp_path / "in" / "a", np.random.default_rng(0)
+    root.mkdir(parents=True)
+    for name, size in (
+        ("small.jpg", (40, 30)),
+        ("wide.png", (90, 20)),
+        ("tall.bmp", (7, 101)),
+        ("edge.webp", (50, 50)),
+    ):
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(root / name)
+    options = ["--max-size", "50", "--quality", "80", "--workers", "2"]
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]) == 0
+    samples, found = class_folder(tmp_path / "in"), {}
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        found = {each.name: archive.extractfile(each).read() for each in archive if not each.name.endswith("cls")}
+    expected = {}
+    for i, name in enumerate(samples.names):
+        content, size = (tmp_path / "in" / name).read_bytes(), {"wide": (50, 11), "tall": (3, 50)}.get(name[2:6])
+        if size:
+            reduced = io.BytesIO()
+            image = Image.open(io.BytesIO(content)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+            image.save(reduced, "JPEG", quality=80)
+            content = reduced.getvalue()
+        expected[f"{i:09}{'.jpg' if size else Path(name).suffix}"] = content
+    assert found == expected
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2  # shards of another encoding
+
+
 @pytest.fixture(scope="module")
 def converted(folders):
     return folders["webdataset"]
@@ -593,7 +626,7 @@ def test_a_folder_of_something_else_is_left_alone(files, converted, tmp_path):
         with pytest.raises(ValueError, match=f"it contains shards of another {named}; give a new folder"):
             convert(files, copy, **{"shard_size": 5} | options)
     with pytest.raises(ValueError, match="it contains shards of another digest"):
-        convert(sources.Files(files.root, files.names[1:], files.labels[1:], files.classes), copy, shard_size=5)
+        convert(Files(files.root, files.names[1:], files.labels[1:], files.classes), copy, shard_size=5)
     assert contents(copy) == before
     for damage in ("[]", "x", "3"):
         (copy / "shards.json").write_text(damage)
@@ -710,7 +743,7 @@ def test_every_fault_of_a_tar_is_named(tmp_path):
         assert reason in report.bad[f"a.tar/{name}"]
     assert report.ignored == [f"a.tar/{name}" for name in ("soft", "hard", "device", "pipe", ".hidden.jpg")]
     assert not report.ok
-    assert sorted(os.listdir(tmp_path)) == ["a.tar"]  # nothing was extracted
+    assert sorted(os.listdir(tmp_path)) == [".lumix_dali", "a.tar"]  # nothing was extracted
     assert re.search("what to do: copy a shard again .*lumix-dali convert", check.show(report))
 
 

@@ -113,7 +113,7 @@ def test_a_list_of_files(tmp_path):
         (["ROOT", "--mixup", "-1"], "mixup_alpha=-1.0: give a finite number > 0"),
         (["ROOT", "--mixup-mode", "pair"], "mode='pair': pair is not supported"),
         (["ROOT", "--count", "0"], "--count=0: give a whole number >= 1"),
-        (["ROOT", "--input-size", "32", "-o", "TMP/mixed.xyz"], "unknown file extension: .xyz"),
+        (["ROOT", "--input-size", "32", "-o", "TMP/mixed.xyz"], "mixed.xyz: Pillow knows no format of this ending"),
         (["ROOT", "--input-size", "32", "-o", "TMP/nowhere/mixed.png"], "No such file or directory"),
     ],
 )
@@ -133,4 +133,4 @@ def test_the_exit_status_of_the_process(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module("lumix_dali", run_name="__main__")
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith(f"lumix-dali: source='{tmp_path}': no class folder in it")
+    assert capsys.readouterr().err.startswith(f"lumix-dali: source='{tmp_path}': no image in it")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from timm.data import create_dataset
 
 from lumix_dali import create_loader
 from lumix_dali.data import sources
+from lumix_dali.data.convert import convert
+from lumix_dali.data.files import Files, Names, class_folder, file_list, write_manifest
+from lumix_dali.data.rows import Rows
 
 
 def touch(root, *names):
@@ -41,11 +45,11 @@ def touch(root, *names):
 )
 def test_classes_are_numbered_as_timm_numbers_them(tmp_path, classes):
     root = touch(tmp_path, *(f"{name}/{i}.jpg" for name in classes for i in range(2)))
-    assert sources.folder(root).class_to_idx == create_dataset("", str(root)).reader.class_to_idx
+    assert class_folder(root).class_to_idx == create_dataset("", str(root)).reader.class_to_idx
 
 
 def test_natural_order_is_not_alphabetical(tmp_path):
-    samples = sources.folder(touch(tmp_path, "10/a.png", "2/a.png", "1/a.png"))
+    samples = class_folder(touch(tmp_path, "10/a.png", "2/a.png", "1/a.png"))
     assert samples.classes == ["1", "2", "10"]
     assert samples.class_to_idx == {"1": 0, "2": 1, "10": 2}
 
@@ -60,12 +64,12 @@ def test_classes_of_one_natural_key_do_not_depend_on_the_file_system(tmp_path, m
     touch(tmp_path, *(f"{name}/x.jpg" for name in names))
     for order in itertools.permutations(names):
         scan_in_order(monkeypatch, lambda entry, order=order: order.index(entry.name) if entry.is_dir() else 0)
-        assert sources.folder(tmp_path).classes == sorted(names)
+        assert class_folder(tmp_path).classes == sorted(names)
 
 
 def test_labels_follow_the_folder_at_any_depth(tmp_path):
     root = touch(tmp_path, "cat/b.jpg", "cat/deep/er/a.jpg", "dog/a.jpg", "dog/cat/a.jpg")
-    samples = sources.folder(root)
+    samples = class_folder(root)
     assert list(zip(samples.names, samples.labels.tolist(), strict=True)) == [
         ("cat/b.jpg", 0),
         ("cat/deep/er/a.jpg", 0),
@@ -89,6 +93,8 @@ def test_what_counts_as_an_image(tmp_path):
         "g.tiff",
         "h.webp",
         "i.ppm",
+        "j.gif",
+        "k.avif",
         "two.dots.jpg",
         "with space.jpg",
         "été 犬.jpg",
@@ -96,9 +102,9 @@ def test_what_counts_as_an_image(tmp_path):
         "-rf.jpg",
         "'\"$.jpg",
     }
-    others = {".hidden.jpg", "._a.jpg", ".jpg", "readme.txt", "noextension", "a.gif", "a.jpg.part", "jpg"}
+    others = {".hidden.jpg", "._a.jpg", ".jpg", "readme.txt", "noextension", "a.jpg.part", "jpg"}
     root = touch(tmp_path, *(f"x/{name}" for name in wanted | others), "x/.cache/thumb.jpg", ".git/a.jpg", "loose.jpg")
-    samples = sources.folder(root)
+    samples = class_folder(root)
     assert set(samples.names) == {f"x/{name}" for name in wanted}
     assert samples.classes == ["x"]
 
@@ -106,7 +112,7 @@ def test_what_counts_as_an_image(tmp_path):
 def test_names_that_are_not_unicode(tmp_path):
     touch(tmp_path, "a/x.jpg")
     os.rename(tmp_path / "a/x.jpg", os.fsencode(tmp_path) + b"/a/\xff.jpg")
-    samples = sources.folder(tmp_path)
+    samples = class_folder(tmp_path)
     assert os.path.exists(samples.path(0))
     assert len(samples.digest) == 64
 
@@ -114,32 +120,90 @@ def test_names_that_are_not_unicode(tmp_path):
 def test_links_are_followed(tmp_path):
     touch(tmp_path, "elsewhere/deep/a.jpg", "root/b/b.jpg")
     (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
-    assert list(sources.folder(tmp_path / "root").names) == ["a/deep/a.jpg", "b/b.jpg"]
+    assert list(class_folder(tmp_path / "root").names) == ["a/deep/a.jpg", "b/b.jpg"]
 
 
 def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
     root = touch(tmp_path, *(f"{k}/{i}.jpg" for k in "ab" for i in range(9)), "a/0/x.jpg", "a/-/x.jpg")
-    expected = sources.folder(root)
+    expected = class_folder(root)
     for turn in range(3):
         scan_in_order(monkeypatch, lambda entry, turn=turn: zlib.crc32(f"{turn} {entry.name}".encode()))
-        assert list(sources.folder(root).names) == list(expected.names)
-        assert sources.folder(root).digest == expected.digest
+        assert list(class_folder(root).names) == list(expected.names)
+        assert class_folder(root).digest == expected.digest
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "no class folder in it; lay images out"),
-        (["loose.jpg"], "no class folder in it; lay images out"),
-        ([".hidden/a.jpg"], "no class folder in it; lay images out"),
-        (["a/x.jpg", "b/x.txt"], r"class 'b' has no image \(.*\); remove its folder, or put images into it"),
-        (["a/x.jpg", "b/.x.jpg"], "class 'b' has no image"),
+        ([], r"no image in it \(.*\); lay images out"),
+        ([".hidden/a.jpg"], "no image in it"),
+        (["a/x.txt", "b/.x.jpg"], "no image in it"),
     ],
 )
 def test_unusable_folders(tmp_path, files, message):
     touch(tmp_path, *files)
     with pytest.raises(ValueError, match=f"source='{tmp_path}': {message}"):
         sources.load(tmp_path)
+
+
+def test_what_is_passed_over_is_named_in_one_warning(tmp_path):
+    touch(
+        tmp_path, "a/x.jpg", "a/notes.txt", "b/y.gif", "c/.x.jpg", "lost+found/z.jpg", "__MACOSX/z.jpg", "@eaDir/z.jpg"
+    )
+    with pytest.warns(UserWarning, match=r"1 folders without .*'c'.* and 1 files .*'a/notes\.txt'") as caught:
+        samples = sources.load(tmp_path)
+    assert len(caught) == 1
+    assert (list(samples.names), samples.classes) == (["a/x.jpg", "b/y.gif"], ["a", "b"])
+
+
+def test_images_without_classes_are_for_prediction(tmp_path):
+    samples = sources.load(touch(tmp_path, "b.jpg", "a.jpg"))
+    assert (list(samples.names), samples.labels.tolist(), list(samples.classes)) == (["a.jpg", "b.jpg"], [-1, -1], [])
+    with pytest.raises(ValueError, match="training needs labels"):
+        create_loader(tmp_path, batch_size=1, device="cpu")
+
+
+def renumbering_sources(root):
+    """{kind: source} of two bees and a cow."""
+    touch(root, "val/bee/0.jpg", "val/bee/1.jpg", "val/cow/0.jpg")
+    images = class_folder(root / "val")
+    write_manifest(images, root / "val.json")
+    rows = Rows([(b"x", 0), (b"y", 0), (b"z", 1)], classes=["bee", "cow"])
+    pairs = SimpleNamespace(
+        samples=[(images.path(i), int(k)) for i, k in enumerate(images.labels)], classes=["bee", "cow"]
+    )
+    convert(images, root / "shards", shard_size=3)
+    return dict(folder=root / "val", manifest=root / "val.json", rows=rows, pairs=pairs, shards=root / "shards")
+
+
+@pytest.mark.parametrize("kind", ["folder", "manifest", "rows", "pairs", "shards"])
+def test_classes_number_every_source_by_name(tmp_path, kind):
+    source = renumbering_sources(tmp_path)[kind]
+    known = ["ant", "bee", "cow", "dog"]
+    found = sources.load(source, classes=known)
+    assert sorted(found.read(range(3))[1].tolist()) == [1, 1, 2]
+    assert list(found.classes) == known
+    assert found.digest != sources.load(source).digest
+    assert sources.load(source, classes=["bee", "cow"]).digest == sources.load(source).digest
+    with pytest.raises(ValueError, match=r"the source's 'bee' is not among these 2 \(ant, cow\)"):
+        sources.load(source, classes=["ant", "cow"])
+
+
+def test_classes_of_a_source_of_numbers(tmp_path):
+    """The labels number the classes already, and must fit."""
+    image = str(touch(tmp_path, "a.jpg") / "a.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg 1\n")
+    for source in ([(image, 1)], tmp_path / "list.txt"):
+        found = sources.load(source, classes=["x", "y", "z"])
+        assert (found.classes, found.labels.tolist()) == (["x", "y", "z"], [1])
+        with pytest.raises(ValueError, match=r"label 1 .*one of the 1 classes"):
+            sources.load(source, classes=["x"])
+    images, labels = sources.load([{"image": b"x", "label": k} for k in (0, 2)], classes=["x", "y"]).read([0, 1])
+    assert labels[0] == 0
+    assert str(images[1]) == "its label is 2, of 2 classes"
+    for wrong in ("abc", [], ["x", "x"], [1, 2]):
+        with pytest.raises(ValueError, match=r"classes=.*different class names"):
+            sources.load([(image, 0)], classes=wrong)
 
 
 def test_a_missing_source_is_named(tmp_path):
@@ -193,7 +257,7 @@ def test_lists(tmp_path, content, names, labels):
 def test_roots_of_lists(tmp_path):
     file = write_list(tmp_path, "a.jpg 0\n/b.jpg 1\n")
     (tmp_path / "elsewhere").mkdir()
-    samples = sources.file_list(file, root=tmp_path / "elsewhere")
+    samples = file_list(file, root=tmp_path / "elsewhere")
     assert [samples.path(i) for i in range(2)] == [f"{tmp_path}/elsewhere/a.jpg", "/b.jpg"]
 
 
@@ -254,7 +318,7 @@ def test_any_bytes_are_a_list_or_a_message(tmp_path_factory, content):
 
 def test_the_digest_tells_samples_apart(tmp_path):
     def digest(names=("a", "b"), labels=(0, 1), classes=("x", "y"), root="/"):
-        return sources.Files(root, names, np.int64(labels), classes).digest
+        return Files(root, names, np.int64(labels), classes).digest
 
     assert digest() == digest(root=str(tmp_path))
     different = {
@@ -270,13 +334,13 @@ def test_the_digest_tells_samples_apart(tmp_path):
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, -1], [0, 2], [0.0, 1.0], [[0], [1]], ["0", "1"], None])
 def test_labels_that_do_not_fit(labels):
-    with pytest.raises(ValueError, match=r"(?s)labels=.*: give 2 integers, one per name, in \[0, 2\)"):
-        sources.Files("/", ["a", "b"], labels, ["x", "y"])
+    with pytest.raises(ValueError, match=r"label.*give .*whole number"):
+        Files("/", ["a", "b"], labels, ["x", "y"])
 
 
 def test_labels_of_any_integer_type():
     digests = {
-        sources.Files("/", ["a", "b"], labels, ["x", "y"]).digest
+        Files("/", ["a", "b"], labels, ["x", "y"]).digest
         for labels in ([0, 1], (0, 1), np.uint8([0, 1]), np.int32([0, 1]))
     }
     assert len(digests) == 1
@@ -284,9 +348,9 @@ def test_labels_of_any_integer_type():
 
 def test_a_folder_that_moves_keeps_its_digest(tmp_path):
     root = touch(tmp_path / "here", "a/x.jpg", "b/y.jpg")
-    before = sources.folder(root).digest
+    before = class_folder(root).digest
     shutil.move(root, tmp_path / "there")
-    assert sources.folder(tmp_path / "there").digest == before
+    assert class_folder(tmp_path / "there").digest == before
 
 
 # Links and unusual folders
@@ -301,7 +365,7 @@ def test_links_in_circles_and_to_parents_reach_each_folder_once(tmp_path):
     (root / "a" / "again").symlink_to(root / "a" / "deep")
     (root / "b" / "loop").symlink_to("loop")
     (root / "b" / "5.jpg").symlink_to("3.jpg")
-    samples = sources.folder(root)
+    samples = class_folder(root)
     files = {os.path.join(samples.root, name): label for name, label in zip(samples.names, samples.labels, strict=True)}
     assert sorted(os.path.realpath(name).removeprefix(f"{root}/") for name in files if not name.endswith("loop")) == [
         "a/1.jpg",
@@ -339,12 +403,12 @@ def test_a_relative_folder_outlives_chdir(tmp_path, monkeypatch):
 
 def test_a_root_that_moved_is_named_at_once(tmp_path):
     root = touch(tmp_path / "here", *(f"a/{i}.jpg" for i in range(3)))
-    sources.write_manifest(sources.folder(root), tmp_path / "m.json")
+    write_manifest(class_folder(root), tmp_path / "m.json")
     shutil.move(root, tmp_path / "there")
     with pytest.raises(ValueError, match=f"unusable manifest .*root='{root}': no such folder; give the one that"):
         sources.load(tmp_path / "m.json")
     with pytest.raises(ValueError, match=f"root='{root}': no such folder"):
-        sources.Files(root, ["a/0.jpg"], [0], ["a"])
+        Files(root, ["a/0.jpg"], [0], ["a"])
 
 
 def test_no_folder_stays_open(tmp_path):
@@ -382,12 +446,12 @@ def test_an_image_folder_of_torchvision(tmp_path):
     [
         (["a.jpg", "b.jpg"], r"'a\.jpg' is not a shard; for images, give \(path, label\) pairs or a list file"),
         ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
-        ([("a.jpg", "cat")], "labels=.*: give 1 integers"),
-        ([("a.jpg", -1)], "labels=.*: give 1 integers"),
-        ([("a.jpg", 0.5)], "labels=.*: give 1 integers"),
+        ([("a.jpg", 0), ("b.jpg", "cat")], r"label 'cat' \(str\) of '.*/b\.jpg': give whole numbers from 0"),
+        ([("a.jpg", -1)], r"label -1 \(int\) of '.*/a\.jpg': give whole numbers"),
+        ([("a.jpg", 0.0), ("b.jpg", 0.5)], r"label 0\.5 \(float\) of '.*/b\.jpg'"),
         ([], r"source=\[\]: it is empty; give at least one sample"),
         ([1, 2], r"source: row 0 is int; give \(image, label\)"),
-        ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.sources\.Rows\(rows"),
+        ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.rows\.Rows\(rows"),
         (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),
         (None, "source=None: give a folder"),
     ],
@@ -467,7 +531,7 @@ def test_rows_of_hugging_faces_datasets():
     images, labels = source.read([2, 0])
     assert (images, labels.tolist(), source.classes) == ([content[2], content[0]], [1, 0], ["cat", "dog"])
     assert source.digest != sources.load(rows.select([0, 1])).digest
-    assert sources.Rows(rows.rename_column("label", "fine"), label="fine").read([1])[1].tolist() == [1]
+    assert Rows(rows.rename_column("label", "fine"), label="fine").read([1])[1].tolist() == [1]
 
 
 def test_a_custom_source():
@@ -485,7 +549,6 @@ def test_a_custom_source():
             return [encoded(np.full((8, 8, 3), 60 * i), "PNG") for i in indices], np.array(indices) % 2
 
     source = Digits()
-    assert sources.load(source) is source
     with create_loader(
         source,
         batch_size=2,
@@ -509,7 +572,7 @@ def test_a_custom_source():
 @settings(max_examples=200, deadline=None, database=None)
 @given(names=st.lists(st.binary(max_size=8).map(os.fsdecode), max_size=8), data=st.data())
 def test_names_equal_the_list_they_were_made_from(names, data):
-    ours = sources.Names(names)
+    ours = Names(names)
     assert (list(ours), len(ours), list(reversed(ours))) == (names, len(names), names[::-1])
     piece = data.draw(st.slices(max(1, len(names))))
     assert ours[piece] == names[piece]
@@ -522,5 +585,5 @@ def test_names_equal_the_list_they_were_made_from(names, data):
 
 
 def test_names_that_differ_only_in_their_ends_have_different_hashes():
-    digests = [sources.Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
+    digests = [Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
     assert len(set(digests)) == 3

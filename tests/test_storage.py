@@ -24,6 +24,8 @@ from images import ramp_samples
 from lumix_dali.cli import main
 from lumix_dali.data import check, index, sources, storage
 from lumix_dali.data.convert import convert
+from lumix_dali.data.files import write_manifest
+from lumix_dali.data.shards import braces
 
 N, PER_SHARD = 23, 5
 
@@ -226,7 +228,7 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         again = sources.load(source)
         assert again.remote
         assert contents(again) == (images, found.labels.tolist())
-    sources.write_manifest(found, tmp_path / "m.json")
+    write_manifest(found, tmp_path / "m.json")
     memory.pipe("/m.json", (tmp_path / "m.json").read_bytes())
     assert contents(sources.load("memory://m.json")) == (images, found.labels.tolist())
     memory.rm("/train/" + found.names[4])
@@ -240,21 +242,30 @@ def test_folders_lists_and_pairs(memory, files, tmp_path):
         ("memory://nowhere.tar", "does not exist"),
         ("memory://none*.tar", "it matches no shard"),
         ("nosuch://a/b.tar", "Protocol not known: nosuch"),
-        ("memory://empty", "no class folder in it"),
+        ("memory://empty", "no image in it"),
     ],
 )
 def test_missing_sources_are_named(memory, source, message):
     memory.pipe("/empty/readme.txt", b"")
     with pytest.raises(ValueError, match=f"source='{source.replace('*', '.')}.*{message}"):
         sources.load(source)
-    with pytest.raises(ValueError, match="remote files are not scanned; scan them before the upload"):
-        check.scan("memory://empty")
+    with pytest.raises(ValueError, match=message):
+        check.scan(source)
 
 
-def test_remote_shards_are_not_checked_nor_written(memory, shards, capsys, tmp_path):
+@pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
+def test_remote_shards_and_rows_are_checked(memory, shards, full):
     put(memory, shards, "/data")
-    assert main(["check", "memory://data", "--workers", "1"]) == 2
-    assert "scan them before the upload" in capsys.readouterr().err
+    report = check.scan("memory://data", full=full, workers=1)
+    assert report.ok
+    assert list(report.files.values()) == [5, 5, 5, 5, 3]
+    good = bytes(sources.load(shards).read([0])[0][0])
+    report = check.scan([(good, 0), (b"text", 0), (good, 1), (good, -1)], full=full, workers=1)
+    assert list(report.bad) == ["row 1", "row 3"]
+    assert report.labels.tolist() == [0, 1]
+
+
+def test_remote_shards_are_not_written(capsys, tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "a.jpg").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "in"), "--out", "memory://out"]) == 2
@@ -274,7 +285,7 @@ def test_remote_shards_are_not_checked_nor_written(memory, shards, capsys, tmp_p
 )
 def test_braces(pattern, expected):
     """As a shell and WebDataset expand them."""
-    assert sources.braces(pattern) == expected
+    assert braces(pattern) == expected
     if shutil.which("bash") and "{}" not in pattern:
         shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True)
         assert shell.stdout.split() == expected
@@ -431,7 +442,9 @@ def test_a_full_disk_is_an_error_that_names_the_shard(memory, shards, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", full)
-    with pytest.raises(ValueError, match=r"source='memory://data/shard-000000\.tar': OSError: .*No space left"):
+    with pytest.raises(
+        ValueError, match=r"source='memory://data/shard-000000\.tar': no space for its copy .*set cache_dir"
+    ):
         sources.load("memory://data").read([0])
 
 
@@ -592,3 +605,28 @@ def test_a_changed_object_is_never_served_stale(bucket, shards):
 def test_missing_s3_objects_are_named(bucket, source, message):
     with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
         sources.load(source)
+
+
+def test_a_remote_shards_digest_tells_its_version(memory, tmp_path):
+    digests = set()
+    for label in (b"0", b"1"):
+        pack(tmp_path / "a.tar", ("0.jpg", b"x"), ("0.cls", label))
+        memory.pipe("/d/a.tar", (tmp_path / "a.tar").read_bytes())
+        digests.add(sources.load("memory://d/a.tar").digest)
+    assert len(digests) == 2
+
+
+def test_a_server_that_fails_for_the_moment_is_asked_again(memory, shards, monkeypatch):
+    put(memory, shards, "/data")
+    get, failures = MemoryFileSystem.get_file, []
+
+    def busy(self, *args, **options):
+        failures.append(1)
+        if len(failures) < 3:
+            raise ConnectionResetError("gone")
+        return get(self, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", busy)
+    monkeypatch.setattr(storage, "_WAITS", (0, 0, 0))
+    assert sources.load("memory://data").read([0])[1].tolist() == sources.load(shards).read([0])[1].tolist()
+    assert len(failures) == 3

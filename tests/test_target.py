@@ -126,6 +126,16 @@ def test_pin_memory_and_cpu_reach_every_field():
     assert type(target.pin_memory()) is MixTarget
 
 
+def test_a_saved_target_is_read_by_torchs_default(tmp_path):
+    """weights_only=True."""
+    from lumix_dali import LUMixLoss  # noqa: F401 - it makes the type known to PyTorch
+
+    torch.save({"target": make_target()}, tmp_path / "target.pt")
+    loaded = torch.load(tmp_path / "target.pt", weights_only=True)["target"]
+    assert type(loaded) is MixTarget
+    assert all(torch.equal(a, b) for a, b in zip(loaded, make_target(), strict=True))
+
+
 def test_torchs_own_collate_and_pin_keep_the_type():
     collated = torch.utils.data.default_collate([make_target(seed=0), make_target(seed=1)])
     assert type(collated) is MixTarget
@@ -157,7 +167,14 @@ def test_dense_equals_timms_mixup_target_at_one_minus_lam0(lam0):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [((0,), "num_classes=0"), ((5, 1.0), "smoothing=1.0"), ((5, -0.1), "smoothing=-0.1")]
+    ("args", "message"),
+    [
+        ((0,), "num_classes=0"),
+        (("x",), "num_classes='x'"),
+        ((3,), r"labels\[\d\]=4 .*the model has 3 classes"),
+        ((5, 1.0), "smoothing=1.0"),
+        ((5, -0.1), "smoothing=-0.1"),
+    ],
 )
 def test_dense_names_an_invalid_argument(args, message):
     with pytest.raises(ValueError, match=message):
@@ -226,9 +243,11 @@ def test_mix_passes_gradients_to_both():
     torch.testing.assert_close(values.grad, expected[:, None].expand(3, 2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("values", [torch.zeros(6, 2, dtype=torch.int64), torch.zeros(5, 2), torch.tensor(0.0)])
+@pytest.mark.parametrize(
+    "values", [torch.zeros(6, 2, dtype=torch.int64), torch.zeros(5, 2), torch.tensor(0.0), np.zeros((6, 2))]
+)
 def test_mix_names_invalid_values(values):
-    with pytest.raises(ValueError, match=r"values=.*give floating point numbers, one row per sample \(6\)"):
+    with pytest.raises(ValueError, match=r"values=.*give a tensor of floating point numbers, one row per sample \(6\)"):
         make_target().mix(values)
 
 
@@ -272,7 +291,7 @@ def test_views_are_targets_like_any_other():
 
 @pytest.mark.parametrize("options", [{}, {"base": "bce", "detach_lam_s": False}])
 def test_a_compiled_loss_takes_views(options):
-    from lumix_dali.loss import LUMixLoss, check_target
+    from lumix_dali import LUMixLoss, check_target
 
     torch._dynamo.reset()
     target, plain = packed(16)

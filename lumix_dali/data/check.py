@@ -1,38 +1,36 @@
 """``lumix-dali check``: finds the files that a run would have to replace, and writes a manifest of the others.
 
-The fast scan takes the loader's own look at each file's header, and at its end; ``--full`` decodes everything, as
-the loader does. Both work in child processes: a file on which one dies is found and named. Shards are read from
-end to end, and never extracted.
+The fast scan takes the loader's own look at each header, and at a JPEG's markers; ``--full`` decodes everything, as
+the loader does, and JPEGs once more with Pillow. Both work in child processes: a file on which one dies is named.
+Shards are read from end to end, and never extracted.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
-import signal
+import re
 import struct
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import PIL.Image
 
 from ..progress import Progress
-from . import formats, index, sources, storage
+from . import children, formats, index, sources, storage
+from .files import Files, natural_key
+from .files import survey as folder_survey
 from .formats import MAX_PIXELS, BadImage, Decoder
-from .sources import Files
+from .protocol import Source
+from .shards import find_shards, load_shards
 
-_Task = Callable[[list[Any]], dict[Any, Any]]
 _CHUNK = 256
-_DECODED = 32  # images that are decoded at once, and in memory
+_DECODED = 32  # images that are in memory at once, for each process
 # Why `formats.look` gives images of these formats to Pillow.
 _ODD = {
     "JPEG": "neither grey nor of three components, or not Huffman-coded with 8 bits",
@@ -46,6 +44,10 @@ _MANIFEST = "--manifest FILE writes a list of the others, for create_loader and 
 _REWRITE = (
     "copy a shard again that was cut short or changed; for single samples, write the shards again from good files "
     "(lumix-dali convert)"
+)
+_SORTED = (
+    "sorted by class: no matter on local storage, but remote shards are shuffled only within a window; "
+    "give shuffle='global', or write them in random order, as lumix-dali convert does"
 )
 # The rows of docs/reliability.md whose pixels are not timm's.
 _DEEP_GREY = "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"
@@ -65,46 +67,58 @@ class Report:
     """What a scan found.
 
     Args:
-        samples: the usable samples.
-        bad: {name: reason} of files that cannot be used.
+        samples: the usable image files; None if the source does not consist of files.
+        labels: int64 [n], of the usable samples.
+        classes: K class names; numbers if they are unknown.
+        root: where the source is.
+        digest: identifies the usable samples.
+        bad: {name: reason} of samples that cannot be used.
         ignored: names passed over: hidden, or without an image's extension.
         empty: classes without a usable image.
-        counts: usable images of each class.
         files: of shards: usable samples of each.
-        warnings: of shards: what hinders training, though every sample can be used.
+        warnings: what hinders training, though every sample can be used.
         notes: number of usable images of each kind that Pillow decodes, or whose pixels are not timm's.
     """
 
-    samples: Files
-    bad: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    notes: dict[Note, int] = field(default_factory=dict)
+    samples: Files | None
+    labels: np.ndarray
+    classes: Sequence[str]
+    root: str
+    digest: str
+    bad: dict[str, str]
+    ignored: list[str]
+    empty: list[str]
+    files: dict[str, int]
+    warnings: list[str]
+    notes: dict[Note, int]
 
     @property
     def ok(self) -> bool:
-        """True where every file can be used and every class has one."""
+        """True where every sample can be used and every class has one."""
         return not self.bad and not self.empty
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Usable images of each class."""
+        numbers = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
+        return dict(zip(self.classes, numbers.tolist(), strict=True))
 
     def shards(self, ranks: int, batch_size: int) -> dict[str, int]:
         """Batches per rank, and samples left out, of a training epoch over `ranks` at `batch_size`."""
-        batches = len(self.samples) // (ranks * batch_size)
+        batches = len(self.labels) // (ranks * batch_size)
         return dict(
             ranks=ranks,
             batch_size=batch_size,
             batches=batches,
-            left_out=len(self.samples) - batches * ranks * batch_size,
+            left_out=len(self.labels) - batches * ranks * batch_size,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """The report for machines, as ``--report`` writes it."""
         return dict(
-            root=self.samples.root,
-            images=len(self.samples),
-            digest=self.samples.digest,
+            root=self.root,
+            images=len(self.labels),
+            digest=self.digest,
             ok=self.ok,
             counts=self.counts,
             bad=self.bad,
@@ -120,20 +134,35 @@ def _plain(note: Note) -> dict[str, str]:
     return note._asdict() | dict(decoder=note.decoder.name)
 
 
+@dataclass
+class _Survey:
+    """A source, and what its names and the structure of its shards tell before any image is looked at."""
+
+    source: Source
+    name: Callable[[int], str]
+    root: str
+    bad: dict[str, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)  # of samples
+    ignored: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+
+
 def scan(
-    source: storage.StrPath,
+    source: Any,
     *,
     full: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     progress: Progress = lambda chunks, total: chunks,
 ) -> Report:
-    """Looks at every file of a class folder, a list file or a manifest, or at every sample of shards.
+    """Looks at every sample of a source.
 
     Args:
-        source: as `create_loader` takes it.
-        full: decode every file, instead of looking only at headers and ends.
-        max_pixels: files whose header claims more are bad: they could take the machine's memory.
+        source: as `create_loader` takes it; what is remote is read from its storage.
+        full: decode every image, JPEGs with Pillow too, instead of looking only at headers, markers and ends.
+        max_pixels: images whose header claims more are bad: they could take the machine's memory.
         workers: processes; None: this process's CPUs.
         progress: wraps the iterable of scanned chunks, given the number of chunks.
 
@@ -141,169 +170,269 @@ def scan(
         A `Report`.
 
     Raises:
-        ValueError: nothing is there, it is remote, or a list's line is wrong.
+        ValueError: nothing is there, or a list's line is wrong.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    if paths := sources.find_shards(os.fspath(source)):
-        return _shard_report(paths, _look_at_shards(paths, full, max_pixels, workers, progress))
-    found, ignored, empty = _found(source)
-    paths = [found.path(i) for i in range(len(found))]
-    chunks = _chunks(paths, _CHUNK)
-    task = partial(_decode_files if full else _look_at_files, max_pixels=max_pixels)
-    found_of: dict[str, str | Note] = {}
-    for part in progress(_in_children(task, chunks, workers), len(chunks)):
-        found_of |= part
-    reasons = {path: said for path, said in found_of.items() if isinstance(said, str)}
-    good = [i for i, path in enumerate(paths) if path not in reasons]
-    samples = Files(found.root, [found.names[i] for i in good], found.labels[good], found.classes)
-    numbers = np.bincount(samples.labels, minlength=len(found.classes))
-    counts = {name: int(number) for name, number in zip(found.classes, numbers, strict=True)}
-    return Report(
-        samples,
-        bad={name: reasons[path] for name, path in zip(found.names, paths, strict=True) if path in reasons},
-        ignored=ignored,
-        empty=sorted({*empty, *(name for name, number in counts.items() if not number)}, key=sources.natural_key),
-        counts=counts,
-        notes=_counted(found_of[path] for path in paths if path in found_of),
+    survey = _survey(source, workers, progress)
+    samples = survey.source
+    labels = np.zeros(len(samples), np.int64)
+
+    def prepare(chunk: list[int]) -> list[str | bytes | BadImage]:
+        if samples.gives_paths and samples.labels is not None:
+            labels[chunk] = samples.labels[chunk]
+            return [samples.path(i) for i in chunk]
+        images, labels[chunk] = samples.read(chunk)
+        return [image if isinstance(image, BadImage) else bytes(image) for image in images]
+
+    size = _DECODED if full or not samples.gives_paths else _CHUNK
+    chunks = [list(range(i, min(i + size, len(labels)))) for i in range(0, len(labels), size)]
+    task = partial(_decode if full else _look_at, max_pixels=max_pixels)
+    reasons, notes = survey.reasons, Counter[Note]()
+    results = progress(children.run(task, chunks, workers, prepare), len(chunks))
+    for chunk, said in zip(chunks, results, strict=True):
+        reasons |= {i: each for i, each in zip(chunk, said, strict=True) if isinstance(each, str) and i not in reasons}
+        notes.update(each for i, each in zip(chunk, said, strict=True) if isinstance(each, Note) and i not in reasons)
+    return _report(survey, labels, reasons, dict(notes.most_common()))
+
+
+def _report(survey: _Survey, labels: np.ndarray, reasons: dict[int, str], notes: dict[Note, int]) -> Report:
+    samples = survey.source
+    is_good = np.ones(len(labels), bool)
+    is_good[list(reasons)] = False
+    good = np.flatnonzero(is_good)
+    files = None
+    if isinstance(samples, Files):
+        files = Files(samples.root, [samples.names[i] for i in good.tolist()], labels[good], samples.classes)
+    classes = samples.classes
+    if classes is None:
+        classes = [str(k) for k in range(int(labels[good].max(initial=-1)) + 1)]
+    parts = [] if samples.counts is None else np.split(is_good, np.cumsum(samples.counts)[:-1])
+    usable = [int(part.sum()) for part in parts]
+    report = Report(
+        samples=files,
+        labels=labels[good],
+        classes=classes,
+        root=survey.root,
+        digest=samples.digest if files is None else files.digest,
+        bad=survey.bad | {survey.name(i): reasons[i] for i in sorted(reasons)},
+        ignored=survey.ignored,
+        empty=survey.empty,
+        files=dict.fromkeys(survey.shards, 0) | dict(zip(_readable(survey), usable, strict=True)),
+        warnings=survey.warnings,
+        notes=notes,
     )
+    report.empty += [name for name, number in report.counts.items() if not number]
+    report.empty.sort(key=natural_key)
+    if usable and _is_sorted(report.labels):
+        report.warnings.append(_SORTED)
+    return report
 
 
-def _counted(found: Iterable[str | Note]) -> dict[Note, int]:
-    """Numbers of the notes, the most frequent first."""
-    return dict(Counter(note for note in found if isinstance(note, Note)).most_common())
+def _readable(survey: _Survey) -> list[str]:
+    return [shard for shard in survey.shards if shard not in survey.bad]
 
 
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def _survey(source: Any, workers: int, progress: Progress) -> _Survey:
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        shards = find_shards(path)
+        if shards and not storage.is_remote(path):
+            return _survey_of_shards(shards, workers, progress)
+        if storage.is_folder(path) and not shards:
+            found = folder_survey(path)
+            samples = found.samples
+            return _Survey(samples, samples.names.__getitem__, path, ignored=found.ignored, empty=found.empty)
+    samples_of_any = sources.load(source, progress=progress)
+    if isinstance(samples_of_any, Files):
+        return _Survey(samples_of_any, samples_of_any.names.__getitem__, samples_of_any.root)
+    names = [] if samples_of_any.counts is None else getattr(samples_of_any, "paths", [])
+    return _Survey(samples_of_any, samples_of_any.name, str(source)[:200], shards=list(names))
 
 
-def _in_children(task: _Task, chunks: Sequence[list[Any]], workers: int) -> Iterator[dict[Any, Any]]:
-    """What `task` gives for each chunk, in order; an item on which its process dies gets that as its reason."""
-    done = 0
-    while done < len(chunks):
-        with _children(workers) as pool:
-            for future in [pool.submit(task, chunk) for chunk in chunks[done:]]:
-                chunk, done = chunks[done], done + 1
-                try:
-                    yield future.result()
-                except BrokenProcessPool:  # this chunk's process or another's: a new pool continues after it
-                    yield _bisected(task, chunk)
-                    break
+# The structure of shards
 
 
-def _bisected(task: _Task, chunk: list[Any]) -> dict[Any, Any]:
-    """What `task` gives for a chunk, from processes of their own for the halves of one that dies."""
+class _Audit(NamedTuple):
+    """What one shard holds: its samples' names, the faults of some, members passed over, and what hinders reading."""
+
+    names: list[str]
+    reasons: dict[int, str]
+    ignored: list[str]
+    warnings: list[str]
+    damage: str
+
+
+def _survey_of_shards(paths: list[str], workers: int, progress: Progress) -> _Survey:
+    results = children.run(_audits, [[path] for path in paths], workers)
+    audits = [audit for (audit,) in progress(results, len(paths))]
+    audits = [_Audit([], {}, [], [], each) if isinstance(each, str) else each for each in audits]
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
+    whole = [path for path, audit in zip(paths, audits, strict=True) if not audit.damage]
+    names: list[str] = []
+    reasons: dict[int, str] = {}
+    for shard, audit in zip(shown, audits, strict=True):
+        reasons |= {len(names) + i: reason for i, reason in audit.reasons.items()}
+        names += [f"{shard}/{name}" for name in audit.names]
+    survey = _Survey(
+        load_shards(whole) if whole else Files(root, [], np.zeros(0, np.int64), ()),
+        names.__getitem__,
+        root,
+        bad={shard: audit.damage for shard, audit in zip(shown, audits, strict=True) if audit.damage},
+        reasons=reasons,
+        ignored=[f"{shard}/{name}" for shard, audit in zip(shown, audits, strict=True) for name in audit.ignored],
+        warnings=[warning for audit in audits for warning in audit.warnings],
+        shards=shown,
+    )
+    keys = [key for audit in audits for key in {os.path.splitext(name)[0] for name in audit.names}]
+    if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
+        survey.warnings.append(
+            f"{twice} keys occur in more than one shard: if they are the same samples twice, leave one of them out"
+        )
+    return survey
+
+
+def _audits(paths: list[str]) -> list[_Audit]:
+    return [_audit(path) for path in paths]
+
+
+def _audit(path: str) -> _Audit:
+    audit, is_tar = _Audit([], {}, [], [], ""), index.kind_of(path) == "webdataset"
+    seen = set()
     try:
-        with _children(1) as pool:
-            return pool.submit(task, chunk).result()
-    except BrokenProcessPool:
-        if len(chunk) == 1:
-            return {chunk[0]: "the process that decoded it died"}
-        half = len(chunk) // 2
-        return _bisected(task, chunk[:half]) | _bisected(task, chunk[half:])
+        with open(path, "rb", buffering=0) as file:
+            handle = file.fileno()
+            for number, row in enumerate(index.rows(path, handle, audit.ignored)):
+                key = index.split_name(row.name)[0] if is_tar else row.name
+                if key in seen:
+                    audit.reasons[number] = "its key occurs twice"
+                seen.add(key)
+                audit.names.append(row.name)
+            if not is_tar:
+                audit.reasons.update(_checksum_faults(handle))
+            elif os.pread(handle, 512, max(0, os.fstat(handle).st_size - 512)).strip(b"\0"):
+                audit.warnings.append(
+                    f"{os.path.basename(path)}: no end mark; if its original is longer it was cut short: copy it again"
+                )
+    except (ValueError, OSError) as error:
+        return audit._replace(names=[], reasons={}, damage=str(error))
+    return audit if seen else audit._replace(damage="no sample in it")
 
 
-def _children(workers: int) -> ProcessPoolExecutor:
-    spawn = get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_initialize, initargs=(os.getpid(),))
+def _checksum_faults(handle: int) -> dict[int, str]:
+    """{number: reason} of records whose checksums do not match; nothing without google-crc32c."""
+    try:
+        import google_crc32c
+    except ImportError:
+        return {}
 
+    def masked(content: bytes) -> bytes:
+        crc = google_crc32c.value(content)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
-def _initialize(parent: int) -> None:
-    # A parent that is killed cannot tell its children, which would hold its terminal and wait for ever.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was killed before
-        os._exit(1)
-    # nvImageCodec prints lines without a file's name to stderr; what is wrong comes back as a result.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _found(source: storage.StrPath) -> tuple[Files, list[str], list[str]]:
-    """Samples, ignored names, and classes without any image."""
-    if storage.is_remote(source):
-        raise ValueError(f"source={os.fspath(source)!r}: remote files are not scanned; scan them before the upload")
-    if not os.path.isdir(source):
-        return sources.load_files(source), [], []
-    root = os.fspath(source)
-    everything = sources.class_files(root)
-    classes = list(everything)
-    images = {name: sorted(filter(formats.is_image, files)) for name, files in everything.items()}
-    names = [file for name in classes for file in images[name]]
-    labels = np.repeat(np.arange(len(classes)), [len(images[name]) for name in classes]).astype(np.int64)
-    ignored = sorted(file for files in everything.values() for file in files if not formats.is_image(file))
-    return Files(root, names, labels, classes), ignored, [name for name in classes if not images[name]]
-
-
-def _look_at_files(paths: list[str], max_pixels: int) -> dict[str, str | Note]:
-    """{path: reason} of those whose header or end says that they cannot be used, {path: note} of notable ones."""
-    found: dict[str, str | Note] = {}
-    for path in paths:
-        try:
-            with formats.open_regular(path) as file:
-                note = _look(file, max_pixels)
-        except BadImage as error:
-            found[path] = str(error)
-        else:
-            if note:
-                found[path] = note
-    return found
-
-
-def _decode_files(paths: list[str], max_pixels: int) -> dict[str, str | Note]:
-    """{path: reason} of those that cannot be decoded, {path: note} of notable ones."""
-    found: dict[str, str | Note] = {}
-    for some in _chunks(paths, _DECODED):
-        images: dict[str, bytes] = {}
-        for path in some:
-            try:
-                with formats.open_regular(path) as file:
-                    images[path] = file.read()
-            except BadImage as error:
-                found[path] = str(error)
-        found |= _decode(images, max_pixels)
-    return found
-
-
-def _decode(images: dict[str, bytes], max_pixels: int) -> dict[str, str | Note]:
-    """{name: reason} of encoded images that neither DALI nor Pillow can decode, {name: note} of notable ones."""
-    from ..decoding import refused  # the processes of the fast scan need no DALI
-
-    found: dict[str, str | Note] = {}
-    looks, names = {}, list(images)
-    for name, image in images.items():
-        try:
-            looks[name] = formats.look(io.BytesIO(image), max_pixels)
-        except BadImage as error:
-            found[name] = str(error)
-    encoded = {
-        number: np.frombuffer(images[name], np.uint8)
-        for number, name in enumerate(names)
-        if name in looks and looks[name].decoder == Decoder.DALI
+    return {
+        number: f"its checksum at byte {place} does not match"
+        for number, (place, content) in enumerate(index.records(handle))
+        if content[8:12] + content[-4:] != masked(content[:8]) + masked(content[12:-4])
     }
-    again = {names[number] for number in refused(encoded)}
-    for name, look in looks.items():
-        file = io.BytesIO(images[name])
-        note = Note(look.format, Decoder.PILLOW, _REFUSED) if name in again else _note(file, look)
-        if note:
-            found[name] = note
-        if note and note.decoder == Decoder.PILLOW:
-            try:
-                formats.pillow_pixels(file, max_pixels)
-            except BadImage as error:
-                found[name] = str(error)
-    return found
+
+
+def _is_sorted(labels: np.ndarray) -> bool:
+    """Whether neighbours are of one class far more often than in a random order."""
+    shares = np.bincount(labels) / max(1, len(labels))
+    return len(labels) > 1 and bool((np.diff(labels) != 0).mean() < (1 - (shares**2).sum()) / 2)
+
+
+# One image, in a child process
+
+
+def _look_at(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
+    """Why an image cannot be used, or what is notable about it, as far as headers, markers and ends tell."""
+    return [_said(item, partial(_look, max_pixels=max_pixels)) for item in items]
+
+
+def _said(item: str | bytes | BadImage, question: Callable[[BinaryIO], Note | None]) -> str | Note | None:
+    """The answer about a path or encoded image, or the reason why it is bad."""
+    PIL.Image.MAX_IMAGE_PIXELS = None  # `max_pixels` alone counts
+    try:
+        if isinstance(item, BadImage):
+            raise item
+        with formats.open_regular(item) if isinstance(item, str) else io.BytesIO(item) as file:
+            return question(file)
+    except BadImage as error:
+        return str(error)
 
 
 def _look(file: BinaryIO, max_pixels: int) -> Note | None:
-    """What is notable about an image; raises `BadImage` where its header, or a JPEG's end, says that it is bad."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about odd metadata
-        found = formats.look(file, max_pixels)
-        # Pillow judges odd files of the formats that DALI decodes. A JPEG may lack its end marker because a film
-        # follows it, as in motion photos, or because it is cut short.
-        is_odd = found.decoder == Decoder.PILLOW or not _has_end(file, found)
-        if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
-            formats.pillow_pixels(file, max_pixels)
-        return _note(file, found)
+    """What is notable about an image; raises `BadImage` where its structure says that it is bad."""
+    found = formats.look(file, max_pixels)
+    # Pillow judges odd files of the formats that DALI decodes. A JPEG may lack its end marker because a film
+    # follows it, as in motion photos, or because it is cut short.
+    is_odd = found.decoder == Decoder.PILLOW or (found.format == "JPEG" and not _is_whole(_content(file)))
+    if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
+        formats.pillow_pixels(file, max_pixels)
+    return _note(file, found)
+
+
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # RST0 to RST7 belong to a scan
+_SCAN, _END = 0xDA, 0xD9
+_BETWEEN = {_SCAN, 0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # segments that may stand between scans
+
+
+def _is_whole(jpeg: bytes) -> bool:
+    """Whether a JPEG's scans contain only markers that belong there, up to the end marker."""
+    place = jpeg.find(b"\xff\xda") + 2  # a stray one in a header only makes Pillow judge
+    while match := _MARKER.search(jpeg, place):
+        code = match[0][-1]
+        if code == _END or code not in _BETWEEN:
+            return code == _END
+        place = match.end()
+        if code != _SCAN:
+            place += int.from_bytes(jpeg[place : place + 2])
+            if jpeg[place : place + 1] != b"\xff":  # not a segment, since no other one follows it
+                return False
+    return False
+
+
+def _decode(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
+    """As `_look_at`, by decoding: JPEGs that DALI decodes are decoded once more with Pillow.
+
+    libjpeg's fatal errors inside a scan count as success in nvImageCodec, which then delivers a partly grey image.
+    """
+    from ..decoding import refused  # the processes of the fast scan need no DALI
+
+    contents: dict[int, bytes] = {}
+    said: list[str | Note | None] = []
+    for number, item in enumerate(items):
+        look = partial(_decode_with_pillow, number=number, contents=contents, max_pixels=max_pixels)
+        said.append(_said(item, look))
+    encoded = {number: np.frombuffer(content, np.uint8) for number, content in contents.items()}
+    for number in refused(encoded):
+        said[number] = _said(contents[number], partial(_decode_refused, max_pixels=max_pixels))
+    return said
+
+
+def _decode_refused(file: BinaryIO, max_pixels: int) -> Note:
+    """Of an image that DALI refuses: Pillow decodes it, or it is bad."""
+    formats.pillow_pixels(file, max_pixels)
+    return Note(formats.look(file, max_pixels).format, Decoder.PILLOW, _REFUSED)
+
+
+def _decode_with_pillow(file: BinaryIO, number: int, contents: dict[int, bytes], max_pixels: int) -> Note | None:
+    """What is notable; keeps the content of what DALI decodes."""
+    found = formats.look(file, max_pixels)
+    content = _content(file)
+    # Not PNG: Pillow refuses some for a text chunk, whose pixels DALI decodes as they should be.
+    if found.decoder == Decoder.PILLOW or found.format == "JPEG":
+        formats.pillow_pixels(file, max_pixels)
+    if found.decoder == Decoder.DALI:
+        contents[number] = content
+    return _note(file, found)
 
 
 def _note(file: BinaryIO, found: formats.Look) -> Note | None:
@@ -319,175 +448,9 @@ def _note(file: BinaryIO, found: formats.Look) -> Note | None:
     return Note(found.format, found.decoder, _DEEP if colour else _DEEP_GREY)
 
 
-def _has_end(file: BinaryIO, found: formats.Look) -> bool:
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-    return found.format != "JPEG" or b"\xff\xd9" in file.read()
-
-
-class _Look(NamedTuple):
-    """What one shard holds."""
-
-    names: list[str]
-    labels: list[int]
-    bad: dict[str, str]
-    ignored: list[str]
-    warnings: list[str]
-    notes: dict[str, Note]
-
-
-def _look_at_shards(paths: Sequence[str], full: bool, max_pixels: int, workers: int, progress: Progress) -> list[_Look]:
-    chunks: list[list[Any]] = [[path] for path in paths]
-    found: dict[str, _Look] = {}
-    contents = _in_children(partial(_look_at_shard, max_pixels=max_pixels), chunks, workers)
-    for content in progress(contents, len(chunks)):
-        found |= content
-    looks = [_looked(found[path]) for path in paths]
-    if full:
-        chunks = [[(path, name) for name in look.names] for path, look in zip(paths, looks, strict=True)]
-        chunks = [chunk for chunk in chunks if chunk]
-        found_there = dict(zip(paths, looks, strict=True))
-        reasons = _in_children(partial(_decode_samples, max_pixels=max_pixels), chunks, workers)
-        for faults in progress(reasons, len(chunks)):
-            for (path, name), said in faults.items():
-                if isinstance(said, Note):
-                    found_there[path].notes[name] = said
-                else:
-                    found_there[path].bad.setdefault(name, said)
-    return looks
-
-
-def _looked(look: _Look | str) -> _Look:
-    return look if isinstance(look, _Look) else _Look([], [], {"": look}, [], [], {})
-
-
-def _look_at_shard(chunk: list[str], max_pixels: int) -> dict[str, _Look]:
-    """{path: what it holds} of the one shard in `chunk`."""
-    (path,) = chunk
-    look, seen = _Look([], [], {}, [], [], {}), set()
-    if storage.is_remote(path):
-        raise ValueError(f"source={path!r}: remote shards are not scanned; scan them before the upload")
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for row in index.rows(path, file.fileno(), look.ignored):
-                key = row.name if index.kind_of(path) == "tfrecord" else index.split_name(row.name)[0]
-                said = "its key occurs twice" if key in seen else _look_at_row(path, file.fileno(), row, max_pixels)
-                seen.add(key)
-                if isinstance(said, str):
-                    look.bad[row.name] = said
-                    continue
-                if said:
-                    look.notes[row.name] = said
-                look.names.append(row.name)
-                look.labels.append(row.label)
-            if index.kind_of(path) == "tfrecord":
-                look.bad.update(_checksum_faults(file.fileno()))
-            elif os.pread(file.fileno(), 512, max(0, os.fstat(file.fileno()).st_size - 512)).strip(b"\0"):
-                look.warnings.append(
-                    f"{os.path.basename(path)}: no end mark; if its original is longer it was cut short: copy it again"
-                )
-        if not seen:
-            look.bad[""] = "no sample in it"
-    except (ValueError, OSError) as error:
-        look.bad[""] = str(error)
-    return {path: look}
-
-
-def _look_at_row(path: str, handle: int, row: index.Row, max_pixels: int) -> str | Note | None:
-    """Why a sample cannot be used, or what is notable about it."""
-    if row.label < 0:
-        return index.reason_at(path, handle, row.offset, row.label)
-    try:
-        return _look(io.BytesIO(os.pread(handle, row.size, row.offset)), max_pixels)
-    except BadImage as error:
-        return str(error)
-
-
-def _checksum_faults(handle: int) -> dict[str, str]:
-    """{record: reason} of those whose checksums do not match; nothing without google-crc32c."""
-    try:
-        import google_crc32c
-    except ImportError:
-        return {}
-
-    def masked(content: bytes) -> bytes:
-        crc = google_crc32c.value(content)
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    found = {}
-    for number, (place, content) in enumerate(index.records(handle)):
-        if content[8:12] + content[-4:] != masked(content[:8]) + masked(content[12:-4]):
-            name = index.parse_record(content)[0]
-            found[f"record {number}{name and f' ({name})'}"] = f"its checksum at byte {place} does not match"
-    return found
-
-
-def _decode_samples(chunk: list[tuple[str, str]], max_pixels: int) -> dict[tuple[str, str], str | Note]:
-    """{(shard, sample): reason} of samples that cannot be decoded, and notes, from one shard."""
-    path, wanted = chunk[0][0], {name for _, name in chunk}
-    found: dict[str, str | Note] = {}
-    with open(path, "rb", buffering=0) as file:
-        rows = [row for row in index.rows(path, file.fileno()) if row.name in wanted]
-        for some in _chunks(rows, _DECODED):
-            found |= _decode({row.name: os.pread(file.fileno(), row.size, row.offset) for row in some}, max_pixels)
-    return {(path, name): said for name, said in found.items()}
-
-
-def _shard_report(paths: Sequence[str], looks: Sequence[_Look]) -> Report:
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
-    folder, classes = os.path.dirname(paths[0]), None
-    if os.path.exists(os.path.join(folder, sources.DESCRIPTION)):
-        classes = sources.description(folder)["classes"]
-    names: list[str] = []
-    labels: list[int] = []
-    ignored: list[str] = []
-    bad: dict[str, str] = {}
-    files: dict[str, int] = {}
-    for shard, look in zip(shown, looks, strict=True):
-        bad |= {f"{shard}/{name}".rstrip("/"): reason for name, reason in look.bad.items()}
-        ignored += [f"{shard}/{name}" for name in look.ignored]
-        good = [row for row in zip(look.names, look.labels, strict=True) if row[0] not in look.bad]
-        for name, label in good:
-            if classes is not None and label >= len(classes):
-                bad[f"{shard}/{name}"] = f"label {label}, of {len(classes)} classes"
-            elif label >= sources.MAX_CLASSES:
-                bad[f"{shard}/{name}"] = f"label {label}, not below {sources.MAX_CLASSES}"
-            else:
-                names.append(f"{shard}/{name}")
-                labels.append(label)
-        files[shard] = sum(f"{shard}/{name}" not in bad for name, _ in good)
-    classes = classes or [str(k) for k in range(max(labels, default=-1) + 1)]
-    numbers = np.bincount(labels, minlength=len(classes)) if labels else np.zeros(len(classes), int)
-    counts = {name: int(number) for name, number in zip(classes, numbers, strict=True)}
-    empty = [name for name, number in counts.items() if not number]
-    samples = Files(root, names, np.array(labels, np.int64), classes)
-    usable = zip(shown, looks, strict=True)
-    notes = _counted(
-        note for shard, look in usable for name, note in look.notes.items() if f"{shard}/{name}" not in bad
-    )
-    return Report(samples, bad, ignored, empty, counts, files, _warnings(samples, looks), notes)
-
-
-def _warnings(samples: Files, looks: Sequence[_Look]) -> list[str]:
-    found, labels = [warning for look in looks for warning in look.warnings], samples.labels
-    shares = np.bincount(labels) / max(1, len(labels)) if len(labels) else np.zeros(1)
-    expected = 1 - (shares**2).sum()  # neighbours of different classes, in a random order
-    if len(labels) > 1 and (np.diff(labels) != 0).mean() < expected / 2:
-        found.append(
-            "sorted by class: no matter on local storage, but remote shards are shuffled only within a window; "
-            "give shuffle='global', or write them in random order, as lumix-dali convert does"
-        )
-    keys = [key for look in looks for key in {os.path.splitext(name)[0] for name in look.names}]
-    if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
-        found.append(
-            f"{twice} keys occur in more than one shard: if they are the same samples twice, leave one of them out"
-        )
-    return found
-
-
 def show(report: Report, most: int = 20) -> str:
     """The report for people: totals, then at most `most` names of each kind."""
-    lines = [f"{len(report.samples)} usable images in {len(report.samples.classes)} classes"]
+    lines = [f"{len(report.labels)} usable images in {len(report.classes)} classes"]
     if report.counts:
         by_count = sorted(report.counts, key=lambda name: report.counts[name])
         low, high = by_count[0], by_count[-1]

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import struct
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import cache
-from typing import BinaryIO, NamedTuple
+from threading import Lock
+from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 MAX_PIXELS = 100_000_000
 # Extensions of images: timm's, and some more.
@@ -31,6 +35,8 @@ EXTENSIONS = (
     ".tif",
     ".tiff",
     ".webp",
+    ".gif",
+    ".avif",
     ".jp2",
     ".ppm",
     ".pgm",
@@ -98,16 +104,12 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
 def opened(file: BinaryIO) -> Image.Image:
     """Opens an image with Pillow, which reads only its header.
 
+    Unlike ``Image.open``, without Pillow's own pixel limit: `check_pixels` has ours.
+
     Raises:
         BadImage: Pillow does not know the format, or the header is damaged.
     """
-    file.seek(0)
-    try:
-        return Image.open(file, formats=_pillow_formats())
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image that DALI or Pillow can read") from error
-    except Exception as error:  # a hostile header can make Pillow's parsers raise anything
-        raise BadImage(f"not an image: {_words(error)}") from error
+    return _without_limits(lambda: _opened(file))
 
 
 def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -116,12 +118,49 @@ def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         BadImage: Pillow cannot decode it, or it has more pixels than the limit.
     """
-    with opened(file) as image:
+    return _without_limits(lambda: _pixels(file, max_pixels))
+
+
+def _opened(file: BinaryIO) -> Image.Image:
+    file.seek(0)
+    prefix = file.read(16)
+    for name in _pillow_formats():
+        factory, accept = Image.OPEN[name]
+        try:
+            accepted = not accept or accept(prefix)
+            if accepted and not isinstance(accepted, str):  # a text says which feature of Pillow is missing
+                file.seek(0)
+                return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # not of this format
+            continue
+        except Image.DecompressionBombError:
+            raise
+        except Exception as error:  # a hostile header can make Pillow's parsers raise anything
+            raise BadImage(f"not an image: {_words(error)}") from error
+    raise BadImage("not an image that DALI or Pillow can read")
+
+
+def _pixels(file: BinaryIO, max_pixels: int) -> Image.Image:
+    with _opened(file) as image:
         check_pixels(image.height, image.width, max_pixels)
         try:
             return image.convert("RGB")
+        except Image.DecompressionBombError:
+            raise
         except Exception as error:  # as above: struct.error, IndexError, zlib.error, …
             raise BadImage(_words(error)) from error
+
+
+def _without_limits(work: Callable[[], Image.Image]) -> Image.Image:
+    """What `work` returns, whatever Pillow's own pixel limit and the user's warning filters are.
+
+    Neither may decide which images exist. Both are global: they are touched only where they would matter.
+    """
+    if all(action != "error" for action, *_ in warnings.filters):
+        with suppress(Image.DecompressionBombError):
+            return work()
+    with _limits_lifted():
+        return work()
 
 
 def bitmap(image: Image.Image) -> bytes:
@@ -145,6 +184,31 @@ def open_regular(path: str) -> BinaryIO:
         os.close(handle)
         raise BadImage("not a regular file")
     return open(handle, "rb", buffering=0)
+
+
+_lifted: list[Any] = []  # (the filter that was added, the limit of before), for each thread without limits
+_lifted_lock = Lock()
+
+
+@contextmanager
+def _limits_lifted() -> Iterator[None]:
+    """For all threads, while any thread is in here; ``warnings.catch_warnings`` would put back a whole list."""
+    with _lifted_lock:
+        if not _lifted:
+            warnings.filterwarnings("ignore", module=r"(PIL|lumix_dali)\.")
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            _lifted.append((warnings.filters[0], before))
+        else:
+            _lifted.append(_lifted[0])
+    try:
+        yield
+    finally:
+        with _lifted_lock:
+            added, before = _lifted.pop()
+            if not _lifted:
+                Image.MAX_IMAGE_PIXELS = before
+                with suppress(ValueError):  # someone else put back the filters of before
+                    warnings.filters.remove(added)  # type: ignore[attr-defined]
 
 
 @cache
@@ -202,6 +266,43 @@ def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
         else:
             place += 2 + length
     return None
+
+
+def has_stray_marker(file: BinaryIO) -> bool:
+    """Whether a JPEG's scans hold a marker that does not belong there, or do not end; nothing is decoded.
+
+    At some of them libjpeg gives up, which nvImageCodec takes for success: the rest of the image is grey. Whether the
+    pixels are complete is for `pillow_pixels` to say.
+    """
+    file.seek(0)
+    content = file.read()
+    place, components, allowed = 2, 0, _SEGMENTS | _FRAMES
+    while True:
+        try:
+            prefix, marker, length = struct.unpack_from(">BBH", content, place)
+        except struct.error:  # the file ends, perhaps with its end marker
+            return content[place:] != b"\xff\xd9"
+        if prefix == marker == 0xFF:  # fill bytes may stand before a marker
+            place += 1
+            continue
+        if prefix != 0xFF or marker not in allowed:
+            return (prefix, marker) != (0xFF, 0xD9)
+        segment = content[place + 4 : place + 2 + length]
+        place += 2 + length
+        if marker in _FRAMES and len(segment) > 5:
+            components, allowed = segment[5], _SEGMENTS
+        if marker == 0xDA:
+            if (end := _IN_SCAN.search(content, place)) is None:
+                return True
+            place = end.end() - 2
+            if segment[:1] == bytes([components]) and segment[-3:] == b"\0\x3f\0":
+                allowed = frozenset()  # this scan has all components and coefficients: only the end may follow
+
+
+# Tables, restart intervals, scans, heights, application data and comments.
+_SEGMENTS = frozenset((0xC4, 0xCC, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
+_FRAMES = frozenset((0xC0, 0xC1, 0xC2))
+_IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither a stuffed zero, fill, nor a restart
 
 
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}

@@ -10,26 +10,23 @@ import hashlib
 import os
 import re
 import struct
-import subprocess
-import sys
-import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ..progress import Progress
-from . import storage
+from . import children, storage
 from .formats import EXTENSIONS, is_image
 
 IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's names for ImageNet
 DIGITS = 9  # of the longest label
-_FORMAT = 4  # of the kept file
+_FORMAT = 5  # of the kept file
 _BLOCK = 512  # tar's unit
 _REGULAR, _EMPTY, _EXTENDED = b"0\x007", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
-UNUSABLE = (OSError, ValueError, EOFError)  # what NumPy raises when a kept index is missing or damaged
 _ALONE = 8  # shards for which a process of their own does not pay
 
 
@@ -57,7 +54,10 @@ class Fault(IntEnum):
 
 
 class Row(NamedTuple):
-    """A sample in a shard: its name, the offset and size of its encoded image in bytes, and its label or a `Fault`."""
+    """A sample in a shard: its name, the offset and size of its encoded image in bytes, and its label or a `Fault`.
+
+    With `Fault.LABEL`, a tar's sample has the offset of its label in place of the image's size.
+    """
 
     name: str
     offset: int
@@ -92,7 +92,7 @@ def scan(path: str, handle: int) -> np.ndarray:
     """
     try:
         found = np.array([row[1:] for row in rows(path, handle)], np.int64).reshape(-1, 3)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"source={path!r}: {error}; repair or remove it") from error
     if not len(found):
         raise ValueError(f"source={path!r}: no sample in it; remove it, or see `lumix-dali check`")
@@ -105,13 +105,11 @@ def name_at(path: str, handle: int, offset: int) -> str:
     return f"{name if name.startswith('record') else repr(name)} (byte {offset})"
 
 
-def reason_at(path: str, handle: int, offset: int, fault: int) -> str:
-    """Why the sample whose image starts at `offset` cannot be used; quotes an invalid label."""
+def reason(path: str, handle: int, row: Sequence[int]) -> str:
+    """Why a sample cannot be used, given its row: offset, size and `Fault`; quotes an invalid label."""
+    _, place, fault = row
     if fault == Fault.LABEL and kind_of(path) == "webdataset":
-        for group in _groups(handle):
-            if any(member.offset == offset for _, member in group):
-                (label,) = (member for extension, member in group if extension == "cls")
-                return f"its .cls is {_read(handle, label.offset, min(label.size, 20))!r}, not 1 to {DIGITS} digits"
+        return f"its .cls is {os.pread(handle, 20, place).rstrip(bytes(1))!r}, not 1 to {DIGITS} digits"
     return Fault(fault).reason
 
 
@@ -142,45 +140,54 @@ def load(
     sha = hashlib.sha256(repr([_FORMAT, *zip(map(os.path.abspath, paths), entries, strict=True)]).encode())
     name = f"{sha.hexdigest()[:32]}.npy"
     homes = [os.path.join(os.path.dirname(os.path.abspath(paths[0])), ".lumix_dali"), storage.cache_folder()]
-    for place in homes:
-        with suppress(*UNUSABLE):
-            return _opened(os.path.join(place, name), len(paths))
-    home = next(filter(_writable, homes), None)
-    if home is None:
-        raise ValueError(f"source={paths[0]!r}: its index cannot be written to any of {homes}; set LUMIX_DALI_CACHE")
-    with storage.locked(os.path.join(home, "lock")):
+    for home in homes:
+        with suppress(Exception):  # missing, or damaged in any way
+            return _opened(os.path.join(home, name), len(paths))
+    found: list[np.ndarray] = []
+    failed: list[str] = []
+    for home in homes:
         target = os.path.join(home, name)
-        with suppress(*UNUSABLE):  # another process was faster
+        try:
+            os.makedirs(home, exist_ok=True)
+            with storage.locked(os.path.join(home, "lock")):
+                with suppress(Exception):  # another process was faster
+                    return _opened(target, len(paths))
+                found = found or list(progress(_scanned(paths), len(paths)))
+                counts = np.array(list(map(len, found)), np.int64)
+                keep(target, np.concatenate([counts, *(each.ravel() for each in found)]))
             return _opened(target, len(paths))
-        found = list(progress(_scanned(paths), len(paths)))
-        keep(target, np.concatenate([np.array(list(map(len, found)), np.int64), *(each.ravel() for each in found)]))
-    return _opened(target, len(paths))
+        except OSError as error:  # read-only or full
+            failed.append(f"{home} ({error.strerror})")
+    raise ValueError(
+        f"source={paths[0]!r}: its index cannot be written to {' or '.join(failed)}; set LUMIX_DALI_CACHE to a folder "
+        "with space"
+    )
 
 
 def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    content = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: slices of np.memmap are slow
-    counts, places = np.array(content[:shards]), content[shards:].reshape(-1, 3)
-    if counts.sum() != len(places):
+    content = kept(path)
+    counts, rows_of_all = np.array(content[:shards]), content[shards:].reshape(-1, 3)
+    if counts.sum() != len(rows_of_all):
         raise ValueError(f"{path}: damaged")
-    return places, counts
+    return rows_of_all, counts
 
 
 def keep(path: str, content: np.ndarray) -> None:
-    """Writes an array, which gets its name once it is complete."""
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix="part-", delete=False) as file:
-        np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Writes int64 [n] and a checksum to a file that gets its name once it is complete."""
+    with storage.replacing(path) as file:
+        np.save(file, np.append(content, zlib.crc32(content.tobytes())))
 
 
-def _writable(folder: str) -> bool:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+def kept(path: str) -> np.ndarray:
+    """What `keep` wrote, int64 [n], memory-mapped.
+
+    Raises:
+        Exception: it is missing or damaged; NumPy raises almost anything.
+    """
+    content = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: slices of np.memmap are slow
+    if content.dtype != np.int64 or content.ndim != 1 or zlib.crc32(cast(Any, content[:-1])) != content[-1]:
+        raise ValueError(f"{path}: damaged")
+    return content[:-1]
 
 
 def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
@@ -189,61 +196,22 @@ def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
     if workers < 2:
         yield from map(_scan_path, paths)
         return
-    # Not multiprocessing, which would import the caller's main module: that may lack a guard.
-    children = [_Child(paths[i::workers]) for i in range(workers)]
-    try:
-        for i in range(len(paths)):
-            yield children[i % workers].next()
-    finally:
-        for child in children:
-            child.close()
-
-
-class _Child:
-    """A process that scans some of the shards, one after another."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
-        )
-        assert self._process.stdin is not None
-        with self._process.stdin as pipe:
-            pipe.write("\0".join(paths).encode("utf-8", "surrogateescape"))
-
-    def next(self) -> np.ndarray:
-        assert self._process.stdout is not None
-        head = self._process.stdout.read(9)
-        if len(head) < 9:
+    for (rows_of_one,) in children.run(_scan_paths, [[path] for path in paths], workers):
+        if isinstance(rows_of_one, children.Died):
             raise ValueError("source: the process that scans its shards died; try again")
-        failed, size = struct.unpack("<?Q", head)
-        content = self._process.stdout.read(size)
-        if failed:
-            raise ValueError(content.decode("utf-8", "surrogateescape"))
-        return np.frombuffer(content, np.int64).reshape(-1, 3)
-
-    def close(self) -> None:
-        self._process.kill()
-        with self._process:
-            pass
+        yield rows_of_one
 
 
-def serve() -> None:
-    """Scans the shards that stdin names and writes their rows, or an error, to stdout."""
-    for path in sys.stdin.buffer.read().decode("utf-8", "surrogateescape").split("\0"):
-        try:
-            failed, content = False, _scan_path(path).tobytes()
-        except (ValueError, OSError) as error:
-            failed, content = True, str(error).encode("utf-8", "surrogateescape")
-        sys.stdout.buffer.write(struct.pack("<?Q", failed, len(content)) + content)
-        sys.stdout.buffer.flush()
+def _scan_paths(paths: Sequence[str]) -> list[np.ndarray]:
+    return [_scan_path(path) for path in paths]
 
 
 def _scan_path(path: str) -> np.ndarray:
-    with open(path, "rb", buffering=0) as file:
-        return scan(path, file.fileno())
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return scan(path, file.fileno())
+    except OSError as error:
+        raise ValueError(f"source={path!r}: {error.strerror}; give a file that can be read") from error
 
 
 def _read(handle: int, offset: int, size: int) -> bytes:
@@ -401,7 +369,7 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
     else:
         size = labels[0].size
         label = parse_label(_read(handle, labels[0].offset, size)) if size <= DIGITS + 64 else Fault.LABEL
-    yield Row(image.name, image.offset, image.size, label)
+    yield Row(image.name, image.offset, labels[0].offset if label == Fault.LABEL else image.size, label)
 
 
 def parse_label(text: bytes) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 
 from .. import checks
 
+_PIECE = 1 << 18  # positions that are sorted at once
+
 
 @dataclass(frozen=True)
 class Order:
@@ -115,13 +117,40 @@ class Window(Order):
     counts: tuple[int, ...] = ()
     window: int = 4096
 
+    def epoch(self, epoch: int) -> np.ndarray:
+        """As `Order`; without repetitions a rank makes only its own part."""
+        count = len(self) * self.batch_size * self.world_size if self.drop_last else self._share * self.world_size
+        if not self.shuffle or self.repeats or count > self.n:
+            return super().epoch(epoch)
+        block = self._dealt(range(count))
+        return self._block(epoch, block[0], block[-1] + 1)
+
     def _shuffled(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch])
+        return self._block(epoch, 0, self.n)
+
+    def _block(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Positions `start` to `stop` of the epoch's order, in pieces that take little memory."""
+        order = np.empty(stop - start, np.int64)
+        size = max(_PIECE, 4 * self.window)
+        for k in range(0, len(order), size):
+            order[k : k + size] = self._piece(epoch, start + k, min(start + k + size, stop))
+        return order
+
+    def _piece(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        bits = np.random.PCG64([self.seed, epoch])
+        rng = np.random.Generator(bits)
         counts = np.array(self.counts)
-        starts = np.cumsum(counts) - counts
-        order = np.concatenate([np.arange(starts[k], starts[k] + counts[k]) for k in rng.permutation(len(counts))])
-        # A stable sort of jittered positions is a window without edges.
-        return order[np.argsort(np.arange(self.n) + rng.uniform(0, self.window, self.n), kind="stable")]
+        shards = rng.permutation(len(counts))
+        # A stable sort of jittered positions is a window without edges. Nothing moves by `window` or more, so only
+        # these positions can get to this piece; `advance` skips the jitter of the others.
+        low, high = max(0, start - self.window), min(self.n, stop + self.window)
+        bits.advance(low)
+        jittered = np.arange(low, high) + rng.uniform(0, self.window, high - low)
+        positions = low + np.argsort(jittered, kind="stable")[start - low : stop - low]
+        ends = np.cumsum(counts[shards])
+        number = np.searchsorted(ends, positions, side="right")
+        before = np.cumsum(counts) - counts  # samples before each shard
+        return np.asarray(positions - (ends - counts[shards])[number] + before[shards[number]])
 
     def _dealt(self, order: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
         n = len(order)

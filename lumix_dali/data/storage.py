@@ -5,17 +5,24 @@ Remote shards are copied whole into a `Cache` that several processes share.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
+from filelock import FileLock, Timeout
+
+_SILENCE = 60  # seconds without a byte after which a server is given up
+_WAITS = (0.5, 2, 8)  # seconds before another try
 _QUESTIONS = 16  # requests that a server gets at once
 _COPY = re.compile(r"/[0-9a-f]{64}(\.part)?$")
 # Best first. Only one is used: a listing may contain fewer than a request for one file.
@@ -138,13 +145,28 @@ def entries(paths: Sequence[str]) -> list[Entry]:
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[BinaryIO]:
-    """Opens a file for writing that replaces `path` once it is complete."""
-    scratch = f"{os.fspath(path)}.tmp"
-    with open(scratch, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    """Opens a file for writing that replaces `path` once it is complete; a failure leaves nothing behind."""
+    path = os.path.abspath(path)
+    with NamedTemporaryFile(dir=os.path.dirname(path), prefix=".part-", delete=False) as file:
+        try:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_UMASK)
+            os.replace(file.name, path)
+        except BaseException as error:
+            os.remove(file.name)
+            if isinstance(error, OSError) and error.filename is None:  # such as a full disk
+                error.filename = path
+            raise
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o077))
+    return mask
+
+
+_UMASK = _umask()  # asked once: it belongs to the whole process
 
 
 def cache_folder() -> str:
@@ -153,19 +175,13 @@ def cache_folder() -> str:
     return os.environ.get("LUMIX_DALI_CACHE") or os.path.join(home, "lumix_dali")
 
 
-@contextmanager
-def locked(path: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock file `path`; other processes wait for it.
+def locked(path: str, wait: bool = True) -> FileLock:
+    """A context that holds the lock file `path`; other processes and threads wait for it.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is False.
+        filelock.Timeout: another one holds it, and `wait` is False.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    finally:
-        os.close(handle)
+    return FileLock(path, blocking=wait, thread_local=False)
 
 
 class Cache:
@@ -204,15 +220,20 @@ class Cache:
                 os.utime(path)
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             part = f"{path}.part"
-            _ask(url, lambda fs, source: fs.get_file(source, part))
-            size = os.path.getsize(part)
-            if remote.size not in (None, size) or entry(url) != remote:
-                os.remove(part)
-                raise ValueError(
-                    f"source={url!r}: it changed during the copy, or the copy ended at {size} bytes; try again"
-                )
-            os.replace(part, path)
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _ask(url, lambda fs, source: fs.get_file(source, part))
+                size = os.path.getsize(part)
+                if remote.size not in (None, size) or entry(url) != remote:
+                    raise ValueError(
+                        f"source={url!r}: it changed during the copy, or the copy ended at {size} bytes; try again"
+                    )
+                # Opened before it has its name: another process may remove it as soon as it has.
+                handle = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+                os.replace(part, path)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    os.remove(part)
+                raise
         self._evict()
         return handle
 
@@ -236,13 +257,14 @@ class Cache:
                 os.remove(path)
                 total -= size
             for *_, path in set(files) - set(copies):
-                with suppress(BlockingIOError, FileNotFoundError), locked(self._lock_of(path), wait=False):
+                with suppress(Timeout, FileNotFoundError), locked(self._lock_of(path), wait=False):
                     os.remove(path)
 
 
 def _local_entry(file: Any) -> Entry:
     status = file.stat()
-    return Entry(status.st_size, str(status.st_mtime_ns))
+    # A program can set the time of change of the content back, but neither ctime nor the inode of a new file.
+    return Entry(status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}")
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -268,12 +290,52 @@ def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
     import fsspec
 
     try:
-        return question(*fsspec.core.url_to_fs(url))
+        fs, path = fsspec.core.url_to_fs(url, **_options(url))
+        return _patiently(partial(question, fs, path))
     except FileNotFoundError as error:
         raise Missing(f"source={url!r}: it does not exist; give one that does") from error
     except ImportError as error:
         raise ValueError(f"source={url!r}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"source={url!r}: no space for its copy in the cache; set cache_dir to another disk"
+            ) from error
+        raise ValueError(_unanswered(url, error)) from error
     except Exception as error:  # every protocol raises its own errors
-        raise ValueError(
-            f"source={url!r}: {type(error).__name__}: {error}; check address, region and credentials"
-        ) from error
+        raise ValueError(_unanswered(url, error)) from error
+
+
+def _unanswered(url: str, error: Exception) -> str:
+    return f"source={url!r}: {type(error).__name__}: {str(error)[:150]}; check address, region and credentials"
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Of fsspec's HTTP client, which would end any request after 300 s: a limit on silence, not on length."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    limit = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)
+    return dict(client_kwargs=dict(timeout=limit))
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether a server may answer if asked again: it is busy, or the connection broke."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ClientPayloadError", "ClientConnectionError", "ConnectionError", "IncompleteRead"})
+
+
+def _patiently(question: Callable[[], _Answer]) -> _Answer:
+    """The answer, after a few tries if the server fails for the moment; s3fs and gcsfs try again by themselves."""
+    for wait in _WAITS:
+        try:
+            return question()
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            time.sleep(wait)
+    return question()

@@ -11,17 +11,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import re
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NoReturn, cast, get_args
+from functools import wraps
+from inspect import signature
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args
 
-import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
 
 try:
     import nvidia.dali as dali
@@ -33,18 +31,20 @@ except ImportError as error:
 from .. import checks
 from ..data import formats, sources
 from ..data.order import Order, Window
+from ..data.protocol import Source
 from ..data.storage import StrPath
-from ..decoding import refused
+from ..decoding import check_options, decodes_regions
 from ..mixing import Mixing, Mode
 from ..progress import bar
-from . import pipelines
-from .feed import Faults, Feed
-from .pipelines import EraseMode, EvalTransform, TrainTransform
-from .plan import Plan, unpack
+from . import pipelines, resize
+from .epoch import Ahead, Epoch, Position, Spec, check_process
+from .faults import Faults
+from .pipelines import CropMode, EraseMode, EvalTransform, TrainTransform
+from .resize import TrainInterpolation
 
-_FORMAT = "lumix_dali.loader/3"
-_NAMED = re.compile(r"Failed to decode sample #(\d+)")
-_INHERITED: list[Any] = []  # pipelines that a forked child must not free
+_FORMAT = "lumix_dali.loader/4"
+_EARLY = 8  # batches before the end of an epoch at which the next one is prepared
+_MAX_THREADS = 1024
 Shuffle = Literal["auto", "global", "window"]
 OnBadSample = Literal["replace", "raise"]
 
@@ -58,24 +58,100 @@ class Execution:
         prefetch_queue_depth: batches that DALI prepares ahead.
         decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
         reader: local files only: further arguments of ``fn.io.file.read``.
+        decode_regions: whether the decoder decodes only the region that the crop needs, see `decoding.decode`; the
+            pixels differ by at most one grey level. None: on the CPU only.
+
+    Raises:
+        ValueError: an argument is outside its range, or DALI does not know an option.
     """
 
     num_threads: int | None = None
     prefetch_queue_depth: int = 2
     decoder: Mapping[str, Any] | None = None
     reader: Mapping[str, Any] | None = None
+    decode_regions: bool | None = None
 
     def __post_init__(self) -> None:
-        threads = _default_threads() if self.num_threads is None else self.num_threads
-        object.__setattr__(self, "num_threads", checks.whole("num_threads", threads, 1))
-        depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1)
+        if self.num_threads is not None:
+            object.__setattr__(self, "num_threads", checks.whole("num_threads", self.num_threads, 1, _MAX_THREADS + 1))
+        depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1, _MAX_THREADS + 1)
         object.__setattr__(self, "prefetch_queue_depth", depth)
+        checks.optional(checks.flag, "decode_regions", self.decode_regions)
+        if self.decoder is not None:
+            check_options(self.decoder, "decoder", "decoders__Image", "decoders__ImageSlice")
+        if self.reader is not None:
+            check_options(self.reader, "reader", "io__file__Read")
+
+    @property
+    def threads(self) -> int:
+        """DALI's CPU threads."""
+        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def regions(self, device: torch.device) -> bool:
+        """Whether only regions are decoded on `device`."""
+        return decodes_regions(device.type == "cuda", self.decode_regions)
+
+    def check_source(self, samples: Source) -> None:
+        """Raises a ValueError if an option is for another kind of source."""
+        if self.reader and not samples.gives_paths:
+            raise ValueError(
+                f"reader={self.reader!r}: DALI reads only local files itself; leave it out for {samples!r}"
+            )
 
 
+# What timm's create_loader and its train.py call these arguments, and some others.
+_HINTS = {
+    "aa": "auto_augment",
+    "batch_size_per_gpu": "batch_size",
+    "cutmix": "cutmix_alpha",
+    "distributed": "rank and world_size",
+    "epoch_repeats": "num_aug_repeats",
+    "fp16": "dtype='float16'",
+    "img_dtype": "dtype",
+    "img_size": "input_size",
+    "mixup": "mixup_alpha",
+    "mixup_mode": "mode",
+    "mixup_prob": "prob",
+    "mixup_switch_prob": "switch_prob",
+    "num_classes": "classes, the class names; their number is loader.num_classes",
+    "num_workers": "num_threads",
+    "recount": "re_count",
+    "remode": "re_mode",
+    "reprob": "re_prob",
+    "shuffle_buffer": "window",
+    "smoothing": "LUMixLoss(smoothing=...)",
+    "label_smoothing": "LUMixLoss(smoothing=...)",
+    "split": "the split's folder as source",
+    "train_interpolation": "interpolation",
+    "workers": "num_threads",
+}
+_NOT_NEEDED = ("collate_fn", "pin_mem", "pin_memory", "persistent_workers", "prefetcher", "use_prefetcher")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _with_hints(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Names this function's word for an unknown keyword."""
+    known = signature(function).parameters
+
+    @wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in known:
+                hint = f"give {_HINTS[name]}" if name in _HINTS else "see help(create_loader)"
+                hint = "leave it out: DALI needs nothing like it" if name in _NOT_NEEDED else hint
+                raise TypeError(f"create_loader: unknown argument {name}=; {hint}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_with_hints
 def create_loader(
     source: Any,
     *,
     batch_size: int,
+    classes: Sequence[str] | None = None,
     is_training: bool = True,
     device: str | torch.device = "auto",
     # mixing (training)
@@ -98,9 +174,9 @@ def create_loader(
     re_prob: float = 0.0,
     re_mode: EraseMode = "pixel",
     re_count: int = 1,
-    interpolation: str = "bicubic",
+    interpolation: TrainInterpolation = "bicubic",
     crop_pct: float = 0.875,
-    crop_mode: str = "center",
+    crop_mode: CropMode = "center",
     mean: Sequence[float] = pipelines.IMAGENET_MEAN,
     std: Sequence[float] = pipelines.IMAGENET_STD,
     dtype: pipelines.DType = "float32",
@@ -108,8 +184,8 @@ def create_loader(
     return_index: bool = False,
     # the order
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     drop_last: bool = True,
     shuffle: Shuffle = "auto",
     window: int = 4096,
@@ -119,6 +195,7 @@ def create_loader(
     prefetch_queue_depth: int = 2,
     decoder: Mapping[str, Any] | None = None,
     reader: Mapping[str, Any] | None = None,
+    decode_regions: bool | None = None,
     # bad samples, and remote shards
     on_bad_sample: OnBadSample = "replace",
     max_bad: int = 100,
@@ -134,6 +211,8 @@ def create_loader(
         source: what `data.sources.load` takes: a class folder, a list file, a manifest, shards, pairs, any
             map-style data set of encoded images, or a `data.sources.Source`.
         batch_size: samples per batch, on each rank.
+        classes: K class names, in the order of their labels, normally the training loader's `classes`; a class of the
+            source that is not among them is an error. None: those of the source.
         is_training: True: shuffle, random crop, flip and mix, with equally many batches on all ranks. False: resize and
             centre crop in order, with every sample on exactly one rank.
         device: where the pipeline runs and delivers: "cpu", "cuda", "cuda:N", or "auto", a GPU if there is one.
@@ -147,7 +226,8 @@ def create_loader(
         mean, std, dtype, channels_last: see `pipelines.Output`.
         return_index: yield (images, target, index), where index holds the samples' numbers in the source, int64 [B].
         seed: of the order and the draws, < 2**32; with the same seed, ranks still draw differently.
-        rank, world_size: this process's part of each epoch.
+        rank, world_size: this process's part of each epoch; None: 0 of 1, with a warning where WORLD_SIZE says that
+            there are more.
         drop_last: training only: leave out the incomplete last batch. False: keep it, and even out the ranks by
             repeating fewer samples than there are ranks.
         shuffle: training only: "global": one permutation of all samples per epoch; "window", for shards: shards in a
@@ -155,7 +235,7 @@ def create_loader(
             "global".
         window: places within which samples of shards are shuffled.
         num_aug_repeats: repeated augmentation, see `Order`; 0: off.
-        num_threads, prefetch_queue_depth, decoder, reader: see `Execution`.
+        num_threads, prefetch_queue_depth, decoder, reader, decode_regions: see `Execution`.
         on_bad_sample: what to do with a sample that neither DALI nor Pillow can decode: "replace" it by the next good
             one and warn with its name, or "raise".
         max_bad: maximum number of replaced samples; the next bad one raises an error.
@@ -167,30 +247,33 @@ def create_loader(
 
     Raises:
         ValueError: an argument is invalid; the message names it, its value and a remedy.
+        TypeError: an argument is unknown; the message names the one that does what timm's of that name does.
         ImportError: DALI is not installed.
     """
+    checks.flag("is_training", is_training)
+    checks.whole("cache_bytes", cache_bytes, 0)
     with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
     if with_mixing and not is_training:
         raise ValueError("is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0")
     mixing = Mixing(
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha if with_mixing else 1.0,
-        cutmix_minmax=cast(Any, cutmix_minmax),
+        cutmix_minmax=checks.optional(checks.pair, "cutmix_minmax", cutmix_minmax, 0, 1),
         prob=prob,
         switch_prob=switch_prob,
         mode=mode,
         correct_lam=correct_lam,
     )
     train = TrainTransform(
-        size=cast(Any, input_size),
-        mean=cast(Any, mean),
-        std=cast(Any, std),
+        size=checks.image_size("input_size", input_size),
+        mean=checks.channels("mean", mean),
+        std=checks.channels("std", std, positive=True),
         dtype=dtype,
         channels_last=channels_last,
-        scale=cast(Any, scale),
-        ratio=cast(Any, ratio),
+        scale=checks.interval("scale", scale, 1.0),
+        ratio=checks.interval("ratio", ratio),
         hflip=hflip,
-        interpolation=cast(Any, interpolation),
+        interpolation=interpolation,
         auto_augment=auto_augment,
         color_jitter=color_jitter,
         color_jitter_prob=color_jitter_prob,
@@ -202,6 +285,8 @@ def create_loader(
     transform: TrainTransform | EvalTransform = train
     if not is_training:
         _refuse_augmentation(train, num_aug_repeats)
+        if interpolation == "random":
+            raise checks.error("interpolation", interpolation, "evaluation draws nothing; give 'bilinear' or 'bicubic'")
         transform = EvalTransform(
             size=train.size,
             mean=train.mean,
@@ -209,10 +294,15 @@ def create_loader(
             dtype=dtype,
             channels_last=channels_last,
             crop_pct=crop_pct,
-            crop_mode=cast(Any, crop_mode),
-            interpolation=cast(Any, interpolation),
+            crop_mode=crop_mode,
+            interpolation=interpolation,
         )
-    samples = sources.load(source, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing"))
+    rank, world_size = _ranks(rank, world_size)
+    samples = sources.load(
+        source, classes=classes, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing")
+    )
+    if is_training and samples.classes is not None and not len(samples.classes):
+        raise ValueError(f"source={str(source)[:80]!r}: training needs labels; lay images out as ROOT/CLASS/IMAGE.jpg")
     order = _order(
         samples,
         checks.one_of("shuffle", shuffle, get_args(Shuffle)),
@@ -220,10 +310,10 @@ def create_loader(
         n=len(samples),
         batch_size=checks.whole("batch_size", batch_size, 1),
         shuffle=is_training,
-        drop_last=is_training and drop_last,
+        drop_last=is_training and checks.flag("drop_last", drop_last),
         seed=checks.whole("seed", seed, 0, 2**32),
-        rank=checks.whole("rank", rank, 0),
-        world_size=checks.whole("world_size", world_size, 1),
+        rank=rank,
+        world_size=world_size,
         repeats=checks.whole("num_aug_repeats", num_aug_repeats, 0),
     )
     max_bad = checks.whole("max_bad", max_bad, 0)
@@ -233,12 +323,23 @@ def create_loader(
         order,
         transform,
         mixing if with_mixing else None,
-        Execution(num_threads, prefetch_queue_depth, decoder, reader),
+        Execution(num_threads, prefetch_queue_depth, decoder, reader, decode_regions),
         device=device,
         max_bad=max_bad if replaces else 0,
         max_pixels=max_pixels,
         return_index=return_index,
     )
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    told = os.environ.get("WORLD_SIZE", "1")
+    if world_size is None and told.isdecimal() and int(told) > 1:
+        warnings.warn(
+            f"WORLD_SIZE={told}, but world_size was not given: every rank gets all samples; give rank and world_size, "
+            "or world_size=1 if that is meant",
+            stacklevel=4,
+        )
+    return checks.whole("rank", rank or 0, 0), checks.whole("world_size", 1 if world_size is None else world_size, 1)
 
 
 def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
@@ -248,12 +349,12 @@ def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
         raise ValueError(f"is_training=False: evaluation augments nothing; leave out {', '.join(given)}")
 
 
-def _order(samples: sources.Source, how: Shuffle, window: int, **options: Any) -> Order:
+def _order(samples: Source, how: Shuffle, window: int, **options: Any) -> Order:
     """One permutation, or a window for storage with slow random access."""
-    counts = getattr(samples, "counts", None)
+    counts = samples.counts
     if how == "window" and counts is None:
         raise ValueError("shuffle='window': only shards have neighbours; give 'global'")
-    if counts is not None and (how == "window" or (how == "auto" and getattr(samples, "remote", False))):
+    if counts is not None and (how == "window" or (how == "auto" and samples.remote)):
         return Window(**options, counts=tuple(counts.tolist()), window=window)
     return Order(**options)
 
@@ -291,7 +392,7 @@ class Loader:
 
     def __init__(
         self,
-        samples: sources.Source,
+        samples: Source,
         order: Order,
         transform: TrainTransform | EvalTransform,
         mixing: Mixing | None = None,
@@ -306,17 +407,18 @@ class Loader:
         self.classes = samples.classes
         self.num_classes = None if samples.classes is None else len(samples.classes)
         self.batch_size, self.device = order.batch_size, _device(device)
-        self.mixup_enabled, self.return_index = True, return_index
+        self.mixup_enabled, self.return_index = True, checks.flag("return_index", return_index)
         self._order, self._transform, self._mixing = order, transform, mixing
         self._options = dataclasses.asdict(order) | dataclasses.asdict(transform)
         self._options |= dataclasses.asdict(mixing) if mixing else {}
         self._execution = execution or Execution()
+        self._execution.check_source(samples)
         self._faults = Faults(samples, max_bad, checks.whole("max_pixels", max_pixels, 1))
-        self._next = _Place(0, 0)
-        self._place: _Place | None = None  # after the last batch handed out
+        self._next = Position(0, 0)  # where the next iter() starts
+        self._position: Position | None = None  # after the last delivered batch; None: `_next`
         # Weak reference: leaving the loop frees the iterator and its pipeline.
-        self._current: Callable[[], _Epoch | None] = lambda: None
-        self._ahead: _Epoch | None = None
+        self._current: Callable[[], Epoch | None] = lambda: None
+        self._ahead: Ahead | None = None
         self._closed = False
         self._pid = os.getpid()
 
@@ -332,12 +434,12 @@ class Loader:
 
     @input_size.setter
     def input_size(self, size: int | Sequence[int]) -> None:
-        self._transform = dataclasses.replace(self._transform, size=cast(Any, size))
+        self._transform = dataclasses.replace(self._transform, size=checks.image_size("input_size", size))
 
     @property
     def bad(self) -> dict[str, str]:
         """{name: reason} of unusable samples that were replaced."""
-        return {found.name: found.reason for found in self._faults.bad.values()}
+        return {replaced.name: replaced.reason for replaced in self._faults.bad.values()}
 
     def __len__(self) -> int:
         """Number of batches per epoch on this rank."""
@@ -361,31 +463,76 @@ class Loader:
         return self._now.iteration
 
     @property
-    def _now(self) -> _Place:
-        return self._next if self._place is None or self._place.iteration == len(self) else self._place
+    def _now(self) -> Position:
+        position = self._position
+        return self._next if position is None or position.iteration == len(self) else position
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Starts the next epoch; one still under way is abandoned."""
+        """Starts the next epoch; one still under way is abandoned. It counts from its first batch on."""
         if self._closed:
             raise ValueError("loader: it is closed; create a new one with create_loader")
-        self._check_process()
-        self._drop(self._current())
-        place = self._resolved(self._next)
-        epoch, self._ahead = self._ahead, None
-        if epoch is None or epoch.place != place:
-            self._drop(epoch)
-            epoch = _Epoch(self, place)
-        self._next = _Place(place.epoch + 1, 0)
-        self._place = place
-        epoch.begin(self)
+        check_process(self._pid)
+        if (current := self._current()) is not None:
+            current.close()
+        epoch = self._take_ahead() or Epoch(self._spec, self._start, self._faults)
+        epoch.begin(self._delivered)
         self._current = weakref.ref(epoch)
         return epoch
 
+    def _delivered(self, position: Position) -> None:
+        """The only place where the position moves by itself: a batch was delivered."""
+        if self._position is None or self._position.epoch != position.epoch or position.iteration == 1:
+            self._next = Position(position.epoch + 1, 0)
+        self._position = position
+        # Early enough that a thread builds it before it is needed, late enough that DALI holds little of two epochs.
+        early = min(max(self._spec.prefetch, _EARLY), len(self) - 1)
+        if self._order.shuffle and self._ahead is None and len(self) - position.iteration <= early:
+            self._ahead = Ahead(self._spec, self._start, self._faults)
+
+    def _take_ahead(self) -> Epoch | None:
+        """The epoch that was prepared, if it is the next one and no fault was found since."""
+        ahead, self._ahead = self._ahead, None
+        epoch = ahead and ahead.take()
+        if not epoch:
+            return None
+        if (epoch.position, epoch.spec, epoch.version) == (self._start, self._spec, self._faults.version):
+            return epoch
+        epoch.close()
+        return None
+
+    @property
+    def _start(self) -> Position:
+        """Where the next epoch starts, with the settings of now; a position from a state has its own."""
+        if self._next.mixed is not None:
+            return self._next
+        return self._next._replace(mixed=self.mixup_enabled, size=self.input_size)
+
+    @property
+    def _spec(self) -> Spec:
+        execution = self._execution
+        return Spec(
+            self._order,
+            self._transform,
+            self._mixing,
+            execution.threads,
+            execution.prefetch_queue_depth,
+            execution.regions(self.device),
+            dict(execution.decoder or {}),
+            dict(execution.reader or {}),
+            self.device,
+            self.return_index,
+        )
+
     def set_epoch(self, epoch: int) -> None:
-        """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0."""
+        """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0.
+
+        An iterator from which nothing was taken follows: Lightning makes it before it sets the epoch.
+        """
         if checks.whole("epoch", epoch, 0, 2**31) != self._next.epoch:
-            self._next = _Place(epoch, 0)
-        self._place = None
+            self._next = Position(epoch, 0)
+        self._position = None
+        if (current := self._current()) is not None:
+            current.move(self._start)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the loader: after the last delivered batch.
@@ -395,10 +542,10 @@ class Loader:
         """
         state = dict(
             format=_FORMAT,
-            place=tuple(self._now),
+            position=tuple(self._now),
             mixup_enabled=self.mixup_enabled,
             input_size=self.input_size,
-            bad={index: tuple(found) for index, found in self._faults.bad.items()},
+            bad={index: tuple(replaced) for index, replaced in self._faults.bad.items()},
             refused=sorted(self._faults.refused),
             fingerprint=self._fingerprint(),
         )
@@ -426,8 +573,8 @@ class Loader:
                 f"state: it belongs to another loader: {listed}. Create the loader as it was, or start a fresh run"
             )
         self._stop()
-        self._place = None
-        self._next, self.mixup_enabled = _Place(*state["place"]), state["mixup_enabled"]
+        self._position = None
+        self._next, self.mixup_enabled = Position(*state["position"]), state["mixup_enabled"]
         self.input_size = state["input_size"]
         self._faults.restore(state["bad"], state["refused"])
 
@@ -442,204 +589,23 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:  # DALI's threads exist only in the parent: waiting for them would never end
-            raise RuntimeError("loader: it was inherited by fork; create a separate loader in each process")
-
     def _stop(self) -> None:
-        self._drop(self._current())
-        self._drop(self._ahead)
+        if (current := self._current()) is not None:
+            current.close()
+        if self._ahead is not None:
+            self._ahead.close()
         self._ahead = None
-
-    @staticmethod
-    def _drop(epoch: _Epoch | None) -> None:
-        if epoch is not None:
-            epoch.close()
-
-    def _resolved(self, place: _Place) -> _Place:
-        """A place with the settings of an epoch that starts there now; a place from a state has its own."""
-        if place.mixed is not None:
-            return place
-        return place._replace(mixed=self.mixup_enabled, size=self.input_size)
-
-    def _prepare_next(self) -> None:
-        """Builds the pipeline of the next epoch and lets it decode its first batches."""
-        if self._order.shuffle:
-            ahead = _Epoch(self, self._resolved(self._next))
-            try:
-                ahead.start()
-            except (ValueError, RuntimeError):  # raised again when that epoch begins
-                ahead.close()
-            else:
-                self._ahead = ahead
 
     def _fingerprint(self) -> dict[str, Any]:
         return self._options | dict(
             decoder=repr(self._execution.decoder),
+            decode_regions=self._execution.regions(self.device),
             max_pixels=self._faults.max_pixels,
             data=self.samples.digest,
             device=self.device.type,
+            resize=resize.kernel(self.input_size, self.device.type),
             dali=dali.__version__,
         )
-
-    def _give_to_pillow(self, indices: np.ndarray, error: RuntimeError) -> bool:
-        """Finds the samples that DALI refuses and assigns them to Pillow; False: there are none."""
-        faults, read = self._faults, self._faults.usable(indices.tolist())
-        if named := _NAMED.search(str(error)):
-            faults.refuse([read[int(named[1])]])
-            return True
-        encoded, lost = faults.dali_reads(read)
-        found: Collection[int] = refused(encoded, _device_id(self.device), self._threads)
-        if not found and not lost and "fn.decoders" in str(error):
-            found = encoded  # the fault shows only in the regions of this batch, so any of them may have it
-        faults.refuse(list(found))
-        return bool(found or lost)
-
-    @property
-    def _threads(self) -> int:
-        return cast(int, self._execution.num_threads)
-
-
-class _Place(NamedTuple):
-    """A place in the stream, and what restores a pipeline there."""
-
-    epoch: int
-    iteration: int
-    checkpoint: bytes | None = None
-    mixed: bool | None = None  # None: from `mixup_enabled` and `input_size` when the epoch starts
-    size: tuple[int, int] | None = None
-
-
-class _Epoch(Iterator[tuple[Any, ...]]):
-    """An epoch under way: a pipeline, and the place after the last delivered batch."""
-
-    _pipe: Any = None  # None when closed
-
-    def __init__(self, loader: Loader, place: _Place) -> None:
-        self.place = place
-        self._loader: Loader | None = (
-            None  # set by `begin`: before, the loader refers to the epoch, not the epoch to the loader
-        )
-        self._pid, self._scheduled = loader._pid, False
-        self._indices = loader._order.epoch(place.epoch)
-        self._build(loader)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("loader: an epoch under way cannot be copied or pickled")
-
-    def start(self) -> None:
-        """Lets the pipeline decode ahead of need."""
-        self._pipe.schedule_run()
-        self._scheduled = True
-
-    def begin(self, loader: Loader) -> None:
-        """Makes this the epoch under way."""
-        self._loader = loader
-
-    def __next__(self) -> tuple[Any, ...]:
-        loader = cast(Loader, self._loader)
-        loader._check_process()
-        if self.place.iteration == len(loader):
-            self.close()
-            raise StopIteration
-        if self._pipe is None:
-            raise RuntimeError(
-                "loader: this iteration was abandoned, because the loader was iterated again, loaded a state, or was "
-                "closed; create one loader for each loop that runs at the same time"
-            )
-        with _range(loader.device):
-            batch = self._batch(loader)
-        # As late as possible without emptying the queue, so that DALI holds little of two epochs at once.
-        if len(loader) - self.place.iteration == min(loader._execution.prefetch_queue_depth, len(loader) - 1):
-            loader._prepare_next()
-        return batch
-
-    def _batch(self, loader: Loader) -> tuple[Any, ...]:
-        training = loader._order.shuffle
-        try:
-            images, *outputs = (from_dlpack(output.as_tensor()) for output in self._run(loader))
-        finally:
-            for message in loader._faults.news():
-                warnings.warn(message, stacklevel=3)
-        # Every time (.2 ms): a checkpoint taken after an error would already be past the batch that failed.
-        self.place = self.place._replace(iteration=self.place.iteration + 1, checkpoint=self._pipe.checkpoint())
-        loader._place = self.place
-        if loader._transform.channels_last:
-            images = images.permute(0, 3, 1, 2)  # NCHW to torch, channels-last in memory
-        target, index = unpack(outputs, training)
-        return (images, target, index) if loader.return_index else (images, target)
-
-    def close(self, wait: bool = True) -> None:
-        """Frees the pipeline and its threads; `wait` as in `Feed.close`."""
-        if self._pipe is None:
-            return
-        if os.getpid() != self._pid:
-            _INHERITED.append(
-                (self._pipe, self._feed)
-            )  # their threads exist only in the parent: ending them would hang
-            self._pipe = None
-        else:
-            self._pipe = None
-            self._feed.close(wait)
-
-    def __del__(self) -> None:  # leaving a loop drops its iterator
-        # Garbage may be collected in any thread, even one that holds a lock for which the reads wait.
-        self.close(wait=False)
-
-    def _run(self, loader: Loader) -> Sequence[Any]:
-        stream = torch.cuda.current_stream(loader.device) if loader.device.type == "cuda" else None
-        while True:
-            try:
-                if not self._scheduled:
-                    self._pipe.schedule_run()
-                self._scheduled = False
-                outputs: Sequence[Any] = self._pipe.outputs(stream)
-                return outputs
-            except RuntimeError as error:
-                size = loader.batch_size
-                if not loader._give_to_pillow(self._indices[self.place.iteration * size :][:size], error):
-                    raise
-                self._build(loader)
-
-    def _build(self, loader: Loader) -> None:
-        """Builds the pipeline of this epoch, restored to `place`."""
-        order, place, execution = loader._order, self.place, loader._execution
-        self.close()
-        self._scheduled = False
-        mixing = loader._mixing if place.mixed else None
-        transform = dataclasses.replace(loader._transform, size=cast(Any, place.size))
-        plan = Plan(order.seed, place.epoch, order.rank, transform.size, mixing, order.shuffle)
-        # Not the seed of the order: the draws must differ by rank, the order must not.
-        (seed,) = np.random.SeedSequence([order.seed, place.epoch, order.rank]).generate_state(1)
-        self._feed = Feed(
-            loader._faults, self._indices, order.batch_size, plan, loader._threads, execution.prefetch_queue_depth
-        )
-        define = pipelines.train_pipeline if order.shuffle else pipelines.val_pipeline
-        self._pipe = define(
-            self._feed,
-            transform,
-            decoder=execution.decoder,
-            reader=execution.reader,
-            batch_size=order.batch_size,
-            num_threads=loader._threads,
-            prefetch_queue_depth=execution.prefetch_queue_depth,
-            device_id=_device_id(loader.device),
-            seed=int(seed) & 0x7FFFFFFF,
-            checkpoint=place.checkpoint,
-        )
-
-
-def _range(device: torch.device) -> AbstractContextManager[Any]:
-    """A range for PyTorch's profiler and Nsight Systems, with `device` as the current device.
-
-    Whatever stream DALI is given, it orders its work after the stream of the calling thread's current device.
-    """
-    stack = ExitStack()
-    stack.enter_context(torch.profiler.record_function("lumix_dali.Loader"))
-    if device.type == "cuda":
-        stack.enter_context(torch.cuda.nvtx.range("lumix_dali.Loader"))
-        stack.enter_context(torch.cuda.device(device))
-    return stack
 
 
 def _checksum(state: dict[str, Any]) -> str:
@@ -647,6 +613,8 @@ def _checksum(state: dict[str, Any]) -> str:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    if not isinstance(device, str | torch.device):
+        raise checks.error("device", device, "give 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -660,11 +628,3 @@ def _device(device: str | torch.device) -> torch.device:
             f"device={device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s) here; give 'cpu' or 'auto'"
         )
     return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
-
-
-def _device_id(device: torch.device) -> int | None:
-    return device.index if device.type == "cuda" else None
-
-
-def _default_threads() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

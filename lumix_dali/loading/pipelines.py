@@ -19,18 +19,18 @@ from nvidia.dali.data_node import DataNode
 from .. import augment, checks
 from .. import fn as mixfn
 from ..decoding import decode
+from ..graph import branch, first
 from .feed import Feed
 from .plan import ANCHORS, IDS, KIND, SHAPES, WEIGHT, Plan
+from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mirror
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Interpolation = Literal["bilinear", "bicubic"]
-TrainInterpolation = Literal["bilinear", "bicubic", "random"]
 CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
 EraseMode = Literal["const", "rand", "pixel"]
-_INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
+_MIN_CROP = 0.05  # below, a resized image has more pixels than memory
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 
@@ -61,11 +61,11 @@ class Output:
             mean=checks.channels("mean", self.mean),
             std=checks.channels("std", self.std, positive=True),
             dtype=checks.one_of("dtype", self.dtype, get_args(DType)),
-            channels_last=bool(self.channels_last),
+            channels_last=checks.flag("channels_last", self.channels_last),
         )
         if max(map(abs, (*self.mean, *self.std))) > 2:
             warnings.warn(
-                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=5
+                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=6
             )
 
     def _set(self, **values: object) -> None:
@@ -139,7 +139,7 @@ class EvalTransform(Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
-            crop_pct=checks.fraction("crop_pct", self.crop_pct, positive=True),
+            crop_pct=checks.number("crop_pct", self.crop_pct, _MIN_CROP, 1.0),
             crop_mode=checks.one_of("crop_mode", self.crop_mode, get_args(CropMode)),
             interpolation=checks.one_of("interpolation", self.interpolation, get_args(Interpolation)),
         )
@@ -170,7 +170,8 @@ def train_pipeline(
     """
     encoded, planned = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
-    images = _augmented(_resized_crop(images, transform), transform)
+    images = resize_mirror(images, transform.size, transform.interpolation, transform.hflip)
+    images = _augmented(images, transform)
     images, target, lam0 = mixed(images, planned, feed.plan)
     return _normalised(images, transform), target, lam0
 
@@ -182,23 +183,11 @@ def _random_crop(shape: DataNode, transform: TrainTransform) -> tuple[DataNode, 
     return start, extent
 
 
-def _resized_crop(images: DataNode, transform: TrainTransform) -> DataNode:
-    return fn.resize_crop_mirror(
-        images,
-        size=list(transform.size),
-        crop=list(transform.size),
-        interp_type=fn.random.choice(list(_INTERPOLATIONS.values()))
-        if transform.interpolation == "random"
-        else _INTERPOLATIONS[transform.interpolation],
-        mirror=fn.random.coin_flip(probability=transform.hflip) if transform.hflip else 0,
-    )
-
-
 def _augmented(images: DataNode, transform: TrainTransform) -> DataNode:
     jitter = transform.color_jitter
     if transform.auto_augment:
         fill = [min(255, round(255 * m)) for m in transform.mean]
-        warped = _INTERPOLATIONS.get(transform.interpolation, types.INTERP_LINEAR)
+        warped = INTERPOLATIONS.get(transform.interpolation, types.INTERP_LINEAR)
         images = augment.rand_augment(
             images, transform.auto_augment, fill=fill, interpolation=warped, size=transform.size
         )
@@ -260,7 +249,7 @@ def val_pipeline(
         return low, high - low
 
     images = decode(encoded, needed, **(decoder or {}))
-    interpolation = _INTERPOLATIONS[transform.interpolation]
+    interpolation = INTERPOLATIONS[transform.interpolation]
     images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
     return _normalised(images, transform), _put(planned)
 
@@ -271,11 +260,23 @@ def _put(node: DataNode) -> DataNode:
 
 def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, DataNode]:
     """Encoded images, and the plan."""
-    given, planned = fn.external_source(
-        feed.__call__, num_outputs=2, batch=True, batch_info=True, dtype=[types.UINT8, types.INT32], ndim=[1, 2]
+    given = fn.external_source(
+        feed.images, batch=True, batch_info=True, dtype=types.UINT8, ndim=1, no_copy=not feed.gives_paths
     )
-    encoded = fn.io.file.read(given, **{**_READER, **(reader or {})}) if feed.gives_paths else given
-    return encoded, planned
+    # Not with the images: the plan reaches the user, so DALI must have a copy of its own.
+    *is_path, planned = fn.external_source(
+        feed.arrays,
+        num_outputs=feed.gives_paths + 1,
+        batch=True,
+        batch_info=True,
+        dtype=[types.BOOL] * feed.gives_paths + [types.INT32],
+        ndim=[0] * feed.gives_paths + [2],
+    )
+    if not is_path:
+        return given, planned
+    # Pillow decoded the others.
+    options = {**_READER, **(reader or {})}
+    return branch(is_path[0], lambda paths: fn.io.file.read(paths, **options), first, given), planned
 
 
 def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
@@ -283,13 +284,22 @@ def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, Da
     mixing, rows = plan.mixing, _put(planned)
     if mixing is None:
         return images, rows, _float(rows[KIND, 1])
-    weight, kind = _float(planned[WEIGHT, 0]), planned[KIND, 0]
-    ids, anchors, shapes = planned[IDS], planned[ANCHORS : ANCHORS + 2], planned[SHAPES : SHAPES + 2]
     lam0 = _float(rows[KIND, 1])
     if mixing.with_cutmix and mixing.counts_lam0:
-        # Mixup pastes the whole image, of which the share is exactly 1: its weight remains.
-        lam0 = _float(rows[WEIGHT, 0]) * mixfn.box_lam0((rows[SHAPES + 1, 0], rows[SHAPES + 1, 1]), plan.size)
-    return mixfn.lay(images, ids, anchors, shapes, kind, weight, mixing), rows, lam0
+        # Divide first: for a whole image the quotient is exactly 1, which leaves Mixup's weight as it is.
+        lam0 = _float(rows[WEIGHT, 0]) * (
+            rows[SHAPES + 1, 0] * rows[SHAPES + 1, 1] / float(plan.size[0] * plan.size[1])
+        )
+    images = mixfn.lay(
+        images,
+        planned[IDS],
+        planned[ANCHORS : ANCHORS + 2],
+        planned[SHAPES : SHAPES + 2],
+        planned[KIND, 0],
+        _float(planned[WEIGHT, 0]),
+        mixing,
+    )
+    return images, rows, lam0
 
 
 def _float(bits: DataNode) -> DataNode:

@@ -15,8 +15,8 @@ import numpy as np
 from ..mixing import Mixing, draw, patches
 from ..target import Kind, MixTarget
 
-# Rows of the array, int32 [n, 13, 2]: four of one int64; the box; the patches; the kind and the float32 λ0 as drawn;
-# and the float32 weight of the second patch.
+# Rows of the array, int32 [n, 13, 2]: four of one int64, the box, the patches, kind and the float32 λ0 as drawn, and
+# the float32 weight of the second patch.
 LABEL, PARTNER_LABEL, PARTNER, INDEX, BOX, IDS, ANCHORS, SHAPES, KIND, WEIGHT = 0, 1, 2, 3, 4, 6, 7, 9, 11, 12
 
 
@@ -39,12 +39,7 @@ class Plan:
     training: bool
 
     def batch(self, iteration: int, labels: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """The array of a batch, int32 [n, 13, 2]; in evaluation int32 [n, 2, 2], labels and indices only.
-
-        Args:
-            iteration: number of the batch in the epoch.
-            labels, index: int64 [n], class and index of each sample.
-        """
+        """The array for samples with these labels and indices (int64 [n]); in evaluation [n, 2, 2], only those two."""
         if not self.training:
             return np.stack([labels, index], axis=1).view(np.int32).reshape(-1, 2, 2)
         # Five words, unlike the two of the order, so that the two streams differ.

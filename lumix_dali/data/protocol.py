@@ -1,0 +1,58 @@
+"""What a source of samples can do: the one protocol of files, shards, rows and a user's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from .formats import BadImage
+
+# Bounds the labels of a source without class names, because every number up to the largest gets one.
+MAX_CLASSES = 10**6
+# Names of the parts of a data set.
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+Image = bytes | memoryview | np.ndarray | BadImage
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Encoded images and labels by number. `create_loader` takes any object with the members without a default.
+
+    Attributes:
+        classes: K class names, or None if they are unknown.
+        digest: a text that differs if names, labels or classes do; part of a loader's state.
+        remote: whether reading waits for storage.
+        gives_paths: whether `path` names local files that a decoder may open itself.
+        labels: int64 [n] if they are known without reading, as they must be where `gives_paths`; else None.
+        counts: samples of each shard, int64 [shards], or None if there are no shards.
+    """
+
+    classes: Sequence[str] | None
+    digest: str
+    remote: bool = False
+    gives_paths: bool = False
+    labels: np.ndarray | None = None
+    counts: np.ndarray | None = None
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """The name of sample `index` in messages."""
+
+    def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
+        """Encoded images, and labels int64 [n]; called from several threads.
+
+        A `BadImage` takes the place of an image that cannot be read; that sample is then replaced. An exception means
+        that the source as a whole fails, and ends the run.
+        """
+
+    def path(self, index: int) -> str:
+        """The local file of sample `index`, where `gives_paths`."""
+        raise ValueError(f"{self.name(index)}: it is not a local file; read it")
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Announces the samples that are read next, in order, int64 [n]."""
+        return

@@ -1,0 +1,99 @@
+"""Map-style data sets of encoded images, such as Hugging Face's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import files
+from .formats import BadImage
+from .protocol import MAX_CLASSES, Image, Source
+
+_ENCODED = (bytes, bytearray, memoryview, np.ndarray, Mapping, str, os.PathLike, type(None))
+
+
+class Rows(Source):
+    """Any map-style data set of encoded images: Hugging Face's ``datasets``, or a class with `__getitem__`.
+
+    Args:
+        rows: ``rows[i]`` is (image, label) or a mapping of both. An image is given as encoded bytes, as a path, or as
+            Hugging Face's ``Image(decode=False)``; a column that decodes is cast to that.
+        image, label: keys of the mapping.
+        classes: K class names; None: those of a Hugging Face ``ClassLabel``.
+
+    Note:
+        Rows are read from several threads.
+    """
+
+    remote = True  # as far as anybody knows: a row may come from anywhere
+
+    def __init__(
+        self, rows: Any, *, image: str = "image", label: str = "label", classes: Sequence[str] | None = None
+    ) -> None:
+        features = getattr(rows, "features", None) or {}
+        if getattr(features.get(image), "decode", False):
+            rows = rows.cast_column(image, type(features[image])(decode=False))
+        self.rows, self._image, self._label = rows, image, label
+        self.classes = getattr(features.get(label), "names", None) if classes is None else list(classes)
+        # Identifies the data set, as far as its fingerprint, length and classes do.
+        known = getattr(rows, "_fingerprint", type(rows).__qualname__)
+        self.digest = hashlib.sha256(repr((known, len(rows), self.classes)).encode()).hexdigest()
+        if len(rows):
+            image, kind = self._pair(0, rows[0])[0], type(rows).__name__
+            if not isinstance(image, _ENCODED) or (isinstance(image, np.ndarray) and image.ndim > 1):
+                raise ValueError(
+                    f"source: {kind} decodes its images: {kind}.__getitem__ returns {type(image).__name__}; return the "
+                    "encoded bytes or a path there, or give (path, label) pairs, such as .samples of ImageFolder"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Number of the row, and its path if it has one."""
+        path = _path(self._pair(index, self.rows[index])[0])
+        return f"row {index}" + (f" ({path!r})" if path else "")
+
+    def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
+        """Encoded images and labels."""
+        many = getattr(self.rows, "__getitems__", None)
+        rows = many(list(indices)) if many else [self.rows[index] for index in indices]
+        pairs = [self._pair(index, row) for index, row in zip(indices, rows, strict=True)]
+        k = MAX_CLASSES if self.classes is None else len(self.classes)
+        fits = [isinstance(label, int | np.integer) and 0 <= label < k for _, label in pairs]
+        images = [
+            _encoded(image) if fit else BadImage(f"its label is {label!r}, not a whole number in [0, {k})")
+            for (image, label), fit in zip(pairs, fits, strict=True)
+        ]
+        return images, np.array([label if fit else 0 for (_, label), fit in zip(pairs, fits, strict=True)], np.int64)
+
+    def _pair(self, index: int, row: Any) -> tuple[Any, Any]:
+        try:
+            image, label = (row[self._image], row[self._label]) if isinstance(row, Mapping) else row
+        except (KeyError, TypeError, ValueError) as error:
+            keys = f"a mapping of {', '.join(map(repr, row))}" if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"source: row {index} is {keys}; give (image, label), a mapping of {self._image!r} and "
+                f"{self._label!r}, or name its keys: data.rows.Rows(rows, image=..., label=...)"
+            ) from error
+        return image, label
+
+
+def _path(image: Any) -> str | None:
+    found = image.get("path") if isinstance(image, Mapping) else image
+    return os.fspath(found) if isinstance(found, str | os.PathLike) else None
+
+
+def _encoded(image: Any) -> Image:
+    content = image.get("bytes") if isinstance(image, Mapping) else image
+    if isinstance(content, bytes | bytearray | memoryview):
+        return bytes(content) if isinstance(content, bytearray) else content
+    if isinstance(content, np.ndarray) and content.dtype == np.uint8 and content.ndim == 1:
+        return np.ascontiguousarray(content)
+    path = _path(image)
+    kind = type(image).__name__
+    return BadImage(f"neither encoded bytes nor a path, but of type {kind}") if path is None else files.content(path)
