@@ -25,11 +25,8 @@ from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
-_LOWEST = dict.fromkeys(
-    ("count", "input_size", "workers", "ranks", "batch_size", "shard_size", "max_pixels", "max_size", "quality")
-    + ("rounds", "num_threads"),
-    1,
-) | dict(seed=0)
+_FROM_ONE = "count input_size workers ranks batch_size shard_size max_pixels max_size quality rounds num_threads"
+_LOWEST = dict.fromkeys(_FROM_ONE.split(), 1) | dict(seed=0)
 BOX_COLOUR = (255, 64, 64)
 # What the partner is to the canvas; CutMix' line has the colour of its box.
 PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}

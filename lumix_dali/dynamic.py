@@ -11,7 +11,7 @@ import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
-from .fn import BELOW_HALF
+from .fn import BELOW_HALF, box_lam0
 from .mixing import Mixing, draw, patches
 from .target import Kind, MixTarget
 
@@ -51,16 +51,17 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
     drawn = draw(rng, images.batch_size, size, mixing)
     ids, anchors, shapes = (ndd.as_batch(array) for array in patches(drawn, size))
     mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
-    is_mixup, sides = drawn.kind == Kind.MIXUP, drawn.box[:, 2:] - drawn.box[:, :2]
     if mixing.with_mixup:  # weights of 0 and 1 are exact
-        weight = np.where(is_mixup, drawn.weight, np.float32(1))
+        weight = np.where(drawn.kind == Kind.MIXUP, drawn.weight, np.float32(1))
         mixed = _scaled(images, 1 - weight) + _scaled(mixed, weight)
-    lam0 = drawn.weight
-    if mixing.counts_lam0:
-        lam0 = np.where(is_mixup, lam0, sides.prod(axis=1, dtype=np.float32) / np.float32(size[0] * size[1]))
-    fields = MixTarget(classes, classes[drawn.partner], lam0, drawn.box, drawn.kind, drawn.partner.astype(np.int64))
+    partner = drawn.partner.astype(np.int64)
+    fields = MixTarget(classes, classes[partner], drawn.weight, drawn.box, drawn.kind, partner)
     device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
-    return mixed, MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
+    target = MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
+    if mixing.counts_lam0:
+        counted = box_lam0((target.box[:, 2:] - target.box[:, :2]).T, size)
+        target = target._replace(lam0=counted.where(target.kind != int(Kind.MIXUP), target.lam0))
+    return mixed, target
 
 
 def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:

@@ -76,7 +76,21 @@ def mix(
         uint8, within one grey level. With `cutmix_minmax`, λ0 is always computed from the pixels, as in timm. The
         size is read from the images, which on a GPU needs DALI's default executor (not ``exec_dynamic=False``). Calling
         this twice mixes twice, and the second target says nothing of the first. Pipelines of one seed draw the same
-        boxes, so give each rank another seed.
+        boxes, so give each rank another seed. An iterator that cuts the last batch may cut off partners: train with
+        DALI's ``LastBatchPolicy.DROP``.
+
+    Example:
+        >>> from nvidia.dali import pipeline_def
+        >>> @pipeline_def(batch_size=4, num_threads=1, device_id=None)
+        ... def train():
+        ...     source = [np.full((8, 8, 3), i, np.uint8) for i in range(4)]
+        ...     images = fn.external_source(lambda: source, layout="HWC", batch=True)
+        ...     labels = fn.external_source(lambda: np.arange(4), batch=True)
+        ...     images, target = mix(images, labels, cutmix_alpha=1.0)
+        ...     return images, target.lam0, target.partner
+        >>> images, lam0, partner = (np.array(output.as_tensor()) for output in train(seed=1).run())
+        >>> bool((images[0, ..., 0] == partner[0]).mean() == lam0[0])
+        True
     """
     at_run_time = prob if isinstance(prob, DataNode) else None
     mixing = Mixing(
@@ -173,7 +187,7 @@ def apply(
         size = _shape(images) if size is None else size
         mixed = _paste(images, partners, drawn.box, size)
         if mixing.counts_lam0:
-            share = _area(box[2:] - box[:2]) / _area(put(size, device))
+            share = box_lam0(box[2:] - box[:2], put(size, device))
             lam0 = share + lam0 if mixing.with_mixup else share
     if mixing.with_mixup:
         mixed = _blend(mixed, partners, weight, drawn.kind == MIXUP)
@@ -299,8 +313,14 @@ def _shape(images: DataNode) -> DataNode:
     return images.shape(dtype=types.INT32)[:2]
 
 
-def _area(sides: Any) -> Any:
-    return sides[0] * sides[1]
+def box_lam0(sides: Any, size: Any) -> Any:
+    """λ0 of CutMix, r_w·r_h / HW (LUMix Eq. 1, arXiv 2211.15846): the box's pixels over the image's, float32.
+
+    Args:
+        sides: int32, height and width of the box along the first dimension: a DataNode, a pair of them, or a tensor.
+        size: (H, W) of the image, likewise, or two integers.
+    """
+    return (sides[0] * sides[1]) / (size[0] * size[1])
 
 
 def _paste(values: DataNode, partners: DataNode, box: DataNode, size: Size) -> DataNode:

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from conftest import SmallFeed
 from images import encoded, ramps
-from nvidia.dali import fn, pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from test_fn import assert_true, batch_of, given_batch
 
 import lumix_dali.fn as mixfn
 from lumix_dali import augment
 from lumix_dali.graph import branch
 from lumix_dali.loading import pipelines
-from lumix_dali.mixing import Draw, Mixing
+from lumix_dali.mixing import Draw, Mixing, draw, patches
 from lumix_dali.target import Kind, MixTarget
 
 
@@ -433,18 +433,55 @@ def test_mixing_adds_few_operators(mixing, on_cpu, on_gpu):
 
 # DALI's AutoGraph, and its private branches
 
+
+def lay_host_draw(images, labels):
+    mixing = Mixing(mixup_alpha=0.8, prob=0.8)
+    drawn = draw(np.random.default_rng(0), 8, (16, 16), mixing)
+    weight = np.where(drawn.kind == Kind.MIXUP, drawn.weight, np.float32(1))
+    planned = (*patches(drawn, (16, 16)), drawn.kind, weight)
+    return mixfn.lay(images, *(fn.external_source(source=[array], cycle=True) for array in planned), mixing)
+
+
+def shift(images, _):
+    share = fn.constant(fdata=[0.1, 0.2])
+    return augment.warp(images, 9.0, share, share, fill=(0, 0, 0))
+
+
+def two(images, _, operation):
+    return operation(images, fn.constant(fdata=2.0, shape=[]))
+
+
+def place(*_):
+    uniform = fn.random.uniform(range=[0.0, 1.0], shape=[11, 3])
+    return augment.region_of(fn.constant(fdata=[16.0, 16.0]), uniform, fn.constant(fdata=1.0, shape=[]))[1]
+
+
 GRAPH_FUNCTIONS = {
     "mix": lambda images, labels: mixfn.mix(images, labels, mixup_alpha=0.8, prob=0.5)[0],
     "cutmix": lambda images, labels: mixfn.cutmix(images, labels)[0],
     "mixup": lambda images, labels: mixfn.mixup(images, labels)[0],
     "unmixed": lambda images, labels: mixfn.unmixed(labels).labels,
+    "draw": lambda images, labels: mixfn.draw((16, 16), Mixing(mixup_alpha=0.8)).box,
     "apply": lambda images, labels: mixfn.apply(images, labels, mixfn.draw((16, 16), Mixing()), Mixing())[0],
     "paste": lambda images, labels: mixfn.paste(images, mixfn.draw((16, 16), Mixing())),
+    "lay": lay_host_draw,
+    "box_lam0": lambda images, labels: mixfn.box_lam0(images.shape(dtype=types.INT32), (16, 16)),
+    "augment.draw": lambda images, labels: augment.draw(augment.parse("rand-m9-mstd0.5"))[1],
+    "region_of": place,
+    "warp": shift,
     "color_jitter": lambda images, labels: augment.color_jitter(images, 0.4, prob=0.5, grayscale_prob=0.2),
     "rand_augment": lambda images, labels: augment.rand_augment(images, "rand-m9-mstd0.5-inc1"),
     **{
         f"erase {mode}": lambda images, labels, mode=mode: augment.erase(images, prob=0.5, mode=mode, count=2)
         for mode in augment.ERASE_MODES
+    },
+    **{
+        name: lambda images, labels, name=name: getattr(augment, name)(images)
+        for name in ("invert", "auto_contrast", "equalize")
+    },
+    **{
+        name: lambda images, labels, name=name: two(images, labels, getattr(augment, name))
+        for name in ("brightness", "color", "contrast", "sharpness", "posterize", "solarize", "solarize_add")
     },
 }
 

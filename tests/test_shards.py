@@ -358,9 +358,8 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
         b"n01440764",
         b"0x1",
         b"1 ",
-        b" 1",
-        b"1 2",
         b"\t1\n",
+        b"1 2",
         b"1\0",
         b"1" + b" " * 90,
     ],
@@ -368,7 +367,7 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
 def test_a_label_that_is_not_a_number_is_named(tmp_path, text):
     pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"3"), ("1.jpg", JPEG), ("1.cls", text))
     loader = make(tmp_path / "a.tar", batch_size=2, is_training=False)
-    if text == b"1 ":
+    if text in (b"1 ", b"\t1\n"):
         assert labels_of(loader) == [3, 1]
         return
     with pytest.warns(UserWarning, match=r"a\.tar', '1\.jpg' \(byte \d+\) cannot be used \(its \.cls is b"):

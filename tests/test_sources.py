@@ -150,9 +150,10 @@ def test_what_is_passed_over_is_named_in_one_warning(tmp_path):
     touch(
         tmp_path, "a/x.jpg", "a/notes.txt", "b/y.gif", "c/.x.jpg", "lost+found/z.jpg", "__MACOSX/z.jpg", "@eaDir/z.jpg"
     )
-    with pytest.warns(UserWarning, match=r"1 folders without .*'c'.* and 1 files .*'a/notes\.txt'") as caught:
+    with pytest.warns(UserWarning, match=r"4 folders that are no classes .* and 1 files .*'a/notes\.txt'") as caught:
         samples = sources.load(tmp_path)
     assert len(caught) == 1
+    assert "'@eaDir', '__MACOSX', 'c'" in str(caught[0].message)
     assert (list(samples.names), samples.classes) == (["a/x.jpg", "b/y.gif"], ["a", "b"])
 
 

@@ -197,8 +197,8 @@ def survey(root: str) -> Survey:
         ValueError: there is no image.
     """
     below = class_files(root)
-    images = {name: sorted(filter(is_image, files)) for name, files in below.items()}
-    ignored = sorted(file for files in below.values() for file in files if not is_image(file))
+    images = {name: sorted(filter(is_image, files)) if name not in _FOREIGN else [] for name, files in below.items()}
+    ignored = sorted(file for name in below.keys() - _FOREIGN for file in below[name] if not is_image(file))
     classes = [name for name in below if images[name]]
     if classes:
         names = [file for name in classes for file in images[name]]
@@ -218,9 +218,10 @@ def class_folder(root: storage.StrPath) -> Files:
 
     Args:
         root: folder with one folder per class. Labels number the classes in timm's natural order ("2" before
-            "10"), which for names of equal length is also torchvision's. Classes without an image have no number; they
-            and files without an image's extension are named in one warning. Hidden files and folders are ignored. A
-            folder that holds images and no class is for prediction: its labels are -1, and it has no classes.
+            "10"), which for names of equal length is also torchvision's. Folders without an image, or which a file
+            system or an archiver left there, have no number; they and files without an image's extension are named in
+            one warning. Hidden files and folders are ignored. A folder that holds images and no class is for
+            prediction: its labels are -1, and it has no classes.
 
     Returns:
         `Files`, sorted by label, then by name.
@@ -236,7 +237,7 @@ def class_folder(root: storage.StrPath) -> Files:
     seen = [name for name in found.ignored if name[0] != "." and "/." not in name]
     passed = [
         f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
-        for what, names in (("folders without an image", found.empty), ("files without an image's ending", seen))
+        for what, names in (("folders that are no classes", found.empty), ("files without an image's ending", seen))
         if names
     ]
     if passed:
@@ -337,12 +338,11 @@ def class_files(root: str) -> dict[str, list[str]]:
     if storage.is_remote(root):
         for file in storage.listing(root, deep=True):
             name, slash, _ = file.partition("/")
-            if slash and name[0] != "." and name not in _FOREIGN:
+            if slash and name[0] != ".":
                 files.setdefault(name, []).append(file)
     else:
         with os.scandir(root) as entries:
-            names = [entry.name for entry in entries if storage.is_dir(entry)]
-            names = [name for name in names if name[0] != "." and name not in _FOREIGN]
+            names = [entry.name for entry in entries if storage.is_dir(entry) and entry.name[0] != "."]
         seen = {os.path.realpath(root), *(os.path.realpath(os.path.join(root, name)) for name in names)}
         with ThreadPoolExecutor(16) as pool:  # network storage answers many requests at once
             below = pool.map(lambda name: list(files_below(root, name, set(seen))), names)

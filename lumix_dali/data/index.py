@@ -24,6 +24,13 @@ from .formats import EXTENSIONS, is_image
 
 IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's names for ImageNet
 DIGITS = 9  # of the longest label
+# What files begin with that are none of the formats.
+_NO_SHARD = {
+    magic: f"compressed ({name}), and samples in it cannot be found by their place; decompress it first"
+    for magic, name in ((b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zxz", "xz"), (b"bzh", "bzip2"))
+} | dict.fromkeys(
+    (b"<!doctype", b"<html"), "a web page, not a shard: the server wants a login, or the address is wrong"
+)
 _FORMAT = 5  # of the kept file
 _BLOCK = 512  # tar's unit
 _REGULAR, _EMPTY, _EXTENDED = b"0\x007", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
@@ -90,6 +97,10 @@ def scan(path: str, handle: int) -> np.ndarray:
     Raises:
         ValueError: as `rows`, with the name of the shard, or it contains no sample.
     """
+    first = os.pread(handle, 16, 0)
+    for magic, what in _NO_SHARD.items():
+        if first.lstrip().lower().startswith(magic):
+            raise ValueError(f"source={path!r}: it is {what}")
     try:
         found = np.array([row[1:] for row in rows(path, handle)], np.int64).reshape(-1, 3)
     except (ValueError, OSError) as error:
@@ -373,8 +384,8 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
 
 
 def parse_label(text: bytes) -> int:
-    """The number in a .cls file, which white space may follow; else `Fault.LABEL`."""
-    match = re.fullmatch(rb"(\d{1,%d})\s*" % DIGITS, text)
+    """The number in a .cls file, perhaps between white space; else `Fault.LABEL`."""
+    match = re.fullmatch(rb"\s*(\d{1,%d})\s*" % DIGITS, text)
     return int(match[1]) if match else Fault.LABEL
 
 

@@ -304,10 +304,13 @@ def braces(pattern: str) -> list[str]:
         return [pattern]
 
 
+_SHARD = re.compile(r"(\.(tar|tfrecords?)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?$|\.tgz$")
+
+
 def is_shard(path: str) -> bool:
-    """Whether a file has the name of a shard."""
+    """Whether a file has the name of a shard, perhaps of a compressed one, which is then refused with the reason."""
     name = os.path.basename(path)
-    return name.endswith((".tar", ".tfrecord", ".tfrecords")) or bool(re.search(r"-\d{5}-of-\d{5}$", name))
+    return bool(_SHARD.search(name))
 
 
 def load_shards(

@@ -287,9 +287,7 @@ def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, Da
     lam0 = _float(rows[KIND, 1])
     if mixing.with_cutmix and mixing.counts_lam0:
         # Divide first: for a whole image the quotient is exactly 1, which leaves Mixup's weight as it is.
-        lam0 = _float(rows[WEIGHT, 0]) * (
-            rows[SHAPES + 1, 0] * rows[SHAPES + 1, 1] / float(plan.size[0] * plan.size[1])
-        )
+        lam0 = _float(rows[WEIGHT, 0]) * mixfn.box_lam0((rows[SHAPES + 1, 0], rows[SHAPES + 1, 1]), plan.size)
     images = mixfn.lay(
         images,
         planned[IDS],
