@@ -77,8 +77,8 @@ def table(result: dict[str, Any]) -> str:
             continue
         cells = []
         for metric, (_, digits) in METRICS.items():
-            found = paired.moments(list(paired.last(row["runs"], metric).values()))
-            cells.append(f"{found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {found.sd:.{digits}f}"))
+            own = paired.moments(list(paired.last(row["runs"], metric).values()))
+            cells.append(f"{own.mean:.{digits}f}" + ("" if own.sd is None else f" ± {own.sd:.{digits}f}"))
         seconds = paired.moments([run["cpu_seconds"] for run in row["runs"]]).mean
         lines.append(f"| {row['name']} | {len(row['runs'])} | {' | '.join(cells)} | {seconds:.0f} |")
     lines += ["", "| comparison | | n | difference | 95 % interval | p |", "|" + " --- |" * 6]
