@@ -14,7 +14,7 @@ python := .venv/bin/python
 # imported, a small part of 7 GB, and compiling all took 87 of 216 s of CPU time.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: help demo quick test check mutants soak bench results figures docs gpu test-gpu
+.PHONY: help demo quick test check mutants soak bench results evidence figures docs gpu test-gpu
 CHECKS := check-types check-examples check-docs check-figures check-style
 
 help:  # this list
@@ -50,6 +50,7 @@ check-docs:
 	$(python) -m pytest tests/test_docs.py -k "links or anchors or commands or every_page"
 check-figures:
 	$(python) -m benchmarks.plot --check
+	$(python) -m experiments.evidence report --check
 
 mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
 	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
@@ -75,8 +76,14 @@ results: $(ready)  # measure what the pages show, hours on an idle machine: DATA
 	$(python) -m benchmarks.scaling --out benchmarks/results/scaling.json
 	$(MAKE) figures
 
+evidence: $(ready)  # does LUMix help? train the models of experiments/PLAN.md, or go on with them: hours
+	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(python) -m experiments.evidence run $(ARGS)
+	$(python) -m experiments.evidence report
+
 figures: $(ready)  # redraw the figures and tables from benchmarks/results
 	$(python) -m benchmarks.plot
+	$(python) -m experiments.evidence report
 
 docs: $(ready)  # the site, from docs/ and the docstrings: site/index.html
 	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -97,7 +97,7 @@ def test_tables_are_the_papers():
     assert loss["components"] == [(0, 0, 0), (0, 0, 0), (0.4, 0.1, 1), (0, 0.1, 1), (0.4, 0, 1), (0.4, 0.1, 0)]
     for rows in TABLES.values():
         (reference,) = (row for row in rows if row.name == "CutMix")
-        assert reference[2:] == (PLAIN, "cutmix")
+        assert reference[2:] == (PLAIN, "cutmix", None)
 
 
 @pytest.mark.parametrize(
