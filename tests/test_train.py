@@ -186,7 +186,7 @@ def test_lam_sums(apply_to):
 
 def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
     """Every step is logged; the λ captured in the loss have the logged mean."""
-    seen, mix, lam_of = [], LUMixLoss._mix, LUMixLoss.lam
+    seen, mix, lam_of = [], LUMixLoss._lam, LUMixLoss.lam
 
     def spy(self, *inputs):
         lam, active = mix(self, *inputs)
@@ -195,10 +195,10 @@ def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
 
     def unseen(self, *inputs):  # calls for the log are not the loss's own
         with monkeypatch.context() as patch:
-            patch.setattr(LUMixLoss, "_mix", mix)
+            patch.setattr(LUMixLoss, "_lam", mix)
             return lam_of(self, *inputs)
 
-    monkeypatch.setattr(LUMixLoss, "_mix", spy)
+    monkeypatch.setattr(LUMixLoss, "_lam", spy)
     monkeypatch.setattr(LUMixLoss, "lam", unseen)
     train.main(argv(data, tmp_path, "--epochs", "1", "--log-interval", "1", "--noise", "normal", "0", "1"))
     (row,), lam = rows(tmp_path / "run"), torch.cat(seen).double()
