@@ -3,6 +3,8 @@
 PYTHON ?= python3
 DALI ?= cuda12
 ARGS ?=
+DATA ?= data/photographs/train
+THREADED := lumix/none,lumix/cutmix+mixup elem,timm FastCollateMixup elem,torchvision v2 collate
 PURE := index layout loss mixing_law mutants order reference target
 QUICK := not compile and not gradcheck and not import_does_not_pull_in and not second_derivatives
 
@@ -12,7 +14,7 @@ python := .venv/bin/python
 # imported, a small part of 7 GB, and compiling all took 87 of 216 s of CPU time.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: help demo quick test check mutants soak bench figures docs gpu test-gpu
+.PHONY: help demo quick test check mutants soak bench results evidence figures docs gpu test-gpu
 CHECKS := check-types check-examples check-docs check-figures check-style
 
 help:  # this list
@@ -48,6 +50,7 @@ check-docs:
 	$(python) -m pytest tests/test_docs.py -k "links or anchors or commands or every_page"
 check-figures:
 	$(python) -m benchmarks.plot --check
+	$(python) -m experiments.evidence report --check
 
 mutants: $(ready)  # put faults into a copy of the code and list those that no test notices: hours
 	$(python) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
@@ -62,14 +65,31 @@ bench: $(ready)  # compare this loader with others, on generated images or ARGS=
 	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(python) -m benchmarks.loaders --out runs/loaders.json $(ARGS)
 
+results: $(ready)  # measure what the pages show, hours on an idle machine: DATA=DIR of photographs in class folders
+	$(python) -m benchmarks.loaders --out benchmarks/results/loaders.json --data $(DATA) --rounds 9 --batch-size 64 --images 512
+	$(python) -m benchmarks.loaders --out benchmarks/results/loaders-threads.json --data $(DATA) --rounds 5 --batch-size 64 --images 640 --threads 1,2,4 --only '$(THREADED)'
+	$(python) -m benchmarks.cost --out benchmarks/results/cost-loader.json --data $(DATA) --rounds 9 --batch-size 128 --parts loader
+	$(python) -m benchmarks.cost --out benchmarks/results/cost-cpu.json --data $(DATA) --rounds 9 --batch-size 64 --batches 20 --parts cpu,mixing,tiny
+	$(python) -m benchmarks.cost --out benchmarks/results/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 128 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
+	$(python) -m benchmarks.cost --out benchmarks/results/cost-resnet50.json --data $(DATA) --rounds 9 --batch-size 8 --steps 2 --parts model,step,epoch --model resnet50
+	$(python) -m benchmarks.loss --out benchmarks/results/loss.json --rounds 9 --batch-sizes 256 --classes 10,1000,21841 --dtypes float32
+	$(python) -m benchmarks.scaling --out benchmarks/results/scaling.json
+	$(MAKE) figures
+
+evidence: $(ready)  # does LUMix help? train the models of experiments/PLAN.md, or go on with them: hours
+	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
+	$(python) -m experiments.evidence run $(ARGS)
+	$(python) -m experiments.evidence report
+
 figures: $(ready)  # redraw the figures and tables from benchmarks/results
 	$(python) -m benchmarks.plot
+	$(python) -m experiments.evidence report
 
 docs: $(ready)  # the site, from docs/ and the docstrings: site/index.html
 	$(python) -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(python) -m mkdocs build --strict $(ARGS)
 
-gpu: $(ready)  # everything that needs a GPU, in minutes: ARGS='--minutes 9 --out DIR --cifar DIR'
+gpu: $(ready)  # what needs a GPU, in eight minutes: ARGS='--out DIR --images DIR --old-dali DIR'
 	$(python) -m benchmarks.gpu $(if $(findstring --out,$(ARGS)),,--out runs/gpu) $(ARGS)
 
 test-gpu: $(ready)  # only the GPU tests

@@ -206,17 +206,10 @@ def guarded_crop(images, **decoder: Any):
     return decoding.decode(images, region, **decoder)
 
 
-def cropped(
-    images,
-    size: int,
-    stages: int,
-    decoder: dict[str, Any],
-    crop: Callable = plain_crop,
-    interpolation: types.DALIInterpType = types.INTERP_CUBIC,
-):
+def cropped(images, size: int, stages: int, decoder: dict[str, Any], interpolation: types.DALIInterpType):
     """Files decoded and cropped (from 2 stages on), resized and flipped (from 3 on)."""
     if stages > 1:
-        images = crop(images, **decoder)
+        images = plain_crop(images, **decoder)
     if stages > 2:
         images = fn.resize_crop_mirror(
             images, size=[size, size], crop=[size, size], interp_type=interpolation, mirror=fn.random.coin_flip()
@@ -243,13 +236,13 @@ def dali_pipeline(
     """Plain DALI for what `lumix_dali` does without mixing and metadata; the first `stages` of four."""
     images, labels = fn.readers.file(files=files, labels=classes, random_shuffle=True, name="Reader")
     gpu = Pipeline.current().device_id is not None
-    images = cropped(images, size, stages, decoder, interpolation=interpolation)
+    images = cropped(images, size, stages, decoder, interpolation)
     if stages > 3:
         images = normalised_in_dali(images)
     return images, labels.gpu() if gpu else labels
 
 
-def build_dali(s: Setting, threads: int, stages: int, **options: Any):
+def build_dali(s: Setting, threads: int, stages: int):
     return dali_pipeline(
         s.paths(),
         s.samples.labels.tolist(),
@@ -261,13 +254,12 @@ def build_dali(s: Setting, threads: int, stages: int, **options: Any):
         num_threads=threads,
         prefetch_queue_depth=PREFETCH,
         device_id=torch.device(s.device).index if s.cuda else None,
-        **options,
     )
 
 
-def open_dali(stages: int, s: Setting, threads: int, batches: int, **options: Any) -> Epoch:
+def open_dali(stages: int, s: Setting, threads: int, batches: int) -> Epoch:
     def epoch():
-        pipe = build_dali(s, threads, stages, **options)
+        pipe = build_dali(s, threads, stages)
         stream = torch.cuda.current_stream(s.device) if s.cuda else None
         for _ in range(batches):
             images, labels = pipe.run(stream)
@@ -656,7 +648,6 @@ ENTRIES = [
     Entry("dali/+decode", partial(open_dali, 2), whole=False, note="+ image_random_crop", **DALI),
     Entry("dali/+resize", partial(open_dali, 3), whole=False, note="+ resize_crop_mirror", **DALI),
     Entry("dali/+normalise", partial(open_dali, 4), note="+ crop_mirror_normalize, DLPack: the ceiling", **DALI),
-    Entry("dali/pinned", partial(open_dali, 4, set_affinity=True), note="the ceiling with set_affinity", **DALI),
     Entry("lumix/none", partial(open_lumix, {}), **LUMIX),
     Entry("lumix/cutmix elem", partial(open_lumix, mixed("elem")), mixing=CUTMIX, **LUMIX),
     Entry("lumix/cutmix batch", partial(open_lumix, mixed("batch")), mixing=CUTMIX, **LUMIX),

@@ -1,16 +1,16 @@
-"""One visit to a machine with a GPU: its report, the GPU tests, the benchmarks and a small training, in minutes.
+"""One visit to a machine with a GPU: its report, some GPU tests, the benchmarks and a small training, in minutes.
 
-Steps run in order of importance, each in its own process that is stopped at its time limit; unused time goes to the
-later steps. Results are written as they arrive, so that an interrupted visit keeps what it has, in at most eight
+Steps run in order of importance, each in its own process that may die or be stopped at its time limit; unused time
+goes to the later steps, and no step needs the result of another. Results are written as they arrive, in at most eight
 files:
 
     OUT/results.jsonl    one line per step: status, seconds, reason, result
     OUT/log.txt          what the steps print; there is no need to pipe the output into another file
-    OUT/NAME.json        tune, loaders, mix, cost-deit, cost-resnet50, loss: for benchmarks/results
+    OUT/NAME.json        loaders, mix, loss, cost-deit, cost-resnet50, tune: for benchmarks/results
 
     python -m benchmarks.gpu --out runs/gpu                       # images are generated
-    python -m benchmarks.gpu --out runs/gpu --images imagenet/train --cifar cifar10
-    python -m benchmarks.gpu --out runs/again --only tests,training --cifar cifar10 --seeds 3 --epochs 15
+    python -m benchmarks.gpu --out runs/gpu --images imagenet/train --old-dali dali22
+    python -m benchmarks.gpu --out runs/again --only tests,training --cifar cifar10
 
 A host without a package registry needs its own torch, torchvision and timm, and DALI and pytest on PYTHONPATH; steps
 whose packages are missing are reported and skipped. Without a GPU, the steps that can run on the CPU do, in a short
@@ -22,67 +22,63 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-from . import harness, probe
+from . import device as probe
+from . import harness
 
 # Per cent of a visit's time, in order of importance.
 SHARES = {
-    "environment": 9,
-    "tests": 34,
-    "images": 6,
-    "tune": 5,
-    "loaders": 12,
+    "environment": 5,
+    "images": 4,
+    "decode-whole": 5,
+    "decode-regions": 5,
+    "decode-old": 5,
+    "tests": 24,
+    "loaders": 15,
     "mix": 5,
-    "cost-deit": 6,
-    "cost-resnet50": 9,
     "loss": 6,
-    "training": 8,
+    "cost-deit": 7,
+    "cost-resnet50": 9,
+    "tune": 5,
+    "training": 5,
 }
-WITH_IMAGES = ("tune", "loaders", "cost-deit", "cost-resnet50", "training")
-# Two processes: if a GPU's decoder crashes, the operators are still tested.
+# By name, so that they fit: about 30 with their parameters.
 TESTS = {
-    "operators": ("fn", "augment", "contracts", "mixing", "timm_parity", "loss", "segment"),
-    "decoding": ("gpu", "classification", "loader", "ranks"),
+    "fn": (
+        "test_given_draws",
+        "test_every_pair_of_levels_blends_within_one_level",
+        "test_unmixed",
+        "test_masks_are_pasted_with_the_boxes_of_their_images",
+        "test_partial_batches",
+    ),
+    "gpu": (
+        "test_a_batch_matches_the_cpus",
+        "test_decoded_pixels_match_pillows",
+        "test_a_training_step_never_synchronises_and_its_loss_matches_the_oracle",
+        "test_nothing_is_copied_on_the_training_stream",
+        "test_another_stream_gets_the_same_batches",
+        "test_batches_share_dalis_memory",
+        "test_a_cuda_graph_of_the_loss_follows_its_inputs",
+        "test_a_step_is_captured_while_a_loader_works",
+        "test_jpegs_repeat_bit_for_bit_and_resume",
+        "test_the_compiled_loss_matches_the_oracle",
+    ),
+    "loader": ("test_every_state_leads_to_the_same_stream", "test_two_loaders_at_once", "test_close"),
+    "classification": ("test_evaluation_on_the_gpu_is_close_to_the_cpus",),
 }
-TRAINING = [
-    "--model",
-    "resnet18",
-    "--img-size",
-    "64",
-    "--crop-pct",
-    "1",
-    "--scale",
-    ".4",
-    "1",
-    "--mixup-mode",
-    "elem",
-    "--opt",
-    "adamw",
-    "--lr",
-    "2e-3",
-    "--weight-decay",
-    ".05",
-    "--warmup-epochs",
-    "1",
-]
-FAST = ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
-RECIPES = {"cutmix": ["--no-lumix"], "lumix": []}
-# Name, model, batch size, and the parts of `benchmarks.cost` to measure.
-COSTS = (
-    ("deit", "deit_small_patch16_224", 128, "model,step"),
-    ("resnet50", "resnet50", 256, "loader,epoch,handover,step"),
+LOADERS = (
+    "dali/read,dali/+normalise,dali+torchvision,lumix/none,lumix/cutmix elem,lumix/cutmix+mixup elem,"
+    "timm FastCollateMixup elem"
 )
+TRAINING = "--img-size 64 --crop-pct 1 --mixup-mode elem --opt adamw --lr 2e-3 --warmup-epochs 1 --epochs 4 -b 64"
 GRACE = 5  # seconds between asking a step to end and killing it
 DALI = ("nvidia.dali", "the wheel nvidia-dali-cuda130 or its files on PYTHONPATH")
 PYTEST = ("pytest", "pure wheels, which can be carried: pytest pluggy iniconfig packaging pygments")
@@ -93,11 +89,12 @@ class Step:
     """A program of the visit.
 
     Attributes:
-        name: name of its line; the part before a blank is its name in `SHARES`.
+        name: of its line; the part before a blank is its name in `SHARES`.
         argv: arguments after ``python -m``.
-        result: JSON file that it writes; None: the last line of its output, as JSON or as text.
+        result: JSON file that it writes; None: the last JSON line of its output.
         needs: (module, what to install) for each required module.
         skip: the reason not to run it.
+        variables: of its environment.
     """
 
     name: str
@@ -105,6 +102,7 @@ class Step:
     result: Path | None = None
     needs: Sequence[tuple[str, str]] = ()
     skip: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def reason(self) -> str:
         """The reason why it cannot run; empty if it can."""
@@ -113,112 +111,67 @@ class Step:
 
 
 def steps(args: argparse.Namespace, scratch: Path) -> Iterator[Step]:
-    """The steps; their arguments may depend on the results of earlier steps."""
-    gpu, out = args.device != "cpu", args.out
-    device = ["--device", args.device]
-    quick = [] if gpu else ["--quick"]
+    """The steps, in order."""
+    gpu, device = args.device != "cpu", ["--device", args.device]
     images = args.images or scratch / "images"
-
-    yield Step("environment", ["benchmarks.probe", *device])
-    for name in TESTS:
-        yield tests(name, skip="" if gpu else "no CUDA device")
-
-    def measured(name: str, program: str, *argv: str, skip: str = "", dali: bool = True) -> Step:
-        path = out / f"{name}.json"
-        command = [f"benchmarks.{program}", *device, "--out", str(path), *argv]
-        return Step(name, command, path, (DALI,) if dali else (), skip)
-
-    small = [] if gpu else ["--batch-size", "8"]
     count, classes = (1000, 100) if gpu else (16, 4)
+
+    yield Step("environment", ["benchmarks.device", "environment", *device])
     generated = ["--root", str(images), "--images", str(count), "--classes", str(classes)]
     yield Step("images", ["benchmarks.data", *generated], skip=f"--images {images}" if args.images else "")
-    no_images = "" if images.is_dir() else "there are no images"
-    tuning = ["--rounds", "2", "--batches", "8"] if gpu else ["--rounds", "1", "--batches", "1"]
-    yield measured("tune", "tune", "--data", str(images), *tuning, *small, skip=no_images)
-    tuned = arguments(out / "tune.json")
-    data_args = ["--data", str(images), *tuned, *quick, *small]
-    only = "dali/,dali+torchvision,lumix,timm FastCollateMixup elem"
-    most = ["--images", "10240"] if gpu else []
-    yield measured("loaders", "loaders", "--rounds", "3", *most, "--only", only, *data_args, skip=no_images)
-    yield measured("mix", "mix", "--rounds", "3", *quick, *small)
-    for name, model, batch_size, parts in COSTS:
-        options = ["--steps", "20", "--batches", "8", "--batch-size", str(batch_size), *(["--amp"] if gpu else [])]
-        yield measured(
-            f"cost-{name}",
-            "cost",
-            "--rounds",
-            "3",
-            "--model",
-            model,
-            "--parts",
-            parts,
-            *options,
-            *data_args,
-            *([] if gpu else ["--batch-size", "2"]),
-            skip=no_images,
-        )
-    problems = ["--batch-sizes", "256", "--classes", "1000,21841", *([] if gpu else ["--dtypes", "float32"])]
-    yield measured("loss", "loss", "--rounds", "3", *problems, *quick, dali=False)
-    for seed in range(args.seeds):
-        for recipe in RECIPES:
-            yield training(args, recipe, seed, images, scratch)
+    # Without this folder the programs generate their own images.
+    data = ["--data", str(images)] if images.is_dir() else []
+    decode = ["benchmarks.device", "decode", *device, *data, *([] if gpu else ["--batch-size", "8", "--batches", "2"])]
+    yield Step("decode-whole", decode, needs=(DALI,))
+    yield Step("decode-regions", [*decode, "--regions"], needs=(DALI,))
+    old = dict(PYTHONPATH=os.pathsep.join([str(args.old_dali), os.environ.get("PYTHONPATH", "")]))
+    yield Step("decode-old", [*decode, "--regions"], variables=old, skip="" if args.old_dali else "no --old-dali")
+    yield tests(skip="" if gpu else "no CUDA device")
+    for name, program, options in benchmarks(gpu):
+        path = args.out / f"{name}.json"
+        needs_data = [] if program in ("mix", "loss") else data
+        quick = [] if gpu else ["--quick"]
+        argv = [f"benchmarks.{program}", *device, "--out", str(path), *options, *needs_data, *quick]
+        yield Step(name, argv, path, () if program == "loss" else (DALI,))
+    for recipe in ("cutmix", "lumix"):
+        yield training(args, recipe, images, scratch)
 
 
-def tests(name: str, skip: str) -> Step:
-    """Some of the GPU tests, without the slow ones."""
+def benchmarks(gpu: bool) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, program and options of each benchmark; three rounds, and one for the knobs."""
+    three, amp = ["--rounds", "3"], ["--amp"] * gpu
+    yield "loaders", "loaders", [*three, "--only", LOADERS, *(["--images", "10240"] if gpu else [])]
+    yield "mix", "mix", three
+    yield "loss", "loss", [*three, "--batch-sizes", "256", "--classes", "1000,21841", "--dtypes", "float32"]
+    few = ["--steps", "20", "--batches", "8", *amp]
+    deit = ["--model", "deit_small_patch16_224", "--parts", "step", "--batch-size", "128"]
+    yield "cost-deit", "cost", [*three, *deit, *few]
+    yield "cost-resnet50", "cost", [*three, "--parts", "loader,step,epoch,handover", *few]
+    yield "tune", "tune", ["--rounds", "1", "--batches", "8"]
+
+
+def tests(skip: str) -> Step:
+    """The GPU tests of `TESTS`."""
+    names = [f"tests/test_{file}.py::{test}" for file, tests in TESTS.items() for test in tests]
     # The project's options include -q; with -vv that becomes -v, one line per test.
-    options = [
-        "-m",
-        "gpu and not slow",
-        "-vv",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "--durations=10",
-        "--continue-on-collection-errors",
-    ]
-    files = [f"tests/test_{file}.py" for file in TESTS[name]]
-    return Step(f"tests {name}", ["pytest", *options, *files], needs=(PYTEST, DALI), skip=skip)
+    options = ["-m", "gpu", "-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    return Step("tests", ["pytest", *options, *names], needs=(PYTEST, DALI), skip=skip)
 
 
-def arguments(tuned: Path) -> list[str]:
-    """The choices of `benchmarks.tune`, as arguments of the later benchmarks."""
-    if not tuned.is_file():
-        return []
-    chosen = json.loads(tuned.read_text())["chosen"]
-    decoder = ",".join(f"{name}={value}" for name, value in chosen.get("decoder", {}).items())
-    return ["--threads", str(chosen["num_threads"]), *(["--decoder", decoder] if decoder else [])]
-
-
-def training(args: argparse.Namespace, recipe: str, seed: int, images: Path, scratch: Path) -> Step:
-    """A small training of one recipe; the recipes of a seed share everything else.
-
-    Without CIFAR it trains and validates on `images`, which shows that it runs but says nothing about accuracy.
-    """
-    name, experiment, gpu = f"training {recipe} {seed}", f"{recipe}-{seed}", args.device != "cpu"
-    if args.cifar is None:
-        splits = ["--data-dir", str(images.parent), "--train-split", images.name, "--val-split", images.name]
-        splits += ["-b", "64" if gpu else "8"]
+def training(args: argparse.Namespace, recipe: str, images: Path, scratch: Path) -> Step:
+    """A small training; without CIFAR it shows that it runs, but says nothing about accuracy."""
+    root = args.cifar or images.parent
+    train = "train" if args.cifar else images.name
+    val = next((split for split in ("val", "validation", "test") if (root / split).is_dir()), train)
+    argv = ["pipelines.train", "--data-dir", str(root), "--train-split", train, "--val-split", val]
+    argv += ["--device", args.device, "--model", "resnet18", *TRAINING.split(), *["--no-lumix"] * (recipe == "cutmix")]
+    if args.device == "cpu":
+        argv += ["-b", "8", "--epochs", "1"]
     else:
-        val = next((split for split in ("val", "validation", "test") if (args.cifar / split).is_dir()), "val")
-        splits = ["--data-dir", str(args.cifar), "--val-split", val, "-b", "512"]
-    where = ["--output", str(scratch), "--experiment", experiment, "--overwrite"]
-    numbers = ["--device", args.device, "--seed", str(seed), "--epochs", str(args.epochs if gpu else 1)]
-    missing = "" if args.cifar or images.is_dir() else "there are no images"
-    return Step(
-        name,
-        ["pipelines.train", *splits, *where, *numbers, *TRAINING, *RECIPES[recipe], *(FAST if gpu else [])],
-        scratch / experiment / "summary.json",
-        needs=(DALI,),
-        skip=missing,
-    )
-
-
-def share(name: str, only: Iterable[str], seeds: int) -> float:
-    """A step's share of the visit; steps of the same kind divide it equally."""
-    kind = name.partition(" ")[0]
-    number = {"tests": len(TESTS), "training": seeds * len(RECIPES)}.get(kind, 1)
-    return SHARES[kind] / number if kind in only else 0
+        argv += ["--amp", "--amp-dtype", "bfloat16", "--channels-last"]
+    argv += ["--output", str(scratch), "--experiment", recipe, "--overwrite"]
+    skip = "" if (root / train).is_dir() else "there are no images"
+    return Step(f"training {recipe}", argv, scratch / recipe / "summary.json", needs=(DALI,), skip=skip)
 
 
 def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
@@ -236,6 +189,7 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env=os.environ | step.variables,
         )
         try:
             code = process.wait(max(0, seconds))
@@ -248,8 +202,8 @@ def run(step: Step, seconds: float, log: Path) -> dict[str, Any]:
     line |= dict(status=status, seconds=round(time.monotonic() - began, 1))
     result = None
     try:
-        result = found(step, output)
-    except (KeyError, TypeError, ValueError) as error:  # in what a step wrote: the visit continues
+        result = result_of(step, output)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # a step wrote half a file
         line |= dict(status="failed", reason=f"its result cannot be read: {harness.last_line(error)}")
     if status == "failed":
         line["reason"] = f"{ending(code)}: {(output.strip().splitlines() or [''])[-1]}"
@@ -274,7 +228,7 @@ def end(process: subprocess.Popen) -> None:
                 continue
 
 
-def found(step: Step, output: str) -> Any:
+def result_of(step: Step, output: str) -> Any:
     """A step's result, from its file or from its output."""
     if step.result is not None:
         if not step.result.is_file():
@@ -282,7 +236,7 @@ def found(step: Step, output: str) -> Any:
         result = json.loads(step.result.read_text())
         if "rows" not in result:
             return result
-        errors = {row["name"]: row["error"] for row in result["rows"] if row.get("error")}  # tune's rows have no errors
+        errors = {row["name"]: row["error"] for row in result["rows"] if row.get("error")}
         return dict(file=step.result.name, complete=result["complete"], errors=errors)  # the rest is in the file
     if step.argv[0] == "pytest":
         outcomes = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", output, flags=re.MULTILINE)
@@ -304,57 +258,27 @@ def found(step: Step, output: str) -> Any:
     return None
 
 
-def paired(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Top-1 of each recipe over the seeds that both finished, and LUMix minus CutMix seed by seed."""
-    top1 = {
-        line["step"]: line["result"]["top1"]
-        for line in lines
-        if line["step"].startswith("training") and line["status"] == "ok"
-    }
-    seeds = [name.split()[2] for name in top1 if name.startswith("training lumix")]
-    seeds = [seed for seed in seeds if f"training cutmix {seed}" in top1]
-    scores = {recipe: [top1[f"training {recipe} {seed}"] for seed in seeds] for recipe in RECIPES}
-    difference = [lumix - cutmix for lumix, cutmix in zip(scores["lumix"], scores["cutmix"], strict=True)]
-
-    def described(values: list[float]) -> dict[str, Any]:
-        return dict(
-            values=values,
-            mean=statistics.fmean(values),
-            deviation=statistics.stdev(values) if len(values) > 1 else None,
-        )
-
-    if not seeds:
-        return {}
-    scores["difference"] = difference
-    return dict(n=len(seeds), **{name: described(values) for name, values in scores.items()})
-
-
 def visit(args: argparse.Namespace, results: TextIO, scratch: Path) -> list[dict[str, Any]]:
     """Runs the steps within the available time and writes one line of `results` for each."""
     deadline, lines = time.monotonic() + 60 * args.minutes, []
     left = float(sum(SHARES[name] for name in args.only))
-
-    def say(line: dict[str, Any]) -> None:
+    for step in steps(args, scratch):
+        kind = step.name.partition(" ")[0]
+        if kind not in args.only:
+            continue
+        part = SHARES[kind] / (2 if kind == "training" else 1)
+        remaining = deadline - time.monotonic()
+        if remaining > GRACE:
+            line = run(step, remaining * part / left, args.out / "log.txt")
+        else:
+            line = dict(step=step.name, status="skipped", reason="no time left")
+        left -= part
         lines.append(line)
         results.write(json.dumps(line) + "\n")
         results.flush()
-        seconds, reason = line.get("seconds", ""), line.get("reason", "")
-        print(f"{line['step']:18} {line['status']:20} {seconds:>6} {reason}", flush=True)
-
-    for step in steps(args, scratch):
-        part = share(step.name, args.only, args.seeds)
-        if not part:
-            continue
-        remaining = deadline - time.monotonic()
-        say(
-            run(step, remaining * part / left, args.out / "log.txt")
-            if remaining > GRACE
-            else dict(step=step.name, status="skipped", reason="no time left")
+        harness.say(
+            f"{line['step']:18} {line['status']:20} {line.get('seconds', ''):>6} {line.get('reason', '')}".rstrip()
         )
-        left -= part
-    # Without CIFAR, models are validated on their training images: the scores are meaningless.
-    if args.cifar and (comparison := paired(lines)):
-        say(dict(step="training, paired", status="ok", result=comparison))
     return lines
 
 
@@ -365,33 +289,33 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where results go; a new or empty folder")
-    add("--minutes", type=float, default=8.0, help="duration of the visit in minutes")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--images", type=Path, metavar="DIR", help="class folder of JPEGs; default: they are generated")
-    add(
-        "--cifar",
-        type=Path,
-        metavar="DIR",
-        help="folder with train/CLASS/ and val/CLASS/ or test/CLASS/; default: the training uses the images",
-    )
-    add("--seeds", type=harness.positive, default=1, help="of the training")
-    add("--epochs", type=harness.positive, default=4, help="of the training")
+    add("--minutes", type=float, default=8.0, help="duration of the visit in minutes (default: 8)")
     add("--only", type=lambda text: text.split(","), default=list(SHARES), metavar="NAMES", help=", ".join(SHARES))
+    add("--images", type=Path, metavar="DIR", help="class folder of JPEGs (default: they are generated)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--cifar", type=Path, metavar="DIR", help="class folders for the training (default: the images)")
+    add("--old-dali", type=Path, metavar="DIR", help="unpacked DALI 2.2 with nvImageCodec 0.8, to decode with as well")
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes:g}: give a number above 0")
     for name in args.only:
         if name not in SHARES:
             parser.error(f"--only {name}: no such step; give some of {', '.join(SHARES)}")
-    if set(args.only) & set(WITH_IMAGES):
-        args.only = [*{"images": 0, **dict.fromkeys(args.only)}]
-    for flag, folder in (("--images", args.images), ("--cifar", args.cifar and args.cifar / "train")):
+    cifar = args.cifar and args.cifar / "train"
+    for flag, folder in (("--images", args.images), ("--cifar", cifar), ("--old-dali", args.old_dali)):
         if folder and not folder.is_dir():
             parser.error(f"{flag}: no such folder: {folder}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"--out {args.out}: not an empty folder; give another one")
-    args.images, args.cifar = (path and path.resolve() for path in (args.images, args.cifar))
+    args.images, args.cifar, args.old_dali = (
+        path and path.resolve() for path in (args.images, args.cifar, args.old_dali)
+    )
     args.out = args.out.resolve()
+    harness.say(
+        f"benchmarks.gpu runs {len(args.only)} steps in at most {args.minutes:g} min; results are in {args.out}"
+    )
+    with harness.one_line(parser):
+        args.device = harness.resolve_device(args.device)
     return args
 
 

@@ -17,21 +17,21 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,6 +64,18 @@ PACKAGES = (
 )
 # Variables that change the threads or the arithmetic of a run: recorded in front of its command.
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+GPU_STATE = (
+    "driver_version",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "pcie.link.gen.current",
+    "pcie.link.width.current",
+    "clocks_throttle_reasons.active",
+)
 
 
 @dataclass
@@ -104,10 +116,11 @@ def compare(
 ) -> dict[str, Any]:
     """Lets the candidates take turns: an untimed round, then `rounds` counted ones.
 
-    The result is written after every round and when the run is interrupted; `complete` says whether it finished.
+    The result is written after every turn. Ctrl-C ends the run, which returns what it has; `complete` says whether it
+    finished.
 
     Args:
-        kind: what was measured; it selects the figure of `benchmarks.plot`.
+        kind: what was measured; names the module of `benchmarks` that declares its table, reading and figure.
         unit: unit of the values.
         command: the command line that repeats the run.
         out: JSON file.
@@ -123,27 +136,51 @@ def compare(
     """
     meta = metadata(command)
     refuse_dirty(out, meta, allow_dirty)
-    result = dict(kind=kind, unit=unit, complete=False, rounds=rounds, meta=meta, settings=settings or {}, rows=[])
-    rows = [dict(name=c.name, **c.where, **c.fields, values=[], error=None) for c in candidates]
+    rows: list[dict[str, Any]] = [dict(name=c.name, **c.where, **c.fields, values=[], error=None) for c in candidates]
     for row, candidate in zip(rows, candidates, strict=True):
         row |= dict(until=dict(values=[])) if candidate.after else {}
-    result["rows"] = rows
+    result = dict(kind=kind, unit=unit, complete=False, rounds=rounds, meta=meta, settings=settings or {}, rows=rows)
+    said = Progress(len(candidates), rounds)
     try:
-        with tqdm(total=(rounds + 1) * len(candidates), unit="turn", disable=None) as bar:
-            for number in range(rounds + 1):
-                for candidate, row in zip(candidates, rows, strict=True):
-                    bar.set_postfix_str(candidate.name)
-                    if row["error"] is None:
-                        _turn(candidate, row, counted=number > 0)
-                    bar.update()
+        for number in range(rounds + 1):
+            for candidate, row in zip(candidates, rows, strict=True):
+                if row["error"] is None:
+                    _turn(candidate, row, counted=number > 0)
+                said.turn(number, candidate.name)
                 _summarise(rows, candidates, references)
-                result["complete"] = number == rounds
+                result["complete"] = number == rounds and row is rows[-1]
                 write(out, result)
     except KeyboardInterrupt:
+        say(f"stopped in round {number} of {rounds}; what was measured is in {os.fspath(out)}")
         _summarise(rows, candidates, references)
         write(out, result)
-        raise
     return result
+
+
+class Progress:
+    """Says where a run is: after its first turn, then every 10 seconds, as lines that a log can keep."""
+
+    EVERY = 10.0
+
+    def __init__(self, turns: int, rounds: int, untimed: int = 1):
+        self.total, self.rounds, self.done = turns * (rounds + untimed), rounds, 0
+        self.start, self.last = time.perf_counter(), -math.inf
+        first = "one untimed round, in which they start, then " * untimed
+        say(f"{turns} candidates take turns: {first}{rounds} counted round(s)")
+
+    def turn(self, number: int, name: str) -> None:
+        """After a turn of candidate `name` in round `number`."""
+        self.done += 1
+        now = time.perf_counter()
+        if now - self.last >= self.EVERY or self.done == self.total:
+            left = (now - self.start) * (self.total / self.done - 1)
+            say(f"round {number} of {self.rounds}, {name}: {self.done} of {self.total} turns, about {left:.0f} s to go")
+            self.last = now
+
+
+def say(text: str) -> None:
+    """Prints at once, into a log too."""
+    print(text, flush=True)
 
 
 def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
@@ -157,7 +194,7 @@ def _turn(candidate: Candidate, row: dict[str, Any], counted: bool) -> None:
         # A failing candidate must neither vanish nor end the run of the others.
         row["error"] = last_line(error)
         row["excused"] = candidate.excused
-        tqdm.write(f"{candidate.name}: {row['error']}" if candidate.excused else traceback.format_exc())
+        say(f"{candidate.name}: {row['error']}" if candidate.excused else traceback.format_exc())
 
 
 def _summarise(rows: list[dict], candidates: Sequence[Candidate], references: Sequence[str]) -> None:
@@ -243,6 +280,8 @@ def epoch_length(timed: int, ahead: int) -> int:
 def synchronise(device: str) -> None:
     """Synchronises a GPU; does nothing on a CPU."""
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.synchronize(device)
 
 
@@ -253,6 +292,8 @@ def milliseconds(step: Callable[[], Any], count: int, device: str) -> float:
         for _ in range(count):
             step()
         return 1000 * (time.perf_counter() - start) / count
+    import torch
+
     stream = torch.cuda.current_stream(device)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
@@ -329,6 +370,8 @@ def _run(*command: str) -> str | None:
 
 
 def _machine() -> dict[str, Any]:
+    import torch
+
     gpu = torch.cuda.is_available()
     return dict(
         cpu=_cpu_model(),
@@ -337,9 +380,16 @@ def _machine() -> dict[str, Any]:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=[round(load, 2) for load in os.getloadavg()],
         gpu=torch.cuda.get_device_name() if gpu else None,
-        driver=_run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        **(gpu_state() if gpu else {}),
         system=platform.platform(terse=True),
     )
+
+
+def gpu_state() -> dict[str, Any]:
+    """Driver, clocks, power, temperature and PCIe link of the first GPU now, as nvidia-smi names and prints them."""
+    text = _run("nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader")
+    values = text.splitlines()[0].split(", ") if text else []
+    return dict(zip(GPU_STATE, values, strict=False))
 
 
 def _cpu_model() -> str:
@@ -359,18 +409,65 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every benchmark has."""
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="where the result goes")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds; an untimed one comes first")
-    parser.add_argument("--quick", action="store_true", help="one small round, to check that everything runs")
-    parser.add_argument(
+ONLY = "names of candidates, or prefixes of them, separated by commas"  # help of --only
+
+
+def parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A command line with the arguments that every benchmark has."""
+    made = argparse.ArgumentParser(f"python -m benchmarks.{program}", description=description, formatter_class=_Help)
+    add = made.add_argument
+    add("--out", type=Path, metavar="FILE.json", help=f"where the result goes (default: runs/{program}.json)")
+    add("--quick", action="store_true", help="one small round, to check that everything runs")
+    add("--rounds", type=positive, default=5, help="counted rounds; verdicts need 5")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--only", metavar="NAMES", help=ONLY)
+    add(
         "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
     )
+    made.set_defaults(out=Path("runs", f"{program}.json"))
+    return made
 
 
-ONLY = "names of candidates, or prefixes of them, separated by commas"  # help of --only
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows each default that the help does not state itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        silent = action.default in (None, False, argparse.SUPPRESS, [], {}) or "(default" in told
+        return told if silent else f"{told} (default: {_shown(action.default)})"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@contextmanager
+def one_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the program with one line where arguments, files or packages are wrong, and silently after Ctrl-C."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def command(program: str, argv: Sequence[str] | None) -> str:
+    """The command line that repeats a run."""
+    return shlex.join(["python", "-m", f"benchmarks.{program}", *(sys.argv[1:] if argv is None else argv)])
+
+
+def begin(program: str, args: argparse.Namespace, seconds: float, what: str) -> None:
+    """The first line of a program: what it measures, for how long, and where the result will be.
+
+    Args:
+        program: module of `benchmarks`.
+        args: of `parser`.
+        seconds: a guess of its duration on two cores.
+        what: a sentence's object.
+    """
+    minutes = "less than a minute" if seconds < 60 else f"about {seconds / 60:.0f} min"
+    say(f"benchmarks.{program} measures {what}: {minutes} on two idle cores. Ctrl-C keeps what is in {args.out}.")
 
 
 class Named(Protocol):
@@ -425,6 +522,10 @@ def options(text: str) -> dict[str, Any]:
 
 def resolve_device(device: str) -> str:
     """The device that `--device` means: "cpu" or "cuda:N"."""
+    if device == "cpu":
+        return device
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")

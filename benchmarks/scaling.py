@@ -14,8 +14,6 @@ assumption that a flag can change.
 import argparse
 import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +21,55 @@ from typing import Any
 
 import numpy as np
 
-from . import harness, readings
+from . import harness, report
 
 RANKS = (1, 8, 64, 256, 1000)
-LOADER, READER = "lumix/cutmix elem", "dali/read"
+LOADER, READER = "lumix/cutmix+mixup elem", "dali/read"
+REMEDIES = {
+    "decode": "more cores per GPU (--cores-per-gpu), or smaller images",
+    "read": "shards instead of files (lumix-dali convert), or a copy on each node",
+    "network": "a copy of the images on each node, or a faster link or store (--link, --store)",
+    "GPU": "nothing: the loaders keep up",
+}
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """One line per location of the images and number of GPUs."""
+    takes = result["assumed"]["gpu_rate"]
+    head = ["images", "GPUs", "a loader gives, images/s", "a GPU gets, images/s", "of what it takes", "bound by"]
+    lines = [[*head, "loaders needed, × the GPU's rate", "cores needed", "network needed, Gbit/s"]]
+    for row in result["rows"]:
+        rates = [f"{row['loader']:.0f}", f"{row['median']:.0f}", f"{row['median'] / takes:.0%}", row["bound"]]
+        needs = [f"{row['headroom']:.2f}", f"{row['cores_needed']:,.0f}", f"{row['gbit_needed']:,.1f}"]
+        lines.append([row["name"], str(row["ranks"]), *rates, *needs])
+    return lines
+
+
+def reading(result: dict[str, Any]) -> report.Reading:
+    """The number of GPUs up to which the loaders keep up, for each location of the images."""
+    said, rate = ["A model of a cluster, not a measurement of one."], result["assumed"]["gpu_rate"]
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["name"] == name]
+        enough = [row["ranks"] for row in rows if row["median"] >= 0.95 * rate]
+        last = rows[-1]
+        share = f"at {last['ranks']} they get {last['median'] / rate:.0%}, bound by {last['bound']}"
+        up_to = f"up to {max(enough)} GPU(s) get 95 % of what they take" if enough else "no number of GPUs gets 95 %"
+        said.append(f"With {name}, {up_to}; {share}.")
+    return report.Reading(said, REMEDIES[result["rows"][-1]["bound"]])
+
+
+def chart(result: dict[str, Any]) -> report.Chart:
+    """What a GPU gets of its rate."""
+    takes = result["assumed"]["gpu_rate"]
+    dots = []
+    for row in result["rows"]:
+        share = row["median"] / takes
+        dots.append(report.Dot(f"{row['name']}, {row['ranks']} GPUs", [], share, share, share))
+    title = reading(result).said[-1].rstrip(".")
+    return report.Chart(title, [report.Panel("images/s of a GPU ÷ what it takes", dots, line=1.0)])
+
+
+KIND = report.Kind(table, reading, chart)
 
 
 @dataclass(frozen=True)
@@ -136,14 +179,14 @@ def rates(core: dict[str, Any], ranks: int, args: argparse.Namespace, local: boo
 
 def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per location of the images and number of GPUs."""
-    found, waiting = [], dict(batch=args.batch_size, spread=args.spread, ahead=args.ahead)
+    made, waiting = [], dict(batch=args.batch_size, spread=args.spread, ahead=args.ahead)
     needed = {ranks: headroom(ranks, **waiting) for ranks in RANKS}
     for name, local in (("a copy on each node", True), ("one store", False)):
         for ranks in RANKS:
             stage = rates(core, ranks, args, local)
             rate = simulate(stage.loader, args.gpu_rate, ranks, **waiting)
             bound = stage.bound if stage.loader < args.gpu_rate else "GPU"
-            found.append(
+            made.append(
                 dict(
                     name=name,
                     ranks=ranks,
@@ -155,7 +198,7 @@ def rows(core: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]
                     gbit_needed=0.0 if local else args.gpu_rate * ranks * core["kilobytes"] * 8e-6,
                 )
             )
-    return found
+    return made
 
 
 def note(core: dict[str, Any], assumed: dict[str, Any]) -> str:
@@ -175,7 +218,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", required=True, metavar="FILE.json", help="where the result goes")
+    add("--out", default="runs/scaling.json", metavar="FILE.json", help="where the result goes (default: %(default)s)")
     add(
         "--results",
         type=Path,
@@ -210,12 +253,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
     args = parse_args(argv)
-    command = shlex.join(["python", "-m", "benchmarks.scaling", *(sys.argv[1:] if argv is None else argv)])
-    meta = harness.metadata(command)
-    harness.refuse_dirty(args.out, meta, args.allow_dirty)
-    core = measured(args.results)
+    harness.say("benchmarks.scaling simulates ranks that wait for each other: about half a minute.")
+    with harness.one_line(argparse.ArgumentParser("python -m benchmarks.scaling")):
+        meta = harness.metadata(harness.command("scaling", argv))
+        harness.refuse_dirty(args.out, meta, args.allow_dirty)
+        core = measured(args.results)
     assumed = {key: value for key, value in vars(args).items() if key not in ("out", "results", "allow_dirty")}
-    found = rows(core, args)
     result = dict(
         kind="scaling",
         unit="images/s a GPU",
@@ -224,10 +267,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         note=note(core, assumed),
         measured=core,
         assumed=assumed,
-        rows=found,
+        rows=rows(core, args),
     )
     harness.write(args.out, result)
-    print(readings.report(result))
+    report.finish(result)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
@@ -116,11 +116,10 @@ def begin(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def identity(result: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must be equal to resume a run."""
-    meta = result.get("meta", {})
-    return dict(
-        kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"), **result.get("settings", {})
-    )
+    """The settings that must be equal to resume a run; `--jobs`, which changes no value, is none of them."""
+    meta, settings = result.get("meta", {}), result.get("settings", {})
+    same = {name: value for name, value in settings.items() if name != "jobs"}
+    return dict(kind=result.get("kind"), commit=meta.get("commit"), clean=meta.get("clean"), **same)
 
 
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -157,22 +156,25 @@ def fill(
 ) -> None:
     """Trains every row and seed that the result lacks, seed by seed, so that a partial result has all rows."""
     entries = {row.name: entry for row, entry in rows}
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    left = [
-        (args, row, seed, result["epochs"])
-        for seed in seeds
-        for row, entry in rows
-        if seed not in [done["seed"] for done in entry["runs"]]
+    tasks = [
+        (args, row, args.first_seed + number, result["epochs"])
+        for number in range(args.seeds)
+        for row, _ in rows
+        if row.max_seeds is None or number < row.max_seeds
     ]
-    total = args.seeds * len(rows)
-    with tqdm(
-        total=total * result["epochs"], initial=(total - len(left)) * result["epochs"], unit="epoch", disable=None
-    ) as bar:
-        for name, done in workers.unordered(left, bar):
-            entry = entries[name]
-            entry["runs"] = sorted([*entry["runs"], done], key=lambda run: run["seed"])
-            bar.set_postfix_str(f"{name}, seed {done['seed']}: {done['top1'][-1]:.2f} %")
-            write(args.out, result)
+    left = [task for task in tasks if task[2] not in [run["seed"] for run in entries[task[1].name]["runs"]]]
+    say = partial(print, file=sys.stderr, flush=True)
+    say(f"{len(left)} of {len(tasks)} models to train, {result['epochs']} epochs each, {args.jobs} at a time")
+    start = time.perf_counter()
+    for number, (name, run) in enumerate(workers.unordered(left), 1):
+        entry = entries[name]
+        entry["runs"] = sorted([*entry["runs"], run], key=lambda run: run["seed"])
+        write(args.out, result)
+        hours = (time.perf_counter() - start) / number * (len(left) - number) / 3600
+        say(
+            f"{len(tasks) - len(left) + number}/{len(tasks)} {name}, seed {run['seed']}: {run['top1'][-1]:.2f} %, "
+            f"{run['cpu_seconds']:.0f} CPU s; about {hours:.1f} h left"
+        )
 
 
 def write(path: str, result: dict[str, Any]) -> None:
@@ -189,24 +191,20 @@ class Workers:
 
     def __init__(self, jobs: int):
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(jobs, spawn, _begin_worker, (jobs,)) if jobs > 1 else None
+        self.pool = ProcessPoolExecutor(jobs, spawn, _begin_worker) if jobs > 1 else None
 
     def each(self, task: Callable, items: Sequence[tuple]) -> list:
         """The results of `task(*item)` for all items, run in parallel."""
         apply = self.pool.map if self.pool else map
         return list(apply(task, *zip(*items, strict=True)))
 
-    def unordered(self, tasks: Sequence[tuple], bar: tqdm) -> Iterator[tuple[str, dict[str, Any]]]:
+    def unordered(self, tasks: Sequence[tuple]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(row's name, what `train` returned) of each task as it ends."""
         if self.pool:
             for future in as_completed([self.pool.submit(_named_train, task) for task in tasks]):
-                name, done = future.result()
-                bar.update(done["validated"][-1])
-                yield name, done
-            return
-        for args, row, seed, epochs in tasks:
-            bar.set_postfix_str(f"{row.name}, seed {seed}")
-            yield row.name, train(args, row, seed, epochs, bar.update)
+                yield future.result()
+        else:
+            yield from map(_named_train, tasks)
 
     def close(self) -> None:
         """Ends the processes immediately."""
@@ -216,9 +214,8 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker(jobs: int) -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
-    torch.set_num_threads(max(1, harness.cpus() // jobs))
 
 
 def _named_train(task: tuple) -> tuple[str, dict[str, Any]]:
@@ -293,7 +290,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="bfloat16")
     add("--jobs", type=harness.positive, default=1, help="number of models trained in parallel")
-    add("--threads", type=harness.positive, default=1, help="DALI's threads for each model")
+    add("--threads", type=harness.positive, default=1, help="threads of each model, of PyTorch and of DALI")
     add(
         "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
     )

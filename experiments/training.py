@@ -205,6 +205,7 @@ class Training:
 
     def __init__(self, args: argparse.Namespace, row: Row, seed: int, epochs: int):
         self.args, self.row, self.device = args, row, torch.device(args.device)
+        torch.set_num_threads(args.threads)  # the order of sums, and so every value, depends on it
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         self.val = decoded(splits(args.data)[1], args.img_size, args.device)
@@ -315,13 +316,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
-def train(
-    args: argparse.Namespace, row: Row, seed: int, epochs: int, tick: Callable[[], object] | None = None
-) -> dict[str, Any]:
+def train(args: argparse.Namespace, row: Row, seed: int, epochs: int) -> dict[str, Any]:
     """Trains one row with one seed.
-
-    Args:
-        tick: called after each epoch.
 
     Returns:
         seed; validated, the epochs with a validation; top1, nll and ece, lists of `Training.validate`'s values for
@@ -344,8 +340,6 @@ def train(
             found.append(training.validate())
         if args.lam:
             weights.append(training.weights.summary())
-        if tick:
-            tick()
     return dict(
         seed=seed,
         validated=validated,

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 pytest.importorskip("torchmetrics")
 
-from benchmarks import paired, plot, tables  # noqa: E402
+from benchmarks import accuracy, paired, plot  # noqa: E402
 from experiments import ablations, training  # noqa: E402
 from experiments.labels import LabelWeights  # noqa: E402
 from experiments.tables import PLAIN, TABLES, Row  # noqa: E402
@@ -97,7 +97,7 @@ def test_tables_are_the_papers():
     assert loss["components"] == [(0, 0, 0), (0, 0, 0), (0.4, 0.1, 1), (0, 0.1, 1), (0.4, 0, 1), (0.4, 0.1, 0)]
     for rows in TABLES.values():
         (reference,) = (row for row in rows if row.name == "CutMix")
-        assert reference[2:] == (PLAIN, "cutmix")
+        assert reference[2:] == (PLAIN, "cutmix", None)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_stopped_run_resumes(folder, tmp_path, monkeypatch, whole):
         ablations.run(args, "none")
     partial = json.loads((tmp_path / "x.json").read_text())
     assert not partial["complete"] and sum(len(row["runs"]) for row in partial["rows"]) == 3
-    assert len(tables.table_accuracy(partial)) == 6  # a partial result can be inspected
+    assert len(accuracy.table(partial)) == 6  # a partial result can be inspected
 
     result = ablations.run(args, "none")
     assert result["complete"] and calls[3:] == [calls[3], *calls[4:]] and len(calls) == 11
@@ -305,7 +305,7 @@ def test_a_row_that_does_not_fit_the_model_says_why(folder, tmp_path, monkeypatc
     args.model, args.model_kwargs = "resnet10t", dict(channels=(8, 8, 8, 8))
     result = ablations.run(args, "none")
     assert result["complete"] and "no class token" in result["rows"][1]["error"]
-    assert "no class token" in tables.table_accuracy(result)[2][3]
+    assert "no class token" in accuracy.table(result)[2][3]
 
 
 def test_a_row_whose_package_is_missing_says_so(folder, tmp_path, monkeypatch):
@@ -351,7 +351,7 @@ def test_table_by_hand():
 
     rows = [row("CutMix", 90.0, 92.0, 94.0), row("LUMix", 91.0, 94.0, 97.0)]
     result = dict(settings=dict(device="cpu", jobs=2), rows=rows)
-    assert tables.table_accuracy(result)[2] == [
+    assert accuracy.table(result)[2] == [
         "LUMix",
         "80.6",
         "3",
@@ -361,7 +361,7 @@ def test_table_by_hand():
         "0.99 (0.97 – 1.01)",
     ]
     result["settings"]["device"] = "cuda:0"  # two models shared it for 300 seconds
-    assert tables.table_accuracy(result)[2][5] == "0.042"
+    assert accuracy.table(result)[2][5] == "0.042"
 
 
 def components(*rows):
@@ -401,32 +401,23 @@ def components(*rows):
 def test_metrics_side_by_side_and_which_differences_hold():
     """Differences 2, 2.1, 1.9 hold after a correction by 2; the other row's, -1, 1, 0, do not; ECE is equal."""
     result = components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]), ("other", [89, 93, 94]))
-    head, _, lumix, _ = tables.table_accuracy(result)
+    head, _, lumix, _ = accuracy.table(result)
     assert head == [
         "row",
         "n",
-        *[cell for title in tables.METRICS.values() for cell in (title, "− CutMix (95 %; p, Holm)")],
+        *[cell for title in accuracy.METRICS.values() for cell in (title, "− CutMix (95 %; p, Holm)")],
         "CPU hours",
     ]
     assert lumix[:3] == ["LUMix", "3", "94.00 ± 1.95"] and lumix[4] == "-0.940 ± 0.020"
     assert lumix[7:] == ["+0.00", "0.030"]
-    assert "top-1: LUMix (+2.00); NLL: LUMix (-0.020); ECE: none." in tables.table(result)
-    assert "In its last epoch LUMix moves λ by 0.100 on average; 25.0% are clamped." in tables.table(result)
+    assert "top-1: LUMix (+2.00); NLL: LUMix (-0.020); ECE: none." in plot.table(result)
+    assert "In its last epoch LUMix moves λ by 0.100 on average; 25.0% are clamped." in plot.table(result)
 
 
-def test_figure_of_differences():
-    figure = plot.draw_accuracy(components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9])))
-    top1, _, _, fan, opinion, moved = figure.axes
-    seeds, mean, interval, zero = top1.lines
-    assert sorted(seeds.get_xdata()) == pytest.approx([1.9, 2, 2.1]) and zero.get_xdata()[0] == 0
-    assert mean.get_xdata() == pytest.approx([2]) and np.mean(interval.get_xdata()) == pytest.approx(2)
-    assert [line.get_label() for line in fan.lines] == ["λ0", "λ_s", "λ"]
-    assert len(opinion.lines) == len(moved.lines) == 2
-    np.testing.assert_allclose(moved.lines[0].get_ydata(), [0.2, 0.1])
-
-
-def test_figure_has_every_seed_and_the_mean(whole):
-    axes = plot.draw_accuracy(whole).axes[0]
-    assert len(axes.lines) == 5 * 3
-    first = np.array([run["top1"] for run in whole["rows"][0]["runs"]])
-    np.testing.assert_allclose(axes.lines[2].get_ydata(), first.mean(0))
+def test_figure_has_every_seed_their_mean_and_its_interval():
+    (top1, _, _) = accuracy.chart(components(("CutMix", [90, 92, 94]), ("LUMix", [92, 94.1, 95.9]))).panels
+    (dot,) = top1.dots
+    assert sorted(dot.values) == pytest.approx([1.9, 2, 2.1])
+    assert dot.middle == pytest.approx(2)
+    assert (dot.low + dot.high) / 2 == pytest.approx(2)
+    assert dot.high - dot.middle == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)  # t of two degrees of freedom

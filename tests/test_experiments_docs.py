@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 stats = pytest.importorskip("scipy.stats")
+pytest.importorskip("torchmetrics")
+
+from experiments import evidence  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/experiments.md").read_text()
@@ -80,6 +83,35 @@ def test_the_sampling_error_of_the_validation_sets():
     p = np.mean([*last("accuracy-table2", "top1")["CutMix"].values()]) / 100
     assert f"{100 * (p * (1 - p) / 360) ** 0.5:.1f} points at the CutMix row's accuracy" in TEXT
     assert f"{100 * (0.45 * 0.55 / 10_000) ** 0.5:.1f}".removeprefix("0") + " points at an accuracy of 45 %" in TEXT
+
+
+def test_the_evidence_is_what_its_results_say():
+    assert evidence.with_evidence(TEXT, evidence.load()) == TEXT
+    assert set(re.findall(r"<!-- evidence: (\w+) -->", TEXT)) == evidence.MODELS.keys() | {"forest"}
+
+
+def test_the_plans_comparisons():
+    """Primary and regime without correction; Holm over the secondary ones: two for LUMix, three for each part."""
+    rng = np.random.default_rng(0)
+    values = {
+        name: rng.normal(size=(seeds, 3))
+        for name, seeds in (("no mixing", 6), ("CutMix", 6), ("LUMix", 6), ("LUMix without R", 4))
+    }
+    rows = [
+        dict(name=name, runs=[dict(seed=s, top1=[0, a], nll=[0, b], ece=[0, c]) for s, (a, b, c) in enumerate(v)])
+        for name, v in values.items()
+    ]
+    primary, regime, *secondary = evidence.compare(dict(rows=rows))
+    for one, (row, reference) in ((primary, ("LUMix", "CutMix")), (regime, ("CutMix", "no mixing"))):
+        test = stats.ttest_rel(values[row][:, 0], values[reference][:, 0])
+        assert one.difference.mean == pytest.approx((values[row] - values[reference])[:, 0].mean())
+        assert one.difference.interval == pytest.approx(test.confidence_interval())
+        assert one.p == pytest.approx(test.pvalue)
+    raw = [stats.ttest_rel(values["LUMix"][:, k], values["CutMix"][:, k]).pvalue for k in (1, 2)]
+    raw += [stats.ttest_rel(values["LUMix without R"][:, k], values["LUMix"][:4, k]).pvalue for k in range(3)]
+    order = np.argsort(raw)
+    corrected = np.minimum(1, np.maximum.accumulate(np.take(raw, order) * np.arange(5, 0, -1)))
+    assert [secondary[place].p for place in order] == pytest.approx(corrected)
 
 
 def mean(name, metric, row):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import lambertw
 
-from benchmarks import harness, plot, scaling
+from benchmarks import plot, scaling
 
 CORE = {"decode": 200.0, "read": 5000.0, "kilobytes": 100.0}
 
@@ -80,7 +80,7 @@ def test_what_a_job_needs():
 def loaders(tmp_path, **changes):
     rows = [
         {"name": "dali/read", "median": 9000.0, "threads": 2},
-        {"name": "lumix/cutmix elem", "median": 420.0, "threads": 2},
+        {"name": "lumix/cutmix+mixup elem", "median": 420.0, "threads": 2},
         {"name": "ffcv", "median": None, "error": "ImportError"},
     ]
     result = {
@@ -107,14 +107,7 @@ def test_rates_come_from_the_result(tmp_path, capsys):
     assert "| one store | 1000 | 455 | 455 | 6% | network | 0.99 | 33,333 | 6,160.0 |" in text
     assert "measured: 210 images/s and 4500 files/s a core of a CPU (2 threads), 110.0 kB a file" in text
     plot.make_figure(result, "sha256:0", tmp_path / "scaling.svg")
-    assert "what a GPU takes" in (tmp_path / "scaling.svg").read_text()
-
-
-def test_the_committed_result_has_the_committed_rates():
-    scaled, measured = (harness.RESULTS / f"{name}.json" for name in ("scaling", "loaders"))
-    if not (scaled.exists() and measured.exists()):
-        pytest.skip("not both are measured")
-    assert json.loads(scaled.read_text())["measured"] == scaling.measured(measured)
+    assert "what it takes" in (tmp_path / "scaling.svg").read_text()
 
 
 @pytest.mark.parametrize(

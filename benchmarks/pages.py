@@ -1,0 +1,126 @@
+"""The tables of the pages that come from several results: targets, headline, and sentences."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from . import report
+from .loaders import BOTH, CEILING, CUTMIX, TIMM
+
+
+class Target(NamedTuple):
+    """A ratio within one run, with what it should be.
+
+    Attributes:
+        what: description.
+        bound: a minimum, or if negative a maximum.
+        result: name of the JSON.
+        row, reference: the two rows.
+        where: fields of the rows.
+        limit: what bounds it, for when it is missed.
+    """
+
+    what: str
+    bound: float
+    result: str
+    row: str
+    reference: str
+    where: Mapping[str, Any] = MappingProxyType({})
+    limit: str = "noise of the machine, or not yet understood"
+
+
+DECODING = "decoding, which all loaders share"
+SMALL = dict(B=256, K=1000, dtype="float32")
+LARGE = dict(B=256, K=21841, dtype="float32")
+TIMMS, PROBABILITIES = "timm soft target", "torch probabilities"
+OPERATORS = "about 60 small operators, whose fixed cost does not shrink with the batch"
+TARGETS = [
+    Target("CutMix + Mixup ÷ timm's loader with FastCollateMixup", 2.1, "loaders", BOTH, TIMM, {}, DECODING),
+    Target("CutMix + Mixup ÷ FFCV", 1.8, "loaders", BOTH, "ffcv", {}, DECODING),
+    Target("CutMix + Mixup ÷ DALI's own pipeline without mixing", 1.5, "loaders", BOTH, CEILING, {}, DECODING),
+    Target("CutMix ÷ without mixing", 0.95, "loaders", CUTMIX, "lumix/none", {}, "one more pass over the pixels"),
+    Target(
+        "CutMix + Mixup ÷ without mixing", 0.9, "loaders", BOTH, "lumix/none", {}, "two more passes over the pixels"
+    ),
+    Target("tar shards ÷ folder", 1.0, "loaders", "lumix tar", "lumix/none", {}, "DALI copies bytes that Python gives"),
+    Target("TFRecord shards ÷ folder", 1.0, "loaders", "lumix tfrecord", "lumix/none", {}, "as for tar shards"),
+    Target(
+        "CPU time of an image ÷ with nearest-neighbour resize",
+        -1.35,
+        "cost-cpu",
+        "today",
+        "nearest neighbour",
+        {},
+        "the handing over of images to PyTorch, and its antialiased filter",
+    ),
+    *(
+        Target(
+            f"time of a batch of {side}x{side} pixels ÷ at commit 9ac746d", -1.0, "cost-cpu", "today", "9ac746d"
+        )._replace(where=dict(side=side))
+        for side in (8, 32, 64)
+    ),
+    Target("mixing's CPU, 8x8 pixels: CutMix ÷ unmixed", -1.15, "cost-cpu", "tiny cutmix", "tiny none", {}, OPERATORS),
+    Target("the same: CutMix + Mixup", -1.25, "cost-cpu", "tiny cutmix+mixup", "tiny none", {}, OPERATORS),
+    Target("loss ÷ timm's target and loss, 256 × 1,000", -0.9, "loss", "LUMix eager", TIMMS, SMALL, OPERATORS),
+    Target("the same, compiled", -0.9, "loss", "LUMix compiled", TIMMS, SMALL, OPERATORS),
+    Target("loss ÷ timm's target and loss, 256 × 21,841", -0.35, "loss", "LUMix eager", TIMMS, LARGE, OPERATORS),
+    Target(
+        "loss ÷ `cross_entropy` with its dense target, 256 × 1,000", -1.0, "loss", "LUMix eager", PROBABILITIES, SMALL
+    )._replace(limit=OPERATORS),
+    Target("step of a DeiT-S, LUMix ÷ CutMix", -1.01, "cost-deit_small", "lumix replayed", "cutmix replayed"),
+]
+HEADLINE = [TARGETS[0], TARGETS[1], TARGETS[3], TARGETS[13], TARGETS[16]]
+
+
+def measured(results: Path, target: Target) -> dict[str, Any] | None:
+    """A target's ratio; None if its result or one of its rows is missing."""
+    path = results / f"{target.result}.json"
+    if not path.is_file():
+        return None
+    return report.ratio_of(json.loads(path.read_text()), target.row, target.reference, **target.where)
+
+
+def targets(results: Path) -> str:
+    """All targets: the missed ones first, each with what bounds it, then those not measured."""
+    lines: list[tuple[int, list[str]]] = []
+    for target in TARGETS:
+        bound = f"{'≥' if target.bound > 0 else '≤'} {abs(target.bound):g}"
+        ratio = measured(results, target)
+        if ratio is None:
+            lines.append((1, [target.what, bound, "not measured yet", "", ""]))
+            continue
+        met = ratio["median"] >= target.bound if target.bound > 0 else ratio["median"] <= -target.bound
+        low, high = ratio["quartiles"]
+        cells = [f"{ratio['median']:.3f}", f"{low:.3f} – {high:.3f}", "met" if met else f"missed: {target.limit}"]
+        lines.append((2 if met else 0, [target.what, bound, *cells]))
+    ordered = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+    return report.grid([["ratio within one run", "target", "median", "quartiles", ""], *ordered])
+
+
+def headline(results: Path) -> str:
+    """The few ratios of the README."""
+    lines = [["ratio within one run", "median", "quartiles"]]
+    for target in HEADLINE:
+        if ratio := measured(results, target):
+            low, high = ratio["quartiles"]
+            lines.append([target.what, f"{ratio['median']:.2f}", f"{low:.2f} – {high:.2f}"])
+    return report.grid(lines)
+
+
+def said(name: str) -> Callable[[Path], str]:
+    """The sentences of a result's reading."""
+
+    def sentences(results: Path) -> str:
+        path = results / f"{name}.json"
+        return " ".join(report.read(json.loads(path.read_text())).said) if path.is_file() else "Not measured yet."
+
+    return sentences
+
+
+OF_SEVERAL: dict[str, Callable[[Path], str]] = {
+    "targets": targets,
+    "headline": headline,
+    **{f"said-{name}": said(name) for name in ("loaders", "cost-loader", "cost-cpu", "cost-deit_small", "loss")},
+}
