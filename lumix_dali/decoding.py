@@ -98,21 +98,36 @@ def refused(
     """
     if not images:
         return {}
+    error = _decoding_error(list(images.values()), options, num_threads, device_id)
+    if error is None:
+        return {}
+    if len(images) == 1:
+        return dict.fromkeys(images, reason_of(error))
+    numbers, reasons = list(images), dict[int, str]()
+    for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
+        left = None if limit is None else limit - len(reasons)
+        if left is None or left >= 0:
+            reasons |= refused({i: images[i] for i in half}, device_id, num_threads, left, **options)
+    return reasons
+
+
+def _decoding_error(
+    images: list[np.ndarray], options: dict[str, Any], num_threads: int, device_id: int | None
+) -> RuntimeError | None:
+    # One batch in a pipeline that is gone afterwards: an image may take hundreds of megabytes.
     pipe = decode_pipeline(
-        list(images.values()), options, batch_size=len(images), num_threads=num_threads, device_id=device_id
+        images,
+        options,
+        batch_size=len(images),
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
     )
     try:
         pipe.run()
     except RuntimeError as error:
-        if len(images) == 1:
-            return dict.fromkeys(images, reason_of(error))
-        numbers, reasons = list(images), dict[int, str]()
-        for half in (numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]):
-            left = None if limit is None else limit - len(reasons)
-            if left is None or left >= 0:
-                reasons |= refused({i: images[i] for i in half}, device_id, num_threads, left, **options)
-        return reasons
-    return {}
+        return error.with_traceback(None)
+    return None
 
 
 # What DALI's messages say; `tests/test_engine.py` notices when a release changes them.

@@ -22,8 +22,8 @@ from lumix_dali import LUMixLoss, create_loader
 from lumix_dali.data.protocol import Source
 from lumix_dali.data.sources import load
 
-from .checkpoint import SUMS, Run
 from .flags import ratios
+from .state import SUMS, Run
 
 # The flag for each argument of `create_loader`, to name it in errors.
 LOADER_FLAGS = {
@@ -42,16 +42,16 @@ LOADER_FLAGS = {
 
 
 def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
-    """The training and the validation samples.
+    """The training and the validation samples, whose labels number the training classes.
 
     Raises:
-        ValueError: a folder or a class is missing or empty, or the two splits have different classes.
+        ValueError: a folder is missing or empty, or the validation samples have a class of their own.
     """
 
-    def split(*names: str) -> Source:
+    def split(*names: str, classes: Sequence[str] | None = None) -> Source:
         for name in names:
             if Path(args.data_dir, name).is_dir():
-                data = load(Path(args.data_dir, name))
+                data = load(Path(args.data_dir, name), classes=classes)
                 if data.classes is None:
                     raise ValueError(
                         f"--data-dir {args.data_dir}: nothing says which classes the shards in "
@@ -66,14 +66,7 @@ def load_data(args: argparse.Namespace) -> tuple[Source, Source]:
     if not Path(args.data_dir).is_dir():
         raise ValueError(f"--data-dir {args.data_dir}: no such folder; give one that holds train/ and val/")
     train = split(args.train_split)
-    val = split(args.val_split) if args.val_split else split("val", "validation")
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes or ()) ^ set(val.classes or ()))
-        raise ValueError(
-            f"--data-dir {args.data_dir}: training and validation differ in the classes "
-            f"{odd[:5]}; give both the same class folders"
-        )
-    return train, val
+    return train, split(*([args.val_split] if args.val_split else ("val", "validation")), classes=train.classes)
 
 
 class TimmBCE(LUMixLoss):
@@ -212,13 +205,13 @@ def augmentation(args: argparse.Namespace) -> dict[str, Any]:
     """The training loader's arguments for augmentation before mixing."""
     if args.no_aug:
         return dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
-    jitter = args.color_jitter  # a list from the command line, a number in timm's YAML
+    jitter = args.color_jitter
     found = dict(
         scale=args.scale,
         ratio=args.ratio,
         hflip=args.hflip,
         auto_augment=args.aa,
-        color_jitter=jitter[0] if isinstance(jitter, list) and len(jitter) == 1 else jitter,
+        color_jitter=jitter[0] if jitter and len(jitter) == 1 else jitter,
         color_jitter_prob=1.0 if args.color_jitter_prob is None else args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob or 0.0,
         re_prob=args.reprob,

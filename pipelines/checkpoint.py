@@ -1,57 +1,20 @@
-"""The complete state of a run: its contents, how it is saved, and how a run resumes from it, bit for bit on the CPU."""
+"""Checkpoints of every program that trains: written atomically, read without running code, compared by their flags."""
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
+import sys
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import nn
-
-from .ranks import gathered
 
 FORMAT = "pipelines.train/1"
-# Flags that may differ between a run and its continuation, because they do not affect what is computed. The
-# loaders compare the data themselves, wherever they are stored.
-FREE = {
-    "config",
-    "resume",
-    "data_dir",
-    "train_split",
-    "val_split",
-    "workers",
-    "max_bad",
-    "device",
-    "output",
-    "experiment",
-    "pretrained",
-    "pretrained_path",
-    "initial_checkpoint",
-    "checkpoint_hist",
-    "checkpoint_interval",
-    "save_epochs",
-    "stop_epoch",
-    "overwrite",
-    "cached_batches",
-    "log_interval",
-    "log_tensorboard",
-    "log_wandb",
-    "wandb_project",
-    "wandb_tags",
-    "wandb_resume_id",
-    "rank",
-}
-# Sums over an epoch. The first two are over all samples; the others are over the samples that LUMix applies to,
-# taken every --log-interval batches.
-SUMS = ("loss", "lam0", "applied", "lumix_lam0", "lumix_lam_s", "lumix_lam", "lumix_clamped")
 
 
 class Found(NamedTuple):
@@ -69,153 +32,46 @@ class Found(NamedTuple):
             )
 
 
-@dataclass
-class Run:
-    """The state that training changes and a checkpoint restores."""
+def read(path: Path, program_format: str, where: str, other: str) -> Found:
+    """A checkpoint; no code in it is executed.
 
-    train: Any  # the two loaders
-    val: Any
-    folder: Path
-    input_size: tuple[int, ...]
-    model: nn.Module
-    network: Callable[..., torch.Tensor]  # the model as it is called: compiled and distributed if requested
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    ema: ModelEmaV3 | None
-    sums: torch.Tensor  # SUMS of this epoch and rank, on the device
-    epochs: int  # of the whole run, according to the schedule
-    updates: int = 0
-    epoch: int = 0
-    step: int = 0  # finished batches of this epoch
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    saved: tuple[int, int] | None = None  # (epoch, step) of last.pth.tar
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model that `timm.create_model(checkpoint_path=...)` loads from these checkpoints."""
-        return self.ema.module if self.ema else self.model
-
-
-def read_checkpoint(args: argparse.Namespace) -> Found | None:
-    """The checkpoint that --resume names, read by rank 0 for all ranks; no code in it is executed.
+    Args:
+        program_format: its `run_format`.
+        where: start of an error, such as the flag.
+        other: what to do with a checkpoint of another program.
 
     Raises:
-        ValueError: the file is missing, damaged, or not a checkpoint of this program.
+        ValueError: the file is missing, damaged, or from another program.
     """
-    path = Path(args.output, args.experiment) if args.resume is True else Path(args.resume)
-    path = path / "last.pth.tar" if path.suffixes[-2:] != [".pth", ".tar"] else path
-    found: list[Any] = [None, 0]
-    if args.rank == 0 and (path.exists() or args.resume is not True):
-        try:
-            written = path.stat().st_mtime_ns
-            if part := zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
-                raise ValueError(f"{part} is damaged")
-            found = [torch.load(path, map_location="cpu", weights_only=True), written]
-        except Exception as error:  # a damaged file may raise anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"--resume: {path} cannot be read ({reason}); give the path of a whole checkpoint, "
-                "or omit --resume to start from scratch"
-            ) from error
-        if not isinstance(found[0], dict) or found[0].get("run_format") != FORMAT:
-            raise ValueError(
-                f"--resume: {path} is not a checkpoint of this program ({FORMAT}); "
-                f"give --initial-checkpoint {path} to start from its weights"
-            )
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return Found(path, *found) if found[0] is not None else None
-
-
-def resume(run: Run, args: argparse.Namespace, found: Found) -> None:
-    """Restores the saved state; a different `--epochs` continues on the new schedule.
-
-    Raises:
-        ValueError: the state belongs to a run with other relevant flags, ranks or data.
-    """
-    path, state, part = found.path, found.state, ""
     try:
-        if odd := changed_flags(state["args"], args):
-            raise ValueError(f"{odd}. Give the flags as they were, as by --config {path.parent / 'args.yaml'}")
-        position = state["run"]
-        mine = position["ranks"][args.rank]
-        part = "training data, "
-        run.train.load_state_dict(mine["train"])
-        part = "validation data, "
-        run.val.load_state_dict(mine["val"])
-        part = "content, "
-        if dist.is_initialized():
-            settle(run, args)
-        run.model.load_state_dict(state["state_dict"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["amp_scaler"])
-        if run.ema:
-            run.ema.module.load_state_dict(state["state_dict_ema"])
-        if position["plateau"] and run.scheduler:
-            run.scheduler.lr_scheduler.load_state_dict(position["plateau"])  # type: ignore[attr-defined]
-        run.updates, run.epoch, run.step = (int(position[key]) for key in ("updates", "epoch", "step"))
-        run.rows = position["rows"]
-        run.sums.copy_(mine["sums"])
-        torch.set_rng_state(mine["rng"])
-        if mine["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(mine["cuda_rng"], run.train.device)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"--resume: {path} does not fit this run: {part}{error}") from error
-    run.saved = run.epoch, run.step
-    if run.epoch > run.epochs:
-        raise ValueError(f"--epochs {args.epochs}: {run.epoch} are done in {path}; give more")
-    if state["args"]["epochs"] != args.epochs:
-        reschedule(run, args, state["args"]["epochs"])
+        written = path.stat().st_mtime_ns
+        if part := zipfile.ZipFile(path).testzip():  # torch.load compares no checksums
+            raise ValueError(f"{part} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{where}{path} cannot be read ({reason}); give the path of a whole checkpoint, or omit it to start from "
+            "scratch"
+        ) from error
+    if not isinstance(state, dict) or state.get("run_format") != program_format:
+        raise ValueError(f"{where}{path} is not a checkpoint of this program ({program_format}); {other}")
+    return Found(path, state, written)
 
 
-def reschedule(run: Run, args: argparse.Namespace, before: int) -> None:
-    """Sets the learning rates that the new schedule has at this point."""
-    if run.scheduler and not hasattr(run.scheduler, "lr_scheduler"):  # plateau depends on the scores, not on the epoch
-        run.scheduler.step(run.epoch)  # one of these two calls does nothing
-        run.scheduler.step_update(run.updates)
-    if args.rank == 0:
-        print(f"--epochs was {before} and is {args.epochs}: from here on the learning rate follows the new schedule")
+def write(folder: Path, state: dict[str, Any], *names: str) -> None:
+    """Writes FOLDER/NAME.pth.tar for each name and then last.pth.tar.
 
-
-def changed_flags(then: dict[str, Any], args: argparse.Namespace) -> str:
-    """Lists the flags that differ from the checkpoint's and would change the run; empty if none does."""
-    then, now = (json.loads(json.dumps(flags)) for flags in (then, vars(args)))  # tuples become lists, as from YAML
-    odd = [key for key in now if key not in FREE | {"epochs"} and key in then and then[key] != now[key]]
-    return "; ".join(f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}" for key in odd)
-
-
-def settle(run: Run, args: argparse.Namespace) -> None:
-    """Takes a first step, after which DDP fixes the layout of its buckets.
-
-    With three or more ranks, the layout decides the order in which gradients are added, hence their last bit.
-    """
-    run.model.train()
-    images = torch.zeros(args.batch_size, *run.input_size, device=run.train.device)
-    with run.autocast:
-        loss = run.network(images).sum()
-    loss.backward()
-    run.optimizer.zero_grad()
-
-
-def save(run: Run, args: argparse.Namespace, *names: str) -> None:
-    """Writes a checkpoint under these names and then as last.pth.tar; all ranks must call it.
-
-    Files are replaced atomically, so that a killed run leaves the old file intact. A run that was killed before the
-    new last.pth.tar was in place repeats the epoch with the same result. The names are hard links and take no space.
+    Files are replaced atomically, so that a killed run leaves the old file intact. The names are hard links and take
+    no space.
 
     Raises:
         OSError: the checkpoint cannot be written; the previous files are intact.
     """
-    states = gathered(rank_state(run))
-    run.saved = run.epoch, run.step
-    if args.rank:
-        return
-    scratch, link = run.folder / "tmp.pth.tar", run.folder / "tmp.link"
+    scratch, link = folder / "tmp.pth.tar", folder / "tmp.link"
     try:
         with open(scratch, "wb") as file:
-            torch.save(checkpoint(run, args, states), file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         for name in names:
@@ -224,61 +80,54 @@ def save(run: Run, args: argparse.Namespace, *names: str) -> None:
                 os.link(scratch, link)
             except OSError:  # some file systems have no hard links
                 shutil.copyfile(scratch, link)
-            os.replace(link, run.folder / f"{name}.pth.tar")
-        os.replace(scratch, run.folder / "last.pth.tar")
+            os.replace(link, folder / f"{name}.pth.tar")
+        os.replace(scratch, folder / "last.pth.tar")
     except (OSError, RuntimeError) as error:
         for path in (scratch, link):
             path.unlink(missing_ok=True)
         reason = error if isinstance(error, OSError) else error.__context__  # torch.save wraps the OSError
         if not isinstance(reason, OSError):
             raise
-        last = run.folder / "last.pth.tar"
+        last = folder / "last.pth.tar"
         how = f"{last} is intact: free some space and resume from it" if last.exists() else "there is no earlier one"
-        raise OSError(f"{run.folder}: a checkpoint cannot be written ({reason.strerror}); {how}") from error
+        raise OSError(f"{folder}: a checkpoint cannot be written ({reason.strerror}); {how}") from error
 
 
-def checkpoint(run: Run, args: argparse.Namespace, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run in timm's checkpoint format, of plain types only, so that `weights_only=True` loads it."""
-    row = run.rows[-1] if run.rows else {"epoch": -1}
-    state = {
-        "version": 2,
-        "arch": args.model,
-        "epoch": row["epoch"],
-        "metric": row.get(metric_name(args)),
-        "run_format": FORMAT,
-        "args": vars(args),
-        "classes": list(run.train.classes),
-        "state_dict": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "amp_scaler": run.scaler.state_dict(),
-    }
-    if run.ema:
-        state["state_dict_ema"] = run.ema.module.state_dict()
-    # timm's schedules are functions of epoch or update, except plateau, which wraps PyTorch's.
-    plateau = getattr(run.scheduler, "lr_scheduler", None)
-    state["run"] = {
-        "updates": run.updates,
-        "epoch": run.epoch,
-        "step": run.step,
-        "rows": run.rows,
-        "ranks": states,
-        "plateau": plateau and plateau.state_dict(),
-    }
-    return state
+def changed_flags(then: dict[str, Any], args: argparse.Namespace, free: Collection[str]) -> str:
+    """Lists the flags, apart from `free`, that differ from the checkpoint's; empty if none does."""
+    then, now = (json.loads(json.dumps(flags)) for flags in (then, vars(args)))  # tuples become lists, as from YAML
+    odd = [key for key in now if key not in free and key in then and then[key] != now[key]]
+    return "; ".join(f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}" for key in odd)
 
 
-def rank_state(run: Run) -> dict[str, Any]:
-    """The state of one rank: positions of its loaders, random generators (for λ_r and dropout) and sums."""
-    cuda = run.train.device if run.train.device.type == "cuda" else None
-    return {
-        "train": run.train.state_dict(),
-        "val": run.val.state_dict(),
-        "sums": run.sums.cpu(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": cuda and torch.cuda.get_rng_state(cuda),
-    }
+def generators(device: torch.device) -> dict[str, Any]:
+    """The states of the random generators, `rng` of the CPU and `cuda_rng` of the device, or None."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
 
 
-def metric_name(args: argparse.Namespace) -> str:
-    """The column of the log that --eval-metric selects."""
-    return "val_loss" if args.eval_metric == "loss" else args.eval_metric
+def set_generators(state: dict[str, Any], device: torch.device) -> None:
+    """Restores what `generators` returned."""
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def leave(number: int, where: str, how: str, speak: bool = True) -> NoReturn:
+    """Ends the program after a signal and prints how to resume."""
+    if speak:
+        print(f"stopped by {signal.Signals(number).name} {where}: continue with {how}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)
+
+
+def check_finite(loss: float, where: str) -> None:
+    """Stops a run that has diverged before its weights replace good ones.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the training loss {where} is {loss}: lower --lr, give --clip-grad if the program has it, or with --amp "
+            "try --amp-dtype bfloat16"
+        )

@@ -1,4 +1,7 @@
-"""The training program's command line, with timm's flag names where timm has them, and values derived from it."""
+"""The training program's command line, with timm's flag names where timm has them, and values derived from it.
+
+python -m pipelines.flags > docs/timm_flags.md
+"""
 
 import argparse
 import importlib.util
@@ -6,17 +9,14 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import yaml
-from timm.utils import ParseKwargs
 
 from . import timm_flags
+from .command import Help, KeyValues, check_minimum, name, read_config, set_defaults
 
 # They concern a single invocation, not the run, so args.yaml omits them.
 ONCE = {"config", "resume", "overwrite", "stop_epoch", "cached_batches", "rank", "world_size"}
 ALIASES = {"recovery_interval": "checkpoint_interval"}  # keys of timm's args.yaml
-LEAST = {
+MINIMUM = {
     "epochs": 1,
     "log_interval": 1,
     "checkpoint_hist": 0,
@@ -36,10 +36,6 @@ LEAST = {
     "cooldown_epochs": 0,
     "warmup_epochs": 0,
 }
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the module's docstring as it is and shows every default."""
 
 
 def build_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -185,7 +181,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--bn-eps", type=float, help="epsilon of batch norm; None: the model's")
     add("--head-init-scale", type=float, help="factor on the classifier's initial weights and biases")
     add("--head-init-bias", type=float, help="initial value of the classifier's biases")
-    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="further model arguments")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="further model arguments")
     add("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass to save memory")
     add("--fast-norm", action="store_true", help="timm's low-precision layer norm under --amp")
     add(
@@ -205,7 +201,7 @@ def _add_optimiser(parser: argparse.ArgumentParser) -> None:
     add("--opt", default="sgd", help="any optimiser of timm.optim")
     add("--opt-eps", type=float, help="epsilon; None: the optimiser's")
     add("--opt-betas", type=float, nargs="+", help="betas; None: the optimiser's")
-    add("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="further optimiser arguments")
+    add("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="further optimiser arguments")
     add("--momentum", type=float, default=0.9, help="momentum, for optimisers that have one")
     add("--weight-decay", type=float, default=2e-5, help="not applied to biases and norms")
     add("--layer-decay", type=float, metavar="X", help="learning rate times X per layer below the head")
@@ -307,8 +303,13 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Reads the command line; invalid flags end the program here, before any work."""
     parser = build_parser(description)
-    if config := parser.parse_args(argv).config:
-        read_config(parser, config)
+    if path := parser.parse_args(argv).config:
+        config = {ALIASES.get(key, key): value for key, value in read_config(parser, path).items()}
+        if isinstance(config.get("color_jitter"), int | float):  # timm writes a number
+            config["color_jitter"] = [config["color_jitter"]]
+        foreign = {key: config.pop(key) for key in timm_flags.FOREIGN if key in config}
+        timm_flags.settle(parser, argparse.Namespace(**foreign), f"--config {path}: ")
+        set_defaults(parser, path, config)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
     del args.data
@@ -318,6 +319,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         args.noise = (args.noise[0], *map(float, args.noise[1:]))
     except ValueError:
         parser.error(f"--noise {' '.join(args.noise)}: give beta ALPHA, normal MEAN STD, or uniform")
+    check_minimum(parser, args, MINIMUM)
     if fault := contradiction(args):
         parser.error(fault)
     args.rank, args.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -331,9 +333,6 @@ def contradiction(args: argparse.Namespace) -> str:
     """What is wrong with the flags and how to fix it; empty if they are valid."""
     if args.data_dir is None and not args.smoke:
         return "--data-dir is required"
-    for name, value in LEAST.items():
-        if (given := getattr(args, name)) is not None and given < value:
-            return f"--{name.replace('_', '-')} {given}: give at least {value}"
     if args.resume is True and not args.experiment:
         return "--resume: name the run to resume, by --experiment or --resume PATH"
     if args.resume and args.overwrite:
@@ -346,33 +345,15 @@ def contradiction(args: argparse.Namespace) -> str:
         )
     for flag in ("bce_target_thresh", "bce_pos_weight"):
         if getattr(args, flag) is not None and not (args.bce_loss and args.no_lumix):
-            return f"--{flag.replace('_', '-')} is timm's own BCE, without LUMix: give --bce-loss --no-lumix too"
+            return f"{name(flag)} is timm's own BCE, without LUMix: give --bce-loss --no-lumix too"
     if args.sched == "plateau" and args.val_interval > 1:
         return f"--val-interval {args.val_interval}: --sched plateau needs a score every epoch; give 1"
     if args.wandb_resume_id and not args.resume:
         return "--wandb-resume-id continues a W&B run: give --resume too"
     for flag, package in {"log_wandb": "wandb", "log_tensorboard": "tensorboard"}.items():
         if getattr(args, flag) and package not in sys.modules and not importlib.util.find_spec(package):
-            return f"--{flag.replace('_', '-')}: {package} is not installed; pip install {package}"
+            return f"{name(flag)}: {package} is not installed; pip install {package}"
     return ""
-
-
-def read_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Uses a YAML file's values as the flags' defaults, and reports keys that are no flags."""
-    try:
-        config = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
-    if not isinstance(config, dict):
-        parser.error(f"--config {path}: it holds a {type(config).__name__}; write FLAG: VALUE lines")
-    # timm writes "" or null for values that are not set.
-    config = {ALIASES.get(key, key): value for key, value in config.items() if value not in ("", None)}
-    known = {action.dest for action in parser._actions} - timm_flags.FOREIGN.keys()
-    parser.set_defaults(**{key: value for key, value in config.items() if key in known})
-    timm_flags.settle(parser, argparse.Namespace(**config), f"--config {path}: ")
-    rest = config.keys() - known - timm_flags.FOREIGN.keys()
-    if unknown := [f"{key}={value}" for key, value in config.items() if key in rest and value]:
-        print(f"--config {path}: ignored unknown flags: {', '.join(unknown)}", file=sys.stderr)
 
 
 def learning_rate(args: argparse.Namespace) -> float:
@@ -387,3 +368,7 @@ def ratios(args: argparse.Namespace, epochs: float = math.inf) -> tuple[float, f
     """r_r and r_s after this many epochs, which may be fractional."""
     share = min(1.0, epochs / args.lumix_warmup_epochs) if args.lumix_warmup_epochs else 1.0
     return (0.0, 0.0) if args.no_lumix else (share * args.r_r, share * args.r_s)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(timm_flags.table(build_parser()))

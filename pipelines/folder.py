@@ -19,6 +19,7 @@ OF_A_RUN = (
     "checkpoint-*.pth.tar",
     "milestone-*.pth.tar",
     "summary.json",
+    "result.json",
     "summary.csv",
     "log.jsonl",
     "args.yaml",

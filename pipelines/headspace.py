@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from lumix_dali import MixTarget
 
-from .checkpoint import Run
 from .ranks import Stop
+from .state import Run
 
 ROUNDS = 7
 AHEAD = 4  # batches that the loader may have prepared during a replay

@@ -5,18 +5,19 @@ import sys
 from tqdm import tqdm
 
 
-def progress(total: int, what: str, initial: int = 0, disable: bool = False) -> tqdm:
-    """A bar of `total` images, `initial` of them done; in a log file it prints at most once per minute."""
-    interval = 0.1 if sys.stderr.isatty() else 60
+def progress(total: int, what: str, initial: int = 0, disable: bool = False, unit: str = "img") -> tqdm:
+    """A bar of `total` images, `initial` of them done; in a log file its first line, with the remaining time, comes
+    after five seconds, and then one per minute."""
+    terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=what,
-        unit="img",
+        unit=unit,
         unit_scale=True,
         leave=False,
         dynamic_ncols=True,
-        mininterval=interval,
-        delay=interval,
+        mininterval=0.1 if terminal else 60,
+        delay=0.1 if terminal else 5,
         initial=initial,
         disable=disable,
     )

@@ -12,6 +12,26 @@ import torch
 import torch.distributed as dist
 
 
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" is a GPU if there is one."""
+    try:
+        device = torch.device(resolve(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {first_line(error)}; give auto, cpu, cuda or cuda:N") from error
+    return device
+
+
+def first_line(error: Exception) -> str:
+    """Type and start of an error, short enough for a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def resolve(name: str) -> str:
+    """The name of a device for "auto": a GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 @contextmanager
 def joined(args: argparse.Namespace) -> Iterator[None]:
     """Joins the processes that torchrun started; does nothing for a single process.
@@ -21,16 +41,16 @@ def joined(args: argparse.Namespace) -> Iterator[None]:
     if args.world_size == 1:
         yield
         return
-    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    cuda = resolve(args.device).startswith("cuda")
     if cuda:
-        place = int(os.environ["LOCAL_RANK"])
-        if place >= torch.cuda.device_count():
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
             raise ValueError(
-                f"--nproc_per_node: local rank {place} has no GPU, only {torch.cuda.device_count()} found; "
+                f"--nproc_per_node: local rank {local} has no GPU, only {torch.cuda.device_count()} found; "
                 "start one rank per GPU, or give --device cpu"
             )
-        torch.cuda.set_device(place)
-        args.device = f"cuda:{place}"
+        torch.cuda.set_device(local)
+        args.device = f"cuda:{local}"
     elif args.sync_bn:
         raise ValueError("--sync-bn: PyTorch synchronises batch norm only on GPUs; leave it out on the CPU")
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")

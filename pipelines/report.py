@@ -76,10 +76,12 @@ def build(
     values: Mapping[tuple[str, str | int], list[float]],
     data: dict[str, Any],
     meta: dict[str, Any],
+    is_imagenet: bool,
 ) -> dict[str, Any]:
-    """The result for JSON: one row per number, with the values of all seeds and the paper's pair."""
+    """The result for JSON: one row per number, with the values of all seeds and, for ImageNet, the paper's pair."""
     arch = args.model.split(".")[0]
     paper = PAPER | ({("top1", "", "top-1"): TABLE_1[arch]} if arch in TABLE_1 else {})
+    paper = paper if is_imagenet else {}
 
     def pair(curve: str, name: str | int) -> tuple[float, float] | None:
         points = {key[1:] for key in paper if key[:2] == (args.protocol, curve)}
@@ -98,7 +100,7 @@ def build(
         }
         for (curve, name), seeds in values.items()
     ]
-    source = "DeiT-S" if args.protocol != "top1" else arch if arch in TABLE_1 else "none"
+    source = "none" if not is_imagenet else "DeiT-S" if args.protocol != "top1" else arch if arch in TABLE_1 else "none"
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "figure")}
     return {
         "protocol": args.protocol,

@@ -1,11 +1,10 @@
-"""The flags of timm's train.py that have no effect here or are refused, and why.
-
-python -m pipelines.timm_flags > docs/timm_flags.md
-"""
+"""The flags of timm's train.py that have no effect here or are refused, and why."""
 
 import argparse
 import sys
 from typing import Any, NamedTuple
+
+from .command import name
 
 
 class Flag(NamedTuple):
@@ -137,11 +136,6 @@ OWN = {  # not timm's
 }
 
 
-def name(dest: str) -> str:
-    """A flag as it is typed on the command line."""
-    return f"--{dest.replace('_', '-')}" if dest != "local_rank" else "--local_rank"
-
-
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Accepts timm's flags that are not implemented here; those not given are absent from the parsed arguments."""
     for dest, flag in FOREIGN.items():
@@ -180,7 +174,7 @@ def table(parser: argparse.ArgumentParser) -> str:
     lines = [
         "# timm's training flags",
         "",
-        "`python -m pipelines.train` takes the flags of timm's train.py. `python -m pipelines.timm_flags` writes",
+        "`python -m pipelines.train` takes the flags of timm's train.py. `python -m pipelines.flags` writes",
         "this page, and a test compares it with timm's own parser, to notice the flags of a new release.",
         "",
         "## Supported",
@@ -229,9 +223,3 @@ def table(parser: argparse.ArgumentParser) -> str:
 
 def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else str(default)
-
-
-if __name__ == "__main__":
-    from .flags import build_parser
-
-    sys.stdout.write(table(build_parser()))

@@ -1078,7 +1078,7 @@ MUTANTS = [
     ),
     Mutant(
         "resumed at the start of the epoch",
-        "pipelines/with_accelerate.py",
+        "examples/with_accelerate.py",
         'loader.load_state_dict(state["loader"])',
         "pass",
         tests("frameworks", "one_process"),

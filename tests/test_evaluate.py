@@ -19,7 +19,7 @@ from sklearn.metrics import average_precision_score, jaccard_score
 from timm.data import ImageNetInfo
 
 from lumix_dali import create_loader
-from pipelines import evaluate, metrics, report, train
+from pipelines import evaluate, evaluation, metrics, protocols, report, train
 from pipelines.checkpoint import FORMAT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -326,8 +326,8 @@ def test_the_imagenet_a_classes_are_timms(benchmarks, checkpoint, tmp_path):
     for name in synsets:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").symlink_to(next((benchmarks / "set").glob("*/a.png")))
-    subject = evaluate.build_subject(evaluate.parse_args(argv("imagenet-a", tmp_path, checkpoint)))
-    samples, outputs = evaluate.subset(subject)
+    subject = evaluation.build_subject(evaluate.parse_args(argv("imagenet-a", tmp_path, checkpoint)))
+    samples, outputs = protocols.subset(subject)
     assert outputs == list(map(int, indices))
     assert list(samples.classes) == synsets and samples.labels.tolist() == list(range(200))
 
@@ -393,7 +393,7 @@ def test_wsas_at_512(voc, checkpoint):
     """The default: 512 x 512, 32 x 32 patches, whose position embedding is resampled without antialiasing."""
     command = argv("wsas", voc, checkpoint)
     place = command.index("--img-size")
-    subject = evaluate.build_subject(evaluate.parse_args(command[:place] + command[place + 2 :]))
+    subject = evaluation.build_subject(evaluate.parse_args(command[:place] + command[place + 2 :]))
     assert subject.size == (512, 512) and subject.model.patch_embed.grid_size == (32, 32)
     expected = resample(vit().pos_embed.data, 4, 32)
     assert torch.allclose(subject.model.pos_embed.data, expected, atol=1e-6)
@@ -535,7 +535,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_validated(run, tmp_path):
 def test_protocols_keep_their_own_input(run, protocol, size, crop_pct):
     """A run's checkpoint sets size, mean and std, but not the crop nor, for wsas, the size."""
     command = [protocol, "--data-dir", "x", "--checkpoint", str(run[0]), "--device", "cpu"]
-    data = evaluate.build_subject(evaluate.parse_args(command)).data
+    data = evaluation.build_subject(evaluate.parse_args(command)).data
     assert data["input_size"] == (3, size, size) and data["crop_pct"] == crop_pct and data["mean"] == (0.4, 0.5, 0.6)
     assert data["interpolation"] == "bilinear"
 
@@ -702,7 +702,7 @@ def test_occlusion_on_the_demos_checkpoint(silent_hub, tmp_path, more, message):
     """The error comes before anything is fetched and says what to pass instead."""
     (tmp_path / "data" / "0").mkdir(parents=True)
     model = timm.create_model("resnet10t", num_classes=1)
-    args = dict.fromkeys((*evaluate.FROM_THE_RUN, *evaluate.FROM_ITS_VALIDATION, "input_size"))
+    args = dict.fromkeys((*evaluation.FROM_THE_RUN, *evaluation.FROM_ITS_VALIDATION, "input_size"))
     args |= dict(model="resnet10t", img_size=32, model_kwargs={}, mean=[0.5] * 3, std=[0.5] * 3)
     content = dict(run_format=FORMAT, args=args, classes=["0"], state_dict=model.state_dict())
     torch.save(content, tmp_path / "last.pth.tar")

@@ -29,7 +29,7 @@ Path(os.environ["TOLD"], os.environ["RANK"] + ".json").write_text(json.dumps(fou
 
 def losses(name, flags):
     """The loss of each step that the example takes; without λ_r, whose generator Lightning does not save."""
-    example, seen = import_module(f"pipelines.with_{name}"), []
+    example, seen = import_module(f"examples.with_{name}"), []
 
     class Recorded(LUMixLoss):
         def __init__(self):

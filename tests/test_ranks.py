@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[1]
 RANK = """
 import hashlib, json, os, sys
 from pathlib import Path
-from pipelines import train
+from pipelines import train, training
 
-fit = train.fit
+fit = training.fit
 
 def fit_and_tell(run, criterion, args, stop, track):
     if os.environ.get("FAILS") == str(args.rank):
         def fails(*_):
             raise ZeroDivisionError("this rank fails")
-        train.check_target = fails
+        training.check_target = fails
     fit(run, criterion, args, stop, track)
     sha = {}
     for name, model in {"model": run.model, "evaluated": run.evaluated}.items():
@@ -38,7 +38,7 @@ def fit_and_tell(run, criterion, args, stop, track):
     found = {"sha": sha, "batches": len(run.train), "rows": run.rows}
     Path(os.environ["TOLD"], f"{args.rank}.json").write_text(json.dumps(found))
 
-train.fit = fit_and_tell
+training.fit = fit_and_tell
 train.main(sys.argv[1:])
 """
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from pipelines import train
+from pipelines import train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,7 +148,7 @@ def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
         "mine",
     ]
     before, args = vars(train.parse_args([*plain, "--smoke"])), train.parse_args([*plain, "--smoke"])
-    train.shrink(args)
+    training.shrink(args)
     short = {
         "data_dir",
         "val_split",
@@ -161,7 +161,7 @@ def test_smoke_of_any_command(ranks, tmp_path, monkeypatch):
         "overwrite",
     }
     assert {key for key, value in vars(args).items() if before[key] != value} == short
-    assert len(train.load_data(args)[0]) == 4 * ranks
+    assert len(training.load_data(args)[0]) == 4 * ranks
     if ranks == 1:
         train.main([*plain, "--smoke"])
         assert not (tmp_path / "mine").exists()  # a real run's folder stays untouched

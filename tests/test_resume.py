@@ -21,7 +21,7 @@ import pytest
 import torch
 from test_train import argv, write_folder
 
-from pipelines import checkpoint, ranks, train
+from pipelines import checkpoint, ranks, train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,7 +217,7 @@ def test_without_links_a_checkpoint_is_copied(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, monkeypatch, capsys):
-    step = train.train_step
+    step = training.train_step
 
     def signalled(run, *rest):
         if (run.epoch, run.step) == (1, 2):  # an update takes two batches: it is finished first
@@ -226,7 +226,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, 
                 os.kill(os.getpid(), number)
         return step(run, *rest)
 
-    monkeypatch.setattr(train, "train_step", signalled)
+    monkeypatch.setattr(training, "train_step", signalled)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     more = [*NOISY, "--checkpoint-interval", "0"]
     with pytest.raises(SystemExit) as ended:
@@ -271,7 +271,7 @@ def test_a_signal_outside_training_loses_nothing(moment, whole, data, tmp_path, 
 
         return signal_first
 
-    owner, name = {"validation": (train, "validate"), "saving": (torch, "save")}[moment]
+    owner, name = {"validation": (training, "validate"), "saving": (torch, "save")}[moment]
     original = getattr(owner, name)
     if moment == "saving":  # the epoch's second checkpoint, after its validation
         first, original_save = signalled(original), original
@@ -493,9 +493,9 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(damage, whole, data, tmp
 
 def test_a_nan_loss_does_not_reach_the_checkpoint(whole, data, tmp_path, monkeypatch):
     folder = folder_with(whole[1][1, 4], tmp_path)
-    monkeypatch.setattr(train, "lam_sums", lambda *_: torch.zeros(5))
-    forward = train.LUMixLoss.forward
-    monkeypatch.setattr(train.LUMixLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
+    monkeypatch.setattr(training, "lam_sums", lambda *_: torch.zeros(5))
+    forward = training.LUMixLoss.forward
+    monkeypatch.setattr(training.LUMixLoss, "forward", lambda *inputs: forward(*inputs) * torch.nan)
     with pytest.raises(FloatingPointError, match="epoch 1 is nan"):
         train.main(argv(data, tmp_path, *NOISY, "--resume"))
     assert digest(folder / "last.pth.tar") == digest(whole[1][1, 4])
@@ -507,14 +507,14 @@ def test_plateau_resumes(data, tmp_path, monkeypatch):
     more = ["--sched", "plateau", "--epochs", "14", "--decay-rate", ".5", "--lr", "1e-6", "-b", "32"]
     warnings.simplefilter("ignore", FutureWarning)  # timm's, of the schedule
     train.main(argv(data, tmp_path / "whole", *more))
-    save_epoch = train.save_epoch
+    save_epoch = training.save_epoch
 
     def stop(run, args):
         save_epoch(run, args)
         if run.epoch == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "save_epoch", stop)
+    monkeypatch.setattr(training, "save_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         train.main(argv(data, tmp_path, *more))
     monkeypatch.undo()

@@ -22,7 +22,8 @@ from sklearn.metrics import jaccard_score, recall_score
 from torch.nn import functional as F
 
 from pipelines import checkpoint as runs
-from pipelines.segmentation import cli, data, evaluation, model, training
+from pipelines import segment
+from pipelines.segmentation import cli, data, evaluation, flags, model, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +69,7 @@ def scene(rng, size):
             paint.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=3)
     mask = np.array(mask)
     photograph = np.array([GREY, RED, BLUE, YELLOW])[mask] + rng.normal(0, 18, (*size, 3))
-    mask[:3] = data.VOID
+    mask[:3] = flags.VOID
     return np.uint8(photograph.clip(0, 255)), mask
 
 
@@ -211,7 +212,7 @@ def test_inference_equals_the_official_one(official):
 
 
 def test_schedule_equals_the_official_one(official):
-    args = cli.parse_args(["train", "--data-dir", "x", "--iterations", "50"])
+    args = flags.parse_args(["train", "--data-dir", "x", "--iterations", "50"])
     run = training.build_run(args, torch.nn.Linear(2, 2), torch.device("cpu"), Path())
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=args.lr)
     theirs = official.scheduler.PolynomialLR(optimizer, 1, 0, 50, 0.9, 1e-5)
@@ -223,7 +224,7 @@ def test_schedule_equals_the_official_one(official):
 
 
 def test_schedule_is_polynomial():
-    args = cli.parse_args(["train", "--data-dir", "x", "--iterations", "50"])
+    args = flags.parse_args(["train", "--data-dir", "x", "--iterations", "50"])
     run = training.build_run(args, torch.nn.Linear(2, 2), torch.device("cpu"), Path())
     for update in range(50):
         run.scheduler.step_update(update)
@@ -241,7 +242,7 @@ def test_backbone_is_a_classifier_of_another_size(tmp_path):
     torch.save(
         {"run_format": runs.FORMAT, "args": args, "state_dict": classifier.state_dict()}, tmp_path / "last.pth.tar"
     )
-    given = cli.parse_args(["train", "--data-dir", "x", "--backbone", str(tmp_path / "last.pth.tar")])
+    given = flags.parse_args(["train", "--data-dir", "x", "--backbone", str(tmp_path / "last.pth.tar")])
     weights = cli.backbone(given)
     assert (given.model, given.mean, given.std) == ("test_vit", args["mean"], args["std"])
     encoder = model.build("test_vit", 4, 96, weights=weights).encoder
@@ -258,7 +259,7 @@ def test_backbone_is_a_classifier_of_another_size(tmp_path):
 def test_backbone_prefers_the_average_of_the_weights(tmp_path):
     raw, average = (timm.create_model("test_vit", num_classes=7).state_dict() for _ in range(2))
     torch.save({"state_dict": raw, "state_dict_ema": average}, tmp_path / "run.pth.tar")
-    given = cli.parse_args(
+    given = flags.parse_args(
         ["train", "--data-dir", "x", "--model", "test_vit", "--backbone", str(tmp_path / "run.pth.tar")]
     )
     assert torch.equal(cli.backbone(given)["norm.weight"], average["norm.weight"])
@@ -311,7 +312,7 @@ def ramps(tmp_path):
 def test_photograph_and_mask_stay_together(ramps, device):
     """At every visible pixel, on either backend."""
     split, pairs = ramps
-    transform = data.TrainTransform(40, 48, color_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
+    transform = data.Augmentation(40, 48, color_prob=0, mean=(0, 0, 0), std=(1, 1, 1))
     source = data.TrainSource(split, transform, 4, seed=1)
     batches = data.train_batches(source, torch.device("cuda:0" if device == "gpu" else "cpu"), 2)
     mirrored = padded = compared = 0
@@ -365,7 +366,7 @@ def test_pixels_stay_on_the_gpu(define, options, kinds):
 
 
 def test_the_run_is_a_function_of_its_seed(context):
-    split, transform = data.load(context, "train", 4), data.TrainTransform(64, 72)
+    split, transform = data.load(context, "train", 4), data.Augmentation(64, 72)
     source = data.TrainSource(split, transform, 7, seed=3)
     for epoch in range(2):
         numbers = range(24 * epoch, 24 * epoch + 24)
@@ -380,9 +381,9 @@ def test_the_run_is_a_function_of_its_seed(context):
 
 def test_distribution_of_the_draws():
     """MMSegmentation's: scale, crop and flip are uniform; each colour change applies half of the time."""
-    rng, transform = np.random.default_rng(0), data.TrainTransform(480, 520)
+    rng, transform = np.random.default_rng(0), data.Augmentation(480, 520)
     mask = np.uint8(np.random.default_rng(1).integers(0, 9, (375, 500)))  # no class dominates, so no crop is redrawn
-    drawn = [data.draw(rng, mask, transform) for _ in range(2000)]
+    drawn = [data.sample_crop(rng, mask, transform) for _ in range(2000)]
     extent = np.array([abs(d.window[1] - d.window[0]) for d in drawn])
     size = np.array([d.size for d in drawn])
     scale = (size / extent).mean(1) * 375 / 520
@@ -413,17 +414,17 @@ def test_distribution_of_the_draws():
 def test_crops_of_one_class_are_drawn_again():
     mask = np.zeros((100, 400), np.uint8)
     mask[:, 300:] = 1
-    mask[:20] = data.VOID
+    mask[:20] = flags.VOID
     for start, end in ((0, 90), (250, 340), (290, 380), (310, 400), (210, 330)):
         region = mask[5:95, start:end]
         _, counts = np.unique(region[region != 255], return_counts=True)
         expected = len(counts) < 2 or counts.max() / counts.sum() >= 0.75
         window = np.array([[5, start], [95, end]], float)
         assert data.dominated(mask, window, 0.75) == expected
-    transform = data.TrainTransform(100, 100, scale=(1, 1))
+    transform = data.Augmentation(100, 100, scale=(1, 1))
     shares = []
     for seed in range(200):
-        window = data.draw(np.random.default_rng(seed), mask, transform).window
+        window = data.sample_crop(np.random.default_rng(seed), mask, transform).window
         low, high = sorted(window[:, 1].astype(int))
         shares.append(mask[50, low:high].mean())
     # 50 of 301 positions are good: eleven draws all miss in 13 % of the cases, a single draw in 83 %.
@@ -517,7 +518,7 @@ def test_bad_data_are_named(tmp_path, what, message):
     damage(tmp_path, what)
 
     def first_batch():
-        source = data.TrainSource(data.load(tmp_path, "train", 4), data.TrainTransform(64, 72), 2, seed=0)
+        source = data.TrainSource(data.load(tmp_path, "train", 4), data.Augmentation(64, 72), 2, seed=0)
         return next(data.train_batches(source, torch.device("cpu"), 1))
 
     with pytest.raises(ValueError, match=message):
@@ -547,7 +548,7 @@ def test_a_palette_does_not_change_classes(tmp_path):
 )
 def test_transform_checks_itself(options, message):
     with pytest.raises(ValueError, match=message):
-        data.TrainTransform(**options)
+        data.Augmentation(**options)
 
 
 # --- windows and metrics
@@ -651,7 +652,7 @@ def test_evaluation_against_a_loop(context, multi_scale):
     assert [prediction.number for prediction in kept] == list(range(6))
     truth = np.concatenate([split.mask(k).ravel() for k in range(6)])
     found = np.concatenate([prediction.found.numpy().ravel() for prediction in kept])
-    counted = truth != data.VOID
+    counted = truth != flags.VOID
     assert result["mIoU"] == pytest.approx(100 * jaccard_score(truth[counted], found[counted], average="macro"))
     assert result["mIoU"] > 75  # noise and resampling keep most of each shape
 
@@ -660,7 +661,7 @@ def test_evaluation_against_a_loop(context, multi_scale):
 
 
 def train_small(context, tmp_path, *flags):
-    return cli.main(["train", "--data-dir", str(context), *SMALL, "--output", str(tmp_path), *flags])
+    return segment.main(["train", "--data-dir", str(context), *SMALL, "--output", str(tmp_path), *flags])
 
 
 def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
@@ -677,7 +678,7 @@ def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_small(context, tmp_path, *flags, "--experiment", "cut")
     monkeypatch.setattr(training, "step", step)
-    assert training.read_checkpoint(tmp_path / "cut/last.pth.tar")["update"] == 2
+    assert training.read_checkpoint(tmp_path / "cut/last.pth.tar").state["update"] == 2
     again = [*flags, "--experiment", "cut", "--resume"]
     with pytest.raises(ValueError, match=r"--seed was 42 and is 7\. Give the flags as they were"):
         train_small(context, tmp_path, *again, "--seed", "7")
@@ -691,7 +692,7 @@ def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
     values = [json.loads((tmp_path / name / "result.json").read_text())["values"] for name in ("whole", "cut")]
     assert values[0] == values[1]
     # The checkpoint has everything that evaluation needs.
-    result = cli.main(
+    result = segment.main(
         [
             "evaluate",
             "--data-dir",
@@ -709,16 +710,16 @@ def test_resume_is_bit_exact(context, tmp_path, monkeypatch):
 
 def test_loss_counts_labelled_pixels(tmp_path):
     """The mean over labelled pixels; a batch without any changes nothing."""
-    args = cli.parse_args(["train", "--data-dir", "x", *SMALL])
+    args = flags.parse_args(["train", "--data-dir", "x", *SMALL])
     logits = torch.randn(2, 4, 8, 8)
     masks = torch.randint(0, 4, (2, 8, 8))
-    masks[0, :4] = data.VOID
+    masks[0, :4] = flags.VOID
     network = torch.nn.Conv2d(4, 4, 1)
     expected = -network(logits).log_softmax(1).gather(1, masks.clamp(max=3)[:, None])[:, 0][masks != 255].mean()
     run = training.build_run(args, network, torch.device("cpu"), tmp_path)
     training.step(run, logits, masks)
     torch.testing.assert_close(run.loss, expected.detach())
-    training.step(run, logits, torch.full_like(masks, data.VOID))
+    training.step(run, logits, torch.full_like(masks, flags.VOID))
     torch.testing.assert_close(run.loss, expected.detach())
     run.loss.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="lower --lr"):
@@ -730,12 +731,12 @@ def test_checkpoint_of_another_program(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         training.read_checkpoint(path)
     torch.save({"run_format": runs.FORMAT}, path)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of pipelines\.segment"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this program"):
         training.read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("given", "message"),
     [
         ([], "--data-dir is required"),
         (["--data-dir", "x", "--num-classes", "256"], "masks have 8 bits"),
@@ -744,14 +745,14 @@ def test_checkpoint_of_another_program(tmp_path):
         (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
     ],
 )
-def test_invalid_flags(flags, message, capsys):
+def test_invalid_flags(given, message, capsys):
     with pytest.raises(SystemExit):
-        cli.parse_args(["train", *flags])
+        flags.parse_args(["train", *given])
     assert message in capsys.readouterr().err
 
 
 def test_recipe_is_the_official_one(capsys):
-    args = cli.parse_args(["train", "--config", str(RECIPE), "--data-dir", "x"])
+    args = flags.parse_args(["train", "--config", str(RECIPE), "--data-dir", "x"])
     assert capsys.readouterr().err == ""  # every key is a flag
     assert (args.model, args.num_classes, args.decoder_depth) == ("deit_small_patch16_224", 60, 2)
     assert (args.img_size, args.short_side, args.stride, args.batch_size) == (480, 520, 320, 16)
@@ -766,7 +767,7 @@ def test_recipe_is_the_official_one(capsys):
 
 
 def test_names_are_pascal_contexts():
-    assert len(data.PASCAL_CONTEXT) == len(set(data.PASCAL_CONTEXT)) == 60
+    assert len(flags.PASCAL_CONTEXT) == len(set(flags.PASCAL_CONTEXT)) == 60
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from pipelines import timm_flags
+from pipelines import command, timm_flags
 from pipelines.flags import ALIASES, build_parser, parse_args
 
 PAGE = Path(__file__).parents[1] / "docs" / "timm_flags.md"
@@ -50,7 +50,7 @@ def value_of(node):
 
 
 def test_the_page_is_made_from_the_tables():
-    how = "python -m pipelines.timm_flags > docs/timm_flags.md"
+    how = "python -m pipelines.flags > docs/timm_flags.md"
     assert PAGE.read_text() == timm_flags.table(build_parser()), how
 
 
@@ -87,15 +87,15 @@ def test_flags_are_read_from_a_source():
 def test_without_effect(dest, capsys):
     """Each is reported once, and left out of the parsed arguments."""
     flag = timm_flags.WITHOUT_EFFECT[dest]
-    given = [timm_flags.name(dest), *([] if flag.default is False else ["7"])]
+    given = [command.name(dest), *([] if flag.default is False else ["7"])]
     assert vars(parse_args(["x", *given])) == vars(parse_args(["x"]))
-    assert f"{timm_flags.name(dest)} has no effect here: {flag.why}\n" == capsys.readouterr().err
+    assert f"{command.name(dest)} has no effect here: {flag.why}\n" == capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dest", timm_flags.REFUSED)
 def test_refused(dest, capsys):
     """Unless it has timm's default, as in a timm config."""
-    flag, name = timm_flags.REFUSED[dest], timm_flags.name(dest)
+    flag, name = timm_flags.REFUSED[dest], command.name(dest)
     if flag.default not in (False, None, ""):
         default = flag.default if isinstance(flag.default, list) else [flag.default]
         assert vars(parse_args(["x", name, *map(str, default)])) == vars(parse_args(["x"]))

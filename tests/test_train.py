@@ -19,7 +19,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 
 from lumix_dali import LUMixLoss, MixTarget
-from pipelines import train
+from pipelines import train, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # No mixing, and crops that are whole images.
@@ -175,7 +175,7 @@ def test_lam_sums(apply_to):
         torch.zeros(5, dtype=torch.int64),
     )
     logits = torch.tensor([[0.0, np.log(3.0), 0.0]]).repeat(5, 1)  # λ_s = 3/4
-    sums = train.lam_sums(criterion, logits, target, torch.tensor([0.5, 20.0, 0.5, 0.5, 0.5]))
+    sums = training.lam_sums(criterion, logits, target, torch.tensor([0.5, 20.0, 0.5, 0.5, 0.5]))
     expected = [2.0, 0.9, 1.5, 0.5 * 0.3 + 0.4 * 0.5 + 0.1 * 0.75 + 1, 1.0]
     if apply_to == "all":
         expected = [
@@ -186,16 +186,16 @@ def test_lam_sums(apply_to):
 
 def test_the_log_shows_the_lam_of_the_loss(data, tmp_path, monkeypatch):
     """Every step is logged; the λ captured in the loss have the logged mean."""
-    seen, mix, lam_of = [], LUMixLoss._lam, LUMixLoss.lam
+    seen, weigh, lam_of = [], LUMixLoss._lam, LUMixLoss.lam
 
     def spy(self, *inputs):
-        lam, active = mix(self, *inputs)
+        lam, active = weigh(self, *inputs)
         seen.append(lam[active])
         return lam, active
 
     def unseen(self, *inputs):  # calls for the log are not the loss's own
         with monkeypatch.context() as patch:
-            patch.setattr(LUMixLoss, "_lam", mix)
+            patch.setattr(LUMixLoss, "_lam", weigh)
             return lam_of(self, *inputs)
 
     monkeypatch.setattr(LUMixLoss, "_lam", spy)
@@ -321,7 +321,7 @@ def test_amp_and_compile(data, tmp_path):
 
 def test_no_lumix_equals_timms_soft_cross_entropy():
     args = train.parse_args(["--data-dir", ".", "--no-lumix", "--smoothing", ".2"])
-    criterion = train.build_criterion(args)
+    criterion = training.build_criterion(args)
     torch.manual_seed(0)
     logits, labels, partner = torch.randn(16, 7), torch.randint(7, (16,)), torch.randint(7, (16,))
     target = MixTarget(
@@ -356,7 +356,7 @@ def test_timms_own_bce(flags, by_hand):
         torch.full((16,), 2, dtype=torch.int32),
         torch.zeros(16, dtype=torch.int64),
     )
-    loss = train.build_criterion(args)(logits, target)
+    loss = training.build_criterion(args)(logits, target)
     torch.testing.assert_close(loss, by_hand(logits, target.dense(7, 0.1)).mean())
 
 
@@ -369,8 +369,8 @@ def test_flags_reach_the_run(data, tmp_path, monkeypatch):
         update(self, model, step)
 
     monkeypatch.setattr(ModelEmaV3, "update", spy)
-    fit = train.fit
-    monkeypatch.setattr(train, "fit", lambda run, *rest: (pieces.append(run), fit(run, *rest)))
+    fit = training.fit
+    monkeypatch.setattr(training, "fit", lambda run, *rest: (pieces.append(run), fit(run, *rest)))
     summary = train.main(
         argv(
             data,
@@ -435,7 +435,7 @@ def test_no_aug_matches_timms(tmp_path):
         ]
     )
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
-    loader, _ = train.build_loaders(args, *train.load_data(args), plain | {"input_size": (3, 32, 32)})
+    loader, _ = training.build_loaders(args, *training.load_data(args), plain | {"input_size": (3, 32, 32)})
     transform = create_transform(32, is_training=True, no_aug=True, **plain)
     files = sorted((data / "train").glob("*/*.png"))
     expected = torch.stack([transform(Image.open(file)) for file in files])
@@ -449,13 +449,13 @@ def test_each_epoch_has_its_image_size(data, tmp_path, monkeypatch):
     """timm's progressive schedule at its endpoints; a run resumed between epochs has the same rows."""
     sizes, flags = [], ["--train-img-sizes", "16", "32", "--train-size-schedule", "progressive"]
     flags += ["--train-size-schedule-spread", "0", "--train-size-random-mix", "0"]
-    step = train.train_step
+    step = training.train_step
 
     def recorded(run, images, *more):
         sizes.append(tuple(images.shape[2:]))
         return step(run, images, *more)
 
-    monkeypatch.setattr(train, "train_step", recorded)
+    monkeypatch.setattr(training, "train_step", recorded)
     train.main(argv(data, tmp_path / "whole", *flags))
     assert sizes == [(16, 16)] * 12 + [(32, 32)] * 12
     train.main(argv(data, tmp_path / "parts", *flags, "--stop-epoch", "1"))
@@ -512,7 +512,7 @@ def test_an_error_is_one_line(data, tmp_path):
 
 
 def test_flags_reach_the_loss():
-    criterion = train.build_criterion(
+    criterion = training.build_criterion(
         train.parse_args(
             [
                 "--data-dir",
@@ -567,7 +567,7 @@ def test_augmentation_flags_reach_the_training_loader(data, tmp_path):
     loaders = []
     for given in (flags, [], ["--color-jitter", ".1", ".2", ".3", ".05"], ["-c", str(tmp_path / "config.yaml")]):
         args = train.parse_args(["--data-dir", str(data), "-b", "4", *given])
-        loaders.append(train.build_loaders(args, *train.load_data(args), config))
+        loaders.append(training.build_loaders(args, *training.load_data(args), config))
     (ours, validation), (plain, _), (jittered, _), (configured, _) = loaders
     wanted = {
         "auto_augment": flags[1],
@@ -612,10 +612,10 @@ def test_checkpoint_history(tmp_path, monkeypatch):
         for name in (*names, "last"):
             (tmp_path / f"{name}.pth.tar").write_text(str(run.rows[-1]["epoch"]))
 
-    monkeypatch.setattr(train, "save", save)
+    monkeypatch.setattr(training, "save", save)
     for epoch, loss in enumerate([3.0, 1.0, 2.0, 1.0]):
         run.rows.append({"epoch": epoch, "val_loss": loss})
-        train.save_epoch(run, args)
+        training.save_epoch(run, args)
     found = {file.name.removesuffix(".pth.tar"): file.read_text() for file in tmp_path.glob("*.pth.tar")}
     assert found == {
         "checkpoint-1": "1",
@@ -636,7 +636,7 @@ def test_config_gives_defaults(tmp_path, capsys):
     assert (args.data_dir, args.lr, args.scale, args.r_r) == ("there", 0.001, [0.5, 1.0], 0.2)
     assert (args.noise, args.model_ema) == (("normal", 0.0, 2.0), True)
     assert args.output == "runs"  # timm's "" is its default
-    assert (args.color_jitter, args.reprob) == (0.4, 0.25)
+    assert (args.color_jitter, args.reprob) == ([0.4], 0.25)
     assert args.checkpoint_interval == 7
     err = capsys.readouterr().err
     assert "ignored unknown flags: new_flag=0.25\n" in err
@@ -660,6 +660,29 @@ def test_args_of_a_run_are_a_config(run):
     }
     expected = json.loads(json.dumps(yaml.safe_load(config.read_text()) | once))
     assert json.loads(json.dumps(args)) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no_lumix: 'false'",
+        "amp: 1",
+        "eval_metric: foo",
+        "epochs: 1.5",
+        "epochs: true",
+        "lr: fast",
+        "save_epochs: 1",
+        "scale: [.5]",
+        "opt: [sgd]",
+        "model_kwargs: width",
+    ],
+)
+def test_a_config_value_that_its_flag_would_refuse(line, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(line + "\n")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--data-dir", ".", "--config", str(config)])
+    assert f"--config {config}: {line.partition(':')[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -738,11 +761,20 @@ def test_bad_value(flags, message, data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_with_different_classes(tmp_path):
+def test_validation_labels_are_those_of_the_training_classes(tmp_path):
+    """A class that validation lacks shifts no label; one that training lacks is named."""
     data = write_folder(tmp_path / "data", {"train": 8})
-    write_folder(data, {"val": 2}, classes=["blue", "red"])
-    with pytest.raises(ValueError, match=r"differ in the classes .*green"):
-        train.main(argv(data, tmp_path))
+    write_folder(data, {"val": 2}, classes=["green", "red"])
+    train_data, val_data = training.load_data(training_args(data))
+    assert list(val_data.classes) == list(train_data.classes) == ["blue", "green", "red"]
+    assert sorted(set(val_data.labels.tolist())) == [1, 2]
+    write_folder(data, {"val": 2}, classes=["grey"])
+    with pytest.raises(ValueError, match="grey"):
+        training.load_data(training_args(data))
+
+
+def training_args(data):
+    return train.parse_args(["--data-dir", str(data)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

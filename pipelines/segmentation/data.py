@@ -24,69 +24,8 @@ from lumix_dali.data import formats
 from lumix_dali.decoding import decode, refused
 from lumix_dali.loading.pipelines import IMAGENET_MEAN, IMAGENET_STD
 
-VOID = 255  # pixels without a class
-PASCAL_CONTEXT = (
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "table",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-    "bag",
-    "bed",
-    "bench",
-    "book",
-    "building",
-    "cabinet",
-    "ceiling",
-    "cloth",
-    "computer",
-    "cup",
-    "door",
-    "fence",
-    "floor",
-    "flower",
-    "food",
-    "grass",
-    "ground",
-    "keyboard",
-    "light",
-    "mountain",
-    "mouse",
-    "curtain",
-    "platform",
-    "sign",
-    "plate",
-    "road",
-    "rock",
-    "shelves",
-    "sidewalk",
-    "sky",
-    "snow",
-    "bedclothes",
-    "track",
-    "tree",
-    "truck",
-    "wall",
-    "water",
-    "window",
-    "wood",
-)
+from .flags import PASCAL_CONTEXT, VOID
+
 LAYOUT = (
     "it needs JPEGImages/NAME.jpg, SegmentationClassContext/NAME.png and "
     "ImageSets/SegmentationContext/{train,val}.txt, as MMSegmentation's converter of Pascal Context writes them"
@@ -172,7 +111,7 @@ def load(root: str | Path, split: str, num_classes: int = len(PASCAL_CONTEXT)) -
 
 
 @dataclass(frozen=True)
-class TrainTransform:
+class Augmentation:
     """The official training transform: random scale, crop, flip and colours (MMSegmentation's, section 4.1).
 
     Args:
@@ -217,7 +156,7 @@ class TrainTransform:
                 raise ValueError(f"{name}={getattr(self, name)}: give a number in [0, 1]")
 
 
-class Draw(NamedTuple):
+class Crop(NamedTuple):
     """The random transform of a photograph and its mask.
 
     Attributes:
@@ -239,7 +178,7 @@ def resized(size: Sequence[int], short_side: float) -> np.ndarray:
     return np.array([floor(height * factor + 0.5), floor(width * factor + 0.5)])
 
 
-def draw(rng: np.random.Generator, mask: np.ndarray, transform: TrainTransform) -> Draw:
+def sample_crop(rng: np.random.Generator, mask: np.ndarray, transform: Augmentation) -> Crop:
     """Draws scale, crop, flip and colours of one sample from MMSegmentation's distributions.
 
     Args:
@@ -257,7 +196,7 @@ def draw(rng: np.random.Generator, mask: np.ndarray, transform: TrainTransform) 
             break
     if rng.random() < transform.hflip:
         window[:, 1] = window[::-1, 1].copy()
-    return Draw(window.astype(np.float32), size.astype(np.float32), _colors(rng, transform))
+    return Crop(window.astype(np.float32), size.astype(np.float32), _colors(rng, transform))
 
 
 def dominated(mask: np.ndarray, window: np.ndarray, max_share: float) -> bool:
@@ -268,7 +207,7 @@ def dominated(mask: np.ndarray, window: np.ndarray, max_share: float) -> bool:
     return bool((counts > 0).sum() < 2 or counts.max() >= max_share * counts.sum())
 
 
-def _colors(rng: np.random.Generator, transform: TrainTransform) -> np.ndarray:
+def _colors(rng: np.random.Generator, transform: Augmentation) -> np.ndarray:
     shift = rng.uniform(-transform.brightness, transform.brightness) / 255
     contrast, saturation = rng.uniform(*transform.contrast), rng.uniform(*transform.saturation)
     hue = rng.uniform(-transform.hue, transform.hue)
@@ -290,7 +229,7 @@ class TrainSource:
     """
 
     def __init__(
-        self, split: Split, transform: TrainTransform, batch_size: int, seed: int, first: int = 0, threads: int = 2
+        self, split: Split, transform: Augmentation, batch_size: int, seed: int, first: int = 0, threads: int = 2
     ):
         self.split, self.transform, self.seed = split, transform, seed
         self.batch_size, self.first = batch_size, first
@@ -301,10 +240,10 @@ class TrainSource:
         return self.batch(self.first + info.iteration)
 
     def batch(self, number: int) -> tuple[list[np.ndarray], ...]:
-        """Lists of encoded photographs, of masks [H, W, 1], and of the three fields of `Draw`."""
+        """Lists of encoded photographs, of masks [H, W, 1], and of the three fields of `Crop`."""
         samples = self._pool.map(self.sample, range(number * self.batch_size, (number + 1) * self.batch_size))
-        encoded, masks, *drawn = zip(*samples, strict=True)
-        return list(encoded), list(masks), *map(list, drawn)
+        encoded, masks, *crops = zip(*samples, strict=True)
+        return list(encoded), list(masks), *map(list, crops)
 
     def sample(self, number: int) -> tuple[np.ndarray, ...]:
         """The sample with this number in the run.
@@ -319,13 +258,13 @@ class TrainSource:
                 f"{self.split.masks[index]}: its size is {mask.shape}, that of "
                 f"{self.split.photographs[index].name} {size} (height, width)"
             )
-        drawn = draw(np.random.default_rng([self.seed, 1, number]), mask, self.transform)
-        return encoded, mask[..., None], *drawn
+        crop = sample_crop(np.random.default_rng([self.seed, 1, number]), mask, self.transform)
+        return encoded, mask[..., None], *crop
 
     def index(self, number: int) -> int:
         """The index in the split of the sample with this number in the run."""
-        epoch, place = divmod(number, len(self.split))
-        return int(self._order(epoch)[place])
+        epoch, position = divmod(number, len(self.split))
+        return int(self._order(epoch)[position])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.split))

@@ -1,7 +1,6 @@
 """Sliding-window and multi-scale inference of Segmenter, mIoU and mAcc, and a figure of predicted masks."""
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.utils import draw_segmentation_masks
-from tqdm import tqdm
 
-from .data import PASCAL_CONTEXT, VOID, Split, eval_images
+from ..progress import progress
+from .data import Split, eval_images
+from .flags import PASCAL_CONTEXT, VOID
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale evaluation, each with its mirror image
 TABLE_4 = {"mAcc": (60.4, 60.9), "mIoU": (49.7, 50.3), "mIoU (MS)": (50.5, 50.7)}  # DeiT-S, LUMix-DeiT-S
@@ -158,19 +158,7 @@ def evaluate(
     confusion = MulticlassConfusionMatrix(split.num_classes, ignore_index=VOID, validate_args=False).to(device)
     wanted = set(np.linspace(0, len(split) - 1, min(keep, len(split)), dtype=int).tolist()) if keep else set()
     kept = []
-    interval = 0.1 if sys.stderr.isatty() else 60
-    with (
-        autocast,
-        tqdm(
-            total=len(split),
-            desc="multi-scale" if multi_scale else "evaluation",
-            unit="img",
-            leave=False,
-            dynamic_ncols=True,
-            mininterval=interval,
-            delay=interval,
-        ) as bar,
-    ):
+    with autocast, progress(len(split), "multi-scale" if multi_scale else "evaluation") as bar:
         for prediction in predictions(model, split, protocol, multi_scale, device, threads):
             confusion.update(prediction.found[None], prediction.truth[None].long())
             if prediction.number in wanted:

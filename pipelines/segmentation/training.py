@@ -1,11 +1,6 @@
 """Iteration-based training of Segmenter: a run's state, its checkpoint, and how it is resumed."""
 
 import argparse
-import json
-import math
-import os
-import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,15 +14,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..folder import write_text
+from .. import checkpoint
+from ..checkpoint import Found
+from ..folder import write_log
+from ..progress import progress
 from ..ranks import Stop
-from .data import VOID, Split, TrainSource, TrainTransform, train_batches
+from .data import VOID, Augmentation, Split, TrainSource, train_batches
 
 FORMAT = "pipelines.segment/1"
 # Flags that may differ between a run and its continuation, because they do not affect what is computed.
 FREE = {
     "config",
     "resume",
+    "overwrite",
     "data_dir",
     "workers",
     "device",
@@ -73,57 +72,38 @@ def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program; no code in it is executed.
+def read_checkpoint(path: Path) -> Found:
+    """A checkpoint of this program.
 
     Raises:
         ValueError: the file is missing, damaged, or from another program.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read ({reason}); give the path of a whole checkpoint") from error
-    if not isinstance(state, dict) or state.get("run_format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of pipelines.segment ({FORMAT}); a classifier's weights "
-            "are given by --backbone"
-        )
-    return state
+    return checkpoint.read(path, FORMAT, "", "a classifier's weights are given by --backbone")
 
 
-def resume(run: Run, args: argparse.Namespace, path: Path) -> None:
+def resume(run: Run, args: argparse.Namespace, found: Found) -> None:
     """Restores the state saved in the checkpoint.
 
     Raises:
-        ValueError: it cannot be read, or a flag that matters differs.
+        ValueError: a flag that matters differs.
     """
-    state = read_checkpoint(path)
-    then, now = (json.loads(json.dumps(flags)) for flags in (state["args"], vars(args)))  # tuples become lists
-    changed = [
-        f"--{key.replace('_', '-')} was {then[key]} and is {now[key]}"
-        for key in now
-        if key in then and key not in FREE and then[key] != now[key]
-    ]
-    if changed:
+    state = found.state
+    if changed := checkpoint.changed_flags(state["args"], args, FREE):
         raise ValueError(
-            f"--resume: {path}: {'; '.join(changed)}. Give the flags as they were, or another "
-            "--experiment to start a fresh run"
+            f"--resume: {found.path}: {changed}. Give the flags as they were, or another --experiment to start a "
+            "fresh run"
         )
     run.model.load_state_dict(state["state_dict"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.update, run.rows = state["update"], state["rows"]
     run.loss.fill_(state["loss"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and run.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"], run.device)
+    checkpoint.set_generators(state, run.device)
 
 
 def save(run: Run, args: argparse.Namespace) -> None:
     """Writes the log and, atomically, FOLDER/last.pth.tar, so that a killed run leaves it intact."""
     check_finite(run)
-    cuda = torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None
     state = {
         "run_format": FORMAT,
         "args": vars(args),
@@ -133,17 +113,10 @@ def save(run: Run, args: argparse.Namespace) -> None:
         "state_dict": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": cuda,
+        **checkpoint.generators(run.device),
     }
-    run.folder.mkdir(parents=True, exist_ok=True)
-    scratch = run.folder / "tmp.pth.tar"
-    with open(scratch, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, run.folder / "last.pth.tar")
-    write_text(run.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
+    checkpoint.write(run.folder, state)
+    write_log(run.folder, run.rows)
 
 
 def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[], dict[str, float]], stop: Stop) -> None:
@@ -153,21 +126,12 @@ def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[],
         FloatingPointError: the loss is no longer finite.
         SystemExit: a signal arrived; the checkpoint has been written.
     """
-    transform = TrainTransform(args.img_size, args.short_side, mean=tuple(args.mean), std=tuple(args.std))
+    transform = Augmentation(args.img_size, args.short_side, mean=tuple(args.mean), std=tuple(args.std))
     source = TrainSource(split, transform, args.batch_size, args.seed, run.update, args.workers)
     batches = train_batches(source, run.device, args.workers)
-    interval, since = (0.1 if sys.stderr.isatty() else 60), (time.perf_counter(), run.update)
+    since = time.perf_counter(), run.update
     run.model.train()
-    with tqdm(
-        total=args.iterations,
-        initial=run.update,
-        desc="training",
-        unit="it",
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=interval,
-        delay=interval,
-    ) as bar:
+    with progress(args.iterations, "training", run.update, unit="it") as bar:
         while run.update < args.iterations:
             step(run, *next(batches))
             bar.update()
@@ -183,23 +147,13 @@ def fit(run: Run, args: argparse.Namespace, split: Split, validate: Callable[[],
             if stop.signal or last or every(args.checkpoint_interval, run):
                 save(run, args)
             if stop.signal:
-                leave(run, stop.signal)
+                how = f"the same flags and --resume --output {run.folder.parent} --experiment {run.folder.name}"
+                checkpoint.leave(stop.signal, f"after update {run.update}", how)
 
 
 def every(interval: int, run: Run) -> bool:
     """Whether the run is at a multiple of the interval; never for 0."""
     return bool(interval) and run.update % interval == 0
-
-
-def leave(run: Run, number: int) -> None:
-    """Ends the program after a signal and prints how to resume."""
-    print(
-        f"stopped by {signal.Signals(number).name} after update {run.update}: resume with the same flags and "
-        f"--resume --output {run.folder.parent} --experiment {run.folder.name}",
-        file=sys.stderr,
-        flush=True,
-    )
-    raise SystemExit(128 + number)
 
 
 def step(run: Run, images: torch.Tensor, masks: torch.Tensor) -> None:
@@ -237,8 +191,4 @@ def log(run: Run, args: argparse.Namespace, start: float, first: int) -> None:
 
 def check_finite(run: Run) -> None:
     """Stops a run that has diverged before its weights replace good ones."""
-    if not math.isfinite(run.loss.item()):
-        raise FloatingPointError(
-            f"the training loss before update {run.update} is {run.loss.item()}: lower --lr, "
-            "or with --amp try --amp-dtype bfloat16"
-        )
+    checkpoint.check_finite(run.loss.item(), f"before update {run.update}")

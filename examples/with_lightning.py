@@ -1,7 +1,7 @@
 """The loader and the loss in Lightning, with validation after every epoch and resuming within an epoch.
 
-python -m pipelines.with_lightning data/digits
-python -m pipelines.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
+python -m examples.with_lightning data/digits
+python -m examples.with_lightning data/digits --devices 8 --resume runs/lightning/last.ckpt
 """
 
 import argparse
@@ -11,13 +11,12 @@ from typing import Any
 import lightning
 import timm
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchmetrics.classification import MulticlassAccuracy
 
 from lumix_dali import LUMixLoss, MixTarget, create_loader
 from lumix_dali.data.sources import load_files
-
-from .ranks import gathered
 
 
 class Classifier(lightning.LightningModule):
@@ -26,7 +25,8 @@ class Classifier(lightning.LightningModule):
     def __init__(self, root: str, model: str = "resnet10t", size: int = 32, batch_size: int = 64):
         super().__init__()
         self.save_hyperparameters()
-        self.train_data, self.val_data = load_files(f"{root}/train"), load_files(f"{root}/val")
+        self.train_data = load_files(f"{root}/train")
+        self.val_data = load_files(f"{root}/val", classes=self.train_data.classes)
         self.model = timm.create_model(model, num_classes=len(self.train_data.classes))
         self.criterion = LUMixLoss()
         self.top1 = MulticlassAccuracy(len(self.train_data.classes), average="micro")
@@ -49,6 +49,9 @@ class Classifier(lightning.LightningModule):
     def val_dataloader(self) -> Any:
         return self.loader(self.val_data, is_training=False)
 
+    def on_fit_start(self) -> None:
+        torch.manual_seed(self.global_rank)  # else all ranks draw the same λ_r
+
     def training_step(self, batch: tuple[torch.Tensor, MixTarget], index: int) -> torch.Tensor:
         images, target = batch
         return self.criterion(self.model(images), target)
@@ -64,17 +67,20 @@ class Classifier(lightning.LightningModule):
     # Lightning saves the loader's position only for rank 0; the other ranks are at different images.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         loader: Any = self.trainer.train_dataloader
-        checkpoint["places"] = gathered(loader.state_dict())
+        positions = [loader.state_dict()] * self.trainer.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(positions, loader.state_dict())
+        checkpoint["loaders"] = positions
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        place = checkpoint["places"][self.global_rank]
-        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [place]
+        position = checkpoint["loaders"][self.global_rank]
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [position]
 
 
 def main(argv: Sequence[str] | None = None) -> lightning.Trainer:
     """Trains and returns the trainer."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.with_lightning",
+        prog="python -m examples.with_lightning",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
