@@ -118,7 +118,7 @@ def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         BadImage: Pillow cannot decode it, or it has more pixels than the limit.
     """
-    return _without_limits(lambda: _pixels(file, max_pixels))
+    return _without_limits(lambda: _pixels(file, max_pixels), max_pixels)
 
 
 def _opened(file: BinaryIO) -> Image.Image:
@@ -151,16 +151,23 @@ def _pixels(file: BinaryIO, max_pixels: int) -> Image.Image:
             raise BadImage(_words(error)) from error
 
 
-def _without_limits(work: Callable[[], Image.Image]) -> Image.Image:
-    """What `work` returns, whatever Pillow's own pixel limit and the user's warning filters are.
+def _without_limits(work: Callable[[], Image.Image], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """What `work` returns, with our pixel limit instead of Pillow's and without the user's warning filters.
 
     Neither may decide which images exist. Both are global: they are touched only where they would matter.
+
+    Raises:
+        BadImage: an image has more pixels than the limit, perhaps one within another, as in an ICO.
     """
-    if all(action != "error" for action, *_ in warnings.filters):
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and limit <= MAX_PIXELS and all(action != "error" for action, *_ in warnings.filters):
         with suppress(Image.DecompressionBombError):
             return work()
-    with _limits_lifted():
-        return work()
+    with _limits_replaced(max_pixels):
+        try:
+            return work()
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"more than {max_pixels} pixels") from error
 
 
 def bitmap(image: Image.Image) -> bytes:
@@ -191,12 +198,13 @@ _lifted_lock = Lock()
 
 
 @contextmanager
-def _limits_lifted() -> Iterator[None]:
+def _limits_replaced(max_pixels: int) -> Iterator[None]:
     """For all threads, while any thread is in here; ``warnings.catch_warnings`` would put back a whole list."""
     with _lifted_lock:
         if not _lifted:
             warnings.filterwarnings("ignore", module=r"(PIL|lumix_dali)\.")
-            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            # Pillow raises an error above twice its limit, and only warns below.
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2)
             _lifted.append((warnings.filters[0], before))
         else:
             _lifted.append(_lifted[0])
