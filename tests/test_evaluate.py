@@ -557,7 +557,7 @@ def test_folders_are_identified_by_name(run, tmp_path):
 def test_figure_and_table(protocol, imagenet, benchmarks, checkpoint, tmp_path, capsys):
     data = {"shuffle": imagenet, "imagenet-a": benchmarks / "set"}[protocol]
     evaluate.main(argv(protocol, data, checkpoint, "--figure", tmp_path / "figure.png"))
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("images of 64x64 pixels, bilinear, crop_pct 0.875")
     assert ("shuffled 1 differs from top1 where that has another crop" in lines[1]) == (protocol == "shuffle")
     row = {"shuffle": "shuffled 8 ", "imagenet-a": "AURRA"}[protocol]
@@ -685,7 +685,7 @@ def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
         directory.mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     save_file(weights, snapshot / "model.safetensors")
-    model = evaluate.build("test_vit.r160_in1k", None, "--checkpoint")
+    model = evaluation.build_model("test_vit.r160_in1k", None, "--checkpoint")
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert silent_hub.asked == 1
 

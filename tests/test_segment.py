@@ -349,9 +349,9 @@ def test_photograph_and_mask_stay_together(ramps, device):
         (
             data.train_pipeline,
             {"size": 64},
-            ["ImageSlice", "Resize", "Resize", "BrightnessContrast", "Hsv", "CropMirrorNormalize", "Crop"],
+            ["Image", "Slice", "Resize", "Resize", "BrightnessContrast", "Hsv", "CropMirrorNormalize", "Crop"],
         ),
-        (data.eval_pipeline, {"scales": 2}, ["ImageSlice", *["Resize", "CropMirrorNormalize"] * 2]),
+        (data.eval_pipeline, {"scales": 2}, ["Image", "Slice", *["Resize", "CropMirrorNormalize"] * 2]),
     ],
     ids=["train", "eval"],
 )
