@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +162,14 @@ def fill(
         if row.max_seeds is None or number < row.max_seeds
     ]
     left = [task for task in tasks if task[2] not in [run["seed"] for run in entries[task[1].name]["runs"]]]
-    say = partial(print, file=sys.stderr, flush=True)
-    say(f"{len(left)} of {len(tasks)} models to train, {result['epochs']} epochs each, {args.jobs} at a time")
+    harness.say(f"{len(left)} of {len(tasks)} models to train, {result['epochs']} epochs each, {args.jobs} at a time")
     start = time.perf_counter()
     for number, (name, run) in enumerate(workers.unordered(left), 1):
         entry = entries[name]
         entry["runs"] = sorted([*entry["runs"], run], key=lambda run: run["seed"])
         write(args.out, result)
         hours = (time.perf_counter() - start) / number * (len(left) - number) / 3600
-        say(
+        harness.say(
             f"{len(tasks) - len(left) + number}/{len(tasks)} {name}, seed {run['seed']}: {run['top1'][-1]:.2f} %, "
             f"{run['cpu_seconds']:.0f} CPU s; about {hours:.1f} h left"
         )

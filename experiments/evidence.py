@@ -15,17 +15,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks import harness, paired
+import numpy as np
+
+from benchmarks import accuracy, harness, paired
 
 from . import ablations
 from .tables import CUTMIX
 
-RESULTS, FIGURES = (harness.ROOT / "benchmarks" / name for name in ("results", "figures"))
-PAGE, FOREST = harness.ROOT / "docs/experiments.md", FIGURES / "evidence-forest.svg"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS, PAGE = harness.ROOT / "benchmarks/results", harness.ROOT / "docs/experiments.md"
 LUMIX, NONE = "LUMix", "no mixing"
-METRICS = {"top1": ("top-1, %", 2), "nll": ("NLL, nats", 3), "ece": ("ECE, %", 2)}
 COMMON = (
     "--table components --images-per-class 100 --img-size 32 --scale .8 1 --hflip .5 --first-seed 100 --lam --no-speed "
     "--device cpu"
@@ -58,7 +61,7 @@ def compare(result: dict[str, Any]) -> list[Comparison]:
 
     parts = [name for name in runs if name.startswith(f"{LUMIX} without")]
     secondary = [one("secondary", LUMIX, CUTMIX, metric) for metric in ("nll", "ece")]
-    secondary += [one("secondary", part, LUMIX, metric) for part in parts for metric in METRICS]
+    secondary += [one("secondary", part, LUMIX, metric) for part in parts for metric in accuracy.METRICS]
     corrected = paired.holm([found.p for found in secondary])
     return [
         one("primary", LUMIX, CUTMIX, "top1"),
@@ -69,27 +72,29 @@ def compare(result: dict[str, Any]) -> list[Comparison]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: each row's values, then each comparison of the plan."""
-    lines = ["| row | n | " + " | ".join(title for title, _ in METRICS.values()) + " | CPU s per model |"]
-    lines.append("|" + " --- |" * (len(METRICS) + 3))
+    lines = ["| row | n | " + " | ".join(accuracy.METRICS.values()) + " | CPU s per model |"]
+    lines.append("|" + " --- |" * (len(accuracy.METRICS) + 3))
     for row in result["rows"]:
         if not row["runs"]:
-            lines.append(f"| {row['name']} | 0 |" + " |" * (len(METRICS) + 1))
+            lines.append(f"| {row['name']} | 0 |" + " |" * (len(accuracy.METRICS) + 1))
             continue
         cells = []
-        for metric, (_, digits) in METRICS.items():
+        for metric, digits in accuracy.DIGITS.items():
             own = paired.moments(list(paired.last(row["runs"], metric).values()))
             cells.append(f"{own.mean:.{digits}f}" + ("" if own.sd is None else f" ± {own.sd:.{digits}f}"))
         seconds = paired.moments([run["cpu_seconds"] for run in row["runs"]]).mean
         lines.append(f"| {row['name']} | {len(row['runs'])} | {' | '.join(cells)} | {seconds:.0f} |")
     lines += ["", "| comparison | | n | difference | 95 % interval | p |", "|" + " --- |" * 6]
     for family, row, reference, metric, found, p in compare(result):
-        (title, digits), cells = METRICS[metric], ["", "", ""]
+        digits, cells = accuracy.DIGITS[metric], ["", "", ""]
         if found.mean is not None:
             cells[0] = f"{found.mean:+.{digits}f}"
         if found.interval and p is not None:
             low, high = found.interval
             cells[1:] = f"{low:+.{digits}f} to {high:+.{digits}f}", f"{p:.2g}" + " (Holm)" * (family == "secondary")
-        lines.append(f"| {family}: {row} − {reference} | {title} | {found.n} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {family}: {row} − {reference} | {accuracy.METRICS[metric]} | {found.n} | {' | '.join(cells)} |"
+        )
     planned = "complete" if result["complete"] else "**not complete: runs are under way**"
     meta = result["meta"]
     return "\n".join(lines) + f"\n\n{planned}; {meta['date'][:10]}, commit {meta['commit'][:10]}: `{meta['command']}`"
@@ -102,12 +107,10 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def block(name: str, results: dict[str, dict[str, Any]]) -> str:
-    """What stands in the page's block of this name: a model's table and curves, or the forest plot of all."""
-    if name == "forest" and results:
-        return f"![Differences to CutMix with 95 % intervals](../benchmarks/figures/{FOREST.name})"
-    if name not in results:
-        return "Not run yet."
-    return f"{table(results[name])}\n\n![{name}: top-1 over epochs](../benchmarks/figures/evidence-{name}.svg)"
+    """What stands in the page's block of this name: a model's table, or a figure of all models."""
+    if name in FIGURES and results:
+        return f"![{CAPTIONS[name]}](evidence-{name}.svg)"
+    return table(results[name]) if name in results else "Not run yet."
 
 
 def with_evidence(text: str, results: dict[str, dict[str, Any]]) -> str:
@@ -120,44 +123,70 @@ def with_evidence(text: str, results: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def draw_forest(results: dict[str, dict[str, Any]]) -> Any:
+def draw_forest(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
     """Differences to CutMix in each metric, with uncorrected 95 % t intervals, one colour per model."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    panels = figure.subplots(1, len(accuracy.METRICS), sharey=True)
     names = list(dict.fromkeys(row["name"] for result in results.values() for row in result["rows"]))
     names.remove(CUTMIX)
-    for axes, (metric, (title, _)) in zip(panels, METRICS.items(), strict=True):
+    for axes, (metric, title) in zip(panels, accuracy.METRICS.items(), strict=True):
         for number, (model, result) in enumerate(results.items()):
-            for name, (found, _) in paired.compare(result["rows"], CUTMIX, metric).items():
+            for name, (one, _) in paired.compare(result["rows"], CUTMIX, metric).items():
                 height = names.index(name) + 0.2 * (number - (len(results) - 1) / 2)
-                low, high = found.interval or (found.mean, found.mean)
-                label = f"{model}, n = {found.n}" if name == LUMIX else None
-                axes.plot([low, high], [height, height], color=f"C{number}", linewidth=2)
-                axes.plot(found.mean, height, "o", color=f"C{number}", markersize=6, label=label)
+                label = f"{model}, n = {one.n}" if name == LUMIX else None
+                axes.plot(one.interval or [one.mean] * 2, [height, height], color=f"C{number}", linewidth=2)
+                axes.plot(one.mean, height, "o", color=f"C{number}", label=label)
         axes.axvline(0, color="gray", linewidth=0.8)
-        axes.set_title(f"{title}: row − CutMix")
+        axes.set_title(f"{title}, minus CutMix's")
         axes.set_xlabel("right is better" if metric == "top1" else "left is better")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     panels[0].legend()
-    return figure
+
+
+def draw_curves(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
+    """Mean top-1 of every row over the epochs, with the seeds' standard deviation as a band, one panel per model."""
+    for axes, (model, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for number, row in enumerate(row for row in result["rows"] if row["runs"]):
+            epochs, curves = row["runs"][0]["validated"], np.array([run["top1"] for run in row["runs"]])
+            mean, sd = curves.mean(0), curves.std(0)
+            axes.plot(epochs, mean, color=f"C{number}", label=row["name"])
+            axes.fill_between(epochs, mean - sd, mean + sd, color=f"C{number}", alpha=0.12, linewidth=0)
+        axes.set(title=model, xlabel="epoch", ylabel="top-1, %")
+        axes.legend()
+
+
+FIGURES = {"forest": draw_forest, "curves": draw_curves}
+CAPTIONS = {"forest": "Differences to CutMix with 95 % intervals", "curves": "Top-1 over the epochs"}
 
 
 def report(check: bool) -> list[Path]:
-    """Writes the page's tables and the figure; returns what was out of date. With `check` nothing is written."""
+    """Writes the page's tables and the figures; returns what was out of date. With `check` nothing is written."""
     results, page, stale = load(), PAGE.read_text(), []
     digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
     if (text := with_evidence(page, results)) != page:
         stale.append(PAGE)
-    if results and not (FOREST.exists() and digest in FOREST.read_text()):
-        stale.append(FOREST)
-    if PAGE in stale and not check:
-        PAGE.write_text(text)
-    if FOREST in stale and not check:
-        draw_forest(results).savefig(FOREST, metadata=dict(Description=digest, Date=None))
+        if not check:
+            PAGE.write_text(text)
+    for name in FIGURES if results else ():
+        path = PAGE.with_name(f"evidence-{name}.svg")
+        if not (path.exists() and digest in path.read_text()):
+            stale.append(path)
+            if not check:
+                write_figure(name, results, digest, path)
     return stale
+
+
+def write_figure(name: str, results: dict[str, dict[str, Any]], digest: str, path: Path) -> None:
+    """Draws one of `FIGURES` into an SVG that names the results' hash."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from benchmarks.plot import STYLE
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        FIGURES[name](figure, results)
+        figure.savefig(path, metadata=dict(Description=digest, Date=None))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

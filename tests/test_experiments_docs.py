@@ -87,7 +87,7 @@ def test_the_sampling_error_of_the_validation_sets():
 
 def test_the_evidence_is_what_its_results_say():
     assert evidence.with_evidence(TEXT, evidence.load()) == TEXT
-    assert set(re.findall(r"<!-- evidence: (\w+) -->", TEXT)) == evidence.MODELS.keys() | {"forest"}
+    assert set(re.findall(r"<!-- evidence: (\w+) -->", TEXT)) == evidence.MODELS.keys() | evidence.FIGURES.keys()
 
 
 def test_the_plans_comparisons():

@@ -15,6 +15,7 @@ from PIL import Image
 
 from lumix_dali import create_loader
 from lumix_dali.data import check
+from lumix_dali.data import formats as lumix_formats
 from lumix_dali.data.formats import MAX_PIXELS
 
 timm_data = pytest.importorskip("timm.data")
@@ -52,8 +53,8 @@ def content_of(file):
 
 
 def ours(root, size):
-    """uint8 [N, H, W, C] from the loader, and the contents of the files that Pillow opened meanwhile."""
-    opened, pillows = set(), Image.open
+    """uint8 [N, H, W, C] from the loader, and the contents of the files that Pillow decoded meanwhile."""
+    opened, pillows = set(), lumix_formats.pillow_pixels
 
     def spy(file, *args, **kwargs):
         opened.add(content_of(file))
@@ -61,7 +62,7 @@ def ours(root, size):
 
     untouched = {"input_size": size, "crop_pct": 1.0, "crop_mode": "squash", "dtype": "uint8"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "open", spy)
+        patch.setattr(lumix_formats, "pillow_pixels", spy)
         with create_loader(root, **untouched, batch_size=64, is_training=False, device="cpu") as loader:
             images = np.concatenate([images.numpy() for images, _ in loader])
             assert not loader.bad

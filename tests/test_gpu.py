@@ -84,7 +84,7 @@ def model_of(where, dtype=torch.float32, seed=0):
 
 def oracle(logits, target, lam_r, **options):
     """Float64 losses, and gradients of their batch mean by the logits."""
-    labels, partner_labels, lam0, box, kind, _ = (field.cpu().numpy() for field in target)
+    labels, partner_labels, lam0, _, kind, _ = (field.cpu().numpy() for field in target)
     loss, grad = reference.lumix_loss(
         logits.detach().double().cpu().numpy(),
         labels,
@@ -92,7 +92,6 @@ def oracle(logits, target, lam_r, **options):
         lam0,
         kind,
         lam_r.cpu().numpy(),
-        box=box,
         smoothing=0.1,
         **options,
     )
@@ -123,7 +122,7 @@ def test_batches_share_dalis_memory(files, where, monkeypatch):
         given.add((tensor.untyped_storage().data_ptr(), tensor.data_ptr()))
         return tensor
 
-    monkeypatch.setattr("lumix_dali.loading.loader.from_dlpack", recorded)
+    monkeypatch.setattr("lumix_dali.loading.epoch.from_dlpack", recorded)
     images, target = next(iter(make(files, where, channels_last=True, **MIX)))
     tensors = (images, *target)
     assert {tensor.device for tensor in tensors} == {where}

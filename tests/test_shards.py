@@ -360,7 +360,6 @@ def test_a_damaged_sample_can_be_an_error(spoilt, damage):
         b"1 ",
         b"\t1\n",
         b"1 2",
-        b"1\0",
         b"1" + b" " * 90,
     ],
 )

@@ -384,8 +384,8 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
 
 
 def parse_label(text: bytes) -> int:
-    """The number in a .cls file, perhaps between white space; else `Fault.LABEL`."""
-    match = re.fullmatch(rb"\s*(\d{1,%d})\s*" % DIGITS, text)
+    """The number in a .cls file, perhaps between white space, or with C's end of a string; else `Fault.LABEL`."""
+    match = re.fullmatch(rb"\s*(\d{1,%d})[\s\0]*" % DIGITS, text)
     return int(match[1]) if match else Fault.LABEL
 
 
