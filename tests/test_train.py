@@ -720,12 +720,6 @@ def test_bad_command_line(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_no_data_dir(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args([])
-    assert "--data-dir is required" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
