@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_digits(args.data)
     if args.data_only:
         return 0
-    print(f"{args.epochs} epochs on 1437 digits, about ten seconds each on two idle cores", flush=True)
+    print(f"{args.epochs} epochs on 1437 digits; every epoch prints a line", flush=True)
     summary = train.main(
         [
             "--data-dir",
