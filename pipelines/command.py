@@ -18,10 +18,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        if default in (None, False, argparse.SUPPRESS, "", {}) or default == [] or "%(default)" in text:
+        if default is None or isinstance(default, bool) or default in (argparse.SUPPRESS, "", {}, []) or "%" in text:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-        return f"{text} (default: {shown})".replace("%", "%%") if "%" not in text else text
+        return f"{text} (default: {shown})".replace("%", "%%")
 
 
 class KeyValues(argparse.Action):
@@ -129,7 +129,7 @@ def require(package: str, purpose: str) -> None:
     Raises:
         ValueError: the package is not installed; the message says how to install it.
     """
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise ValueError(f"{purpose}: it needs the package {package}; install it by pip install '.[demo]'")
 
 

@@ -14,14 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-
-from lumix_dali.cli import show
-
-from . import train
+from . import command, train
 
 SIZE = 32
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -33,6 +26,10 @@ def write_digits(root: Path) -> None:
     """Writes root/{train,val}/DIGIT/NUMBER.jpg: 1437 and 360 images, stratified, always the same."""
     if root.exists():  # renamed to this only once it is complete
         return
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     split = train_test_split(range(len(digits.images)), test_size=360, stratify=digits.target, random_state=0)
     scratch = root.with_name(root.name + ".tmp")
@@ -49,6 +46,8 @@ def write_digits(root: Path) -> None:
 
 def curves(log: Path, out: Path) -> None:
     """Draws the losses and the accuracy by epoch, from a run's log.jsonl."""
+    from matplotlib.figure import Figure
+
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     epochs = [row["epoch"] + 1 for row in rows]
     figure = Figure(figsize=(9, 3.4), layout="constrained")  # without pyplot, which would look for a display
@@ -70,20 +69,23 @@ def curves(log: Path, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit status: 1 if top-1 is below the goal."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__, formatter_class=command.Help)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument("--epochs", type=int, default=20, help="length of the training")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
     parser.add_argument("--data", type=Path, default=Path("data/digits"), help="where the images are written")
     parser.add_argument("--data-only", action="store_true", help="write the images and stop")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--resume", metavar="PATH", help="continue a run that was stopped, from its last.pth.tar")
     args = parser.parse_args(argv)
+    command.check_minimum(parser, args, {"seed": 0, "epochs": 1})
+    for package in ("sklearn", "matplotlib"):
+        command.require(package, "the demo")
 
     write_digits(args.data)
     if args.data_only:
         return 0
+    print(f"{args.epochs} epochs on 1437 digits; every epoch prints a line", flush=True)
     summary = train.main(
         [
             "--data-dir",
@@ -126,9 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             str(args.output.parent),
             "--experiment",
             args.output.name,
-            "--overwrite",
+            *(["--resume", args.resume] if args.resume else ["--overwrite"]),
         ]
     )
+    from lumix_dali.cli import show
+
     curves(args.output / "log.jsonl", args.output / "curves.png")
     show(
         str(args.data / "train"),
@@ -149,4 +153,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run("pipelines.demo", lambda: sys.exit(main()))

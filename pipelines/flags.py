@@ -14,7 +14,7 @@ from . import timm_flags
 from .command import Help, KeyValues, check_minimum, name, read_config, set_defaults
 
 # They concern a single invocation, not the run, so args.yaml omits them.
-ONCE = {"config", "resume", "overwrite", "stop_epoch", "cached_batches", "rank", "world_size"}
+ONCE = {"config", "resume", "overwrite", "stop_epoch", "rank", "world_size"}
 ALIASES = {"recovery_interval": "checkpoint_interval"}  # keys of timm's args.yaml
 MINIMUM = {
     "epochs": 1,
@@ -30,7 +30,6 @@ MINIMUM = {
     "workers": 1,
     "val_interval": 1,
     "stop_epoch": 1,
-    "cached_batches": 1,
     "num_classes": 1,
     "img_size": 1,
     "cooldown_epochs": 0,
@@ -42,7 +41,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Every flag, with its default."""
     parser = argparse.ArgumentParser(
         "python -m pipelines.train",
-        usage="%(prog)s DIR [FLAG ...]; --help lists the flags",
+        usage="%(prog)s DIR [--model M] [--epochs N] [-b N] [--lr X] [--config FILE] [FLAG ...]",
         description=description,
         formatter_class=Help,
     )
@@ -275,12 +274,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--smoke",
         action="store_true",
         help="run two steps on generated images instead of --data-dir, to check that the command works",
-    )
-    add(
-        "--cached-batches",
-        type=int,
-        metavar="N",
-        help="measure instead of training: speed on N batches from the loader, and on the same batches replayed",
     )
 
 

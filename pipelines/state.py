@@ -37,7 +37,6 @@ FREE = {
     "save_epochs",
     "stop_epoch",
     "overwrite",
-    "cached_batches",
     "log_interval",
     "log_tensorboard",
     "log_wandb",

@@ -131,7 +131,6 @@ OWN = {  # not timm's
     "checkpoint_interval",
     "overwrite",
     "smoke",
-    "cached_batches",
     "log_tensorboard",
 }
 

@@ -10,7 +10,6 @@ default (`--cutmix 1.0`) because LUMix needs it.
     python -m pipelines.train --data-dir DIR --model resnet50 --no-lumix     # plain CutMix, to compare
     torchrun --nproc_per_node 8 -m pipelines.train --data-dir DIR --model resnet50 -b 256 --amp     # 8 GPUs
     python -m pipelines.train --config runs/NAME/args.yaml --resume runs/NAME     # continue where it stopped
-    python -m pipelines.train --data-dir DIR --model resnet50 -b 256 --cached-batches 50   # cost of the loader
     python -m pipelines.train --config pipelines/recipes/deit_small.yaml --smoke     # check that a recipe runs
 
 OUTPUT/EXPERIMENT receives `last.pth.tar` and `model_best.pth.tar` (`timm.create_model(checkpoint_path=...)` loads

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ from .build import build_criterion, build_loaders, build_model, build_run, load_
 from .checkpoint import Found
 from .flags import ONCE, ratios
 from .folder import claimed, write_log, write_text
-from .headspace import ADVICE, DataWait, headspace
 from .progress import progress
 from .ranks import Stop, gathered, joined, summed
 from .sizes import check_sizes, size_of_epoch
 from .smoke import shrink
 from .state import SUMS, Run, metric_name, read_checkpoint, resume, save
 from .tracking import tracking
+from .wait import ADVICE, DataWait
 
 SCORES = ("val_loss", "top1", "top5")
 MUCH_WAITING = 0.1  # share of an epoch
@@ -355,7 +354,7 @@ def train_to_the_end(
 
 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains as the flags say, or measures with --cached-batches, and returns the summary.
+    """Trains as the flags say and returns the summary.
 
     Raises:
         ValueError: an argument, folder or checkpoint is invalid; raised before the first batch.
@@ -378,7 +377,5 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         folder = run_folder(args, found, "x".join(map(str, data_config["input_size"][1:])))
         with train, val, Stop() as stop:
             run = build_run(args, model, train, val, data_config["input_size"], folder)
-            if args.cached_batches:
-                return headspace(run, partial(train_step, criterion=criterion, args=args), args, stop)
             with claimed(folder, args, found) if args.rank == 0 else nullcontext():
                 return train_to_the_end(run, criterion, args, stop, found)

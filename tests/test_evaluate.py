@@ -1,11 +1,12 @@
 """The evaluation protocols, end to end on small data sets of each layout, against independent loops."""
 
-import ast
 import contextlib
 import importlib.util
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -557,7 +558,7 @@ def test_folders_are_identified_by_name(run, tmp_path):
 def test_figure_and_table(protocol, imagenet, benchmarks, checkpoint, tmp_path, capsys):
     data = {"shuffle": imagenet, "imagenet-a": benchmarks / "set"}[protocol]
     evaluate.main(argv(protocol, data, checkpoint, "--figure", tmp_path / "figure.png"))
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("images of 64x64 pixels, bilinear, crop_pct 0.875")
     assert ("shuffled 1 differs from top1 where that has another crop" in lines[1]) == (protocol == "shuffle")
     row = {"shuffle": "shuffled 8 ", "imagenet-a": "AURRA"}[protocol]
@@ -685,7 +686,7 @@ def test_weights_in_the_cache_need_no_hub(silent_hub, tmp_path):
         directory.mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     save_file(weights, snapshot / "model.safetensors")
-    model = evaluate.build("test_vit.r160_in1k", None, "--checkpoint")
+    model = evaluation.build_model("test_vit.r160_in1k", None, "--checkpoint")
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     assert silent_hub.asked == 1
 
@@ -731,16 +732,15 @@ def test_a_missing_package_is_named_before_the_work(package, arguments, monkeypa
         evaluate.main(["top1", *rest])
 
 
-def test_optional_packages_are_imported_only_where_needed():
-    """pip install '.[cuda12]' installs none of these; only the demo always needs them."""
-    for path in (ROOT / "pipelines").glob("*.py"):
-        names = [
-            name.partition(".")[0]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-        ]
-        assert path.name == "demo.py" or not {"sklearn", "scipy", "matplotlib"} & set(names), path.name
+@pytest.mark.parametrize("program", ["train", "evaluate", "segment", "demo"])
+def test_help_imports_nothing_heavy(program):
+    """So that help and wrong flags answer at once; what only some commands need is imported there."""
+    code = (
+        f"import sys\nfrom pipelines.{program} import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(str({'torch', 'timm', 'nvidia.dali', 'numpy', 'sklearn', 'matplotlib'} & sys.modules.keys() or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "" and "usage: python -m pipelines." in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipelines import headspace, tracking
+from pipelines import tracking, wait
 from pipelines.checkpoint import Found
 from pipelines.folder import claimed, write_log, write_text
 
@@ -113,7 +113,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(headspace.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(wait.time, "perf_counter", lambda: self.now)
 
     def spend(self, seconds):
         self.now += seconds
@@ -126,55 +126,10 @@ class Clock:
 
 def test_waiting_is_the_time_between_step_and_batch(monkeypatch):
     clock = Clock(monkeypatch)
-    wait = headspace.DataWait(torch.device("cpu"))
-    for _ in wait.batches(clock.batches(0.25, 8)):
+    waited = wait.DataWait(torch.device("cpu"))
+    for _ in waited.batches(clock.batches(0.25, 8)):
         clock.spend(1.0)
-    assert wait.seconds() == 8 * 0.25
-
-
-def test_headspace_by_hand(monkeypatch, capsys):
-    """Waiting for a batch takes 1 s and a step 3 s: without the loader the run would be 4/3 times as fast."""
-    clock = Clock(monkeypatch)
-
-    class Train:
-        device = torch.device("cpu")
-
-        def __iter__(self):
-            return ((torch.zeros(2), (torch.zeros(2),) * 6) for _ in clock.batches(1.0, 3))
-
-        def __len__(self):
-            return 3
-
-    def step(run, *_):
-        assert run.step < 3
-        run.step += 1
-        clock.spend(3.0)
-
-    args = SimpleNamespace(cached_batches=5, batch_size=6, world_size=2, rank=0)
-    run = SimpleNamespace(train=Train(), model=torch.nn.Identity(), step=0)
-    stop = SimpleNamespace(signal=0)
-    found = headspace.headspace(run, step, args, stop)
-    assert found["loaded"] == pytest.approx([12 / 4] * headspace.ROUNDS)
-    assert found["replayed"] == pytest.approx([12 / 3] * headspace.ROUNDS)
-    assert found["ratio"] == pytest.approx([4 / 3] * 3)
-    assert "the loader costs 25% of the time.\n" + headspace.ADVICE in capsys.readouterr().out
-    stop.signal = 15
-    with pytest.raises(SystemExit):
-        headspace.headspace(run, step, args, stop)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "says"),
-    [
-        ([0.98, 1.02, 1.05], "the quartiles include 1"),
-        ([0.8, 0.9, 0.95], "not faster"),
-        ([1.01, 1.05, 1.1], "costs 5%"),
-    ],
-)
-def test_reading_of_a_measurement(ratio, says):
-    text = headspace.reading({"loaded": [1.0, 2.0, 3.0], "replayed": [1.0, 2.0, 3.0], "ratio": ratio}, 5)
-    assert says in text
-    assert headspace.ADVICE not in text
+    assert waited.seconds() == 8 * 0.25
 
 
 FLAGS = SimpleNamespace(

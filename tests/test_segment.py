@@ -766,10 +766,6 @@ def test_recipe_is_the_official_one(capsys):
     assert args.multi_scale
 
 
-def test_names_are_pascal_contexts():
-    assert len(flags.PASCAL_CONTEXT) == len(set(flags.PASCAL_CONTEXT)) == 60
-
-
 @pytest.mark.slow
 def test_from_pretraining_to_a_picture(context, tmp_path):
     """A classifier from pipelines.train, segmentation killed and resumed, multi-scale evaluation, a picture."""

@@ -75,14 +75,6 @@ def same(first, second):
     return plain(first) == plain(second)
 
 
-def test_flags_are_read_from_a_source():
-    source = (
-        "add = 1\np.add_argument('-x', '--long-name', default=1. / 4)\ng.add_argument('--on', "
-        "action='store_true')\np.add_argument('--a', dest='b', type=int)\np.add_argument('data', nargs='?')"
-    )
-    assert flags_of(source) == {"long_name": 0.25, "on": False, "b": None, "data": None}
-
-
 @pytest.mark.parametrize("dest", timm_flags.WITHOUT_EFFECT)
 def test_without_effect(dest, capsys):
     """Each is reported once, and left out of the parsed arguments."""
