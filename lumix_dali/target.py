@@ -163,9 +163,20 @@ class MixTarget(NamedTuple):
             dense.scatter_add_(1, self.partner_labels[:, None], partner[:, None])
             return dense.scatter_add_(1, self.labels[:, None], (1 - smoothing - partner)[:, None])
         except RuntimeError:
-            from .target_checks import check_labels  # it imports PyTorch
-
             if self.labels.device.type == "cpu":
                 check_labels("partner_labels", self.partner_labels, num_classes)
                 check_labels("labels", self.labels, num_classes)
             raise
+
+
+def check_labels(name: str, labels: Any, num_classes: int) -> None:
+    """Raises a ValueError for the first label outside [0, `num_classes`)."""
+    remedy = f"must lie in [0, {num_classes}): the model has {num_classes} classes, and there is no ignore_index"
+    check_rows(name, labels, (labels >= 0) & (labels < num_classes), remedy)
+
+
+def check_rows(name: str, field: Any, good: Any, remedy: str) -> None:
+    """Raises a ValueError for the first row of a tensor that is not `good`, bool [B]."""
+    if not good.all():
+        row = int((~good).nonzero()[0])
+        raise ValueError(f"{name}[{row}]={field[row].tolist()!r} {remedy}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .target import Kind, MixTarget
+from .target import Kind, MixTarget, check_labels, check_rows
 
 _CUTMIX = int(Kind.CUTMIX)
 
@@ -55,19 +55,13 @@ def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
         return check_labels("target", target, num_classes)
     check_labels("labels", target.labels, num_classes)
     check_labels("partner_labels", target.partner_labels, num_classes)
-    _check_rows("lam0", target.lam0, (target.lam0 >= 0) & (target.lam0 <= 1), "must lie in [0, 1]")
-    _check_rows("kind", target.kind, (target.kind >= 0) & (target.kind <= 3), "must be 0, 1, 2 or 3")
+    check_rows("lam0", target.lam0, (target.lam0 >= 0) & (target.lam0 <= 1), "must lie in [0, 1]")
+    check_rows("kind", target.kind, (target.kind >= 0) & (target.kind <= 3), "must be 0, 1, 2 or 3")
     y0, x0, y1, x1 = target.box.unbind(1)
     ordered = (y0 >= 0) & (x0 >= 0) & (y0 <= y1) & (x0 <= x1)
-    _check_rows("box", target.box, ordered, "must be (y0, x0, y1, x1) with 0 <= y0 <= y1 and 0 <= x0 <= x1")
+    check_rows("box", target.box, ordered, "must be (y0, x0, y1, x1) with 0 <= y0 <= y1 and 0 <= x0 <= x1")
     placed = (target.kind == _CUTMIX) | (target.box == 0).all(1)
-    _check_rows("box", target.box, placed, "must be zeros where kind is not 2 (CutMix)")
-
-
-def check_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    """Raises a ValueError for the first label outside [0, `num_classes`)."""
-    remedy = f"must lie in [0, {num_classes}): the model has {num_classes} classes, and there is no ignore_index"
-    _check_rows(name, labels, (labels >= 0) & (labels < num_classes), remedy)
+    check_rows("box", target.box, placed, "must be zeros where kind is not 2 (CutMix)")
 
 
 def _check_fields(target: MixTarget | Tensor) -> None:
@@ -90,12 +84,6 @@ def _check_field(name: str, field: Tensor, shape: tuple[int | str, ...], dtype: 
     if field.shape != shape or not right:
         wanted = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")
         raise ValueError(f"{name} is {_describe(field)}: pass {wanted} [{', '.join(map(str, shape))}]")
-
-
-def _check_rows(name: str, field: Tensor, good: Tensor, remedy: str) -> None:
-    if not good.all():
-        row = int((~good).nonzero()[0])
-        raise ValueError(f"{name}[{row}]={field[row].tolist()!r} {remedy}")
 
 
 def _describe(tensor: Tensor) -> str:
