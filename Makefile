@@ -41,7 +41,7 @@ FORCE:
 check-style:
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
-	PYTHONPATH=. .venv/bin/lint-imports --quiet
+	PYTHONPATH=. .venv/bin/lint-imports
 check-types:
 	$(python) -m mypy lumix_dali pipelines benchmarks experiments
 # The documentation's examples, as a user's strict mypy sees them.

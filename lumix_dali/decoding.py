@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import nvidia.dali as dali
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
+from PIL import Image
 
 from . import checks
 
@@ -109,6 +111,14 @@ def refused(
         if left is None or left >= 0:
             reasons |= refused({i: images[i] for i in half}, device_id, num_threads, left, **options)
     return reasons
+
+
+def works(device_id: int | None = None, num_threads: int = 1, **options: Any) -> bool:
+    """Whether DALI decodes a JPEG that Pillow has just written; the arguments are those of `refused`."""
+    content = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(content, "JPEG")
+    image = np.frombuffer(content.getvalue(), np.uint8)
+    return _decoding_error([image], options, num_threads, device_id) is None
 
 
 def _decoding_error(

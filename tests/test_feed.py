@@ -303,6 +303,16 @@ def test_a_broken_decoder_is_one_error(tmp_path, monkeypatch):
     assert loader.state_dict()["refused"] == []
 
 
+def test_a_batch_of_damaged_files_is_no_broken_decoder(tmp_path):
+    """Most of a batch is refused, and a decoder that decodes a good image goes on."""
+    images = {f"{i:02}.jpg": encoded(PIXELS, "JPEG") for i in range(16)}
+    cut = {name: content[: len(content) // 2] if int(name[:2]) % 4 else content for name, content in images.items()}
+    loader = make(write_files(tmp_path / "a", cut), batch_size=16, is_training=False, max_bad=16)
+    with pytest.warns(UserWarning, match="cannot be used"):
+        assert sum(len(labels) for _, labels in loader) == 16
+    assert len(loader.bad) == 12
+
+
 # Delivered pixels
 
 

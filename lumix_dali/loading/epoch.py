@@ -29,7 +29,7 @@ from .feed import Feed
 from .pipelines import EvalTransform, TrainTransform
 from .plan import Plan, unpack
 
-# A decoder that refuses more than this share of a batch, and more images than the minimum, is broken.
+# A decoder that refuses more than this share of a batch, and more images than the minimum, may be broken.
 _SHARE, _FEW = 0.1, 3
 _INHERITED: list[Any] = []  # pipelines that a forked child must not free
 
@@ -202,7 +202,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         """Finds the samples that DALI refuses, and gives them to Pillow; False: there are none.
 
         Raises:
-            RuntimeError: so many that the decoder must be broken.
+            RuntimeError: so many that the decoder was tried with an image that is certainly good, and is broken.
         """
         given = self._feed.samples(self.position.iteration)
         limit = max(_FEW, int(_SHARE * len(given)))
@@ -220,7 +220,8 @@ class Epoch(Iterator[tuple[Any, ...]]):
                 self._unexplained += 1
             else:
                 self._refusals += len(reasons)
-        if self._refusals > limit or self._unexplained > _FEW:
+        suspicious = self._refusals > limit or self._unexplained > _FEW
+        if suspicious and not decoding.works(self.spec.device_id, self.spec.threads, **self.spec.decode_options):
             raise self._broken(len(given), next(iter(reasons.items()))) from error
         for index, reason in reasons.items():
             self._faults.refuse(index, reason)
