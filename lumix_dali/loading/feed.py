@@ -42,14 +42,14 @@ class Batch(NamedTuple):
         iteration: its number.
         samples: indices of the samples, after replacement.
         images: uint8 [n] arrays: an encoded image, or a path.
-        is_path: which of them are paths.
+        is_path: bool [n], which of them are paths.
         plan: of `Plan.batch`.
     """
 
     iteration: int
     samples: list[int]
     images: list[np.ndarray]
-    is_path: list[np.bool_]
+    is_path: np.ndarray
     plan: np.ndarray
 
 
@@ -127,7 +127,7 @@ class Feed:
         labels, used = [read.label for read in reads], [read.sample for read in reads]
         plan = self.plan.batch(iteration, np.array(labels, np.int64), np.array(used, np.int64))
         images = [np.frombuffer(read.image, np.uint8) for read in reads]
-        return Batch(iteration, used, images, [np.bool_(read.is_path) for read in reads], plan)
+        return Batch(iteration, used, images, np.array([read.is_path for read in reads]), plan)
 
     def _good(self, read: _Read) -> _Read:
         while isinstance(read.image, BadImage):  # a substitute may turn bad too
@@ -136,11 +136,9 @@ class Feed:
 
     def _checked(self, reads: list[_Read]) -> Iterable[_Read]:
         """Reads again the paths that are no regular files any more: DALI would wait for a FIFO for ever."""
-        paths = [read.image for read in reads if read.is_path]
-        chunks = [paths[i : i + self._chunk] for i in range(0, len(paths), self._chunk)]
-        lost = {path for chunk in self._pool.map(_not_regular, chunks) for path in chunk}
         for read in reads:
-            if lost and read.is_path and read.image in lost:
+            # Not in the threads: handing a path over takes longer than this.
+            if read.is_path and not _is_regular(read.image):
                 self._faults.forget(read.sample)
                 (read,) = self._read([read.sample])
             yield read
@@ -185,10 +183,6 @@ class Feed:
         except BadImage as error:
             return error
         return image if bitmap is None else bitmap
-
-
-def _not_regular(paths: list[bytes]) -> list[bytes]:
-    return [path for path in paths if not _is_regular(path)]
 
 
 def _is_regular(path: bytes) -> bool:
