@@ -19,7 +19,7 @@ from nvidia.dali.data_node import DataNode
 from .. import augment, checks
 from .. import fn as mixfn
 from ..decoding import decode
-from ..graph import branch, first
+from ..graph import branch, first, put
 from .feed import Feed
 from .plan import ANCHORS, IDS, KIND, SHAPES, WEIGHT, Plan
 from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mirror
@@ -255,7 +255,7 @@ def val_pipeline(
 
 
 def _put(node: DataNode) -> DataNode:
-    return node if Pipeline.current().device_id is None or node.device == "gpu" else node.gpu()
+    return put(node, "cpu" if Pipeline.current().device_id is None else "gpu")
 
 
 def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, DataNode]:
