@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,17 +50,18 @@ class Plans:
         """No images."""
         return self.nothing
 
-    def arrays(self, info: Any) -> tuple[np.ndarray]:
+    def arrays(self, info: Any, names: Iterable[str]) -> list[np.ndarray]:
         """Only the plan of an iteration."""
-        return (self.plan.batch(info.iteration, self.places, self.places),)
+        planned = self.plan.batch(info.iteration, self.places, self.places)
+        return [planned[name] for name in names]
 
 
 def planned(options: dict[str, Any], side: int, images, labels):
     """Mixes as the loader's graph does: the host draws the plan, including the callback."""
     pipe = Pipeline.current()
     plan = Plan(0, 0, 0, (side, side), Mixing(**options), training=True)
-    nothing, rows = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
-    return *pipelines.mixed(images, rows, plan), nothing
+    nothing, inputs = pipelines.read(Plans(plan, pipe.max_batch_size))  # type: ignore[arg-type]
+    return *pipelines.mixed(images, inputs, plan), nothing
 
 
 def stages(side: int = 224) -> dict[str, Callable]:

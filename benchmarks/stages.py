@@ -63,17 +63,18 @@ class Feed:
         """Their paths."""
         return [np.frombuffer(self.s.samples.path(i).encode(), np.uint8) for i in self.drawn(info)]
 
-    def arrays(self, info: Any) -> tuple[Any, ...]:
+    def arrays(self, info: Any, names: Iterable[str]) -> list[np.ndarray]:
         """That they are paths, and the plan."""
         drawn = self.drawn(info)
-        is_path = [np.bool_(True)] * len(drawn)
-        return is_path, self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+        planned = self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
+        named = planned | dict(is_path=np.ones(len(drawn), bool))
+        return [named[name] for name in names]
 
 
 @pipeline_def
 def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any], nearest: bool):
     """`lumix_dali`'s training pipeline, truncated after some of `LOADER_STAGES`; `nearest` resizes by repetition."""
-    images, planned = pipelines.read(feed)
+    images, inputs = pipelines.read(feed)
     if stages > 1:
         images = guarded_crop(images, **decoder)
     if stages > 2 and nearest:
@@ -88,8 +89,8 @@ def staged_pipeline(feed: Any, size: int, stages: int, decoder: dict[str, Any], 
     elif stages > 2:
         images = resize_mirror(images, (size, size), "bicubic", 0.5)
     if stages <= 3:
-        return images, planned
-    images, *target = pipelines.mixed(images, planned, feed.plan)
+        return images, inputs["target"]
+    images, *target = pipelines.mixed(images, inputs, feed.plan)
     return normalised_in_dali(images) if stages > 4 else images, *target
 
 

@@ -231,30 +231,28 @@ def paste(values: DataNode, drawn: Draw, size: Size | None = None) -> DataNode:
 def lay(
     images: DataNode,
     ids: DataNode,
-    anchors: DataNode,
-    shapes: DataNode,
-    kind: DataNode,
-    weight: DataNode,
-    mixing: Mixing,
+    anchors: DataNode | None = None,
+    shapes: DataNode | None = None,
+    is_mixup: DataNode | None = None,
+    weight: DataNode | None = None,
 ) -> DataNode:
     """Mixes images with `mixing.patches` of a draw on the host, where a sample knows its own place in the batch.
 
     Args:
         images: uint8 HWC, of one size.
-        ids, anchors, shapes: of the patches, on the CPU.
-        kind: a `Kind`, on the CPU.
+        ids, anchors, shapes: of the patches, on the CPU; only `ids` where nothing but Mixup is drawn.
+        is_mixup: bool, on the CPU; None where nothing but CutMix is drawn.
         weight: float32 scalar on the CPU, the second patch's: Mixup's λ0, 1 for CutMix, 0 where nothing is mixed.
-        mixing: the options of the draw.
     """
-    if not mixing.with_cutmix:
+    if anchors is None:
         pasted = fn.permute_batch(images, indices=ids[1])
     else:
         pasted = fn.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
-    if not mixing.with_mixup:
+    if is_mixup is None:
         return pasted
     if images.device == "gpu":
         return _weighted(images, pasted, weight)
-    return branch(kind == MIXUP, _weighted, lambda own, pasted, weight: pasted, images, pasted, weight)
+    return branch(is_mixup, _weighted, lambda own, pasted, weight: pasted, images, pasted, weight)
 
 
 def _share(partner: DataNode, mode: str) -> Share:

@@ -57,11 +57,11 @@ class SmallFeed:
         images = [self.contents[i] for i in self.places(info)]
         return [np.frombuffer(str(path).encode(), np.uint8) for path in images] if self.gives_paths else images
 
-    def arrays(self, info):
+    def arrays(self, info, names):
         places = self.places(info)
         self.planned.append(self.plan.batch(info.iteration, places, places))
-        is_path = [np.bool_(True)] * len(places)
-        return (is_path, self.planned[-1]) if self.gives_paths else (self.planned[-1],)
+        named = self.planned[-1] | dict(is_path=np.ones(len(places), bool))
+        return [named[name] for name in names]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from test_fn_law import ODD_AND_EVEN, SEEDS, P, assert_frequencies, box_law, emi
 
 from lumix_dali import reference
 from lumix_dali.loading import pipelines
-from lumix_dali.loading.plan import INDEX, KIND, LABEL, Plan, unpack
+from lumix_dali.loading.plan import INDEX, LABEL, Plan, unpack
 from lumix_dali.mixing import Mixing, derangement, draw, patches
 from lumix_dali.target import Kind, MixTarget
 
@@ -309,14 +309,14 @@ def assert_counted(target, size, mixing, planned):
     """λ0 bit exact: the float32 quotient of pixel counts; for Mixup the drawn weight."""
     area = (target.box[:, 2:] - target.box[:, :2]).prod(1)
     counted = (area.astype(np.float32) / np.float32(np.prod(size))).astype(np.float32)
-    weight = planned.view(np.float32)[:, KIND, 1]
+    drawn = planned.get("weight", planned.get("lam0"))
     is_cutmix, is_mixup = target.kind == Kind.CUTMIX, target.kind == Kind.MIXUP
     if mixing.counts_lam0:
         np.testing.assert_array_equal(target.lam0[is_cutmix], counted[is_cutmix])
     else:
-        np.testing.assert_array_equal(target.lam0, weight)
+        np.testing.assert_array_equal(target.lam0, planned["lam0"])
     if is_mixup.any():
-        np.testing.assert_array_equal(target.lam0[is_mixup], weight[is_mixup])
+        np.testing.assert_array_equal(target.lam0[is_mixup], drawn[is_mixup])
     assert not target.lam0[target.kind == Kind.NONE].any()
 
 
@@ -325,19 +325,24 @@ def assert_counted(target, size, mixing, planned):
 def test_a_plan_has_the_form_that_the_graph_takes(mixing, n):
     """dtype, dimensions and contiguity of each input; labels and indices travel unchanged."""
     plan, labels = Plan(1, 2, 3, (6, 5), mixing, True), np.arange(n) + 2**40
-    array = plan.batch(4, labels, labels + 1)
-    assert (array.dtype, array.shape) == (np.int32, (n, 13, 2))
-    assert array.flags.c_contiguous
-    np.testing.assert_array_equal(array.view(np.int64)[:, LABEL, 0], labels)
-    np.testing.assert_array_equal(array.view(np.int64)[:, INDEX, 0], labels + 1)
-    assert np.array_equal(array, plan.batch(4, labels, labels + 1))
+    arrays = plan.batch(4, labels, labels + 1)
+    dtypes = {"target": np.int32, "is_mixup": bool, "weight": np.float32, "lam0": np.float32}
+    dimensions = {"target": 3, "ids": 2, "anchors": 3, "shapes": 3}
+    for name, array in arrays.items():
+        assert (array.dtype, array.ndim, len(array)) == (dtypes.get(name, np.int32), dimensions.get(name, 1), n), name
+        assert array.flags.c_contiguous, name
+    words = arrays["target"].view(np.int64)[..., 0]
+    np.testing.assert_array_equal(words[:, LABEL], labels)
+    np.testing.assert_array_equal(words[:, INDEX], labels + 1)
+    again = plan.batch(4, labels, labels + 1)
+    assert list(arrays) == list(again) and all(np.array_equal(arrays[name], again[name]) for name in arrays)
 
 
 @pytest.mark.parametrize("word", range(4))
 def test_plans_differ_by_seed_epoch_rank_and_iteration(word):
     def target(*words):
         *plan, iteration = words
-        return Plan(*plan, (30, 40), Mixing(), True).batch(iteration, np.arange(16), np.arange(16))
+        return Plan(*plan, (30, 40), Mixing(), True).batch(iteration, np.arange(16), np.arange(16))["target"]
 
     words = [5, 6, 7, 8]
     assert np.array_equal(target(*words), target(*words))

@@ -256,12 +256,12 @@ def test_mix_names_invalid_values(values):
 
 def packed(batch=6, seed=0):
     """A target as `plan.unpack` makes it, and the same target in contiguous tensors."""
-    from lumix_dali.loading.plan import KIND, Plan, unpack
+    from lumix_dali.loading.plan import Plan, unpack
     from lumix_dali.mixing import Mixing
 
     plan = Plan(seed, 0, 0, (32, 32), Mixing(mixup_alpha=0.8, prob=0.8, correct_lam=False), True)
-    planned = torch.from_numpy(plan.batch(0, np.arange(batch) % 5, np.arange(batch)))
-    target, _ = unpack([planned, planned.view(torch.float32)[:, KIND, 1].clone()], True)
+    planned = plan.batch(0, np.arange(batch) % 5, np.arange(batch))
+    target, _ = unpack([torch.from_numpy(planned[name]) for name in ("target", "lam0")], True)
     assert not any(field.is_contiguous() for field in target if field is not target.lam0)
     return target, MixTarget(*(field.clone(memory_format=torch.contiguous_format) for field in target))
 

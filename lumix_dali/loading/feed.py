@@ -12,7 +12,8 @@ import stat
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from contextlib import suppress
+from threading import Event, Lock, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from .plan import Plan
 
 _READERS = 16  # threads that read remote samples: waiting for storage takes no CPU
 _AHEAD = 16384  # samples whose remote shards are copied ahead of need
+_PATIENCE = 2.0  # seconds that DALI may wait for a file without end
 
 
 class _Read(NamedTuple):
@@ -50,7 +52,7 @@ class Batch(NamedTuple):
     samples: list[int]
     images: list[np.ndarray]
     is_path: np.ndarray
-    plan: np.ndarray
+    plan: dict[str, np.ndarray]
 
 
 class Feed:
@@ -77,6 +79,7 @@ class Feed:
         # DALI reads the images where they are, so they live until all batches in its queue are certainly decoded.
         self._batches: deque[Batch] = deque(maxlen=ahead + 2)
         self._lock = Lock()
+        self._closed = Event()
 
     @property
     def gives_paths(self) -> bool:
@@ -87,10 +90,10 @@ class Feed:
         """Paths or encoded images of iteration ``info.iteration``, a callback of the pipeline."""
         return self._batch(info.iteration).images
 
-    def arrays(self, info: Any) -> tuple[Any, ...]:
-        """The plan of iteration ``info.iteration``, after `Batch.is_path` where the feed gives paths."""
+    def arrays(self, info: Any, names: Iterable[str]) -> list[np.ndarray]:
+        """Arrays of the plan of iteration ``info.iteration`` by name; "is_path" is `Batch.is_path`."""
         batch = self._batch(info.iteration)
-        return (batch.is_path, batch.plan) if self.gives_paths else (batch.plan,)
+        return [batch.is_path if name == "is_path" else batch.plan[name] for name in names]
 
     def samples(self, iteration: int) -> list[int]:
         """The samples that an iteration in DALI's queue was given; none if it is not there."""
@@ -102,11 +105,28 @@ class Feed:
         Without `wait`, threads that are reading end after their current read.
         """
         reads = [read for reads in self._pending.values() for read in reads]
+        self._closed.set()
         # Not `cancel_futures`, which needs a module that may be gone at the end of the process.
         done = [read.cancel() or read.done() for read in reads]
         self._pool.shutdown(wait=wait or all(done))
         self._pending.clear()
         self._batches.clear()
+
+    def unblock(self) -> None:
+        """Ends DALI's wait for the writer of a FIFO, so that it reports an error.
+
+        A file can become a FIFO at any time after it was looked at. To look again at every file before each opening
+        would cost tiny images a tenth of their throughput.
+        """
+        for batch in list(self._batches):
+            for image, is_path in zip(batch.images, batch.is_path, strict=True):
+                if is_path and _is_fifo(path := image.tobytes()):
+                    with suppress(OSError):  # DALI does not wait for this one
+                        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_PATIENCE):
+            self.unblock()
 
     def _batch(self, iteration: int) -> Batch:
         """A batch, which is made once, for whichever callback asks first."""
@@ -116,6 +136,8 @@ class Feed:
                     return batch
             if iteration * self._batch_size >= len(self._indices):
                 raise StopIteration
+            if self.gives_paths and not self._batches:
+                Thread(target=self._watch, name="lumix_dali-watch", daemon=True).start()
             self._batches.append(self._make(iteration))
             return self._batches[-1]
 
@@ -123,7 +145,7 @@ class Feed:
         self._prepare(iteration)
         self._prepare(iteration + 1)
         reads = [read for chunk in self._pending.pop(iteration) for read in chunk.result()]
-        reads = [self._good(read) for read in self._checked(reads)]
+        reads = [self._good(read) for read in reads]
         labels, used = [read.label for read in reads], [read.sample for read in reads]
         plan = self.plan.batch(iteration, np.array(labels, np.int64), np.array(used, np.int64))
         images = [np.frombuffer(read.image, np.uint8) for read in reads]
@@ -133,15 +155,6 @@ class Feed:
         while isinstance(read.image, BadImage):  # a substitute may turn bad too
             (read,) = self._read([self._faults.replace(read.sample, str(read.image))])
         return read
-
-    def _checked(self, reads: list[_Read]) -> Iterable[_Read]:
-        """Reads again the paths that are no regular files any more: DALI would wait for a FIFO for ever."""
-        for read in reads:
-            # Not in the threads: handing a path over takes longer than this.
-            if read.is_path and not _is_regular(read.image):
-                self._faults.forget(read.sample)
-                (read,) = self._read([read.sample])
-            yield read
 
     def _prepare(self, iteration: int) -> None:
         """Starts to read a batch, once."""
@@ -185,8 +198,8 @@ class Feed:
         return image if bitmap is None else bitmap
 
 
-def _is_regular(path: bytes) -> bool:
+def _is_fifo(path: bytes) -> bool:
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        return stat.S_ISFIFO(os.stat(path).st_mode)
     except OSError:
         return False

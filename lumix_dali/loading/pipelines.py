@@ -21,7 +21,7 @@ from .. import fn as mixfn
 from ..decoding import decode
 from ..graph import branch, first, put
 from .feed import Feed
-from .plan import ANCHORS, IDS, KIND, SHAPES, WEIGHT, Plan
+from .plan import Plan
 from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mirror
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,6 +32,7 @@ EraseMode = Literal["const", "rand", "pixel"]
 _READER = {"dont_use_mmap": True}
 _MIN_CROP = 0.05  # below, a resized image has more pixels than memory
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
+_DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.float32: types.FLOAT}
 _DTYPES = {"float32": types.FLOAT, "float16": types.FLOAT16, "uint8": types.UINT8}
 
 
@@ -168,11 +169,11 @@ def train_pipeline(
         The arguments of DALI's pipelines (`batch_size`, `num_threads`, `device_id`, ...) are also given by keyword.
         As in Pillow, the EXIF orientation is not applied.
     """
-    encoded, planned = read(feed, reader)
+    encoded, inputs = read(feed, reader)
     images = decode(encoded, lambda shape: _random_crop(shape, transform), **(decoder or {}))
     images = resize_mirror(images, transform.size, transform.interpolation, transform.hflip)
     images = _augmented(images, transform)
-    images, target, lam0 = mixed(images, planned, feed.plan)
+    images, target, lam0 = mixed(images, inputs, feed.plan)
     return _normalised(images, transform), target, lam0
 
 
@@ -230,7 +231,7 @@ def val_pipeline(
         Only the region that the crop needs is decoded and resized, so an image of extreme aspect ratio takes no more
         memory than its crop.
     """
-    encoded, planned = read(feed, reader)
+    encoded, inputs = read(feed, reader)
     size = transform.size
     target = [floor(side / transform.crop_pct) for side in size]
     crop: dict[str, DataNode] = {}
@@ -251,57 +252,51 @@ def val_pipeline(
     images = decode(encoded, needed, **(decoder or {}))
     interpolation = INTERPOLATIONS[transform.interpolation]
     images = fn.resize(images, size=list(map(float, size)), interp_type=interpolation, **crop)
-    return _normalised(images, transform), _put(planned)
+    return _normalised(images, transform), _put(inputs["target"])
 
 
 def _put(node: DataNode) -> DataNode:
     return put(node, "cpu" if Pipeline.current().device_id is None else "gpu")
 
 
-def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, DataNode]:
-    """Encoded images, and the plan."""
+def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode, dict[str, DataNode]]:
+    """Encoded images, and the arrays of the plan by name."""
     given = fn.external_source(
         feed.images, batch=True, batch_info=True, dtype=types.UINT8, ndim=1, no_copy=not feed.gives_paths
     )
-    # Not with the images: the plan reaches the user, so DALI must have a copy of its own.
-    *is_path, planned = fn.external_source(
-        feed.arrays,
-        num_outputs=feed.gives_paths + 1,
+    one = np.zeros(1, np.int64)
+    like = (dict(is_path=np.ones(1, bool)) if feed.gives_paths else {}) | feed.plan.batch(0, one, one)
+    if Pipeline.current().device_id is not None:
+        like.pop("is_mixup", None)  # see `fn.lay`
+    # Not with the images: the target reaches the user, so DALI must have a copy of its own.
+    nodes = fn.external_source(
+        lambda info: feed.arrays(info, like),
+        num_outputs=len(like),
         batch=True,
         batch_info=True,
-        dtype=[types.BOOL] * feed.gives_paths + [types.INT32],
-        ndim=[0] * feed.gives_paths + [2],
+        dtype=[_DALI_TYPES[array.dtype.type] for array in like.values()],
+        ndim=[array.ndim - 1 for array in like.values()],
     )
-    if not is_path:
-        return given, planned
-    # Pillow decoded the others.
+    inputs = dict(zip(like, nodes, strict=True))
+    if not feed.gives_paths:
+        return given, inputs
     options = {**_READER, **(reader or {})}
-    return branch(is_path[0], lambda paths: fn.io.file.read(paths, **options), first, given), planned
+    # Pillow decoded the others.
+    return branch(inputs["is_path"], lambda paths: fn.io.file.read(paths, **options), first, given), inputs
 
 
-def mixed(images: DataNode, planned: DataNode, plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
-    """Images mixed by the plan, the plan, and λ0, on the pipeline's device."""
-    mixing, rows = plan.mixing, _put(planned)
-    if mixing is None:
-        return images, rows, _float(rows[KIND, 1])
-    lam0 = _float(rows[KIND, 1])
-    if mixing.with_cutmix and mixing.counts_lam0:
+def mixed(images: DataNode, inputs: Mapping[str, DataNode], plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
+    """Images mixed by the plan, its target, and λ0, on the pipeline's device."""
+    if "lam0" in inputs:
+        lam0 = _put(inputs["lam0"])
+    else:
         # Divide first: for a whole image the quotient is exactly 1, which leaves Mixup's weight as it is.
-        lam0 = _float(rows[WEIGHT, 0]) * mixfn.box_lam0((rows[SHAPES + 1, 0], rows[SHAPES + 1, 1]), plan.size)
-    images = mixfn.lay(
-        images,
-        planned[IDS],
-        planned[ANCHORS : ANCHORS + 2],
-        planned[SHAPES : SHAPES + 2],
-        planned[KIND, 0],
-        _float(planned[WEIGHT, 0]),
-        mixing,
-    )
-    return images, rows, lam0
-
-
-def _float(bits: DataNode) -> DataNode:
-    return fn.reinterpret(bits, dtype=types.FLOAT)
+        lam0 = mixfn.box_lam0((_put(inputs["height"]), _put(inputs["width"])), plan.size)
+        lam0 = lam0 * _put(inputs["weight"]) if "weight" in inputs else lam0
+    if "ids" in inputs:
+        names = ("ids", "anchors", "shapes", "is_mixup", "weight")
+        images = mixfn.lay(images, **{name: inputs[name] for name in names if name in inputs})
+    return images, _put(inputs["target"]), lam0
 
 
 def _resized(full: DataNode, target: Sequence[int], crop_mode: str) -> DataNode:
