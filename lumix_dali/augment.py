@@ -483,24 +483,18 @@ def _fill(
     if size is None:
         size = images.shape(dtype=types.INT32)[:2]
     start, sides = region_of(fn.cast(size, dtype=types.FLOAT), drawn, number)
-    if mode == "pixel":
-        paste = partial(_paste_noise, mean=mean, std=std)
-        # On a GPU an empty region of multi_paste overwrites the rest of the image.
-        return branch(fn.reductions.min(sides) > 0, paste, first, images, start, sides, size)
-    colour = _noise(math.min(sides, 0) + 1, "cpu", mean, std)  # of one pixel
-    start, sides, colour = (fn.cast(node, dtype=types.FLOAT) for node in (start, sides, colour))
-    level = [round(m) for m in mean] if mode == "const" else fn.reshape(colour, shape=[-1])
-    return fn.erase(images, anchor=start, shape=sides, axis_names="HW", fill_value=level)
+    paste = partial(_paste, mode=mode, mean=mean, std=std)
+    # On a GPU an empty region of multi_paste overwrites the rest of the image.
+    return branch(fn.reductions.min(sides) > 0, paste, first, images, start, sides, size)
 
 
-def _paste_noise(
-    images: DataNode, start: DataNode, sides: DataNode, size: DataNode, *, mean: Sequence[float], std: Sequence[float]
-) -> DataNode:
+def _paste(images: DataNode, start: DataNode, sides: DataNode, size: DataNode, **content: Any) -> DataNode:
+    """Pastes a region; `fn.erase` would allocate memory for every batch on a GPU, and has no colour for each pixel."""
     # On a GPU multi_paste reads every input as if it had the size of the first.
-    noise = fn.pad(_noise(sides, images.device, mean, std), axes=[0, 1], shape=size)
+    region = fn.pad(_content(sides, images.device, **content), axes=[0, 1], shape=size)
     return fn.multi_paste(
         images,
-        noise,
+        region,
         in_anchors=fn.stack(start * 0, start * 0),
         out_anchors=fn.stack(start * 0, start),
         shapes=fn.stack(size, sides),
@@ -508,10 +502,15 @@ def _paste_noise(
     )
 
 
-def _noise(sides: DataNode, device: str, mean: Sequence[float], std: Sequence[float]) -> DataNode:
-    noise = fn.random.normal(shape=fn.pad(sides, shape=[3], fill_value=len(mean)), device=device)
+def _content(sides: DataNode, device: str, mode: str, mean: Sequence[float], std: Sequence[float]) -> DataNode:
+    """uint8 HWC of these sides: normally distributed pixels, or pixels of one such colour, or of the mean."""
+    shape = fn.pad(sides, shape=[3], fill_value=len(mean))
+    normal = fn.random.normal(shape=shape, stddev=float(mode == "pixel"), device=device)
+    if mode == "rand":
+        colour = fn.random.normal(shape=fn.pad(sides * 0 + 1, shape=[3], fill_value=len(mean)))
+        normal = normal + put(colour, device)
     return fn.crop_mirror_normalize(
-        fn.reshape(noise, layout="HWC"),
+        fn.reshape(normal, layout="HWC"),
         mean=[-m / s for m, s in zip(mean, std, strict=True)],
         std=[1 / s for s in std],
         dtype=types.UINT8,
