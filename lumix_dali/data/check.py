@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -368,35 +367,10 @@ def _look(file: BinaryIO, max_pixels: int) -> Note | None:
     found = formats.look(file, max_pixels)
     # Pillow judges odd files of the formats that DALI decodes. A JPEG may lack its end marker because a film
     # follows it, as in motion photos, or because it is cut short.
-    is_odd = found.decoder == Decoder.PILLOW or (found.format == "JPEG" and not _is_whole(_content(file)))
+    is_odd = found.decoder == Decoder.PILLOW or (found.format == "JPEG" and formats.has_stray_marker(file))
     if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
         formats.pillow_pixels(file, max_pixels)
     return _note(file, found)
-
-
-def _content(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
-_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # RST0 to RST7 belong to a scan
-_SCAN, _END = 0xDA, 0xD9
-_BETWEEN = {_SCAN, 0xC4, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # segments that may stand between scans
-
-
-def _is_whole(jpeg: bytes) -> bool:
-    """Whether a JPEG's scans contain only markers that belong there, up to the end marker."""
-    place = jpeg.find(b"\xff\xda") + 2  # a stray one in a header only makes Pillow judge
-    while match := _MARKER.search(jpeg, place):
-        code = match[0][-1]
-        if code == _END or code not in _BETWEEN:
-            return code == _END
-        place = match.end()
-        if code != _SCAN:
-            place += int.from_bytes(jpeg[place : place + 2])
-            if jpeg[place : place + 1] != b"\xff":  # not a segment, since no other one follows it
-                return False
-    return False
 
 
 def _decode(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
@@ -426,7 +400,8 @@ def _decode_refused(file: BinaryIO, max_pixels: int) -> Note:
 def _decode_with_pillow(file: BinaryIO, number: int, contents: dict[int, bytes], max_pixels: int) -> Note | None:
     """What is notable; keeps the content of what DALI decodes."""
     found = formats.look(file, max_pixels)
-    content = _content(file)
+    file.seek(0)
+    content = file.read()
     # Not PNG: Pillow refuses some for a text chunk, whose pixels DALI decodes as they should be.
     if found.decoder == Decoder.PILLOW or found.format == "JPEG":
         formats.pillow_pixels(file, max_pixels)
