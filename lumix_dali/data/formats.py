@@ -177,7 +177,7 @@ def bitmap(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def open_regular(path: str) -> BinaryIO:
+def open_regular(path: str | bytes) -> BinaryIO:
     """Opens a regular file; rejects a FIFO or device, which could block forever.
 
     Raises:

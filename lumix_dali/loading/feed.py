@@ -10,7 +10,7 @@ import io
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from threading import Event, Lock, Thread
@@ -168,34 +168,32 @@ class Feed:
 
     def _read(self, indices: list[int]) -> list[_Read]:
         used = self._faults.usable(indices)
+        # At once: to compare one element of an array takes as long as all the rest here.
+        known = (self._faults.decoder[used] == Decoder.DALI).tolist()
         if self.gives_paths:
             assert self._source.labels is not None
-            return [self._path(index, int(self._source.labels[index])) for index in used]
-        images, labels = self._source.read(used)
-        rows = zip(used, images, labels.tolist(), strict=True)
-        return [_Read(index, self._content(index, image), label, False) for index, image, label in rows]
+            images: Sequence[Any] = [os.fsencode(self._source.path(index)) for index in used]
+            labels = self._source.labels[used]
+        else:
+            images, labels = self._source.read(used)
+        rows = zip(used, images, labels.tolist(), known, strict=True)
+        return [
+            _Read(index, image, label, self.gives_paths) if is_known else self._looked_at(index, image, label)
+            for index, image, label, is_known in rows
+        ]
 
-    def _path(self, index: int, label: int) -> _Read:
-        """The path of a file for DALI, or the bitmap of one for Pillow."""
-        path = self._source.path(index)
-        if self._faults.decoder[index] == Decoder.DALI:
-            return _Read(index, os.fsencode(path), label, True)
+    def _looked_at(self, index: int, image: Any, label: int) -> _Read:
+        """A path or encoded image that DALI can decode, or a bitmap by Pillow."""
         try:
-            with formats.open_regular(path) as file:
+            if isinstance(image, BadImage):
+                raise image
+            with formats.open_regular(image) if self.gives_paths else io.BytesIO(image) as file:
                 bitmap = self._faults.bitmap(index, file)
         except BadImage as error:
             return _Read(index, error, label, False)
-        return _Read(index, os.fsencode(path) if bitmap is None else bitmap, label, bitmap is None)
-
-    def _content(self, index: int, image: Any) -> Any:
-        """An image that DALI can decode."""
-        if isinstance(image, BadImage) or self._faults.decoder[index] == Decoder.DALI:
-            return image
-        try:
-            bitmap = self._faults.bitmap(index, io.BytesIO(image))
-        except BadImage as error:
-            return error
-        return image if bitmap is None else bitmap
+        if bitmap is None:
+            return _Read(index, image, label, self.gives_paths)
+        return _Read(index, bitmap, label, False)
 
 
 def _is_fifo(path: bytes) -> bool:
