@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS, PAGE = harness.ROOT / "benchmarks/results", harness.ROOT / "docs/experiments.md"
+PAGES = PAGE, harness.ROOT / "README.md"
 LUMIX, NONE = "LUMix", "no mixing"
 COMMON = (
     "--table components --images-per-class 100 --img-size 32 --scale .8 1 --hflip .5 --first-seed 100 --lam --no-speed "
@@ -106,8 +107,31 @@ def load() -> dict[str, dict[str, Any]]:
     return {model: json.loads(path.read_text()) for model, path in paths.items() if path.exists()}
 
 
+def answer(results: dict[str, dict[str, Any]]) -> str:
+    """A line per model: what CutMix gains over no mixing, and what LUMix changes then."""
+    lines = []
+    for model, result in results.items():
+        found = {(c.row, c.metric): c.difference for c in compare(result) if c.reference in (CUTMIX, NONE)}
+        changes = (
+            _change(found[LUMIX, metric], words, accuracy.DIGITS[metric])
+            for metric, words in (("top1", "top-1 {} points"), ("ece", "ECE {} points"), ("nll", "NLL {} nats"))
+        )
+        lines.append(
+            f"- **{NAMES[model]}**: CutMix − no mixing, {_change(found[CUTMIX, 'top1'], 'top-1 {} points', 2)}; "
+            f"LUMix − CutMix, {', '.join(changes)}; {found[LUMIX, 'top1'].n} paired seeds."
+        )
+    return "\n".join(lines)
+
+
+def _change(found: paired.Difference, words: str, digits: int) -> str:
+    interval = "" if found.interval is None else " ({:+.{d}f} to {:+.{d}f})".format(*found.interval, d=digits)
+    return words.format(f"{found.mean:+.{digits}f}") + interval
+
+
 def block(name: str, results: dict[str, dict[str, Any]]) -> str:
-    """What stands in the page's block of this name: a model's table, or a figure of all models."""
+    """What stands in the page's block of this name: the answer, a model's table, or a figure of all models."""
+    if results and name == "answer":
+        return answer(results)
     if name in FIGURES and results:
         return f"![{CAPTIONS[name]}](evidence-{name}.svg)"
     return table(results[name]) if name in results else "Not run yet."
@@ -132,7 +156,7 @@ def draw_forest(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
         for number, (model, result) in enumerate(results.items()):
             for name, (one, _) in paired.compare(result["rows"], CUTMIX, metric).items():
                 height = names.index(name) + 0.2 * (number - (len(results) - 1) / 2)
-                label = f"{model}, n = {one.n}" if name == LUMIX else None
+                label = NAMES[model] if name == LUMIX else None
                 axes.plot(one.interval or [one.mean] * 2, [height, height], color=f"C{number}", linewidth=2)
                 axes.plot(one.mean, height, "o", color=f"C{number}", label=label)
         axes.axvline(0, color="gray", linewidth=0.8)
@@ -140,33 +164,62 @@ def draw_forest(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
         axes.set_xlabel("right is better" if metric == "top1" else "left is better")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    panels[0].legend()
+    figure.legend(loc="outside lower left", ncols=len(results))
 
 
 def draw_curves(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
-    """Mean top-1 of every row over the epochs, with the seeds' standard deviation as a band, one panel per model."""
-    for axes, (model, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        for number, row in enumerate(row for row in result["rows"] if row["runs"]):
-            epochs, curves = row["runs"][0]["validated"], np.array([run["top1"] for run in row["runs"]])
-            mean, sd = curves.mean(0), curves.std(0)
-            axes.plot(epochs, mean, color=f"C{number}", label=row["name"])
-            axes.fill_between(epochs, mean - sd, mean + sd, color=f"C{number}", alpha=0.12, linewidth=0)
-        axes.set(title=model, xlabel="epoch", ylabel="top-1, %")
-        axes.legend()
+    """Means of every row over the epochs, with the seeds' standard deviation as a band: a row per model."""
+    panels = figure.subplots(len(results), len(accuracy.METRICS), squeeze=False)
+    for (model, result), line in zip(results.items(), panels, strict=True):
+        for axes, (metric, title) in zip(line, accuracy.METRICS.items(), strict=True):
+            for number, row in enumerate(row for row in result["rows"] if row["runs"]):
+                curves = np.array([run[metric] for run in row["runs"]])
+                draw_band(axes, row["runs"][0]["validated"], curves.mean(0), curves.std(0), f"C{number}", row["name"])
+            axes.set(title=f"{NAMES[model]}: {title}", xlabel="epoch")
+        line[0].legend(fontsize=9)
 
 
-FIGURES = {"forest": draw_forest, "curves": draw_curves}
-CAPTIONS = {"forest": "Differences to CutMix with 95 % intervals", "curves": "Top-1 over the epochs"}
+def draw_band(axes: Any, x: Any, middle: np.ndarray, spread: np.ndarray, colour: str, label: str) -> None:
+    """A line with a band around it."""
+    axes.plot(x, middle, color=colour, label=label)
+    axes.fill_between(x, middle - spread, middle + spread, color=colour, alpha=0.12, linewidth=0)
+
+
+def draw_lam(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
+    """λ0, λ_s and λ of LUMix over the epochs, means over the seeds: median, quartiles and deciles."""
+    panels = figure.subplots(len(results), 3, squeeze=False, sharey=True)
+    for (model, result), line in zip(results.items(), panels, strict=True):
+        (runs,) = (row["runs"] for row in result["rows"] if row["name"] == LUMIX)
+        for number, (axes, (key, title)) in enumerate(zip(line, LAMS.items(), strict=True)):
+            q10, q25, q50, q75, q90 = (
+                np.mean([run["lam"][f"{key}_q{q}"] for run in runs], 0) for q in (10, 25, 50, 75, 90)
+            )
+            epochs = np.arange(1, len(q50) + 1)
+            for low, high in ((q10, q90), (q25, q75)):
+                axes.fill_between(epochs, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
+            axes.plot(epochs, q50, color=f"C{number}")
+            axes.set(title=f"{NAMES[model]}: {title}", xlabel="epoch")
+
+
+NAMES = {"resnet": "ResNet", "vit": "ViT"}
+LAMS = {"lam0": "λ0, of the pasted pixels", "lam_s": "λ_s, by the scores", "lam": "λ, of the label"}
+FIGURES = {"forest": draw_forest, "curves": draw_curves, "lam": draw_lam}
+CAPTIONS = {
+    "forest": "Differences to CutMix with 95 % intervals",
+    "curves": "Top-1, log loss and calibration error over the epochs",
+    "lam": "λ0, λ_s and λ over the epochs: median, quartiles and deciles",
+}
 
 
 def report(check: bool) -> list[Path]:
     """Writes the page's tables and the figures; returns what was out of date. With `check` nothing is written."""
-    results, page, stale = load(), PAGE.read_text(), []
+    results, stale = load(), []
     digest = hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
-    if (text := with_evidence(page, results)) != page:
-        stale.append(PAGE)
-        if not check:
-            PAGE.write_text(text)
+    for page in PAGES:
+        if (text := with_evidence(page.read_text(), results)) != page.read_text():
+            stale.append(page)
+            if not check:
+                page.write_text(text)
     for name in FIGURES if results else ():
         path = PAGE.with_name(f"evidence-{name}.svg")
         if not (path.exists() and digest in path.read_text()):
@@ -184,7 +237,8 @@ def write_figure(name: str, results: dict[str, dict[str, Any]], digest: str, pat
     from benchmarks.plot import STYLE
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 4.5), layout="constrained")
+        height = 4.5 if name == "forest" else 3.6 * len(results) + 0.4
+        figure = Figure(figsize=(12, height), layout="constrained")
         FIGURES[name](figure, results)
         figure.savefig(path, metadata=dict(Description=digest, Date=None))
 
