@@ -481,18 +481,21 @@ N = TypeVar("N", bound=Named)
 
 
 def named(candidates: Iterable[N], only: str | None) -> list[N]:
-    """The candidates whose names start with one of `only`, None for all; ValueError if a prefix matches none."""
+    """The candidates that `only` names, or whose names start with what names none; None: all.
+
+    Raises:
+        ValueError: a part of `only` selects nothing.
+    """
     candidates = list(candidates)
     if only is None:
         return candidates
-    wanted = tuple(part.strip() for part in only.split(","))
-    for part in wanted:
-        if not any(candidate.name.startswith(part) for candidate in candidates):
-            raise ValueError(
-                f"--only {part}: no such candidate; give the beginning of one of "
-                f"{', '.join(candidate.name for candidate in candidates)}"
-            )
-    return [candidate for candidate in candidates if candidate.name.startswith(wanted)]
+    names, chosen = [candidate.name for candidate in candidates], set[str]()
+    for part in (part.strip() for part in only.split(",")):
+        found = [part] if part in names else [name for name in names if name.startswith(part)]
+        if not found:
+            raise ValueError(f"--only {part}: no such candidate; give the beginning of one of {', '.join(names)}")
+        chosen.update(found)
+    return [candidate for candidate in candidates if candidate.name in chosen]
 
 
 def cpus() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 stats = pytest.importorskip("scipy.stats")
 pytest.importorskip("torchmetrics")
 
-from experiments import evidence  # noqa: E402
+from experiments import ablations, evidence  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/experiments.md").read_text()
@@ -89,6 +90,17 @@ def test_the_evidence_is_what_its_results_say():
     assert set(re.findall(r"<!-- evidence: (\w+) -->", TEXT)) == names
 
 
+def test_the_runs_are_the_plans():
+    """Rows and seeds of PLAN.md's table: LUMix without its parts only for the ResNet, on 15 of its 30 seeds."""
+    rows, parts = ["no mixing", "CutMix", "LUMix"], [f"LUMix without {part}" for part in ("λ_r", "λ_s", "R")]
+    for model, names, seeds in (("resnet", rows + parts, 30), ("vit", rows, 20)):
+        args = ablations.parse_args([*shlex.split(evidence.MODELS[model]), "--data", "x", "--out", "x"])
+        assert {row.name: row.max_seeds for row in ablations.wanted(args)} == {
+            name: 15 if name in parts else None for name in names
+        }
+        assert (args.seeds, args.first_seed) == (seeds, 100)
+
+
 def test_the_plans_comparisons():
     """Primary and regime without correction; Holm over the secondary ones: two for LUMix, three for each part."""
     rng = np.random.default_rng(0)
@@ -120,7 +132,7 @@ def test_the_paragraph_on_the_evidence():
     assert low < 0 < high  # "not measurably in accuracy"
     assert found["CutMix", "no mixing", "top1"].difference.interval[0] > 0  # "CutMix helps"
     assert found["LUMix", "CutMix", "ece"].difference.interval[1] < 0
-    ece = {row: values for row, values in last("evidence-resnet", "ece").items()}
+    ece = last("evidence-resnet", "ece")
     for part in ("λ_r", "R"):
         pairs = [(value, ece["CutMix"][seed]) for seed, value in ece[f"LUMix without {part}"].items()]
         assert np.mean(np.subtract(*np.transpose(pairs))) > 0  # "without either, ECE is above CutMix'"
