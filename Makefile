@@ -70,9 +70,10 @@ results: $(ready)  # measure what the pages show, hours on an idle machine: DATA
 	$(python) -m benchmarks.loaders --out benchmarks/results/loaders.json --data $(DATA) --rounds 9 --batch-size 64 --images 512
 	$(python) -m benchmarks.loaders --out benchmarks/results/loaders-threads.json --data $(DATA) --rounds 5 --batch-size 64 --images 640 --threads 1,2,4 --only '$(THREADED)'
 	$(python) -m benchmarks.cost --out benchmarks/results/cost-loader.json --data $(DATA) --rounds 9 --batch-size 128 --parts loader
-	$(python) -m benchmarks.cost --out benchmarks/results/cost-cpu.json --data $(DATA) --rounds 9 --batch-size 64 --batches 20 --parts cpu,mixing,tiny
+	$(python) -m benchmarks.cost --out benchmarks/results/cost-cpu.json --data $(DATA) --rounds 9 --batch-size 64 --batches 20 --parts cpu,mixing,host,tiny
 	$(python) -m benchmarks.cost --out benchmarks/results/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 128 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
 	$(python) -m benchmarks.cost --out benchmarks/results/cost-resnet50.json --data $(DATA) --rounds 9 --batch-size 8 --steps 2 --parts model,step,epoch --model resnet50
+	$(python) -m benchmarks.mix --out benchmarks/results/mix.json --rounds 9
 	$(python) -m benchmarks.loss --out benchmarks/results/loss.json --rounds 9 --batch-sizes 256 --classes 10,1000,21841 --dtypes float32
 	$(python) -m benchmarks.scaling --out benchmarks/results/scaling.json
 	$(MAKE) figures

@@ -10,6 +10,7 @@ Parts, for `--parts`:
     handover  steps on batches in DALI's own memory (DLPack; DALI synchronises the device to free them) and on copies
     cpu       CPU time of an image, with this resize and with nearest-neighbour resize: the others are left
     mixing    CPU time of mixing: a loader of 256 images of 8x8 pixels, on the CPU in one thread
+    host      CPU time of the training thread alone, for a batch of 256
     tiny      images of 8, 32 and 64 pixels, with this package and with an earlier commit's
 
     python -m benchmarks.cost --quick
@@ -28,7 +29,7 @@ from .report import compared, is_shown, ratio_cell, ratio_of
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
-PARTS = ("loader", "model", "step", "epoch", "handover", "cpu", "mixing", "tiny")
+PARTS = ("loader", "model", "step", "epoch", "handover", "cpu", "mixing", "host", "tiny")
 QUICK = ("loader", "model", "step", "cpu")
 BEFORE, TODAY, NEAREST = "9ac746d", "today", "nearest neighbour"
 # Part: the row to which its rows are compared.
@@ -198,7 +199,7 @@ def estimate(args: argparse.Namespace) -> float:
     seconds = 20.0
     seconds += rounds * 6 * (2 * args.batches + 6) * images * 2e-3 * ("loader" in args.parts)
     seconds += rounds * 10 * (args.steps + 2) * images * 0.15 * bool({"model", "step"} & set(args.parts))
-    return seconds + rounds * 5 * len({"tiny", "mixing", "cpu"} & set(args.parts))
+    return seconds + rounds * 5 * len({"tiny", "mixing", "host", "cpu"} & set(args.parts))
 
 
 if __name__ == "__main__":

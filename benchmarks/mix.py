@@ -16,7 +16,7 @@ from typing import Any
 from . import harness, report
 from .report import compared, ratio_cell, ratio_of, spread, timed
 
-FLOOR, NOTHING = "floor: copy", "nothing"
+FLOOR, NOTHING, ONE_PIXEL = "floor: copy", "nothing", "RandAugment of one pixel"
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
@@ -38,6 +38,10 @@ def reading(result: dict[str, Any]) -> report.Reading:
             said.append(f"{name} takes the time of {spread(copies)} copies.")
         what = f"{name} ÷ normalising the batch"
         said += compared(what, ratio_of(result, name, "normalise"), "less time", "more time")
+    pixel = next((row for row in result["rows"] if row["name"] == ONE_PIXEL and row["values"]), None)
+    if pixel:  # little but the fixed cost of its operators, which run one after another
+        images = 1000 * result["settings"]["batch_size"] / pixel["median"]
+        said.append(f"RandAugment's operators alone would bound a loader at {images:,.0f} images/s.")
     return report.Reading(said, "python -m benchmarks.cost --parts loader weighs it against a whole batch")
 
 

@@ -13,13 +13,14 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def
 
 import lumix_dali.fn as mixfn
+from lumix_dali import augment
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan
 from lumix_dali.mixing import Mixing
 
 from . import harness
 from .contenders import normalised_in_dali
-from .mix import FLOOR, NOTHING
+from .mix import FLOOR, NOTHING, ONE_PIXEL
 
 MIXES: dict[str, dict[str, Any]] = {
     "cutmix elem": dict(cutmix_alpha=1.0),
@@ -64,12 +65,19 @@ def planned(options: dict[str, Any], side: int, images, labels):
     return *pipelines.mixed(images, inputs, plan), nothing
 
 
+def augmented(side: int, images, labels):
+    """RandAugment on the upper left corner of the images."""
+    return augment.rand_augment(fn.crop(images, crop=(side, side)), size=(side, side)), labels
+
+
 def stages(side: int = 224) -> dict[str, Callable]:
     """The stages, as graph functions of (images, labels); `side` is the side of the images in pixels."""
     return {
         NOTHING: lambda images, labels: (images, labels),
         "normalise": lambda images, labels: (normalised_in_dali(images), labels),
         **{name: partial(mixed, options) for name, options in MIXES.items()},
+        "RandAugment": partial(augmented, side),
+        ONE_PIXEL: partial(augmented, 1),
         **{f"loader: {name}": partial(planned, options, side) for name, options in MIXES.items()},
     }
 

@@ -290,6 +290,31 @@ class Own:
             return harness.cpu_milliseconds(partial(next, batches), self.batches, "cpu")
 
 
+class Host:
+    """What a loader takes from the training thread, of files or of their contents."""
+
+    def __init__(self, s: Setting, contents: bool, batches: int):
+        self.s, self.contents, self.batches = s, contents, batches
+
+    def measure(self) -> float:
+        """CPU milliseconds of the thread that iterates, per batch of 256, in the loader's steady state."""
+        samples = dataclasses.replace(self.s, batch_size=OWN_BATCH).repeated(self.batches + 4 * PREFETCH + 1)
+        source: Any = samples
+        if self.contents:
+            read = {path: Path(path).read_bytes() for path in {samples.path(i) for i in range(len(samples))}}
+            source = [(read[samples.path(i)], int(label)) for i, label in enumerate(samples.labels)]
+        with create_loader(
+            source, batch_size=OWN_BATCH, input_size=self.s.size, device=self.s.device, num_threads=1, **BOTH
+        ) as loader:
+            batches = iter(loader)
+            for _ in range(2 * PREFETCH):
+                next(batches)
+            start = time.thread_time()
+            for _ in range(self.batches):
+                next(batches)
+            return 1000 * (time.thread_time() - start) / self.batches
+
+
 def free_memory(s: Setting, release: bool = False) -> int:
     """Bytes free on the GPU; 0 without one. `release`: first return the caches of DALI and PyTorch to it."""
     if not s.cuda:
@@ -396,6 +421,9 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
     if "mixing" in args.parts:
         for name, mixing in OWN.items():
             yield harness.Candidate(name, Own(s, mixing, args.batches).measure, where=dict(part="mixing"))
+    if "host" in args.parts:
+        for name, contents in (("files", False), ("bytes", True)):
+            yield harness.Candidate(name, Host(s, contents, args.batches).measure, where=dict(part="host"))
     if "tiny" in args.parts:
         for side in (8, 32, 64):
             for commit, name in ((None, TODAY), (BEFORE, BEFORE)):
