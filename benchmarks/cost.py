@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lumix_dali.cpus import available
+
 from . import harness, report
 from .harness import summary
 from .report import compared, is_shown, ratio_cell, ratio_of
@@ -133,7 +135,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--model", default="resnet50", help="any model name that timm.create_model accepts")
     add("--batch-size", type=harness.positive, default=256, help="a CPU's model wants smaller ones")
     add("--input-size", type=harness.positive, default=224)
-    add("--threads", type=harness.positive, default=harness.cpus(), help="of DALI")
+    add("--threads", type=harness.positive, default=available(), help="of DALI")
     add("--decoder", type=harness.options, default={}, metavar="NAME=NUMBER,...", help="options of DALI's decoder")
     add("--batches", type=harness.positive, default=4, help="timed batches in a turn of the loader")
     add("--steps", type=harness.positive, default=4, help="timed batches in a turn of the model")

@@ -33,6 +33,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from lumix_dali.cpus import available
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
@@ -376,7 +378,7 @@ def _machine() -> dict[str, Any]:
     return dict(
         cpu=_cpu_model(),
         cpus=os.cpu_count(),
-        affinity=cpus(),
+        affinity=available(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         load_average=[round(load, 2) for load in os.getloadavg()],
         gpu=torch.cuda.get_device_name() if gpu else None,
@@ -496,11 +498,6 @@ def named(candidates: Iterable[N], only: str | None) -> list[N]:
             raise ValueError(f"--only {part}: no such candidate; give the beginning of one of {', '.join(names)}")
         chosen.update(found)
     return [candidate for candidate in candidates if candidate.name in chosen]
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def positive(text: str) -> int:

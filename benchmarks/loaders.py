@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumix_dali.cpus import available
+
 from . import harness, report
 from .report import compared, labelled, ratio_cell, ratio_of, timed
 
@@ -184,7 +186,7 @@ def warm_page_cache(paths: Sequence[str]) -> float:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    cpus, parser = harness.cpus(), harness.parser("loaders", __doc__)
+    cpus, parser = available(), harness.parser("loaders", __doc__)
     add = parser.add_argument
     add("--data", metavar="DIR", help="class folder (default: 1000 images, generated in data/synthetic-imagenet)")
     add("--batch-size", type=harness.positive, default=256)

@@ -13,6 +13,8 @@ threads per batch.
 from collections.abc import Sequence
 from typing import Any
 
+from lumix_dali.cpus import available
+
 from . import harness, report
 from .report import compared, ratio_cell, ratio_of, spread, timed
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--batch-size", type=harness.positive, default=256)
     add("--input-size", type=harness.positive, default=224)
-    add("--threads", type=harness.positive, default=harness.cpus(), help="of DALI")
+    add("--threads", type=harness.positive, default=available(), help="of DALI")
     add("--batches", type=harness.positive, default=50, help="timed batches per turn")
     args = parser.parse_args(argv)
     if args.quick:

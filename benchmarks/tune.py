@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumix_dali.cpus import available
+
 from . import harness, report
 from .report import ratio_cell, spread, timed
 
@@ -172,7 +174,7 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         result.update(rows=rows, chosen=arguments(chosen))
         harness.write(args.out, result)
 
-    values = {knob: options for knob, options in knobs(device, harness.cpus()).items() if wanted(knob, args.only)}
+    values = {knob: options for knob, options in knobs(device, available()).items() if wanted(knob, args.only)}
     try:
         tune(lambda chosen: speed(s, args, chosen), values, args.rounds, save)
     except KeyboardInterrupt:

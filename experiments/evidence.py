@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from benchmarks import accuracy, harness, paired
+from lumix_dali.cpus import available
 
 from . import ablations
 from .tables import CUTMIX
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs.add_argument("--model", choices=MODELS, action="append", help="one of the two (default: both)")
     runs.add_argument("--data", default="data/CIFAR-10-images", metavar="DIR", help="folders train and test")
     runs.add_argument("--out", default=RESULTS, type=Path, metavar="DIR", help="(default: benchmarks/results)")
-    runs.add_argument("--jobs", type=harness.positive, default=harness.cpus(), metavar="N", help="models at once")
+    runs.add_argument("--jobs", type=harness.positive, default=available(), metavar="N", help="models at once")
     reports = commands.add_parser("report", help="tables of docs/experiments.md, and figures, from the results")
     reports.add_argument("--check", action="store_true", help="only say what is out of date")
     args = parser.parse_args(argv)

@@ -7,7 +7,6 @@ is reported are ratios within a round.
 from __future__ import annotations
 
 import io
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from . import cpus
 from .data.protocol import Source
 from .loading.loader import Loader, create_loader
 from .loss import LUMixLoss
@@ -152,7 +152,7 @@ def speed(
     Raises:
         ValueError: as `create_loader`, or `model` is unknown.
     """
-    threads = _cpus() if num_threads is None else num_threads
+    threads = cpus.available() if num_threads is None else num_threads
     options: dict[str, Any] = dict(batch_size=batch_size, input_size=input_size, num_threads=threads, device=device)
     with ExitStack() as stack:
 
@@ -171,7 +171,7 @@ def speed(
         report(f"{len(source)} images, {rounds} rounds, about {minutes:g} minutes: {' | '.join(candidates)}")
         _take_turns(candidates, rounds, seconds, report)
     rates = {name: candidate.rates for name, candidate in candidates.items() if candidate.rates}
-    return Speed(rates, mixed.device.type, threads, _cpus(), input_size**2, _mean_pixels(source))
+    return Speed(rates, mixed.device.type, threads, cpus.available(), input_size**2, _mean_pixels(source))
 
 
 def _take_turns(candidates: dict[str, Candidate], rounds: int, seconds: float, report: Callable[[str], None]) -> None:
@@ -285,7 +285,3 @@ def _times(ratio: tuple[float, float, float]) -> str:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))

@@ -194,6 +194,8 @@ MUTANTS = [
         "self.epoch, iteration, 1]",
         LAWS["differ"],
     ),
+    Mutant("λ0 counts the height twice", PLAN, "full_width, x1 - x0)", "full_width, y1 - y0)", LAWS["pixels"]),
+    Mutant("whole images in λ0 of Mixup", PLAN, "np.where(is_mixup, full_height, y1 - y0)", "y1 - y0", LAWS["pixels"]),
     Mutant("plans of all iterations alike", PLAN, "self.rank, iteration, 1]", "self.rank, 1]", LAWS["differ"]),
     Mutant(
         "mix: λ0 ↔ 1 - λ0",

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import PIL.Image
 
+from ..cpus import available
 from ..progress import Progress
 from . import children, formats, index, sources, storage
 from .files import Files, natural_key
@@ -171,7 +172,7 @@ def scan(
     Raises:
         ValueError: nothing is there, or a list's line is wrong.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available()
     survey = _survey(source, workers, progress)
     samples = survey.source
     labels = np.zeros(len(samples), np.int64)

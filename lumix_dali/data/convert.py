@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from .. import checks
+from .. import checks, cpus
 from ..progress import Progress
 from . import formats, storage
 from .files import Files
@@ -95,7 +95,7 @@ def convert(
     _begin(out, plan)
     paths = [os.path.join(out, name) for name in names]
     left = [(path, part) for path, part in zip(paths, parts, strict=True) if not os.path.exists(path)]
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or cpus.available()) as pool:
         for path, part in progress(left, len(left)):
             _write_shard(path, samples, part.tolist(), encoding, pool)
     _write_plan(os.path.join(out, DESCRIPTION), plan | dict(complete=True))

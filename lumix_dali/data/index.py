@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from ..cpus import available
 from ..progress import Progress
 from . import children, storage
 from .formats import EXTENSIONS, is_image
@@ -203,7 +204,7 @@ def kept(path: str) -> np.ndarray:
 
 def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
     """`scan` of each shard, in order, in several processes if that pays."""
-    workers = min(len(os.sched_getaffinity(0)), len(paths) // _ALONE)
+    workers = min(available(), len(paths) // _ALONE)
     if workers < 2:
         yield from map(_scan_path, paths)
         return

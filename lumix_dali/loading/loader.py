@@ -28,7 +28,7 @@ except ImportError as error:
         "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
     ) from error
 
-from .. import checks
+from .. import checks, cpus
 from ..data import formats, sources
 from ..data.order import Order, Window
 from ..data.protocol import Source
@@ -85,7 +85,7 @@ class Execution:
     @property
     def threads(self) -> int:
         """DALI's CPU threads."""
-        return self.num_threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return self.num_threads or max(1, cpus.available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def regions(self, device: torch.device) -> bool:
         """Whether only regions are decoded on `device`."""

@@ -18,6 +18,8 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 from torch.nn.functional import interpolate
 
+from .. import cpus
+
 Interpolation = Literal["bilinear", "bicubic"]
 TrainInterpolation = Literal["bilinear", "bicubic", "random"]
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -99,4 +101,4 @@ class _Resize:
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
     """The threads of this process, shared by its pipelines; a forked child has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lumix_dali.resize")
+    return ThreadPoolExecutor(cpus.available(), thread_name_prefix="lumix_dali.resize")

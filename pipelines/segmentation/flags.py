@@ -1,8 +1,9 @@
 """The command line of `pipelines.segment`, and the classes of Pascal Context."""
 
 import argparse
-import os
 from collections.abc import Sequence
+
+from lumix_dali.cpus import available
 
 from ..command import Help, KeyValues, check_minimum, read_config, set_defaults
 
@@ -97,7 +98,7 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and device").add_argument
     add("--data-dir", metavar="DIR", help="VOCdevkit/VOC2010 of Pascal Context, or the folder around VOCdevkit")
-    add("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
+    add("-j", "--workers", type=int, default=available(), help="CPU threads")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="type of mixed precision")
