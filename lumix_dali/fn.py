@@ -241,25 +241,27 @@ def lay(
     Args:
         images: uint8 HWC, of one size.
         ids, anchors, shapes: of the patches, on the CPU; only `ids` where nothing but Mixup is drawn.
-        is_mixup: bool, on the CPU; None where nothing but CutMix is drawn.
-        weight: float32 scalar on the CPU, the second patch's: Mixup's λ0, 1 for CutMix, 0 where nothing is mixed.
+        is_mixup: bool, on the CPU; not needed for images on the GPU, all of which are blended.
+        weight: float32 scalar on the CPU, the second patch's: Mixup's λ0, 1 for CutMix, 0 where nothing is mixed; None
+            where nothing but CutMix is drawn.
     """
     if anchors is None:
         pasted = fn.permute_batch(images, indices=ids[1])
     else:
         pasted = fn.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
-    if is_mixup is None:
+    if weight is None:
         return pasted
     if images.device == "gpu":
         return _weighted(images, pasted, weight)
+    assert is_mixup is not None
     return branch(is_mixup, _weighted, lambda own, pasted, weight: pasted, images, pasted, weight)
 
 
 def _share(partner: DataNode, mode: str) -> Share:
     if mode == "elem":
         return lambda node: node
-    first = partner * 0  # every sample takes the first sample's draw
-    return lambda node: fn.permute_batch(node, indices=first)
+    same = partner * 0  # every sample takes the first sample's draw
+    return lambda node: fn.permute_batch(node, indices=same)
 
 
 def _kinds(

@@ -143,7 +143,7 @@ MUTANTS = [
         WEIGHTS,
     ),
     Mutant("mode swapped", FN, 'if mode == "elem":', 'if mode != "elem":', PIXELS),
-    Mutant("batch mode draws per sample", FN, "first = partner * 0", "first = partner", PIXELS),
+    Mutant("batch mode draws per sample", FN, "same = partner * 0", "same = partner", PIXELS),
     Mutant("mode='pair' taken for batch", LAW, "self.mode not in get_args(Mode)", 'self.mode[0] not in "ebp"', BAD),
     Mutant("the host's own partner", LAW, "if (partner != places).all():", "if True:", LAWS["partners"]),
     Mutant("the host's side without the square root", LAW, "np.sqrt(lam)[:, None]", "lam[:, None]", LAWS["boxes"]),

@@ -383,15 +383,20 @@ def test_an_unknown_size_is_read_by_the_cpu(operation):
 # Operators
 
 
+def training_graph(augmentation, mixing, on_gpu):
+    transform = pipelines.TrainTransform(**augmentation)
+    feed = SmallFeed(None, transform.size, mixing)
+    pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
+    pipe._build_graph()
+    return pipe
+
+
 def operators(augmentation, mixing, on_gpu):
     """Operators on the CPU, those on the GPU, and copies to the GPU, of a training graph.
 
     Each output of the source counts: it costs as much as an operator.
     """
-    transform = pipelines.TrainTransform(**augmentation)
-    feed = SmallFeed(None, transform.size, mixing)
-    pipe = pipelines.train_pipeline(feed, transform, batch_size=8, num_threads=1, device_id=0 if on_gpu else None)
-    pipe._build_graph()
+    pipe = training_graph(augmentation, mixing, on_gpu)
     found = Counter()
     for op in pipe._ops:
         found[op._op.device] += len(op.outputs) if type(op._op).__name__ == "ExternalSource" else 1
@@ -412,12 +417,12 @@ CUTMIX, MIXUP, BOTH = {}, {"cutmix_alpha": 0.0, "mixup_alpha": 0.8}, {"mixup_alp
         ({}, CUTMIX, 21, (19, 6, 3)),
         ({}, {"cutmix_minmax": (0.2, 0.8)}, 21, (19, 6, 3)),
         ({}, {"correct_lam": False}, 18, (18, 4, 2)),
-        ({}, MIXUP, 27, (17, 4, 2)),
-        ({}, BOTH, 32, (20, 7, 4)),
-        ({"re_prob": 0.25}, BOTH, 97, (76, 16, 4)),
-        ({"re_prob": 0.25, "re_mode": "const"}, BOTH, 97, (76, 16, 4)),
-        ({"re_prob": 0.25, "re_mode": "rand"}, BOTH, 102, (80, 17, 5)),
-        ({"auto_augment": "rand-m9-mstd0.5-inc1"}, BOTH, 298, (170, 123, 12)),
+        ({}, MIXUP, 27, (19, 7, 2)),
+        ({}, BOTH, 32, (21, 10, 4)),
+        ({"re_prob": 0.25}, BOTH, 97, (77, 19, 4)),
+        ({"re_prob": 0.25, "re_mode": "const"}, BOTH, 97, (77, 19, 4)),
+        ({"re_prob": 0.25, "re_mode": "rand"}, BOTH, 102, (81, 20, 5)),
+        ({"auto_augment": "rand-m9-mstd0.5-inc1"}, BOTH, 298, (171, 126, 12)),
     ],
     ids=["plain", "cutmix", "minmax", "uncorrected", "mixup", "both", "pixel", "const", "rand", "rand_augment"],
 )
@@ -426,6 +431,21 @@ def test_no_graph_grows_unseen(augmentation, mixing, on_cpu, on_gpu):
     mixing = None if mixing is None else Mixing(**mixing)
     found = (*operators(augmentation, mixing, False), *operators(augmentation, mixing, True))
     assert all(count <= bound for count, bound in zip(found, (on_cpu, 0, 0, *on_gpu), strict=True)), found
+
+
+@pytest.mark.parametrize(
+    "mixing", [CUTMIX, {"correct_lam": False}, MIXUP, BOTH], ids=["cutmix", "raw", "mixup", "both"]
+)
+def test_a_gpus_graph_pastes_and_blends_like_a_cpus(mixing):
+    """The operators that change pixels, on the images' device."""
+    found = []
+    for on_gpu in (False, True):
+        operators = training_graph({}, Mixing(**mixing), on_gpu)._ops
+        device = "gpu" if on_gpu else "cpu"
+        names = [type(op._op).__name__ for op in operators if op._op.device == device]
+        found.append(Counter(name for name in names if name in ("MultiPaste", "PermuteBatch", "BrightnessContrast")))
+    assert found[0] == found[1]
+    assert found[0]["BrightnessContrast"] == 2 * ("mixup_alpha" in mixing)
 
 
 # DALI's AutoGraph, and its private branches

@@ -128,11 +128,12 @@ def check_batch(images, target, size, shape):
     assert torch.equal(target.lam0[pasted_in], ((y1 - y0) * (x1 - x0))[pasted_in].float() / np.prod(shape))
 
 
-def test_readme(stand_ins):
+def test_readme(stand_ins, capsys):
     names = pasted("README.md")
-    assert names["predictions"].shape == (8,)
     assert names["target"].labels.shape == (8,)
     assert names["loss"].isfinite()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["epoch 0", "epoch 1"]
+    assert 0 <= names["right"] <= 24
     assert sorted(label for _, labels in names["val"] for label in labels.tolist()) == [0] * 12 + [1] * 12
 
 
