@@ -27,16 +27,17 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from nvidia.dali import fn, math, types
 from nvidia.dali.data_node import DataNode
 
+from . import checks
 from .graph import as_written, branch, first, put
 
 Operation = Callable[..., DataNode]
 Number: TypeAlias = float | DataNode
-ERASE_MODES = ("const", "rand", "pixel")
+EraseMode = Literal["const", "rand", "pixel"]
 # How often timm redraws a region that does not fit.
 _ATTEMPTS = 10
 # Pillow truncates where DALI rounds; not quite a half, so that whole numbers do not change.
@@ -411,7 +412,7 @@ def erase(
     images: DataNode,
     *,
     prob: float = 0.25,
-    mode: str = "pixel",
+    mode: EraseMode = "pixel",
     count: int = 1,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
@@ -434,8 +435,7 @@ def erase(
     Raises:
         ValueError: the mode is unknown.
     """
-    if mode not in ERASE_MODES:
-        raise ValueError(f"re_mode={mode!r}: give one of {', '.join(map(repr, ERASE_MODES))}")
+    checks.one_of("re_mode", mode, get_args(EraseMode))
     fill = partial(_fill, mode=mode, mean=[255 * m for m in mean], std=[255 * s for s in std])
     number = fn.random.choice(count + 1, p=[1 - prob] + [prob / count] * count)
     known = () if size is None else (fn.constant(idata=[int(side) for side in size], dtype=types.INT32),)

@@ -6,6 +6,7 @@ through the whole graph: only the outcome of `random.choice` is given. Tested wi
 
 import random
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -418,7 +419,7 @@ def erased(images, device="cpu", seed=0, **options):
     return found, (found != images).any(-1)
 
 
-@pytest.mark.parametrize("mode", augment.ERASE_MODES)
+@pytest.mark.parametrize("mode", get_args(augment.EraseMode))
 def test_what_is_erased(device, mode):
     """One complete region in the right share of images, filled with the right colours."""
     images = np.full((600, 24, 30, 3), [3, 250, 4], np.uint8)

@@ -11,7 +11,7 @@ same pixels as the CPU.
 """
 
 from collections import Counter, defaultdict
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -280,7 +280,7 @@ def test_a_wrong_size_is_named(size):
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("size", [(24, 30), (2, 3), (1, 1), (1, 7)])
-@pytest.mark.parametrize("mode", augment.ERASE_MODES)
+@pytest.mark.parametrize("mode", get_args(augment.EraseMode))
 def test_pastes_of_erasing(monkeypatch, mode, size, known):
     def operation(images):
         options = {"size": size} if known else {}
@@ -490,7 +490,7 @@ GRAPH_FUNCTIONS = {
     "rand_augment": lambda images, labels: augment.rand_augment(images, "rand-m9-mstd0.5-inc1"),
     **{
         f"erase {mode}": lambda images, labels, mode=mode: augment.erase(images, prob=0.5, mode=mode, count=2)
-        for mode in augment.ERASE_MODES
+        for mode in get_args(augment.EraseMode)
     },
     **{
         name: lambda images, labels, name=name: getattr(augment, name)(images)

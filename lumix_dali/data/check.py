@@ -40,7 +40,7 @@ _ODD = {
 }
 _FOREIGN = "DALI is given only JPEG, PNG and WebP"
 _REFUSED = "DALI refuses them"
-_MANIFEST = "--manifest FILE writes a list of the others, for create_loader and pipelines.train"
+_MANIFEST = "--manifest FILE writes a list of the others, for create_loader"
 _REWRITE = (
     "copy a shard again that was cut short or changed; for single samples, write the shards again from good files "
     "(lumix-dali convert)"

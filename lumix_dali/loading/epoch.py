@@ -92,7 +92,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
 
     Attributes:
         position: after the last delivered batch.
-        begun: whether it has delivered a batch.
+        has_delivered: whether it has delivered a batch.
         version: of `faults` when the pipeline was built.
     """
 
@@ -103,7 +103,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         self._pid, self._closed, self._scheduled = os.getpid(), False, False
         self._refusals = 0  # images of this batch
         self._unexplained = 0  # batches of this epoch in which any image may be at fault
-        self.begun = False
+        self.has_delivered = False
         self._delivered: Callable[[Position], None] = lambda position: None
         self._build()
 
@@ -115,13 +115,13 @@ class Epoch(Iterator[tuple[Any, ...]]):
         self._pipe.schedule_run()
         self._scheduled = True
 
-    def begin(self, delivered: Callable[[Position], None]) -> None:
+    def report_to(self, delivered: Callable[[Position], None]) -> None:
         """Makes this the epoch under way: `delivered` gets the position after each batch, before the user does."""
         self._delivered = delivered
 
     def move(self, position: Position) -> None:
         """Starts elsewhere, as long as nothing was delivered."""
-        if not self.begun and position != self.position:
+        if not self.has_delivered and position != self.position:
             self._release(wait=True)
             self.position = position
 
@@ -140,7 +140,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
                 batch, position = self._batch()
             self._delivered(position)
             self.position = position  # last: whatever interrupts a step before, this batch is delivered again
-            self.begun, self._refusals = True, 0
+            self.has_delivered, self._refusals = True, 0
             return batch
         except BaseException:
             self._release(wait=False)

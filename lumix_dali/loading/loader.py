@@ -29,9 +29,11 @@ except ImportError as error:
     ) from error
 
 from .. import checks, cpus
+from ..augment import EraseMode
 from ..data import formats, sources
 from ..data.order import Order, Window
 from ..data.protocol import Source
+from ..data.shards import CACHE_BYTES
 from ..data.storage import StrPath
 from ..decoding import check_options, decodes_regions
 from ..mixing import Mixing, Mode
@@ -39,7 +41,7 @@ from ..progress import bar
 from . import pipelines, resize
 from .epoch import Ahead, Epoch, Position, Spec, check_process
 from .faults import Faults
-from .pipelines import CropMode, EraseMode, EvalTransform, TrainTransform
+from .pipelines import CropMode, EvalTransform, TrainTransform
 from .resize import TrainInterpolation
 
 _FORMAT = "lumix_dali.loader/4"
@@ -201,7 +203,7 @@ def create_loader(
     max_bad: int = 100,
     max_pixels: int = formats.MAX_PIXELS,
     cache_dir: StrPath | None = None,
-    cache_bytes: int = 50 * 2**30,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Loader:
     """Creates a PyTorch loader whose decoding, augmentation and mixing (LUMix Eq. 1) run in DALI.
 
@@ -475,7 +477,7 @@ class Loader:
         if (current := self._current()) is not None:
             current.close()
         epoch = self._take_ahead() or Epoch(self._spec, self._start, self._faults)
-        epoch.begin(self._delivered)
+        epoch.report_to(self._delivered)
         self._current = weakref.ref(epoch)
         return epoch
 

@@ -18,6 +18,7 @@ from nvidia.dali.data_node import DataNode
 
 from .. import augment, checks
 from .. import fn as mixfn
+from ..augment import EraseMode
 from ..decoding import decode
 from ..graph import branch, first, put
 from .feed import Feed
@@ -27,7 +28,6 @@ from .resize import INTERPOLATIONS, Interpolation, TrainInterpolation, resize_mi
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
-EraseMode = Literal["const", "rand", "pixel"]
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
 _MIN_CROP = 0.05  # below, a resized image has more pixels than memory
