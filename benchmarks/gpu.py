@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch, (args.out / "results.jsonl").open("w") as results:
             lines = visit(args, results, Path(scratch))
     finally:
-        for partial in args.out.glob(".*.partial"):  # from a benchmark that was stopped while writing
+        for partial in args.out.glob(".part-*"):  # from a benchmark that was stopped while writing
             partial.unlink()
     return int(any(line["status"] == "failed" for line in lines))
 

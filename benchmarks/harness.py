@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lumix_dali.cpus import available
+from lumix_dali.data.storage import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -327,9 +328,8 @@ def write(path: str | os.PathLike, result: dict[str, Any]) -> None:
     """Writes JSON atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def refuse_dirty(out: str | os.PathLike, meta: dict[str, Any], allow_dirty: bool = False) -> None:

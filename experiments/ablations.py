@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from benchmarks import harness
 from lumix_dali.data.sources import load
+from lumix_dali.data.storage import replacing
 
 from . import mixing
 from .tables import CUTMIX, TABLES, Row
@@ -177,11 +178,11 @@ def fill(
 
 def write(path: str, result: dict[str, Any]) -> None:
     """Like `harness.write`, with each list of numbers on one line."""
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, allow_nan=False)
-    partial.write_text(re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()), text) + "\n")
-    partial.replace(path)
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()), text)
+    with replacing(path) as file:
+        file.write(text.encode() + b"\n")
 
 
 class Workers:

@@ -5,11 +5,12 @@ import csv
 import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from lumix_dali.data.storage import replacing
 
 from .checkpoint import Found
 
@@ -24,6 +25,7 @@ OF_A_RUN = (
     "log.jsonl",
     "args.yaml",
     "tmp.*",
+    ".part-*",
 )
 
 
@@ -68,7 +70,8 @@ def _make_room(folder: Path, args: argparse.Namespace) -> None:
     worth = [
         path.name
         for path in old
-        if not path.match("tmp.*") and (path.match("*.pth.tar") or (path.name == "log.jsonl" and path.stat().st_size))
+        if not path.name.startswith(("tmp.", ".part-"))
+        and (path.match("*.pth.tar") or (path.name == "log.jsonl" and path.stat().st_size))
     ]
     if worth and not args.overwrite:
         raise ValueError(
@@ -81,13 +84,8 @@ def _make_room(folder: Path, args: argparse.Namespace) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file atomically, so that a full disk or a kill leaves the old one intact."""
-    scratch = path.with_name("tmp.log")
-    try:
-        scratch.write_text(text, newline="")
-        os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_log(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -18,6 +17,7 @@ import torch
 from nvidia import dali
 
 from lumix_dali import __version__
+from lumix_dali.data.storage import replacing
 
 # (baseline, LUMix) in percent, for DeiT-S; Table 1 has other models, too.
 TABLE_1 = {
@@ -217,7 +217,6 @@ def metadata(module: str, argv: Sequence[str], device: torch.device) -> dict[str
 
 def write(path: str, result: dict[str, Any]) -> None:
     """Writes JSON atomically."""
-    scratch = Path(f"{path}.partial")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(scratch, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")

@@ -110,7 +110,7 @@ def folder_with(file, tmp_path):
     folder.mkdir()
     shutil.copyfile(file, folder / "last.pth.tar")
     (folder / "tmp.pth.tar").write_bytes(b"half a checkpoint")
-    (folder / "tmp.log").write_text("half a log")
+    (folder / ".part-x").write_text("half a log")
     (folder / "log.jsonl").write_text('{"epoch": 7}\n')
     return folder
 

@@ -92,7 +92,7 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 def test_text_is_replaced_atomically(tmp_path, monkeypatch):
     file = tmp_path / "args.yaml"
     file.write_text("old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         write_text(file, "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("args.yaml", "old")]

@@ -53,7 +53,7 @@ def test_a_visit_continues_whatever_a_step_does(tmp_path, monkeypatch, capsys):
         )
         write = f"import json; json.dump({partial!r}, open({str(kept)!r}, 'w'))"
         yield Step("loaders", program(write, "import time", "time.sleep(60)"), kept)
-        (out / ".mix.json.partial").touch()  # a benchmark was stopped while writing
+        (out / ".part-mix").touch()  # a benchmark was stopped while writing
         yield Step("loss", ["timeit", "-n1", "-r1", "-s", stubborn, sleep])
         yield Step("decode-old", ["timeit"], needs=(("no_such_module", "a remedy"),))
         yield Step("tests", program("pass"))

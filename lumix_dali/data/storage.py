@@ -147,18 +147,19 @@ def entries(paths: Sequence[str]) -> list[Entry]:
 def replacing(path: StrPath) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` once it is complete; a failure leaves nothing behind."""
     path = os.path.abspath(path)
-    with NamedTemporaryFile(dir=os.path.dirname(path), prefix=".part-", delete=False) as file:
-        try:
+    file = NamedTemporaryFile(dir=os.path.dirname(path), prefix=".part-", delete=False)  # noqa: SIM115
+    try:
+        with file:
             yield cast(BinaryIO, file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_UMASK)
-            os.replace(file.name, path)
-        except BaseException as error:
-            os.remove(file.name)
-            if isinstance(error, OSError) and error.filename is None:  # such as a full disk
-                error.filename = path
-            raise
+        os.chmod(file.name, 0o666 & ~_UMASK)
+        os.replace(file.name, path)
+    except BaseException as error:
+        os.remove(file.name)
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk
+            error.filename = path
+        raise
 
 
 def _umask() -> int:
