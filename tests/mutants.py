@@ -179,7 +179,6 @@ MUTANTS = [
     Mutant(
         "a box left in samples of other kinds on the host", LAW, "boxes * is_cutmix[:, None]", "boxes", LAWS["occur"]
     ),
-    Mutant("alone, yet mixed on the host", LAW, "mixing is None or n < 2", "mixing is None", LAWS["smallest"]),
     Mutant(
         "a plan's partner labels are its labels",
         PLAN,
