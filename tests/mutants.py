@@ -38,7 +38,8 @@ class Mutant(NamedTuple):
 
 FN, TARGET, LOSS = "lumix_dali/fn.py", "lumix_dali/target.py", "lumix_dali/loss.py"
 LAW, PLAN, DECODING = "lumix_dali/mixing.py", "lumix_dali/loading/plan.py", "lumix_dali/decoding.py"
-PIPELINES, LOADER, FEED = (f"lumix_dali/loading/{name}.py" for name in ("pipelines", "loader", "feed"))
+PIPELINES, LOADER, FEED, EPOCH = (f"lumix_dali/loading/{name}.py" for name in ("pipelines", "loader", "feed", "epoch"))
+AUGMENT = "lumix_dali/augment.py"
 
 
 def tests(module, *names):
@@ -52,6 +53,8 @@ BAD = tests("fn", "invalid_arguments_are_named_with_a_remedy")
 DELIVERED = tests("loader", "delivered_pixels_match_the_target")
 BOXES = tests("fn_law", "boxes")
 TRAINED = tests("contracts", "no_cpu_operator_of_training_reads_gpu_data")
+LIKE_A_CPU = tests("contracts", "a_gpus_graph_pastes_and_blends_like_a_cpus")
+ERASING = tests("contracts", "pastes_of_erasing")
 WEIGHTS = tests("fn_law", "kinds_and_drawn_weights")
 ORACLE = tests("loss", "every_option_matches_the_oracle")
 MASKED = tests("loss", "a_masked_target_class_without_weight_matches_pytorch")
@@ -329,6 +332,45 @@ MUTANTS = [
         "torch.float64 else logits.dtype\n",
         tests("gpu", "low_precision_logits_only_round_the_gradient"),
     ),
+    # What only a GPU would suffer from
+    Mutant(
+        "a GPU decodes regions by default",
+        DECODING,
+        "return not on_gpu if regions is None",
+        "return True if regions is None",
+        tests("feed", "every_decoder_waits_for_a_peek_at_the_same_image"),
+    ),
+    Mutant("a GPU does not blend", FN, "if weight is None:", "if is_mixup is None:", LIKE_A_CPU),
+    Mutant("λ0 is computed on the CPU", PIPELINES, '_put(inputs["height"])', 'inputs["height"]', LIKE_A_CPU),
+    Mutant(
+        "images are freed while DALI reads them",
+        FEED,
+        "maxlen=ahead + 2",
+        "maxlen=1",
+        tests("feed", "bytes_are_not_copied_and_live_as_long_as_dali_reads_them"),
+    ),
+    Mutant(
+        "the next epoch is built on the training thread",
+        EPOCH,
+        "self._thread.start()",
+        "self._thread.run()",
+        tests("lifecycle", "the_next_epoch_is_built_on_a_thread_of_its_own"),
+    ),
+    Mutant(
+        "a broken decoder is many bad files",
+        EPOCH,
+        "if suspicious and",
+        "if False and",
+        tests("feed", "a_broken_decoder_is_one_error"),
+    ),
+    Mutant(
+        "erasing pastes an empty region",
+        AUGMENT,
+        "return branch(fn.reductions.min(sides) > 0",
+        "return branch(fn.reductions.min(sides) > -1",
+        ERASING,
+    ),
+    Mutant("erasing pastes a small input", AUGMENT, "axes=[0, 1], shape=size)", "axes=[0, 1])", ERASING),
 ]
 
 

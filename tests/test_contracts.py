@@ -433,16 +433,32 @@ def test_no_graph_grows_unseen(augmentation, mixing, on_cpu, on_gpu):
     assert all(count <= bound for count, bound in zip(found, (on_cpu, 0, 0, *on_gpu), strict=True)), found
 
 
+def upstream(pipe, last):
+    """An operator and all on which it depends."""
+    makers = {node.name: op for op in pipe._ops for node in op.outputs}
+    found, left = [], [last]
+    while left:
+        found.append(op := left.pop())
+        left += [makers[node.name] for node in op.inputs]
+    return found
+
+
 @pytest.mark.parametrize(
     "mixing", [CUTMIX, {"correct_lam": False}, MIXUP, BOTH], ids=["cutmix", "raw", "mixup", "both"]
 )
 def test_a_gpus_graph_pastes_and_blends_like_a_cpus(mixing):
-    """The operators that change pixels, on the images' device."""
+    """The operators that change pixels, and those that compute λ0 where it is counted, are on the images' device."""
     found = []
     for on_gpu in (False, True):
-        operators = training_graph({}, Mixing(**mixing), on_gpu)._ops
-        device = "gpu" if on_gpu else "cpu"
-        names = [type(op._op).__name__ for op in operators if op._op.device == device]
+        pipe = training_graph({}, Mixing(**mixing), on_gpu)
+        device, lam0 = "gpu" if on_gpu else "cpu", pipe._graph_outputs[2]
+        made = next(op for op in pipe._ops if lam0.name in [node.name for node in op.outputs])
+        counted = "cutmix_alpha" not in mixing and "correct_lam" not in mixing
+        assert (type(made._op).__name__ == "_ArithmeticGenericOp") == counted
+        assert {op._op.device for op in upstream(pipe, made) if type(op._op).__name__ == "_ArithmeticGenericOp"} <= {
+            device
+        }
+        names = [type(op._op).__name__ for op in pipe._ops if op._op.device == device]
         found.append(Counter(name for name in names if name in ("MultiPaste", "PermuteBatch", "BrightnessContrast")))
     assert found[0] == found[1]
     assert found[0]["BrightnessContrast"] == 2 * ("mixup_alpha" in mixing)
