@@ -341,7 +341,13 @@ MUTANTS = [
         tests("feed", "every_decoder_waits_for_a_peek_at_the_same_image"),
     ),
     Mutant("a GPU does not blend", FN, "if weight is None:", "if is_mixup is None:", LIKE_A_CPU),
-    Mutant("λ0 is computed on the CPU", PIPELINES, '_put(inputs["height"])', 'inputs["height"]', LIKE_A_CPU),
+    Mutant(
+        "λ0 is computed on the CPU",
+        PIPELINES,
+        'box_lam0((_put(inputs["height"]), _put(inputs["width"])), plan.size)',
+        'box_lam0((inputs["height"], inputs["width"]), plan.size)',
+        LIKE_A_CPU,
+    ),
     Mutant(
         "images are freed while DALI reads them",
         FEED,
