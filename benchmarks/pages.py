@@ -122,5 +122,5 @@ def said(name: str) -> Callable[[Path], str]:
 OF_SEVERAL: dict[str, Callable[[Path], str]] = {
     "targets": targets,
     "headline": headline,
-    **{f"said-{name}": said(name) for name in ("loaders", "cost-loader", "cost-cpu", "cost-deit_small", "loss")},
+    **{f"said-{name}": said(name) for name in ("loaders", "cost-loader", "cost-cpu", "cost-deit_small", "loss", "mix")},
 }
