@@ -57,7 +57,7 @@ class Fault(IntEnum):
             Fault.NO_LABEL: "no label (.cls)",
             Fault.LABEL: f"its label is not a whole number of 1 to {DIGITS} digits",
             Fault.TWICE: "two members of one name",
-            Fault.RECORD: "its record holds no tf.train.Example with one image and one label",
+            Fault.RECORD: f"its record holds no tf.train.Example with one {IMAGE} and one {LABEL}",
         }[self]
 
 
