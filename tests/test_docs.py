@@ -101,7 +101,7 @@ def stand_ins(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LUMIX_DALI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "create_loader", small)
-    monkeypatch.setattr(timm, "create_model", lambda name: create_model("test_vit"))
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create_model("test_vit", **options))
     monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: self)
     monkeypatch.setattr(
         torch, "compile", lambda function: function
