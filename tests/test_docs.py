@@ -211,6 +211,13 @@ def test_timm(stand_ins):
         assert names["train_loss_fn"](torch.zeros(8, 2), target) > 0
 
 
+def test_the_names_of_timms_arguments_are_those_of_the_errors():
+    text = (ROOT / "docs/differences.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text[: text.index("## Defaults")], re.MULTILINE))
+    assert {name: here.strip("`") for name, here in table.items()} == loading._HINTS
+    assert ", ".join(f"`{name}`" for name in loading._NOT_NEEDED) in text
+
+
 def test_every_page_with_python_is_run_here():
     run = {"README.md", *(f"docs/{name}.md" for name in ("index", "loop", "pipeline", "dynamic", "data", "timm"))}
     assert {str(page.relative_to(ROOT)) for page in PAGES if blocks(page)} == run
