@@ -89,6 +89,29 @@ def test_the_example_of_masks_runs(pairs):
     assert len(re.findall(r"step \d: loss \d\.\d+, λ0 by objects 0\.\d+ on average", done.stdout)) == 2
 
 
+def test_several_labels_per_image(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import multilabel as example
+
+    rng = np.random.default_rng(0)
+    names = [f"c{i % 2}/{i}.png" for i in range(16)]
+    labels = rng.integers(0, 2, (16, 5))
+    rows = [",".join([name, *map(str, row)]) for name, row in zip(names, labels, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    samples, found = example.read(str(tmp_path / "labels.csv"), str(folder))
+    options = dict(batch_size=8, input_size=32, device="cpu", num_threads=1, cutmix_alpha=1.0, return_index=True)
+    with example.create_loader(samples, **options) as train:
+        _, target, index = next(iter(train))
+    lam0, own = target.lam0.numpy()[:, None], labels[index.numpy()]
+    wanted = (1 - lam0) * own + lam0 * own[target.partner.numpy()]
+    np.testing.assert_allclose(example.mixed_labels(found, target, index), wanted, rtol=1e-6)
+    assert 0 < lam0.mean() < 1
+    command = [sys.executable, "examples/multilabel.py", str(folder), str(tmp_path / "labels.csv")]
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": "."}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"step \d: loss 0\.\d+", done.stdout)) == 2
+
+
 NOTEBOOK = ROOT / "examples" / "tour.ipynb"
 
 
