@@ -165,7 +165,7 @@ def draw_forest(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:
         axes.set_xlabel("right is better" if metric == "top1" else "left is better")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    figure.legend(loc="outside lower left", ncols=len(results))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(results))
 
 
 def draw_curves(figure: "Figure", results: dict[str, dict[str, Any]]) -> None:

@@ -126,18 +126,24 @@ def test_the_plans_comparisons():
 
 
 def test_the_paragraph_on_the_evidence():
-    """Each statement below the answer: a sign for each, and an interval without 0 where a difference is claimed."""
-    found = {(c.row, c.reference, c.metric): c for c in evidence.compare(evidence.load()["resnet"])}
-    low, high = found["LUMix", "CutMix", "top1"].difference.interval
-    assert low < 0 < high  # "not measurably in accuracy"
-    assert found["CutMix", "no mixing", "top1"].difference.interval[0] > 0  # "CutMix helps"
-    assert found["LUMix", "CutMix", "ece"].difference.interval[1] < 0
+    """Each statement below the answer: an interval without 0 where a difference is claimed, with 0 where none is."""
+    intervals = {
+        (model, c.row, c.reference, c.metric): c.difference.interval
+        for model, result in evidence.load().items()
+        for c in evidence.compare(result)
+    }
+    for model in ("resnet", "vit"):
+        assert intervals[model, "CutMix", "no mixing", "top1"][0] > 0  # "CutMix helps both models"
+        assert intervals[model, "LUMix", "CutMix", "ece"][1] < 0
+    low, high = intervals["resnet", "LUMix", "CutMix", "top1"]
+    assert low < 0 < high
+    assert intervals["vit", "LUMix", "CutMix", "top1"][1] < 0 < intervals["vit", "LUMix", "CutMix", "nll"][0]
     ece = last("evidence-resnet", "ece")
     for part in ("λ_r", "R"):
         pairs = [(value, ece["CutMix"][seed]) for seed, value in ece[f"LUMix without {part}"].items()]
         assert np.mean(np.subtract(*np.transpose(pairs))) > 0  # "without either, ECE is above CutMix'"
-    assert found["LUMix without λ_r", "LUMix", "top1"].difference.interval[0] > 0
-    assert found["LUMix without λ_r", "LUMix", "nll"].difference.interval[1] < 0
+    assert intervals["resnet", "LUMix without λ_r", "LUMix", "top1"][0] > 0
+    assert intervals["resnet", "LUMix without λ_r", "LUMix", "nll"][1] < 0
 
 
 def test_table_7s_seventh_column_is_inferred_from_both_averages():
