@@ -165,7 +165,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         if os.getpid() != self._pid:
             _INHERITED.append((pipe, self._feed))  # their threads exist only in the parent: ending them would hang
         else:
-            self._feed.unblock()  # freeing the pipeline waits for what it reads
+            self._feed.unblock(self.position.iteration)  # freeing the pipeline waits for what it reads
             del pipe
             self._feed.close(wait)
 

@@ -112,21 +112,24 @@ class Feed:
         self._pending.clear()
         self._batches.clear()
 
-    def unblock(self) -> None:
-        """Ends DALI's wait for the writer of a FIFO, so that it reports an error.
+    def unblock(self, delivered: int = 0) -> None:
+        """Ends DALI's wait for the writer of a FIFO in a batch from `delivered` on, so that it reports an error.
 
         A file can become a FIFO at any time after it was looked at. To look again at every file before each opening
         would cost tiny images a tenth of their throughput.
         """
-        for batch in list(self._batches):
+        for batch in [batch for batch in list(self._batches) if batch.iteration >= delivered]:
             for image, is_path in zip(batch.images, batch.is_path, strict=True):
                 if is_path and _is_fifo(path := image.tobytes()):
                     with suppress(OSError):  # DALI does not wait for this one
                         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
     def _watch(self) -> None:
+        newest = None
         while not self._closed.wait(_PATIENCE):
-            self.unblock()
+            before, newest = newest, next(reversed(list(self._batches)), None)
+            if newest is before:  # no file is looked at while DALI gets on
+                self.unblock()
 
     def _batch(self, iteration: int) -> Batch:
         """A batch, which is made once, for whichever callback asks first."""
