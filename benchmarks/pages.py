@@ -1,7 +1,7 @@
 """The tables of the pages that come from several results: targets, headline, and sentences."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -96,7 +96,15 @@ def targets(results: Path) -> str:
         cells = [f"{ratio['median']:.3f}", f"{low:.3f} – {high:.3f}", "met" if met else f"missed: {target.limit}"]
         lines.append((2 if met else 0, [target.what, bound, *cells]))
     ordered = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
-    return report.grid([["ratio within one run", "target", "median", "quartiles", ""], *ordered])
+    table = report.grid([["ratio within one run", "target", "median", "quartiles", ""], *ordered])
+    return f"{table}\n\n{sources(results, TARGETS)}"
+
+
+def sources(results: Path, shown: Sequence[Target]) -> str:
+    """The runs from which the ratios come: not necessarily of today's code."""
+    names = [target.result for target in shown if measured(results, target)]
+    origins = {name: report.source_of(json.loads((results / f"{name}.json").read_text())) for name in names}
+    return "Measured: " + "; ".join(f"`{name}`, {origin}" for name, origin in origins.items()) + "."
 
 
 def headline(results: Path) -> str:
@@ -106,7 +114,7 @@ def headline(results: Path) -> str:
         if ratio := measured(results, target):
             low, high = ratio["quartiles"]
             lines.append([target.what, f"{ratio['median']:.2f}", f"{low:.2f} – {high:.2f}"])
-    return report.grid(lines)
+    return f"{report.grid(lines)}\n\n{sources(results, HEADLINE)}"
 
 
 def said(name: str) -> Callable[[Path], str]:

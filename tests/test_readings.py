@@ -201,6 +201,8 @@ def test_missed_targets_come_first_with_their_bounds(tmp_path, monkeypatch):
         "| missed | ≤ 0.7 | 0.750 | 0.750 – 0.750 | missed: decoding |",
         "| absent | ≥ 1 | not measured yet |  |  |",
         "| met | ≥ 0.7 | 0.750 | 0.750 – 0.750 | met |",
+        "",
+        f"Measured: `loaders`, {report.source_of(loaders())}.",
     ]
 
 
