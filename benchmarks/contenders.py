@@ -29,11 +29,13 @@ from lumix_dali import create_loader, decoding
 from lumix_dali.data.files import Files
 from lumix_dali.data.protocol import Source
 from lumix_dali.data.sources import load
+from lumix_dali.loading.loader import EARLY
 from lumix_dali.loading.resize import TrainInterpolation
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 PREFETCH = 2  # batches: DALI's default queue, and a DataLoader's per worker
+AHEAD = EARLY + 1  # this loader begins its next epoch that many batches before the end: no part of the steady state
 CHUNK = 1 << 26  # bytes: LitData's and Mosaic's default
 INTERPOLATIONS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 NONE, CUTMIX, BOTH = "none", "CutMix", "CutMix + Mixup"
@@ -626,7 +628,7 @@ def open_ffcv(mixing: str, s: Setting, workers: int, batches: int) -> Epoch:
 # --- all of them
 
 DALI: dict[str, Any] = dict(ahead=lambda threads: PREFETCH + 1, packages=("nvidia-dali-cuda120", "nvidia-dali-cuda130"))
-LUMIX: dict[str, Any] = DALI | dict(packages=("lumix-dali",))
+LUMIX: dict[str, Any] = dict(ahead=lambda threads: AHEAD, packages=("lumix-dali",))
 WORKERS: dict[str, Any] = dict(ahead=lambda workers: PREFETCH * workers + 1, swept=True)
 TORCH: dict[str, Any] = dict(packages=("torchvision",), **WORKERS)
 TIMM: dict[str, Any] = dict(mixing=BOTH, packages=("timm",), **WORKERS)

@@ -144,7 +144,7 @@ def decode(device: str, data: Path | None, regions: bool, batch_size: int, batch
     from lumix_dali.data.sources import load_files
 
     from . import data as generated
-    from .contenders import PREFETCH, Setting
+    from .contenders import AHEAD, Setting
 
     found: dict[str, Any] = dict(
         regions=regions, dali=dali.__version__, nvimgcodec=backend_impl.GetNvimgcodecVersion(), gpu=harness.gpu_state()
@@ -152,7 +152,7 @@ def decode(device: str, data: Path | None, regions: bool, batch_size: int, batch
     yield found
     with tempfile.TemporaryDirectory() as scratch:
         s = Setting(load_files(data or generated.generate()), batch_size, 224, device, Path(scratch))
-        length = harness.epoch_length(batches, PREFETCH)
+        length = harness.epoch_length(batches, AHEAD)
         options: Any = dict(batch_size=batch_size, input_size=224, seed=0, **CROPS)
         with create_loader(s.repeated(length), device=device, **options | dict(decode_regions=regions)) as loader:
             images = next(iter(loader))[0].float().cpu()
@@ -160,7 +160,7 @@ def decode(device: str, data: Path | None, regions: bool, batch_size: int, batch
                 off = (images - next(iter(reference))[0]).abs() * 255 * 0.225
             found["differences"] = dict(mean=float(off.mean()), largest=float(off.max()))
             yield found
-            speed = harness.throughput(loader, batch_size=batch_size, timed=batches, ahead=PREFETCH, device=device)
+            speed = harness.throughput(loader, batch_size=batch_size, timed=batches, ahead=AHEAD, device=device)
         found |= dict(images_per_second=speed, gpu_after=harness.gpu_state())
         if device != "cpu":
             free, total = torch.cuda.mem_get_info(device)

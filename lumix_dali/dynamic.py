@@ -5,15 +5,16 @@ The host draws (`lumix_dali.mixing`), DALI pastes and blends, and PyTorch gets t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
 import torch
 
-from .fn import BELOW_HALF, box_lam0
-from .mixing import Mixing, draw, patches
-from .target import Kind, MixTarget
+from .fn import BELOW_HALF, lam0
+from .mixing import Mixing, draw, graph_inputs
+from .target import MixTarget
 
 
 def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator) -> tuple[ndd.Batch, MixTarget]:
@@ -49,19 +50,29 @@ def mix(images: ndd.Batch, labels: Any, mixing: Mixing, rng: np.random.Generator
     if classes.shape != (images.batch_size,):
         raise ValueError(f"labels: shape {classes.shape}; give one integer per image, [{images.batch_size}]")
     drawn = draw(rng, images.batch_size, size, mixing)
-    ids, anchors, shapes = (ndd.as_batch(array) for array in patches(drawn, size))
-    mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
-    if mixing.with_mixup:  # weights of 0 and 1 are exact
-        weight = np.where(drawn.kind == Kind.MIXUP, drawn.weight, np.float32(1))
-        mixed = _scaled(images, 1 - weight) + _scaled(mixed, weight)
+    inputs = graph_inputs(drawn, size, mixing)
+    mixed = _lay(images, inputs)
     partner = drawn.partner.astype(np.int64)
     fields = MixTarget(classes, classes[partner], drawn.weight, drawn.box, drawn.kind, partner)
     device = torch.device("cpu" if images.device.device_type == "cpu" else "cuda")
-    target = MixTarget(*(torch.from_numpy(field).to(device) for field in fields))
-    if mixing.counts_lam0:
-        counted = box_lam0((target.box[:, 2:] - target.box[:, :2]).T, size)
-        target = target._replace(lam0=counted.where(target.kind != int(Kind.MIXUP), target.lam0))
-    return mixed, target
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return mixed, MixTarget(*map(put, fields))._replace(lam0=lam0(inputs, size, put))
+
+
+def _lay(images: ndd.Batch, inputs: Mapping[str, np.ndarray]) -> ndd.Batch:
+    """`fn.lay` in dynamic mode."""
+    if "anchors" in inputs:
+        ids, anchors, shapes = (ndd.as_batch(inputs[name]) for name in ("ids", "anchors", "shapes"))
+        mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
+    else:
+        mixed = ndd.permute_batch(images, indices=ndd.as_batch(inputs["ids"][:, 1].copy()))
+    if "weight" not in inputs:
+        return mixed
+    weight = np.where(inputs["is_mixup"], inputs["weight"], np.float32(1))  # a weight of 1 is exact
+    return _scaled(images, 1 - weight) + _scaled(mixed, weight)
 
 
 def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:

@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "λ0 ↔ 1 - λ0 of Mixup",
         FN,
-        "_scale(images, 1.0 - weight) + _scale(partners, weight)",
-        "_scale(images, weight) + _scale(partners, 1.0 - weight)",
+        "as_words(_scale(images, 1.0 - weight)) + as_words(_scale(partners, weight))",
+        "as_words(_scale(images, weight)) + as_words(_scale(partners, 1.0 - weight))",
         PIXELS,
     ),
     Mutant(
@@ -196,8 +196,8 @@ MUTANTS = [
         "self.epoch, iteration, 1]",
         LAWS["differ"],
     ),
-    Mutant("λ0 counts the height twice", PLAN, "full_width, x1 - x0)", "full_width, y1 - y0)", LAWS["pixels"]),
-    Mutant("whole images in λ0 of Mixup", PLAN, "np.where(is_mixup, full_height, y1 - y0)", "y1 - y0", LAWS["pixels"]),
+    Mutant("λ0 counts the height twice", LAW, "full_width, x1 - x0)", "full_width, y1 - y0)", LAWS["pixels"]),
+    Mutant("whole images in λ0 of Mixup", LAW, "np.where(is_mixup, full_height, y1 - y0)", "y1 - y0", LAWS["pixels"]),
     Mutant("plans of all iterations alike", PLAN, "self.rank, iteration, 1]", "self.rank, 1]", LAWS["differ"]),
     Mutant(
         "mix: λ0 ↔ 1 - λ0",
@@ -340,12 +340,12 @@ MUTANTS = [
         "return True if regions is None",
         tests("feed", "every_decoder_waits_for_a_peek_at_the_same_image"),
     ),
-    Mutant("a GPU does not blend", FN, "if weight is None:", "if is_mixup is None:", LIKE_A_CPU),
+    Mutant("a GPU does not blend", FN, "if weight is None:", 'if "is_mixup" not in inputs:', LIKE_A_CPU),
     Mutant(
         "λ0 is computed on the CPU",
         PIPELINES,
-        'box_lam0((_put(inputs["height"]), _put(inputs["width"])), plan.size)',
-        'box_lam0((inputs["height"], inputs["width"]), plan.size)',
+        "mixfn.lam0(inputs, plan.size, _put)",
+        "mixfn.lam0(inputs, plan.size, lambda node: node)",
         LIKE_A_CPU,
     ),
     Mutant(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..progress import Progress
 from . import storage
 from .files import Files, class_folder, file_list, is_manifest, manifest, pairs
@@ -52,6 +53,7 @@ def load(
         ['bee', 'cow']
     """
     known = None if classes is None else _class_names(classes)
+    checks.whole("cache_bytes", cache_bytes, 0)
     found = _load(source, known, cache_dir, cache_bytes, progress)
     return found if known is None or found.classes == known else renumbered(found, known)
 

@@ -24,6 +24,7 @@ from .. import decoding
 from ..data.order import Order
 from ..mixing import Mixing
 from . import pipelines
+from .execution import Execution
 from .faults import Faults
 from .feed import Feed
 from .pipelines import EvalTransform, TrainTransform
@@ -52,10 +53,7 @@ class Spec:
         order: in which samples are read; ``order.shuffle`` tells whether this is training.
         transform: applied to the images; their size is the position's.
         mixing: how they are mixed where the position says so.
-        threads: DALI's, and as many for inspecting and reading.
-        prefetch: batches that DALI prepares ahead.
-        regions: see `decoding.decode`.
-        decoder, reader: further arguments of DALI's operators.
+        execution: how the work is done.
         device: where the pipeline runs.
         return_index: also yield the samples' numbers.
     """
@@ -63,11 +61,7 @@ class Spec:
     order: Order
     transform: TrainTransform | EvalTransform
     mixing: Mixing | None
-    threads: int
-    prefetch: int
-    regions: bool
-    decoder: dict[str, Any]
-    reader: dict[str, Any]
+    execution: Execution
     device: torch.device
     return_index: bool
 
@@ -79,7 +73,12 @@ class Spec:
     @property
     def decode_options(self) -> dict[str, Any]:
         """Arguments of `decoding.decode`."""
-        return dict(regions=self.regions, **self.decoder)
+        return self.execution.decode_options(self.device)
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        """Arguments of `decoding.refused` and `decoding.works`."""
+        return dict(device_id=self.device_id, num_threads=self.execution.threads, **self.decode_options)
 
 
 class Epoch(Iterator[tuple[Any, ...]]):
@@ -213,8 +212,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
             self._refusals += 1
         else:
             encoded, lost = self._faults.encoded(given)
-            spec = self.spec
-            reasons = decoding.refused(encoded, spec.device_id, spec.threads, limit, **spec.decode_options)
+            reasons = decoding.refused(encoded, limit=limit, **self.spec.decoder)
             if not reasons and not lost and decoding.is_decoders(error):
                 # The fault shows only in the regions of this batch, so any of its images may have it.
                 reasons = dict.fromkeys(encoded, decoding.reason_of(error))
@@ -222,15 +220,16 @@ class Epoch(Iterator[tuple[Any, ...]]):
             else:
                 self._refusals += len(reasons)
         suspicious = self._refusals > limit or self._unexplained > _FEW
-        if suspicious and not decoding.works(self.spec.device_id, self.spec.threads, **self.spec.decode_options):
+        if suspicious and not decoding.works(**self.spec.decoder):
             raise self._broken(len(given), next(iter(reasons.items()))) from error
         for index, reason in reasons.items():
             self._faults.refuse(index, reason)
         return bool(reasons or lost)
 
     def _broken(self, count: int, example: tuple[int, str]) -> RuntimeError:
-        operator = "image_slice" if self.spec.regions else "image"
-        remedy = "decode_regions=False" if self.spec.regions else "other decoder= options"
+        regions = self.spec.decode_options["regions"]
+        operator = "image_slice" if regions else "image"
+        remedy = "decode_regions=False" if regions else "other decoder= options"
         if self.spec.device.type == "cuda":
             remedy += ", device='cpu', or DALI 2.2 with nvImageCodec 0.8"
         index, reason = example
@@ -251,7 +250,8 @@ class Epoch(Iterator[tuple[Any, ...]]):
         # Not the seed of the order: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, position.epoch, order.rank]).generate_state(1)
         self.version = self._faults.version
-        feed = Feed(self._faults, order.epoch(position.epoch), order.batch_size, plan, spec.threads, spec.prefetch)
+        threads, depth = spec.execution.threads, spec.execution.prefetch_queue_depth
+        feed = Feed(self._faults, order.epoch(position.epoch), order.batch_size, plan, threads, depth)
         define = pipelines.train_pipeline if order.shuffle else pipelines.val_pipeline
         self._feed, self._pipe = (
             feed,
@@ -259,10 +259,10 @@ class Epoch(Iterator[tuple[Any, ...]]):
                 feed,
                 transform,
                 decoder=spec.decode_options,
-                reader=spec.reader,
+                reader=spec.execution.reader,
                 batch_size=order.batch_size,
-                num_threads=spec.threads,
-                prefetch_queue_depth=spec.prefetch,
+                num_threads=threads,
+                prefetch_queue_depth=depth,
                 device_id=spec.device_id,
                 seed=int(seed) & 0x7FFFFFFF,
                 checkpoint=position.checkpoint,

@@ -14,7 +14,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args
@@ -28,77 +27,26 @@ except ImportError as error:
         "NVIDIA DALI is not installed: pip install 'lumix-dali[cuda12]' or 'lumix-dali[cuda13]', never both"
     ) from error
 
-from .. import checks, cpus
+from .. import checks
 from ..augment import EraseMode
 from ..data import formats, sources
 from ..data.order import Order, Window
 from ..data.protocol import Source
 from ..data.shards import CACHE_BYTES
 from ..data.storage import StrPath
-from ..decoding import check_options, decodes_regions
 from ..mixing import Mixing, Mode
 from ..progress import bar
 from . import pipelines, resize
 from .epoch import Ahead, Epoch, Position, Spec, check_process
+from .execution import Execution
 from .faults import Faults
 from .pipelines import CropMode, EvalTransform, TrainTransform
 from .resize import TrainInterpolation
 
 _FORMAT = "lumix_dali.loader/4"
-_EARLY = 8  # batches before the end of an epoch at which the next one is prepared
-_MAX_THREADS = 1024
+EARLY = 8  # batches before the end of an epoch at which the next one is prepared
 Shuffle = Literal["auto", "global", "window"]
 OnBadSample = Literal["replace", "raise"]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the work is done; this does not change the batches.
-
-    Args:
-        num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.
-        prefetch_queue_depth: batches that DALI prepares ahead.
-        decoder: further arguments of DALI's decoder (`hw_decoder_load`, `preallocate_width_hint`, ...).
-        reader: local files only: further arguments of ``fn.io.file.read``.
-        decode_regions: whether the decoder decodes only the region that the crop needs, see `decoding.decode`; the
-            pixels differ by at most one grey level. None: on the CPU only.
-
-    Raises:
-        ValueError: an argument is outside its range, or DALI does not know an option.
-    """
-
-    num_threads: int | None = None
-    prefetch_queue_depth: int = 2
-    decoder: Mapping[str, Any] | None = None
-    reader: Mapping[str, Any] | None = None
-    decode_regions: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_threads is not None:
-            object.__setattr__(self, "num_threads", checks.whole("num_threads", self.num_threads, 1, _MAX_THREADS + 1))
-        depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1, _MAX_THREADS + 1)
-        object.__setattr__(self, "prefetch_queue_depth", depth)
-        checks.optional(checks.flag, "decode_regions", self.decode_regions)
-        if self.decoder is not None:
-            check_options(self.decoder, "decoder", "decoders__Image", "decoders__ImageSlice")
-        if self.reader is not None:
-            check_options(self.reader, "reader", "io__file__Read")
-
-    @property
-    def threads(self) -> int:
-        """DALI's CPU threads."""
-        return self.num_threads or max(1, cpus.available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-    def regions(self, device: torch.device) -> bool:
-        """Whether only regions are decoded on `device`."""
-        return decodes_regions(device.type == "cuda", self.decode_regions)
-
-    def check_source(self, samples: Source) -> None:
-        """Raises a ValueError if an option is for another kind of source."""
-        if self.reader and not samples.gives_paths:
-            raise ValueError(
-                f"reader={self.reader!r}: DALI reads only local files itself; leave it out for {samples!r}"
-            )
 
 
 # What timm's create_loader and its train.py call these arguments, and some others.
@@ -253,14 +201,13 @@ def create_loader(
         ImportError: DALI is not installed.
     """
     checks.flag("is_training", is_training)
-    checks.whole("cache_bytes", cache_bytes, 0)
     with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
     if with_mixing and not is_training:
         raise ValueError("is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0")
     mixing = Mixing(
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha if with_mixing else 1.0,
-        cutmix_minmax=checks.optional(checks.pair, "cutmix_minmax", cutmix_minmax, 0, 1),
+        cutmix_minmax=cutmix_minmax,
         prob=prob,
         switch_prob=switch_prob,
         mode=mode,
@@ -268,12 +215,12 @@ def create_loader(
     )
     train = TrainTransform(
         size=checks.image_size("input_size", input_size),
-        mean=checks.channels("mean", mean),
-        std=checks.channels("std", std, positive=True),
+        mean=mean,
+        std=std,
         dtype=dtype,
         channels_last=channels_last,
-        scale=checks.interval("scale", scale, 1.0),
-        ratio=checks.interval("ratio", ratio),
+        scale=scale,
+        ratio=ratio,
         hflip=hflip,
         interpolation=interpolation,
         auto_augment=auto_augment,
@@ -487,7 +434,7 @@ class Loader:
             self._next = Position(position.epoch + 1, 0)
         self._position = position
         # Early enough that a thread builds it before it is needed, late enough that DALI holds little of two epochs.
-        early = min(max(self._spec.prefetch, _EARLY), len(self) - 1)
+        early = min(max(self._execution.prefetch_queue_depth, EARLY), len(self) - 1)
         if self._order.shuffle and self._ahead is None and len(self) - position.iteration <= early:
             self._ahead = Ahead(self._spec, self._start, self._faults)
 
@@ -511,19 +458,7 @@ class Loader:
 
     @property
     def _spec(self) -> Spec:
-        execution = self._execution
-        return Spec(
-            self._order,
-            self._transform,
-            self._mixing,
-            execution.threads,
-            execution.prefetch_queue_depth,
-            execution.regions(self.device),
-            dict(execution.decoder or {}),
-            dict(execution.reader or {}),
-            self.device,
-            self.return_index,
-        )
+        return Spec(self._order, self._transform, self._mixing, self._execution, self.device, self.return_index)
 
     def set_epoch(self, epoch: int) -> None:
         """Makes `epoch` the next epoch, as in DistributedSampler; without it, epochs count up from 0.

@@ -51,8 +51,8 @@ class Output:
     """
 
     size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     dtype: DType = "float32"
     channels_last: bool = False
 
@@ -90,8 +90,8 @@ class TrainTransform(Output):
         size, mean, std, dtype, channels_last: see `Output`.
     """
 
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     interpolation: TrainInterpolation = "bicubic"
     auto_augment: str | None = None
@@ -287,15 +287,9 @@ def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode,
 
 def mixed(images: DataNode, inputs: Mapping[str, DataNode], plan: Plan) -> tuple[DataNode, DataNode, DataNode]:
     """Images mixed by the plan, its target, and λ0, on the pipeline's device."""
-    if "lam0" in inputs:
-        lam0 = _put(inputs["lam0"])
-    else:
-        # Divide first: for a whole image the quotient is exactly 1, which leaves Mixup's weight as it is.
-        lam0 = mixfn.box_lam0((_put(inputs["height"]), _put(inputs["width"])), plan.size)
-        lam0 = lam0 * _put(inputs["weight"]) if "weight" in inputs else lam0
+    lam0 = mixfn.lam0(inputs, plan.size, _put)
     if "ids" in inputs:
-        names = ("ids", "anchors", "shapes", "is_mixup", "weight")
-        images = mixfn.lay(images, **{name: inputs[name] for name in names if name in inputs})
+        images = mixfn.lay(images, inputs, plan.size)
     return images, _put(inputs["target"]), lam0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..mixing import Draw, Mixing, draw, patches
-from ..target import Kind, MixTarget
+from ..mixing import Draw, Mixing, draw, graph_inputs
+from ..target import MixTarget
 
 # Rows of the target, int32 [n, 7, 2]: four of one int64, two of the box, and the kind.
 LABEL, PARTNER_LABEL, PARTNER, INDEX, BOX, KIND = 0, 1, 2, 3, 4, 6
@@ -41,38 +41,15 @@ class Plan:
         """What the graph reads for samples with these labels and indices (int64 [n]); always the same names.
 
         Returns:
-            "target", as above, or [n, 2, 2] of labels and indices in evaluation; in training also "lam0" as drawn, or
-            the "height" and "width" from which the graph computes it; the "ids", "anchors" and "shapes" of
-            `mixing.patches`; "is_mixup"; and the "weight" of the second patch: Mixup's λ0, 1 for CutMix, 0 where
-            nothing is mixed.
+            "target", as above, or [n, 2, 2] of labels and indices in evaluation; in training also
+            `mixing.graph_inputs`.
         """
         if not self.training:
             return dict(target=np.stack([labels, index], axis=1).view(np.int32).reshape(-1, 2, 2))
         # Five words, unlike the two of the order, so that the two streams differ.
         rng = np.random.default_rng([self.seed, self.epoch, self.rank, iteration, 1])
         drawn = draw(rng, len(labels), self.size, self.mixing)
-        return dict(target=_target(drawn, labels, index)) | self._inputs(drawn)
-
-    def _inputs(self, drawn: Draw) -> dict[str, np.ndarray]:
-        """All that these options need, and nothing else: each array costs 15 µs of the training thread a batch."""
-        mixing = self.mixing
-        if mixing is None:
-            return dict(lam0=drawn.weight)
-        ids, anchors, shapes = patches(drawn, self.size)
-        is_mixup = drawn.kind == Kind.MIXUP
-        inputs = dict(ids=ids)
-        if mixing.with_cutmix:
-            inputs |= dict(anchors=anchors, shapes=shapes)
-        if mixing.with_mixup:
-            weight = np.where(is_mixup, drawn.weight, (ids[:, 0] != ids[:, 1]).astype(np.float32))
-            inputs |= dict(is_mixup=is_mixup, weight=weight)
-        if not (mixing.with_cutmix and mixing.counts_lam0):
-            return inputs | dict(lam0=drawn.weight)
-        y0, x0, y1, x1 = drawn.box.T.copy()  # contiguous, as DALI needs them
-        full_height, full_width = np.array(self.size, np.int32)
-        return inputs | dict(
-            height=np.where(is_mixup, full_height, y1 - y0), width=np.where(is_mixup, full_width, x1 - x0)
-        )
+        return dict(target=_target(drawn, labels, index)) | graph_inputs(drawn, self.size, self.mixing)
 
 
 def _target(drawn: Draw, labels: np.ndarray, index: np.ndarray) -> np.ndarray:
