@@ -265,6 +265,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="memory",
         help="memory: images are decoded once; files: by create_loader, in each epoch, if it has the method",
     )
+    _add_training(parser)
+    args = parser.parse_args(argv)
+    args.device = harness.resolve_device(args.device)
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: give a number above 0")
+    if args.epochs is None and args.minutes is None:
+        args.epochs = 40
+    if args.model is None:
+        args.model, args.model_kwargs = "resnet10t", dict(channels=(16, 32, 64, 128)) | args.model_kwargs
+    if args.data == parser.get_default("data") and not Path(args.data).exists():
+        write_digits(args.data)
+    return args
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--small-stem", action="store_true", help="use a small ResNet stem: 3x3, stride 1, no pooling")
     add("--img-size", type=harness.positive, default=16)
     length = parser.add_mutually_exclusive_group()
@@ -293,17 +309,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--allow-dirty", action="store_true", help="measure uncommitted code for benchmarks/results; the result says so"
     )
-    args = parser.parse_args(argv)
-    args.device = harness.resolve_device(args.device)
-    if args.minutes is not None and not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes:g}: give a number above 0")
-    if args.epochs is None and args.minutes is None:
-        args.epochs = 40
-    if args.model is None:
-        args.model, args.model_kwargs = "resnet10t", dict(channels=(16, 32, 64, 128)) | args.model_kwargs
-    if args.data == parser.get_default("data") and not Path(args.data).exists():
-        write_digits(args.data)
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -67,6 +67,19 @@ def curves(log: Path, out: Path) -> None:
     figure.savefig(out, dpi=150)
 
 
+def _flags(args: argparse.Namespace) -> list[str]:
+    """The training's command line."""
+    recipe = (
+        f"--model resnet10t --img-size {SIZE} --crop-pct 1 --hflip {HFLIP} --cutmix 1 --mixup-mode elem "
+        "--opt adamw --lr 2e-3 --weight-decay .05 --warmup-epochs 2 --batch-size 64"
+    ).split()
+    for name, values in dict(mean=MEAN, std=STD, scale=SCALE).items():
+        recipe += [f"--{name}", *map(str, values)]
+    run = ["--data-dir", str(args.data), "--epochs", str(args.epochs), "--seed", str(args.seed)]
+    run += ["--device", args.device, "--output", str(args.output.parent), "--experiment", args.output.name]
+    return [*recipe, *run, *(["--resume", args.resume] if args.resume else ["--overwrite"])]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and returns the exit status: 1 if top-1 is below the goal."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__, formatter_class=command.Help)
@@ -86,51 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.data_only:
         return 0
     print(f"{args.epochs} epochs on 1437 digits; every epoch prints a line", flush=True)
-    summary = train.main(
-        [
-            "--data-dir",
-            str(args.data),
-            "--model",
-            "resnet10t",
-            "--img-size",
-            str(SIZE),
-            "--crop-pct",
-            "1",
-            "--mean",
-            *map(str, MEAN),
-            "--std",
-            *map(str, STD),
-            "--scale",
-            *map(str, SCALE),
-            "--hflip",
-            str(HFLIP),
-            "--cutmix",
-            "1",
-            "--mixup-mode",
-            "elem",
-            "--opt",
-            "adamw",
-            "--lr",
-            "2e-3",
-            "--weight-decay",
-            ".05",
-            "--warmup-epochs",
-            "2",
-            "--batch-size",
-            "64",
-            "--epochs",
-            str(args.epochs),
-            "--seed",
-            str(args.seed),
-            "--device",
-            args.device,
-            "--output",
-            str(args.output.parent),
-            "--experiment",
-            args.output.name,
-            *(["--resume", args.resume] if args.resume else ["--overwrite"]),
-        ]
-    )
+    summary = train.main(_flags(args))
     from lumix_dali.cli import show
 
     curves(args.output / "log.jsonl", args.output / "curves.png")

@@ -32,6 +32,13 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Every flag; a group whose title names protocols applies only to them."""
     parser = argparse.ArgumentParser("python -m pipelines.evaluate", description=description, formatter_class=Help)
     parser.add_argument("protocol", choices=EXPECTED, help="top1, or a protocol of the paper")
+    _add_input(parser)
+    _add_protocols(parser)
+    _add_run(parser)
+    return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", help="name of a timm model; None: the checkpoint's")
     add("--checkpoint", metavar="FILE", help="checkpoint of pipelines.train, or any file that timm.create_model loads")
@@ -48,6 +55,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--mean", type=float, nargs=3, help="mean of each channel, in [0, 1]; None: the model's")
     add("--std", type=float, nargs=3, help="standard deviation of each channel, in [0, 1]; None: the model's")
 
+
+def _add_protocols(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("shuffle").add_argument
     add(
         "--grids",
@@ -100,6 +109,8 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add = parser.add_argument_group("imagenet-o").add_argument
     add("--val-dir", metavar="DIR", help="ImageNet's validation set")
 
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("-b", "--batch-size", type=int, default=256, help="images per batch")
     add("-j", "--workers", type=int, help="DALI's CPU threads; None: the CPUs it may use")
@@ -108,7 +119,6 @@ def build_parser(description: str | None = None) -> argparse.ArgumentParser:
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="type of mixed precision")
     add("--out", metavar="FILE.json", help="write the result and its origin")
     add("--figure", metavar="FILE.png", help="plot the result beside the paper's")
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:

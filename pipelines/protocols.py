@@ -114,7 +114,7 @@ def wsas(subject: Subject) -> Values:
         voc = VOCSegmentation(args.data_dir, image_set="val")
     except (RuntimeError, OSError) as error:
         raise missing(args, "--data-dir", args.data_dir, EXPECTED["wsas"], error) from error
-    attend, scores = class_attention(subject, subject.model), []
+    attend, scores = head_attention(subject, subject.model), []
     for images, numbers in subject.batches(
         numbered(Files("", voc.images, np.zeros(len(voc), int), [""])), crop_mode="squash", crop_pct=1.0
     ):
@@ -133,7 +133,7 @@ def wsol(subject: Subject) -> Values:
     args = subject.args
     samples = numbered(read(args, "--data-dir", args.data_dir))
     annotations = find_boxes(args, samples)
-    attend, best = class_attention(subject, subject.model), []
+    attend, best = head_attention(subject, subject.model), []
     # The whole image is squashed into the input so that no object is cut off.
     for images, numbers in subject.batches(samples, crop_mode="squash", crop_pct=1.0):
         masks = metrics.top_mass(one_head(attend(images), args.head), args.mass)
@@ -200,7 +200,7 @@ def confidences(subject: Subject, samples: Files, outputs: Sequence[int]) -> tup
     return confidence, correct
 
 
-def class_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def head_attention(subject: Subject, model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Gives a function from uint8 images to the last block's attention from the class token to the patches.
 
     Returns:
@@ -234,7 +234,7 @@ def saliency_model(subject: Subject) -> Callable[[torch.Tensor], torch.Tensor]:
             check_patches(timm.create_model(args.dino_model), subject.size, "--dino-model")
     model = build_model(args.dino_model, args.dino_checkpoint, "--dino-checkpoint", num_classes=0)
     set_size(model, subject.size, "--dino-model")
-    attend = class_attention(subject, model)
+    attend = head_attention(subject, model)
     return lambda images: one_head(attend(images), args.head)
 
 

@@ -231,21 +231,6 @@ def create_loader(
         re_mode=re_mode,
         re_count=re_count,
     )
-    transform: TrainTransform | EvalTransform = train
-    if not is_training:
-        _refuse_augmentation(train, num_aug_repeats)
-        if interpolation == "random":
-            raise checks.error("interpolation", interpolation, "evaluation draws nothing; give 'bilinear' or 'bicubic'")
-        transform = EvalTransform(
-            size=train.size,
-            mean=train.mean,
-            std=train.std,
-            dtype=dtype,
-            channels_last=channels_last,
-            crop_pct=crop_pct,
-            crop_mode=crop_mode,
-            interpolation=interpolation,
-        )
     rank, world_size = _ranks(rank, world_size)
     samples = sources.load(
         source, classes=classes, cache_dir=cache_dir, cache_bytes=cache_bytes, progress=bar("shard", "indexing")
@@ -270,7 +255,7 @@ def create_loader(
     return Loader(
         samples,
         order,
-        transform,
+        train if is_training else _evaluation(train, num_aug_repeats, crop_pct, crop_mode),
         mixing if with_mixing else None,
         Execution(num_threads, prefetch_queue_depth, decoder, reader, decode_regions),
         device=device,
@@ -291,11 +276,23 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return checks.whole("rank", rank or 0, 0), checks.whole("world_size", 1 if world_size is None else world_size, 1)
 
 
-def _refuse_augmentation(transform: TrainTransform, repeats: int) -> None:
-    given = [name for name in ("auto_augment", "color_jitter", "grayscale_prob", "re_prob") if getattr(transform, name)]
+def _evaluation(train: TrainTransform, repeats: int, crop_pct: float, crop_mode: CropMode) -> EvalTransform:
+    given = [name for name in ("auto_augment", "color_jitter", "grayscale_prob", "re_prob") if getattr(train, name)]
     given += ["num_aug_repeats"] * bool(repeats)
     if given:
         raise ValueError(f"is_training=False: evaluation augments nothing; leave out {', '.join(given)}")
+    if train.interpolation == "random":
+        raise checks.error("interpolation", "random", "evaluation draws nothing; give 'bilinear' or 'bicubic'")
+    return EvalTransform(
+        size=train.size,
+        mean=train.mean,
+        std=train.std,
+        dtype=train.dtype,
+        channels_last=train.channels_last,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        interpolation=train.interpolation,
+    )
 
 
 def _order(samples: Source, how: Shuffle, window: int, **options: Any) -> Order:
