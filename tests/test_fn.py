@@ -6,6 +6,7 @@ The distributions of the draws are tested in `test_fn_law.py`.
 """
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -246,9 +247,9 @@ def apply_boxes(images, labels, partner, kind, box):
     return mixfn.apply(images, labels, Draw(partner, kind, box, partner * 0.0), Mixing())
 
 
-def apply_weights(images, labels, partner, kind, weight):
+def apply_weights(images, labels, partner, kind, weight, size=None):
     drawn = Draw(partner, kind, kind * np.zeros(4, np.int32), weight)
-    return mixfn.apply(images, labels, drawn, Mixing(mixup_alpha=1.0, cutmix_alpha=0.0))
+    return mixfn.apply(images, labels, drawn, Mixing(mixup_alpha=1.0, cutmix_alpha=0.0), size)
 
 
 @pytest.mark.parametrize(("operation", "kind"), [(apply_boxes, Kind.CUTMIX), (apply_weights, Kind.MIXUP)])
@@ -265,7 +266,8 @@ def test_only_boxes_or_only_weights_given(graph, operation, kind):
     assert_pixels(images, drawn["partner"], mixed, target)
 
 
-def test_every_pair_of_levels_blends_within_one_level(graph):
+@pytest.mark.parametrize("size", [None, (256, 256)], ids=["by bytes", "by words"])
+def test_every_pair_of_levels_blends_within_one_level(graph, size):
     """Includes weights that split white into two parts ending in .5: both rounded up would give 256."""
     own, other = np.mgrid[:256, :256].astype(np.uint8)
     weight = np.float32([0, 1, 0.5, 1e-6, *(np.arange(0, 255, 10) + 0.5) / 255, 1 / 3, 0.999, 1 - 2**-24])
@@ -273,7 +275,7 @@ def test_every_pair_of_levels_blends_within_one_level(graph):
     drawn = {"partner": np.int32([count] * count + [0]), "kind": np.int32([Kind.MIXUP] * count + [0])}
     images = np.stack([own] * count + [other])[..., None]
     weight = np.append(weight, np.float32(0))
-    mixed, _ = graph(apply_weights, count + 1)(images, np.arange(count + 1), weight=weight, **drawn)
+    mixed, _ = graph(partial(apply_weights, size=size), count + 1)(images, np.arange(count + 1), weight=weight, **drawn)
     weight = weight[:, None, None, None].astype(np.float64)
     blend = images * (1 - weight) + images[drawn["partner"]] * weight
     # both halves are rounded
