@@ -4,7 +4,9 @@ PYTHON ?= python3
 DALI ?= cuda12
 ARGS ?=
 DATA ?= data/photographs/train
-THREADED := lumix/none,lumix/cutmix+mixup elem,timm FastCollateMixup elem,torchvision v2 collate
+OUT := benchmarks/results
+COMPARED := dali/+decode,dali/+normalise,lumix,dali+torchvision,timm FastCollateMixup elem,timm recipe,torchvision v2 collate cutmix+mixup,spdl,webdataset,litdata,mosaic,ffcv
+THREADED := dali/+normalise,lumix/none,lumix/cutmix+mixup elem,timm FastCollateMixup elem
 PURE := index layout loss mixing_law mutants order reference target
 QUICK := not compile and not gradcheck and not import_does_not_pull_in and not second_derivatives
 
@@ -66,16 +68,17 @@ bench: $(ready)  # compare this loader with others, on generated images or ARGS=
 	$(python) -m pip install --quiet --disable-pip-version-check '.[bench]'
 	$(python) -m benchmarks.loaders --out runs/loaders.json $(ARGS)
 
-results: $(ready)  # measure what the pages show, hours on an idle machine: DATA=DIR of photographs in class folders
-	$(python) -m benchmarks.loaders --out benchmarks/results/loaders.json --data $(DATA) --rounds 9 --batch-size 64 --images 512
-	$(python) -m benchmarks.loaders --out benchmarks/results/loaders-threads.json --data $(DATA) --rounds 5 --batch-size 64 --images 640 --threads 1,2,4 --only '$(THREADED)'
-	$(python) -m benchmarks.cost --out benchmarks/results/cost-loader.json --data $(DATA) --rounds 9 --batch-size 128 --parts loader
-	$(python) -m benchmarks.cost --out benchmarks/results/cost-cpu.json --data $(DATA) --rounds 9 --batch-size 64 --batches 20 --parts cpu,mixing,host,tiny
-	$(python) -m benchmarks.cost --out benchmarks/results/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 128 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
-	$(python) -m benchmarks.cost --out benchmarks/results/cost-resnet50.json --data $(DATA) --rounds 9 --batch-size 8 --steps 2 --parts model,step,epoch --model resnet50
-	$(python) -m benchmarks.mix --out benchmarks/results/mix.json --rounds 9
-	$(python) -m benchmarks.loss --out benchmarks/results/loss.json --rounds 9 --batch-sizes 256 --classes 10,1000,21841 --dtypes float32
-	$(python) -m benchmarks.scaling --out benchmarks/results/scaling.json
+results: $(ready)  # measure what the pages show, an hour on an idle machine: DATA=DIR of photographs in class folders
+	$(python) -m benchmarks.loaders --out $(OUT)/loaders.json --data $(DATA) --rounds 9 --batch-size 64 --only '$(COMPARED)'
+	$(python) -m benchmarks.loaders --out $(OUT)/loaders-threads.json --data $(DATA) --rounds 5 --batch-size 64 --threads 1,2,4,8 --only '$(THREADED)'
+	ATEN_CPU_CAPABILITY=default $(python) -m benchmarks.loaders --out $(OUT)/loaders-no-avx2.json --data $(DATA) --rounds 5 --batch-size 64 --only '$(THREADED)'
+	$(python) -m benchmarks.cost --out $(OUT)/cost-loader.json --data $(DATA) --rounds 9 --batch-size 128 --parts loader
+	$(python) -m benchmarks.cost --out $(OUT)/cost-cpu.json --data $(DATA) --rounds 9 --batch-size 64 --batches 20 --parts cpu,mixing,host,tiny,large
+	$(python) -m benchmarks.loss --out $(OUT)/loss.json --rounds 9 --batch-sizes 128,256 --classes 10,1000,21841 --dtypes float32
+	$(python) -m benchmarks.mix --out $(OUT)/mix.json --rounds 9
+	$(python) -m benchmarks.scaling --out $(OUT)/scaling.json
+	$(python) -m benchmarks.cost --out $(OUT)/cost-resnet50.json --data $(DATA) --rounds 9 --batch-size 8 --steps 2 --parts model,step,epoch --model resnet50
+	$(python) -m benchmarks.cost --out $(OUT)/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 128 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
 	$(MAKE) figures
 
 evidence: $(ready)  # does LUMix help? train the models of experiments/PLAN.md, or go on with them: hours

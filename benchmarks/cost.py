@@ -12,6 +12,7 @@ Parts, for `--parts`:
     mixing    CPU time of mixing: a loader of 256 images of 8x8 pixels, on the CPU in one thread
     host      CPU time of the training thread alone, for a batch of 256
     tiny      images of 8, 32 and 64 pixels, with this package and with an earlier commit's
+    large     CPU time of a photograph of 4000x3000 pixels, and of what lumix-dali convert --max-size 512 makes of it
 
     python -m benchmarks.cost --quick
     python -m benchmarks.cost --model resnet50 --data imagenet/train --parts model,step
@@ -31,11 +32,18 @@ from .report import compared, is_shown, ratio_cell, ratio_of
 
 LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
 MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
-PARTS = ("loader", "model", "step", "epoch", "handover", "cpu", "mixing", "host", "tiny")
+PARTS = ("loader", "model", "step", "epoch", "handover", "cpu", "mixing", "host", "tiny", "large")
 QUICK = ("loader", "model", "step", "cpu")
-BEFORE, TODAY, NEAREST = "9ac746d", "today", "nearest neighbour"
+BEFORE, TODAY, NEAREST, LARGE = "9ac746d", "today", "nearest neighbour", "4000x3000 as it is"
 # Part: the row to which its rows are compared.
-COMPARED = {"step": "cutmix replayed", "handover": "copied", "mixing": "tiny none", "cpu": NEAREST, "tiny": BEFORE}
+COMPARED = {
+    "step": "cutmix replayed",
+    "handover": "copied",
+    "mixing": "tiny none",
+    "cpu": NEAREST,
+    "tiny": BEFORE,
+    "large": LARGE,
+}
 RATIOS = {
     "LUMix ÷ CutMix, whole step": ("lumix replayed", "cutmix replayed", {}),
     "CutMix ÷ no mixing, whole step": ("cutmix replayed", "none replayed", {}),
@@ -44,6 +52,7 @@ RATIOS = {
     "CutMix ÷ no mixing, 8x8 pixels": ("tiny cutmix", "tiny none", {}),
     "CutMix + Mixup ÷ no mixing, 8x8 pixels": ("tiny cutmix+mixup", "tiny none", {}),
     "CPU time of an image ÷ with nearest-neighbour resize": (TODAY, NEAREST, {}),
+    "4000x3000 pixels, converted to 512 ÷ as it is": ("converted to 512", LARGE, {}),
     **{f"{side}x{side} pixels, today ÷ {BEFORE}": (TODAY, BEFORE, dict(side=side)) for side in (8, 32, 64)},
 }
 BOTTLENECK = 1.05
@@ -93,6 +102,10 @@ def reading(result: dict[str, Any]) -> report.Reading:
             said.append(f"The {part}'s longest stage is {longest['name']}: {longest['ms']:.1f} of {total:.1f} ms.")
     for what, (name, reference, where) in RATIOS.items():
         said += compared(what, ratio_of(result, name, reference, **where), "less time", "more time")
+    if changed := [row["grey_levels"] for row in result["rows"] if row.get("grey_levels") is not None]:
+        said.append(
+            f"Converted, images differ by {changed[0]:.2f} grey levels in the mean, after the resize to the model's."
+        )
     fed = ratio_of(result, "lumix loaded", "lumix replayed")
     if not fed:
         return report.Reading(said, "--parts step, without --only, says whether the loader or the model limits")
@@ -201,7 +214,7 @@ def estimate(args: argparse.Namespace) -> float:
     seconds = 20.0
     seconds += rounds * 6 * (2 * args.batches + 6) * images * 2e-3 * ("loader" in args.parts)
     seconds += rounds * 10 * (args.steps + 2) * images * 0.15 * bool({"model", "step"} & set(args.parts))
-    return seconds + rounds * 5 * len({"tiny", "mixing", "host", "cpu"} & set(args.parts))
+    return seconds + rounds * 5 * len({"tiny", "mixing", "host", "cpu", "large"} & set(args.parts))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from functools import partial
 from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -24,15 +24,16 @@ from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
 from lumix_dali import LUMixLoss, Mixing, create_loader
+from lumix_dali.data.convert import convert
 from lumix_dali.data.files import Files
-from lumix_dali.data.sources import load_files
+from lumix_dali.data.sources import load, load_files
 from lumix_dali.loading import pipelines
 from lumix_dali.loading.plan import Plan, unpack
 from lumix_dali.loading.resize import resize_mirror
 
 from . import harness
-from .contenders import PREFETCH, Epoch, Setting, guarded_crop, normalised_in_dali
-from .cost import BEFORE, LOADER_STAGES, MODEL_STAGES, NEAREST, TODAY
+from .contenders import AHEAD, PREFETCH, Epoch, Setting, guarded_crop, normalised_in_dali
+from .cost import BEFORE, LARGE, LOADER_STAGES, MODEL_STAGES, NEAREST, TODAY
 
 CUTMIX: dict[str, Any] = dict(cutmix_alpha=1.0)
 BOTH: dict[str, Any] = CUTMIX | dict(mixup_alpha=0.8)
@@ -408,6 +409,72 @@ def tiny_images(scratch: Path, side: int, count: int) -> Path:
     return root
 
 
+class Large:
+    """A loader of photographs of 12 megapixels, or of the shards that ``convert`` makes of them."""
+
+    COUNT, TILES = 16, 8
+
+    def __init__(self, s: Setting, converted: bool, batches: int):
+        self.s, self.converted, self.batches = s, converted, batches
+
+    def prepare(self) -> dict[str, Any]:
+        """Writes the images; for shards, their difference from the originals in evaluation, in grey levels."""
+        self.files = load_files(self._mosaics())
+        self.source: Any = self.files
+        if not self.converted:
+            return {}
+        self.source = str(self.s.scratch / "converted")
+        convert(self.files, self.source, max_size=512, quality=90)
+        difference = self._pixels(self.files) - self._pixels(self.source)
+        return dict(grey_levels=float(difference.abs().mean()))
+
+    def measure(self) -> float:
+        """CPU milliseconds per image of a training loader without mixing, in its steady state."""
+        count = self.batches + 2 * AHEAD
+        if not self.converted:
+            source: Any = dataclasses.replace(self.s, samples=self.files, batch_size=8).repeated(count)
+        else:
+            shards = load(self.source)
+            source = [(bytes(cast(Any, shards.read([i])[0][0])), 0) for i in range(len(shards))] * -(
+                -8 * count // len(shards)
+            )
+        with create_loader(source, batch_size=8, input_size=self.s.size, device="cpu", num_threads=2) as loader:
+            batches = iter(loader)
+            for _ in range(AHEAD):
+                next(batches)
+            return harness.cpu_milliseconds(partial(next, batches), self.batches, "cpu") / 8
+
+    def _mosaics(self) -> Path:
+        """Class folders of 4000x3000 pixels, each of 64 photographs of the data: as much detail as theirs."""
+        root = self.s.scratch / "large" / "mosaic"
+        if root.exists():
+            return root.parent
+        root.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for number in range(self.COUNT):
+            mosaic = Image.new("RGB", (4000, 3000))
+            for place, sample in enumerate(rng.integers(0, len(self.s.samples), self.TILES**2).tolist()):
+                tile = Image.open(self.s.samples.path(sample)).convert("RGB").resize((500, 375))
+                mosaic.paste(tile, (place % self.TILES * 500, place // self.TILES * 375))
+            mosaic.save(root / f"{number}.jpg", quality=90)
+        return root.parent
+
+    def _pixels(self, source: Any) -> torch.Tensor:
+        loader = create_loader(
+            source,
+            batch_size=self.COUNT,
+            is_training=False,
+            input_size=self.s.size,
+            dtype="uint8",
+            device="cpu",
+            return_index=True,
+        )
+        with loader:
+            (images, _, index) = next(iter(loader))
+        names = [Path(loader.samples.name(int(i))).stem.lstrip("0") or "0" for i in index]
+        return images[np.argsort(names)].float()
+
+
 def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candidate]:
     """What `args.parts` selects."""
     if "loader" in args.parts:
@@ -429,6 +496,10 @@ def candidates(s: Setting, args: argparse.Namespace) -> Iterator[harness.Candida
             for commit, name in ((None, TODAY), (BEFORE, BEFORE)):
                 away = Elsewhere(s, commit, side, 4 * args.batches)
                 yield harness.Candidate(name, away.measure, away.prepare, where=dict(part="tiny", side=side))
+    if "large" in args.parts:
+        for name, converted in ((LARGE, False), ("converted to 512", True)):
+            large = Large(s, converted, args.batches)
+            yield harness.Candidate(name, large.measure, large.prepare, where=dict(part="large"))
     if set(args.parts) & {"model", "epoch", "handover", "step"}:
         yield from (c for c in model_candidates(s, args) if c.where["part"] in args.parts)
 
