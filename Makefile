@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 DALI ?= cuda12
+CONSTRAINTS ?=
 ARGS ?=
 DATA ?= data/photographs/train
 OUT := benchmarks/results
@@ -16,7 +17,7 @@ python := .venv/bin/python
 # imported, a small part of 7 GB, and compiling all took 87 of 216 s of CPU time.
 ready := .venv/.ready-$(DALI)
 
-.PHONY: help demo quick test check mutants soak bench results evidence figures docs gpu test-gpu
+.PHONY: help demo quick test test-lowest check mutants soak bench results evidence figures docs gpu test-gpu
 CHECKS := check-types check-examples check-docs check-figures check-style
 
 help:  # this list
@@ -24,6 +25,7 @@ help:  # this list
 	@echo "Every other target installs into .venv first, if needed (PyTorch and DALI: about 7 GB). Options:"
 	@echo "  PYTHON=python3.12   the interpreter that .venv is made with (3.11 to 3.14)"
 	@echo "  DALI=cuda13         DALI's wheel for CUDA 13 (default: cuda12; both run on a machine without a GPU)"
+	@echo "  CONSTRAINTS=tests/tested.txt   exactly the versions that the maintainers tested"
 	@echo "  ARGS='--seed 1'     more arguments for the program that the target runs"
 
 demo: $(ready)  # train a timm model on real handwritten digits: about 6 minutes on 2 cores
@@ -34,6 +36,9 @@ quick: $(ready)  # only the tests that need neither DALI nor a compiler: about h
 
 test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadscope $(ARGS)
+
+test-lowest: .venv-lowest/.ready  # the tests with the lowest promised versions, in .venv-lowest, on Python 3.11
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 check: $(ready)  # formatting, lint, types, the documentation's examples and figures
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(CHECKS)
@@ -105,5 +110,10 @@ $(ready): pyproject.toml setup.py
 	@case "$$(ls .venv/.ready-* 2>/dev/null)" in ""|$@) ;; *) echo "another DALI wheel in .venv: making it again"; rm -rf .venv ;; esac
 	@echo "installing into .venv (the first time about 7 GB for PyTorch and DALI, which takes some minutes)"
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install --no-compile --disable-pip-version-check --editable '.[$(DALI),dev]'
+	$(python) -m pip install --no-compile --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable '.[$(DALI),dev]'
+	@touch $@
+
+.venv-lowest/.ready: pyproject.toml tests/lowest.txt
+	python3.11 -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --no-compile --disable-pip-version-check -c tests/lowest.txt --editable '.[cuda12,test]'
 	@touch $@

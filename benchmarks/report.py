@@ -181,7 +181,7 @@ def read(result: dict[str, Any]) -> Reading:
     stopped = [] if result.get("complete", True) else ["The run was stopped: this is what it had measured until then."]
     if "rounds" in result and (rounds := rounds_of(result)) < ROUNDS:
         few = f"{rounds} round(s): it runs, but a verdict needs {ROUNDS}."
-        return Reading([*stopped, few], f"the same without --quick, and with --rounds {ROUNDS} or more")
+        return Reading([*stopped, few], f"the same with --rounds {ROUNDS} or more, and without --quick")
     said, then = kind_of(result).reading(result)
     return Reading([*stopped, *said], then)
 

@@ -24,12 +24,19 @@ SPELLINGS = [
 ]
 
 
+def in_repository(page, target):
+    """Path within the repository of what a link from `page` leads to; None for a link elsewhere."""
+    folder = posixpath.dirname(page)
+    # The copies of files lie where the files do, below a folder of their own.
+    folder = posixpath.relpath(folder, COPIES) if page.startswith(f"{COPIES}/") else posixpath.join("docs", folder)
+    path = posixpath.normpath(posixpath.join(folder, target))
+    return None if ":" in target or path.startswith("..") else path
+
+
 def outside(page, target):
-    """Path within the repository of what a link from `page` leads to, None unless that lies outside docs/."""
-    if ":" in target:
-        return None
-    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), target))
-    return None if path.startswith(("docs/", "..")) else path
+    """As `in_repository`; None for a link within docs/ too."""
+    path = in_repository(page, target)
+    return None if path is None or path.startswith("docs/") else path
 
 
 def on_files(files, config):
@@ -44,13 +51,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Leads links to files outside docs/ to their copies."""
+    """Leads links to files outside docs/ to their copies, and those of the copies back."""
 
     def lead(match):
-        path = outside(page.file.src_uri, match[2])
-        if not path or f"{COPIES}/{path}" not in files.src_uris:
-            return match[0]
-        return match[1] + posixpath.relpath(f"{COPIES}/{path}", posixpath.dirname(page.file.src_uri) or ".")
+        path = in_repository(page.file.src_uri, match[2]) or ""
+        for uri in (f"{COPIES}/{path}", path.removeprefix("docs/")):
+            if uri in files.src_uris:
+                return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".")
+        return match[0]
 
     return LINK.sub(lead, markdown)
 

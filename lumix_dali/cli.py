@@ -7,10 +7,11 @@ measure the ``speed`` of loading and training.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -245,6 +246,12 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = command.add_argument
     add("root", help="class folder, list file, manifest, or shards")
     add("--model", help="name of a timm model, to train on cached batches and on the loader's")
+    add(
+        "--against",
+        metavar="MODULE:FUNCTION",
+        type=_function,
+        help="a function of yours that makes a loader, whose batches are (images, ...), to compare with this one",
+    )
     add("--batch-size", type=int, default=64, help="(%(default)s)")
     add("--input-size", type=int, default=224, help="side in pixels (%(default)s)")
     add("--num-threads", type=int, help="of this loader, and workers of timm's; default: the CPUs this process may use")
@@ -252,6 +259,17 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--minutes", type=float, default=2.0, help="about how long it takes (%(default)s)")
     add("--rounds", type=int, default=5, help="how often loaders and training take turns (%(default)s)")
     command.set_defaults(run=_speed)
+
+
+def _function(text: str) -> Callable[[], Any]:
+    """An argparse type: a function of an importable module, which may lie in the working directory."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}; give MODULE:FUNCTION") from error
+    return found
 
 
 def _speed(args: argparse.Namespace) -> int:

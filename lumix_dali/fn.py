@@ -365,8 +365,8 @@ def _blend(images: DataNode, partners: DataNode, weight: DataNode, is_mixup: Dat
 
 def _blending(device: str, size: Size) -> Callable[..., DataNode]:
     """A graph function of images, partners and the partners' weight."""
-    # DALI adds element by element. Eight bytes at once take a CPU a third of the time, which pays for the operators that
-    # this takes from 64x64 pixels on. No byte carries into the next: `BELOW_HALF` keeps every sum below 256.
+    # DALI adds element by element. Eight bytes at once take a CPU a third of the time, which pays for the operators
+    # that this takes from 64x64 pixels on. No byte carries into the next: `BELOW_HALF` keeps every sum below 256.
     static = device == "cpu" and not isinstance(size, DataNode)
     wide = static and size[0] * size[1] >= 64 * 64 and size[0] * size[1] % 8 == 0
 

@@ -28,9 +28,11 @@ from .target import MixTarget
 
 MIXING: dict[str, Any] = dict(mixup_alpha=0.8, cutmix_alpha=1.0)
 UNMIXED, MIXED, TIMM = "lumix_dali, unmixed", "lumix_dali, CutMix + Mixup", "timm, CutMix + Mixup"
+YOURS = "your loader"
 CACHED, TRAINED = "training, cached batches", "training, from the loader"
 _VERDICT = 5  # rounds that a verdict needs
 _NOTICEABLE = 0.97
+_LONG = 0.1  # share of the time that training may wait for batches
 _LOOKED_AT = 32  # images whose size is read
 _OVERHEAD = 1.5  # seconds that a turn takes besides, with its share of the start
 _AHEAD = 2  # batches that a loader prepares, and each of timm's workers
@@ -51,20 +53,25 @@ class Candidate:
     ahead: int = 0
     step: Callable[[Any, Any], None] = lambda images, target: None
     rates: list[float] = field(default_factory=list)  # images/s, one per round
+    waits: list[float] = field(default_factory=list)  # share of the time, one per round, spent on waiting for batches
 
     def turn(self, seconds: float) -> None:
         """Adds the rate of one turn; batches that were prepared before it are not counted."""
         for _ in islice(self.batches, self.ahead):
             pass
         _synchronise()
-        count, start = 0, time.perf_counter()
+        count, waited, start = 0, 0.0, time.perf_counter()
         while time.perf_counter() - start < seconds:
+            asked = time.perf_counter()
             images, target = next(self.batches)
+            waited += time.perf_counter() - asked
             self.step(images, target)
             count += len(images)
         _synchronise()
-        rate = count / (time.perf_counter() - start)
+        taken = time.perf_counter() - start
+        rate = count / taken
         self.rates.append(rate)
+        self.waits.append(waited / taken)
         time.sleep(min(1.0, self.ahead * len(images) / rate))  # it prepares batches again, for which it takes CPUs
 
 
@@ -73,6 +80,7 @@ class Speed:
     """The result: rates in images/s by candidate, one per round, and what the advice depends on."""
 
     rates: dict[str, list[float]]
+    waits: list[float]  # of training from the loader
     device: str
     num_threads: int
     cpus: int
@@ -99,22 +107,28 @@ class Speed:
         if rounds < _VERDICT:
             yield f"{rounds} round(s): too few for a verdict, which takes {_VERDICT}."
             return
-        if TIMM in self.rates:
-            yield f"This loader, mixing, gives {_times(self.ratio(MIXED, TIMM))} timm's images/s with as many workers."
+        for name, whose in ((TIMM, "timm's images/s with as many workers"), (YOURS, "your loader's images/s")):
+            if name in self.rates:
+                yield f"This loader, mixing, gives {_times(self.ratio(MIXED, name))} {whose}."
         yield f"Mixing leaves {_times(self.ratio(MIXED, UNMIXED))} the rate of unmixed batches."
         if CACHED not in self.rates:
             yield "A model that trains faster than this waits for its data: measure yours with --model NAME."
             return
         _, middle, high = ratio = self.ratio(TRAINED, CACHED)
-        limits = high < 1 and middle < _NOTICEABLE
+        slower = high < 1 and middle < _NOTICEABLE
+        # On a CPU the loader takes cores from the model, which is slower then even if it never waits.
+        limits = slower and (self.device != "cpu" or statistics.median(self.waits) > _LONG)
         verdict = f"The loader is {'' if limits else 'not '}the bottleneck"
         yield f"{verdict}: training on it runs at {_times(ratio)} the rate of cached batches."
+        if slower and self.device == "cpu":
+            yield (
+                f"Training waits for batches in {statistics.median(self.waits):.0%} of its time. Loader and model "
+                "share the CPUs: on a GPU the model leaves them to the loader."
+            )
         if limits:
             yield from (f"- {advice}" for advice in self._advice())
 
     def _advice(self) -> Iterator[str]:
-        if self.device == "cpu":
-            yield "loader and model share the CPUs here: on a GPU the model leaves them to the loader"
         if self.num_threads < self.cpus:
             yield f"num_threads={self.num_threads}, but {self.cpus} CPUs are available"
         if self.image_pixels > _LARGE * self.input_pixels:
@@ -132,6 +146,7 @@ def speed(
     input_size: int = 224,
     num_threads: int | None = None,
     device: str = "auto",
+    against: Callable[[], Iterable[Any]] | None = None,
     minutes: float = 2.0,
     rounds: int = _VERDICT,
     report: Callable[[str], None] = lambda line: None,
@@ -145,6 +160,7 @@ def speed(
         input_size: side of the delivered images in pixels.
         num_threads: of this loader, and workers of timm's; None: this process's CPUs.
         device: as for `create_loader`.
+        against: makes a loader of yours that takes turns with this one; its batches are (images, ...).
         minutes: about how long it takes.
         rounds: how often the candidates take turns.
         report: gets a line at the start and after each round.
@@ -165,13 +181,16 @@ def speed(
             candidates[TIMM] = _timm(mixed, threads, input_size)
         except (ImportError, ValueError) as error:
             report(f"timm's loader is left out: {error}")
+        if against is not None:
+            candidates[YOURS] = Candidate(((batch[0], None) for batch in _endless(against())), _AHEAD * threads)
         if model is not None:
             candidates |= _training(loader(**MIXING), model)
         seconds = max(0.1, 60 * minutes / (rounds * len(candidates)) - _OVERHEAD)
         report(f"{len(source)} images, {rounds} rounds, about {minutes:g} minutes: {' | '.join(candidates)}")
         _take_turns(candidates, rounds, seconds, report)
     rates = {name: candidate.rates for name, candidate in candidates.items() if candidate.rates}
-    return Speed(rates, mixed.device.type, threads, cpus.available(), input_size**2, _mean_pixels(source))
+    waits = candidates[TRAINED].waits if TRAINED in candidates else []
+    return Speed(rates, waits, mixed.device.type, threads, cpus.available(), input_size**2, _mean_pixels(source))
 
 
 def _take_turns(candidates: dict[str, Candidate], rounds: int, seconds: float, report: Callable[[str], None]) -> None:
@@ -180,6 +199,7 @@ def _take_turns(candidates: dict[str, Candidate], rounds: int, seconds: float, r
         for each in candidates.values():  # starts threads and workers, allocates and compiles
             each.turn(0.5)
             each.rates.clear()
+            each.waits.clear()
         for number in range(1, rounds + 1):
             for each in candidates.values():
                 each.turn(seconds)

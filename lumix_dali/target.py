@@ -26,6 +26,12 @@ class Kind(IntEnum):
     OTHER = 3  # mixed by other means: `lam0` without a box
 
 
+_NO_TENSOR = (
+    "A MixTarget is no tensor: give it to LUMixLoss, target.dense(num_classes) to losses of soft labels, and "
+    "target.labels to metrics"
+)
+
+
 class MixTarget(NamedTuple):
     """Labels of a mixed batch: the two classes of each sample, their weights, and where each lies.
 
@@ -54,6 +60,14 @@ class MixTarget(NamedTuple):
     box: Any
     kind: Any
     partner: Any
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An error for whatever takes this for a tensor, such as ``cross_entropy`` or ``prediction == target``."""
+        raise ValueError(f"{getattr(function, '__name__', function)}: {_NO_TENSOR}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"MixTarget has no {name!r}. {_NO_TENSOR}")
 
     @property
     def device(self) -> Any:

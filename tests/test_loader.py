@@ -735,14 +735,20 @@ def test_ranks_stay_in_step(make, spoilt):
     assert [len(each) for each in batches] == [2, 2]
 
 
-def test_evaluation_also_replaces_bad_files(make, spoilt):
+def test_a_substitute_does_not_count_in_evaluation(make, spoilt):
+    """Each sample occurs once by its own number; the label of an unusable one is nobody's prediction."""
     samples, spoil = spoilt
     spoil(19)
-    loader = make(samples, is_training=False)
+    loader = make(samples, is_training=False, return_index=True)
     with pytest.warns(UserWarning, match=REPLACED):
-        labels = torch.cat([target.cpu() for _, target in loader])
+        first = [(target.cpu(), index.cpu()) for _, target, index in loader]
+    again = [(target.cpu(), index.cpu()) for _, target, index in loader]  # the fault is known from the start
     assert replaced(loader) == {19: 0}
-    assert labels.tolist() == [*range(19), 0]
+    for batches in (first, again):
+        labels, index = map(torch.cat, zip(*batches, strict=True))
+        assert labels.tolist() == [*range(19), -100]
+        assert index.tolist() == list(range(20))
+    assert torch.nn.functional.cross_entropy(torch.randn(4, 20), first[-1][0]).isfinite()
 
 
 def test_resume_after_a_replacement(make, spoilt):
@@ -811,7 +817,9 @@ def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch
         batches = stream(loader)
     assert_named([one for one in caught if REPLACED in str(one.message)], samples, 3)
     assert len(caught) == 4  # each of the others that Pillow decodes from now on
-    assert_same(batches, stream(make(substituted(samples, {3: 4}), is_training=False)))
+    expected = substituted(samples, {3: 4})
+    expected.labels[3] = -100
+    assert_same(batches, stream(make(expected, is_training=False)))
 
 
 # Arguments
@@ -970,14 +978,10 @@ def test_a_trace_shows_the_wait_for_each_batch(ramp_files, tmp_path, is_training
         ((123.7, 116.3, 103.5), (1, 1, 1)),
     ],
 )
-def test_mean_or_std_in_grey_levels_is_warned_about(ramp_files, mean, std):
-    with pytest.warns(UserWarning, match=r"units of \[0, 1\], not in grey levels") as caught:
-        create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std).close()
-    (warning,) = [one for one in caught if "grey levels" in str(one.message)]
-    assert warning.filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        create_loader(ramp_files, batch_size=4, device="cpu", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).close()
+def test_mean_or_std_in_grey_levels_is_an_error(ramp_files, mean, std):
+    with pytest.raises(ValueError, match=r"grey levels; give them .* divided by 255"):
+        create_loader(ramp_files, batch_size=4, device="cpu", mean=mean, std=std)
+    create_loader(ramp_files, batch_size=4, device="cpu", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)).close()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import encoded
 from timm.data import create_dataset
+from torchvision.datasets import ImageFolder
 
 from lumix_dali import create_loader
 from lumix_dali.data import sources
@@ -588,3 +591,58 @@ def test_names_equal_the_list_they_were_made_from(names, data):
 def test_names_that_differ_only_in_their_ends_have_different_hashes():
     digests = [Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
     assert len(set(digests)) == 3
+
+
+class Merged:
+    """A data set whose `samples` are not what it yields."""
+
+    def __init__(self, paths):
+        self.samples = [(path, number) for number, path in enumerate(paths)]
+
+    def __len__(self):
+        return len(self.samples) - 1
+
+    def __getitem__(self, index):
+        return Path(self.samples[index][0]).read_bytes(), torch.tensor(index // 2)
+
+
+def test_a_data_set_of_ones_own_is_asked_for_its_rows(tmp_path):
+    """An attribute `samples` is taken for the samples only from torchvision's and timm's classes."""
+    paths = [str(touch(tmp_path, f"{number}.jpg") / f"{number}.jpg") for number in range(4)]
+    samples = sources.load(Merged(paths))
+    assert len(samples) == 3
+    assert samples.read([0, 1, 2])[1].tolist() == [0, 0, 1]
+
+
+def test_a_library_data_set_says_that_its_transform_is_not_applied(tmp_path):
+    touch(tmp_path, "a/0.jpg", "b/1.jpg")
+    with pytest.warns(UserWarning, match="transform is not applied"):
+        samples = sources.load(ImageFolder(tmp_path, transform=str))
+    assert samples.labels.tolist() == [0, 1]
+
+
+def test_rows_are_identified_by_their_digest():
+    first, second = ([(b"", 0)] * 2 for _ in range(2))
+    rows = [
+        Rows(type("Named", (list,), dict(digest=name))(values))
+        for name, values in zip("ab", (first, second), strict=True)
+    ]
+    assert rows[0].digest != rows[1].digest
+
+
+@pytest.mark.parametrize("label", ["cat", 0.5, -1, True, [1, 0]])
+def test_a_label_that_is_no_class_is_named_at_once(label):
+    with pytest.raises(ValueError, match=r"list\[0\]: its label is .*multilabel"):
+        Rows([(b"", label)])
+
+
+def test_an_error_of_ones_own_names_the_row():
+    class Broken(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+    with pytest.raises(OSError, match="disk gone") as caught:
+        Rows(Broken([(b"", 0)] * 2)).read([1])
+    assert caught.value.__notes__ == ["from row 1 of the source, a Broken"]

@@ -5,13 +5,17 @@ import pytest
 from PIL import Image
 
 from lumix_dali import cli
-from lumix_dali.speed import CACHED, MIXED, TIMM, TRAINED, UNMIXED, Candidate, Speed, _take_turns
+from lumix_dali.speed import CACHED, MIXED, TIMM, TRAINED, UNMIXED, YOURS, Candidate, Speed, _take_turns
 
 LOADERS = {UNMIXED: [100, 110, 90, 100, 100], MIXED: [90, 99, 81, 90, 90], TIMM: [45, 33, 81, 30, 45]}
 
 
-def measured(num_threads=2, image_pixels=100.0, **training):
-    return Speed(LOADERS | training, "cpu", num_threads, 2, 100, image_pixels)
+def my_loader():
+    return [(np.zeros((4, 3)), np.zeros(4))] * 3
+
+
+def measured(num_threads=2, image_pixels=100.0, waits=0.2, device="cpu", **training):
+    return Speed(LOADERS | training, [waits] * 5, device, num_threads, 2, 100, image_pixels)
 
 
 def test_ratios_are_taken_round_by_round():
@@ -27,13 +31,21 @@ def test_a_slow_loader_is_the_bottleneck_and_the_advice_fits():
     assert "num_threads" not in str(measured(**rates))
 
 
+def test_a_loader_that_only_shares_the_cpus_is_not_the_bottleneck():
+    rates = {CACHED: [50, 50, 60, 50, 50], TRAINED: [40, 40, 48, 44, 40]}
+    text = str(measured(waits=0.04, **rates))
+    assert "The loader is not the bottleneck: training on it runs at 0.80 times" in text
+    assert "waits for batches in 4% of its time" in text
+    assert "The loader is the bottleneck" in str(measured(waits=0.04, device="cuda", **rates))
+
+
 def test_noise_is_no_bottleneck():
     rates = {CACHED: [50, 50, 60, 50, 50], TRAINED: [40, 51, 61, 50, 49]}
     assert "The loader is not the bottleneck" in str(measured(**rates))
 
 
 def test_two_rounds_give_no_verdict():
-    text = str(Speed({UNMIXED: [1.0, 2.0], MIXED: [2.0, 3.0]}, "cpu", 1, 1, 1, 1.0))
+    text = str(Speed({UNMIXED: [1.0, 2.0], MIXED: [2.0, 3.0]}, [], "cpu", 1, 1, 1, 1.0))
     assert "too few for a verdict" in text
     assert "times" not in text
 
@@ -59,9 +71,10 @@ def folder(tmp_path):
 
 def test_the_command_measures_every_candidate(folder, capsys):
     options = ["--batch-size", "4", "--input-size", "32", "--device", "cpu", "--minutes", "0.01", "--rounds", "2"]
-    assert cli.main(["speed", str(folder), "--model", "resnet10t", *options]) == 0
+    yours = ["--against", "test_speed:my_loader"]
+    assert cli.main(["speed", str(folder), "--model", "resnet10t", *options, *yours]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (UNMIXED, MIXED, TIMM, CACHED, TRAINED))
+    assert all(name in printed for name in (UNMIXED, MIXED, TIMM, YOURS, CACHED, TRAINED))
     assert "too few for a verdict" in printed
 
 

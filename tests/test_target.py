@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm.utils
 import torch
 from timm.data.mixup import mixup_target
 
@@ -310,3 +311,18 @@ def test_a_kind_in_compiled_code_is_a_plain_integer():
     kind = torch.tensor([0, 1, 2])
     compiled = torch.compile(lambda kind: kind == int(Kind.CUTMIX), fullgraph=True, backend="eager")
     assert compiled(kind).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda logits, target: torch.nn.functional.cross_entropy(logits, target),
+        lambda logits, target: logits.argmax(1) == target,
+        lambda logits, target: timm.utils.accuracy(logits, target),
+    ],
+    ids=["loss", "comparison", "metric"],
+)
+def test_whatever_takes_a_target_for_a_tensor_is_told_what_to_give(use):
+    target = MixTarget(*torch.tensor([[0, 1], [1, 0]]), torch.zeros(2), None, None, torch.tensor([1, 0]))
+    with pytest.raises((ValueError, AttributeError), match=r"LUMixLoss, target\.dense.*target\.labels"):
+        use(torch.randn(2, 3), target)

@@ -11,6 +11,8 @@ from .formats import BadImage
 
 # Bounds the labels of a source without class names, because every number up to the largest gets one.
 MAX_CLASSES = 10**6
+# The label of a sample that could not be used, in evaluation: PyTorch's losses ignore it, and no prediction equals it.
+UNUSABLE = -100
 # Names of the parts of a data set.
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,15 +40,20 @@ class Rows(Source):
             rows = rows.cast_column(image, type(features[image])(decode=False))
         self.rows, self._image, self._label = rows, image, label
         self.classes = getattr(features.get(label), "names", None) if classes is None else list(classes)
-        # Identifies the data set, as far as its fingerprint, length and classes do.
-        known = getattr(rows, "_fingerprint", type(rows).__qualname__)
+        # Identifies the data set, as far as its digest or fingerprint, length and classes do.
+        known = getattr(rows, "digest", getattr(rows, "_fingerprint", type(rows).__qualname__))
         self.digest = hashlib.sha256(repr((known, len(rows), self.classes)).encode()).hexdigest()
         if len(rows):
-            image, kind = self._pair(0, rows[0])[0], type(rows).__name__
+            (image, label), kind = self._pair(0, rows[0]), type(rows).__name__
             if not isinstance(image, _ENCODED) or (isinstance(image, np.ndarray) and image.ndim > 1):
                 raise ValueError(
                     f"source: {kind} decodes its images: {kind}.__getitem__ returns {type(image).__name__}; return the "
                     "encoded bytes or a path there, or give (path, label) pairs, such as .samples of ImageFolder"
+                )
+            if self._number(label) is None:
+                raise ValueError(
+                    f"source: {kind}[0]: {self._wrong(label)}; several labels per image, or other targets, come by "
+                    "number: return_index=True and target.mix(labels[index]), as in examples/multilabel.py"
                 )
 
     def __len__(self) -> int:
@@ -61,15 +67,36 @@ class Rows(Source):
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """Encoded images and labels."""
         many = getattr(self.rows, "__getitems__", None)
-        rows = many(list(indices)) if many else [self.rows[index] for index in indices]
+        rows = many(list(indices)) if many else [self._row(index) for index in indices]
         pairs = [self._pair(index, row) for index, row in zip(indices, rows, strict=True)]
-        k = MAX_CLASSES if self.classes is None else len(self.classes)
-        fits = [isinstance(label, int | np.integer) and 0 <= label < k for _, label in pairs]
+        numbers = [self._number(label) for _, label in pairs]
         images = [
-            _encoded(image) if fit else BadImage(f"its label is {label!r}, not a whole number in [0, {k})")
-            for (image, label), fit in zip(pairs, fits, strict=True)
+            BadImage(self._wrong(label)) if number is None else _encoded(image)
+            for (image, label), number in zip(pairs, numbers, strict=True)
         ]
-        return images, np.array([label if fit else 0 for (_, label), fit in zip(pairs, fits, strict=True)], np.int64)
+        return images, np.array([number or 0 for number in numbers], np.int64)
+
+    def _number(self, label: Any) -> int | None:
+        """The label as an int, from any kind of integer, a tensor's scalar too; None if it is none of the classes."""
+        try:
+            number = None if isinstance(label, bool) else operator.index(label)
+        except TypeError:
+            return None
+        return number if number is not None and 0 <= number < self._limit else None
+
+    def _wrong(self, label: Any) -> str:
+        return f"its label is {label!r}, not a whole number in [0, {self._limit})"
+
+    @property
+    def _limit(self) -> int:
+        return MAX_CLASSES if self.classes is None else len(self.classes)
+
+    def _row(self, index: int) -> Any:
+        try:
+            return self.rows[index]
+        except Exception as error:
+            error.add_note(f"from row {index} of the source, a {type(self.rows).__name__}")
+            raise
 
     def _pair(self, index: int, row: Any) -> tuple[Any, Any]:
         try:

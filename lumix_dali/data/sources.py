@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .rows import Rows
 from .shards import CACHE_BYTES, braces, find_shards, load_shards
 
 _REQUIRED = ("classes", "digest", "__len__", "name", "read")
+_LIBRARIES = ("timm", "torchvision")
 _KINDS = "a folder, a list file, shards, pairs, or a map-style data set of encoded images"
 
 
@@ -94,7 +96,7 @@ def renumbered(source: Source, classes: Sequence[str]) -> Source:
 
 
 def _class_names(classes: Sequence[str]) -> list[str]:
-    names = [] if isinstance(classes, str) else list(classes)
+    names = list(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else []
     wrong = next((name for name in names if not isinstance(name, str)), None)
     if not names or wrong is not None or len(set(names)) < len(names):
         said = classes if wrong is None else wrong
@@ -185,11 +187,16 @@ def _is_path(value: Any) -> bool:
 
 
 def _samples(source: Any) -> tuple[Sequence[Any], Sequence[str] | None] | None:
-    """(path, label) pairs and classes of a data set that decodes them itself: torchvision's, timm's, or a subset."""
+    """(path, label) pairs and classes of a library's data set that decodes them itself, or of a subset of one.
+
+    A class with a `__getitem__` or `__len__` of its own may mean other samples by them than `samples` lists.
+    """
     if hasattr(source, "dataset") and hasattr(source, "indices"):  # torch.utils.data.Subset
         if (whole := _samples(source.dataset)) is None:
             return None
         return [whole[0][i] for i in source.indices], whole[1]
+    if not _is_librarys(source):
+        return None
     holder = getattr(source, "reader", source)  # timm's ImageDataset
     samples = getattr(holder, "samples", None)
     if not isinstance(samples, Sequence) or not (len(samples) and _is_pair(samples[0])):
@@ -199,7 +206,15 @@ def _samples(source: Any) -> tuple[Sequence[Any], Sequence[str] | None] | None:
         names = sorted(numbers, key=lambda name: numbers[name])
     if getattr(source, "target_transform", None) is not None:
         raise ValueError("source: its target_transform is not applied to .samples; give (path, label) pairs instead")
+    if getattr(source, "transform", None) is not None:
+        warnings.warn("source: its transform is not applied; create_loader has timm's, by its arguments", stacklevel=5)
     return samples, names
+
+
+def _is_librarys(source: Any) -> bool:
+    methods = (getattr(type(source), name, None) for name in ("__getitem__", "__len__"))
+    modules = (getattr(method, "__module__", "") or "" for method in methods if method is not None)
+    return all(module.split(".")[0] in _LIBRARIES for module in modules)
 
 
 def _load_path(

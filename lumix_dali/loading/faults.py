@@ -134,8 +134,8 @@ class Faults:
             substitute = next((i for i in others if i not in self.bad and self._is_good(i)), None)
             if substitute is None:
                 raise ValueError(
-                    f"{name} cannot be used ({reason}), nor can any of the {len(others)} samples after it; find "
-                    "out why with `lumix-dali check`"
+                    f"{name} cannot be used ({reason}), nor can any of the {len(others)} samples after it"
+                    + "; find out why with `lumix-dali check`" * self.source.gives_paths
                 )
             self.bad[index] = Replaced(substitute, name, reason)
             self.refused.discard(index)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data import formats
 from ..data.formats import BadImage, Decoder
+from ..data.protocol import UNUSABLE
 from .faults import Faults
 from .plan import Plan
 
@@ -35,6 +36,7 @@ class _Read(NamedTuple):
     image: Any
     label: int
     is_path: bool
+    wanted: int  # the sample for which this one stands
 
 
 class Batch(NamedTuple):
@@ -149,14 +151,20 @@ class Feed:
         self._prepare(iteration + 1)
         reads = [read for chunk in self._pending.pop(iteration) for read in chunk.result()]
         reads = [self._good(read) for read in reads]
-        labels, used = [read.label for read in reads], [read.sample for read in reads]
-        plan = self.plan.batch(iteration, np.array(labels, np.int64), np.array(used, np.int64))
+        used = [read.sample for read in reads]
+        if self.plan.training:
+            labels, index = [read.label for read in reads], used
+        else:  # each sample once: a substitute must not count twice
+            labels = [read.label if read.sample == read.wanted else UNUSABLE for read in reads]
+            index = [read.wanted for read in reads]
+        plan = self.plan.batch(iteration, np.array(labels, np.int64), np.array(index, np.int64))
         images = [np.frombuffer(read.image, np.uint8) for read in reads]
         return Batch(iteration, used, images, np.array([read.is_path for read in reads]), plan)
 
     def _good(self, read: _Read) -> _Read:
         while isinstance(read.image, BadImage):  # a substitute may turn bad too
-            (read,) = self._read([self._faults.replace(read.sample, str(read.image))])
+            (substitute,) = self._read([self._faults.replace(read.sample, str(read.image))])
+            read = substitute._replace(wanted=read.wanted)
         return read
 
     def _prepare(self, iteration: int) -> None:
@@ -179,24 +187,22 @@ class Feed:
             labels = self._source.labels[used]
         else:
             images, labels = self._source.read(used)
-        rows = zip(used, images, labels.tolist(), known, strict=True)
-        return [
-            _Read(index, image, label, self.gives_paths) if is_known else self._looked_at(index, image, label)
-            for index, image, label, is_known in rows
+        rows = zip(used, images, labels.tolist(), indices, known, strict=True)
+        reads = [
+            (_Read(index, image, label, self.gives_paths, wanted), known) for index, image, label, wanted, known in rows
         ]
+        return [read if is_known else self._looked_at(read) for read, is_known in reads]
 
-    def _looked_at(self, index: int, image: Any, label: int) -> _Read:
+    def _looked_at(self, read: _Read) -> _Read:
         """A path or encoded image that DALI can decode, or a bitmap by Pillow."""
         try:
-            if isinstance(image, BadImage):
-                raise image
-            with formats.open_regular(image) if self.gives_paths else io.BytesIO(image) as file:
-                bitmap = self._faults.bitmap(index, file)
+            if isinstance(read.image, BadImage):
+                raise read.image
+            with formats.open_regular(read.image) if read.is_path else io.BytesIO(read.image) as file:
+                bitmap = self._faults.bitmap(read.sample, file)
         except BadImage as error:
-            return _Read(index, error, label, False)
-        if bitmap is None:
-            return _Read(index, image, label, self.gives_paths)
-        return _Read(index, bitmap, label, False)
+            return read._replace(image=error, is_path=False)
+        return read if bitmap is None else read._replace(image=bitmap, is_path=False)
 
 
 def _is_fifo(path: bytes) -> bool:

@@ -325,7 +325,8 @@ class Loader:
 
     Attributes:
         samples, dataset: the `Source`.
-        classes, num_classes: the class names and their number; None if the source does not tell.
+        classes: K class names; None if the source does not tell.
+        num_classes: K; an AttributeError if the source does not tell.
         batch_size: samples per batch on this rank.
         device: torch.device of the batches.
         sampler: the loader itself, because timm's train.py and Lightning call `set_epoch` on it.
@@ -351,7 +352,6 @@ class Loader:
     ) -> None:
         self.samples = self.dataset = samples
         self.classes = samples.classes
-        self.num_classes = None if samples.classes is None else len(samples.classes)
         self.batch_size, self.device = order.batch_size, _device(device)
         self.mixup_enabled, self.return_index = True, checks.flag("return_index", return_index)
         self._order, self._transform, self._mixing = order, transform, mixing
@@ -367,6 +367,15 @@ class Loader:
         self._ahead: Ahead | None = None
         self._closed = False
         self._pid = os.getpid()
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        if self.classes is None:  # None would be a thousand classes to timm.create_model
+            raise AttributeError(
+                f"num_classes: {self.samples!r} has no class names; give classes=[...] to create_loader"
+            )
+        return len(self.classes)
 
     @property
     def sampler(self) -> Loader:

@@ -6,7 +6,6 @@ that DALI can decode, and the plan of the batch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
@@ -30,6 +29,7 @@ CropMode = Literal["center", "squash"]
 DType = Literal["float32", "float16", "uint8"]
 # A memory-mapped file that is truncated while it is decoded ends the process (SIGBUS).
 _READER = {"dont_use_mmap": True}
+_GREY_LEVELS = 2  # no channel of natural images has a larger mean or deviation in units of [0, 1]
 _MIN_CROP = 0.05  # below, a resized image has more pixels than memory
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 _DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.float32: types.FLOAT}
@@ -64,10 +64,9 @@ class Output:
             dtype=checks.one_of("dtype", self.dtype, get_args(DType)),
             channels_last=checks.flag("channels_last", self.channels_last),
         )
-        if max(map(abs, (*self.mean, *self.std))) > 2:
-            warnings.warn(
-                f"mean={self.mean}, std={self.std}: they must be in units of [0, 1], not in grey levels", stacklevel=6
-            )
+        for name in ("mean", "std"):
+            if max(map(abs, values := getattr(self, name))) > _GREY_LEVELS:
+                raise checks.error(name, values, "these are grey levels; give them in units of [0, 1], divided by 255")
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
