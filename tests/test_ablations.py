@@ -255,6 +255,3 @@ def test_seeds_side_by_side_and_a_time_limit(folder, tmp_path, whole):
     args = arguments(folder, tmp_path / "y.json", "--jobs", "2")
     args.epochs, args.minutes = None, 1e-6
     assert ablations.run(args, "none")["epochs"] == 1
-
-
-# --- table and figure

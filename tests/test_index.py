@@ -84,20 +84,6 @@ def test_members_match_tarfiles(tmp_path_factory, format, sizes, data):
     assert members(path) == theirs(path)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("length", [99, 100, 101, 155, 256, 300, 5000])
-def test_long_names(tmp_path, format, length):
-    name = "/".join(["folder"] * (length // 7))[: length - 4].rstrip("/") + ".jpg"
-    try:
-        pack(tmp_path / "a.tar", (name, b"content"), ("b.cls", b"1"), format=format)
-    except ValueError:
-        assert format == tarfile.USTAR_FORMAT
-        return
-    found = members(tmp_path / "a.tar")
-    assert found == theirs(tmp_path / "a.tar")
-    assert [member.name for member in found] == [name, "b.cls"]
-
-
 def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
     """A member of 8 GiB and more, in a sparse file, is skipped up to the next header."""
     size = 2**33 + 5

@@ -671,6 +671,12 @@ def test_check_target_names_the_first_wrong_value(target, message):
         check_target(target, 4)
 
 
+@pytest.mark.parametrize("target", [torch.tensor([0, 7, 1]), rows(labels=[0, 7, 1])], ids=["labels", "mixed"])
+def test_on_a_cpu_the_loss_names_a_label_that_is_no_class(target):
+    with pytest.raises(ValueError, match=r"\[1\]=7 must lie in \[0, 4\): the model has 4 classes"):
+        LUMixLoss()(torch.zeros(3, 4), target)
+
+
 def test_check_target_accepts_valid_targets():
     check_target(GOOD, 3)
     check_target(LABELS, 3)

@@ -71,6 +71,13 @@ def test_evaluation_is_exact_by_brute_force():
         assert_exact_evaluation(*case)
 
 
+@settings(max_examples=100, deadline=None, database=None)
+@given(n=st.integers(1, 400), batch_size=st.integers(1, 50), world_size=st.integers(1, 12), drop_last=st.booleans())
+def test_any_order_is_fair(n, batch_size, world_size, drop_last):
+    assert_fair_training(n, batch_size, world_size, drop_last)
+    assert_exact_evaluation(n, batch_size, world_size)
+
+
 @pytest.mark.parametrize("n", [24, 97])
 def test_epochs_and_seeds_differ_and_ranks_are_disjoint(n):
     seen = set()

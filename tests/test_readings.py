@@ -89,9 +89,6 @@ def test_a_verdict_needs_five_rounds(kind, rounds):
     assert not re.search("faster|slower|bottleneck|less time|more time", text)
 
 
-# --- figures
-
-
 # --- pages
 
 

@@ -6,7 +6,6 @@ import pytest
 from lumix_dali import reference as ref
 
 P = (0.5, 0.3, 0.1, 0.1)
-# name: logits, (b, a), lam0, lam_r, options -> lam, loss, gradient (spec, "Worked examples")
 LAM_OPTIONS = ("r_r", "r_s", "apply_to")
 
 
