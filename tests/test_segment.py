@@ -527,6 +527,12 @@ def test_windows_are_averaged():
             torch.testing.assert_close(found[:, y, x], torch.stack(values).mean(0))
 
 
+def test_small_images_are_enlarged():
+    image = torch.rand(1, 2, 6, 9)
+    found = evaluation.slide(lambda crops: crops, image, evaluation.Protocol(0, 16, 8, 2, (), ()))
+    torch.testing.assert_close(found, F.interpolate(image, (16, 24), mode="bilinear"))
+
+
 def test_scales_and_mirror_images_are_averaged():
     ramp = torch.arange(8.0).expand(8, 8)
     images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 16)]
