@@ -715,7 +715,7 @@ def test_from_a_kill_to_a_picture(context, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     stopped = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert any("resuming after update" in stopped.stdout.readline() for _ in range(2))
+    assert any("resuming after update" in stopped.stdout.readline() for _ in range(3))
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
