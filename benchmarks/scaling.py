@@ -123,7 +123,8 @@ def simulate(
         ready = np.maximum(ready, free) + cost
         begin[step] = max(ready.max(), begin[step - 1] + batch / gpu if step else 0.0)
     first = steps // 4
-    return batch * (steps - 1 - first) / (begin[-1] - begin[first])
+    rate = batch * (steps - 1 - first) / (begin[-1] - begin[first])
+    return float(min(rate, loader))  # within a window, a GPU also takes what was prepared before it
 
 
 def headroom(ranks: int, share: float = 0.99, **options: Any) -> float:

@@ -1,6 +1,6 @@
 """Unparsable, damaged and odd files, made from scratch, each with its expected verdict.
 
-Every delivered file is 96 wide and 64 high (with three exceptions), so that a loader whose output has that
+Every delivered file is 96 wide and 64 high (with few exceptions), so that a loader whose output has that
 size returns the decoded pixels themselves. Nothing here uses the package: Pillow writes the formats, or they are
 written by hand where Pillow has no writer or the file must be wrong.
 """
@@ -151,23 +151,13 @@ def _foreign() -> dict[str, Odd]:
     return _bad(
         nothing=b"",
         one_byte=b"\xff",
-        one_newline=b"\n",
         html=b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n",
         svg=svg,
         text=b"This is not an image.\n" * 20,
-        text_of_UTF_16="not an image".encode("utf-16"),
-        json=b'{"error": {"code": 403, "message": "Forbidden"}}',
         pointer_of_Git_LFS=b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
         zeros=ZEROS,
-        ones=b"\xff" * 2000,
         noise=noise,
-        zip=b"PK\3\4\x14\0\0\0\0\0" + noise[:200],
-        gzip=b"\x1f\x8b\x08\0" + noise[:200],
-        pdf=b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<<>>\nendobj\ntrailer\n<<>>\n%%EOF\n",
         heic=struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + noise[:200],
-        jpeg_xl=b"\xff\x0a" + noise[:200],
-        apple_double=b"\0\5\x16\7\0\2\0\0Mac OS X        " + noise[:200],
-        mng=b"\x8aMNG\r\n\x1a\n" + noise[:200],
         wave=b"RIFF\x24\0\0\0WAVEfmt " + ZEROS[:28],
         byte_order_mark_then_jpeg=b"\xef\xbb\xbf" + encoded("JPEG"),
         html_with_a_jpeg_behind=b"<html></html>" + encoded("JPEG"),
@@ -186,27 +176,12 @@ def _starts() -> dict[str, Odd]:
         "WebP, lossy": b"RIFF\x1a\0\0\0WEBPVP8 ",
         "WebP, lossless": b"RIFF\x1a\0\0\0WEBPVP8L",
         "WebP, extended": b"RIFF\x1a\0\0\0WEBPVP8X",
-        "GIF": b"GIF89a",
-        "BMP": b"BM",
         "TIFF, little-endian": b"II*\0",
-        "TIFF, big-endian": b"MM\0*",
-        "BigTIFF": b"II+\0",
         "JPEG2000": b"\0\0\0\x0cjP  \r\n\x87\n",
-        "JPEG2000, codestream": b"\xff\x4f\xff\x51",
         "PNM": b"P6",
-        "PNM, blank": b"P6\n",
         "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0",
         "ICO": b"\0\0\1\0",
-        "DDS": b"DDS ",
-        "PSD": b"8BPS",
-        "QOI": b"qoif",
-        "ICNS": b"icns",
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-        "HDF5": b"\x89HDF\r\n\x1a\n" + ZEROS[:64],
-        "GRIB": b"GRIB\0\0\0\1" + ZEROS[:64],
-        "BUFR": b"BUFR" + ZEROS[:64],
-        "MPEG": b"\0\0\1\xb3\x06\0\x40\x13" + ZEROS[:64],
-        "WMF": b"\xd7\xcd\xc6\x9a\0\0" + ZEROS[:64],
     }
     return {f"start of {name}": Odd(content, "bad") for name, content in starts.items()}
 
@@ -255,14 +230,7 @@ def _jpeg_good() -> dict[str, Odd]:
     comment = b"\xff\xfe\xff\xff" + b"c" * 65533
     kinds = {
         "jpeg": jpeg,
-        "jpeg, grey": encoded("JPEG", "L"),
         "jpeg, progressive": encoded("JPEG", progressive=True),
-        "jpeg, 4:4:4": encoded("JPEG", subsampling=0),
-        "jpeg, 4:2:2": encoded("JPEG", subsampling=1),
-        "jpeg, RGB": encoded("JPEG", keep_rgb=True),
-        "jpeg, restart markers": encoded("JPEG", restart_marker_rows=1),
-        "jpeg, quality 1": encoded("JPEG", quality=1),
-        "jpeg, orientation 6": encoded("JPEG", exif=_exif(6)),
         "jpeg, broken EXIF": jpeg[:2] + b"\xff\xe1\0\x20Exif\0\0" + b"\xff" * 24 + jpeg[2:],
         "jpeg, two images (MPO)": encoded("MPO", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
         "jpeg, 10 kB behind its end": jpeg + np.random.default_rng(0).bytes(10_000),
@@ -376,35 +344,17 @@ def png(first: bytes, data: bytes, *before: bytes) -> bytes:
     return PNG_START + first + b"".join(before) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-def _interlaced(pixels: np.ndarray) -> bytes:
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    return b"".join(_rows(pixels[y::dy, x::dx]) for y, x, dy, dx in passes)
-
-
 def _png() -> dict[str, Odd]:
     return _png_good() | _png_damaged() | _png_bad()
 
 
 def _png_good() -> dict[str, Odd]:
     rows, levels = _rows(base()), np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
-    sixteen = base().astype(">u2") * 257
     colour = Image.new("RGB", (WIDTH, HEIGHT), (255, 0, 0)), Image.new("RGB", (WIDTH, HEIGHT), (0, 255, 0))
     red = np.array(colour[0])
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 * 2**20)))
     exact = {
         "png": encoded("PNG"),
-        "png, interlaced": png(header(WIDTH, HEIGHT, 8, 2, 0, 0, 1), _interlaced(base())),
-        "png, grey": encoded("PNG", "L"),
-        "png, 1 bit": encoded("PNG", "1"),
-        "png, palette": encoded("PNG", "P"),
-        "png, palette of 4 bits": encoded("PNG", "P", Image.fromarray(base()).quantize(16), bits=4),
-        "png, palette with transparency": encoded("PNG", "P", transparency=bytes(range(256))),
-        "png, RGB with a transparent colour": encoded("PNG", transparency=(0, 0, 0)),
-        "png, grey and alpha": encoded("PNG", "LA"),
-        "png, alpha": encoded("PNG", "RGBA", _faded()),
-        "png, 16 bits": png(header(depth=16), _rows(sixteen)),
-        "png, orientation 6": encoded("PNG", exif=_exif(6)),
-        "png, gamma": png(header(), rows, chunk(b"gAMA", struct.pack(">I", 100_000))),
         "png, broken profile": png(header(), rows, chunk(b"iCCP", b"profile\0\0" + b"\xff" * 20)),
         "png, unknown chunk": png(header(), rows, chunk(b"abCd", b"\0" * 10)),
         "png, junk behind its end": encoded("PNG") + b"junk" * 1000,
@@ -425,12 +375,6 @@ def _png_good() -> dict[str, Odd]:
         "png, false checksum of a text": Odd(png(header(), rows, chunk(b"tEXt", b"Comment\0a", crc=1)), "dali", base()),
         "png, text that inflates to 64 MB": Odd(png(header(), rows, bomb), "dali", base()),
     }
-
-
-def _faded() -> Image.Image:
-    image = Image.fromarray(base()).convert("RGBA")
-    image.putalpha(Image.linear_gradient("L").resize((WIDTH, HEIGHT)))
-    return image
 
 
 def _png_damaged() -> dict[str, Odd]:
@@ -494,16 +438,10 @@ def _png_bad() -> dict[str, Odd]:
 
 def _webp() -> dict[str, Odd]:
     lossy, lossless = encoded("WEBP", quality=90), encoded("WEBP", lossless=True)
-    frames = dict(save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT), "green")], lossless=True)
     extended = encoded("WEBP", exif=_exif(1))
     good = {
         "webp": lossy,
         "webp, lossless": lossless,
-        "webp, lossless with EXIF": encoded("WEBP", lossless=True, exif=_exif(6)),
-        "webp, lossy with EXIF": encoded("WEBP", exif=_exif(6)),
-        "webp, alpha": encoded("WEBP", "RGBA", _faded()),
-        "webp, lossless with alpha": encoded("WEBP", "RGBA", _faded(), lossless=True, exact=True),
-        "webp, animated": encoded("WEBP", **frames),
         "webp, junk behind its end": lossy + b"junk" * 100,
     }
     bad = {
@@ -550,14 +488,10 @@ def _gif() -> dict[str, Odd]:
     good = {
         "gif": still,
         "gif, animated": encoded("GIF", **frames),
-        "gif, interlaced": encoded("GIF", interlace=True),
-        "gif, transparent": encoded("GIF", "P", transparency=0),
         "gif, size 0": _patched(still, 6, bytes(4)),  # the frame says so
     }
     bad = {
         "gif, cut within its header": still[:10],
-        "gif, cut within its palette": still[:200],
-        "gif, cut before its image": still[:frame],
         "gif, cut at half of its image": still[: (frame + len(still)) // 2],
         "gif, claims 65535x65535": _patched(still, 6, b"\xff" * 4),
         "gif, frame of 65535x65535": _patched(still, frame + 5, b"\xff" * 4),
@@ -578,66 +512,37 @@ def bmp(
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + info + extra + data
 
 
-def _fives() -> np.ndarray:
-    return (base()[::-1] >> 3).astype(np.uint16)
-
-
 def _palette(count: int) -> bytes:
     return b"".join(bytes((3 * k % 256, k, 255 - k, 0)) for k in range(count))
 
 
 def _bmp() -> dict[str, Odd]:
-    fives, content = _fives(), encoded("BMP")
+    fives, content = (base()[::-1] >> 3).astype(np.uint16), encoded("BMP")
     blue, green, red = (base()[::-1, :, k].astype(np.uint32) for k in (2, 1, 0))
     word = (red << 24 | green << 16 | blue << 8).astype("<u4").tobytes()
     sixteen = (fives[..., 0] << 10 | fives[..., 1] << 5 | fives[..., 2]).astype("<u2").tobytes()
-    six = (base()[::-1, :, 1] >> 2).astype(np.uint16)
-    thin = (fives[..., 0] << 11 | six << 5 | fives[..., 2]).astype("<u2").tobytes()
     run8 = b"".join(bytes((WIDTH, y, 0, 0)) for y in range(HEIGHT)) + b"\0\1"
     over = b"".join(bytes((WIDTH + 20, y, 0, 0)) for y in range(HEIGHT)) + b"\0\1"
     run4 = b"".join(bytes((WIDTH, 17 * (y % 16), 0, 0)) for y in range(HEIGHT)) + b"\0\1"
     masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)
     pillow_reads = {
         "bmp": content,
-        "bmp, 8 bits": encoded("BMP", "P"),
-        "bmp, grey": encoded("BMP", "L"),
-        "bmp, 1 bit": encoded("BMP", "1"),
-        "bmp, 4 bits": bmp(4, 0, bytes(range(48)) * HEIGHT, extra=_palette(16)),
         "bmp, 16 bits": bmp(16, 0, sixteen),
-        "bmp, 16 bits of 5, 6, 5": bmp(16, 3, thin, extra=struct.pack("<III", 0xF800, 0x7E0, 0x1F)),
-        "bmp, 32 bits": encoded("BMP", "RGBA", _faded()),
-        "bmp, RLE8": bmp(8, 1, run8, extra=_palette(256)),
         "bmp, RLE4": bmp(4, 2, run4, extra=_palette(16)),
         "bmp, RLE8 that runs past its rows": bmp(8, 1, over, extra=_palette(256)),
-        "bmp, top row first": bmp(24, 0, base()[..., ::-1].tobytes(), height=-HEIGHT),
-        "bmp, header of OS/2": _os2(),
-        "bmp, junk behind its end": content + b"junk" * 100,
     }
     bad = {
-        "cut within its header": content[:30],
-        "cut behind its header": content[:54],
         "cut at half": content[: len(content) // 2],
         "RLE8 cut at half": bmp(8, 1, run8[:100], extra=_palette(256)),
         "claims 60000x60000": bmp(24, 0, b"", width=60000, height=60000),
         "size 0": bmp(24, 0, b"", width=0, height=0),
-        "negative width": bmp(24, 0, content[54:], width=-WIDTH),
         "64 bits": bmp(64, 0, bytes(WIDTH * HEIGHT * 8)),
-        "3 bits": bmp(3, 0, content[54:]),
-        "compression 9": bmp(24, 9, content[54:]),
         "JPEG within": bmp(0, 4, encoded("JPEG")),
-        "header of 3 bytes": _patched(content, 14, b"\3"),
     }
     return (
         _exact("pillow", pillow_reads)
         | {"bmp, 32 bits with masks": Odd(bmp(32, 3, word, extra=masks), "pillow", base())}
         | {f"bmp, {name}": Odd(each, "bad") for name, each in bad.items()}
-    )
-
-
-def _os2() -> bytes:
-    data = np.ascontiguousarray(base()[::-1, :, ::-1]).tobytes()
-    return (
-        b"BM" + struct.pack("<IHHI", 26 + len(data), 0, 0, 26) + struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 24) + data
     )
 
 
@@ -678,32 +583,12 @@ def _tiff() -> dict[str, Odd]:
     own = len(base().tobytes()) + 8  # the offset of the directory
     pillow_reads = {
         "tiff": encoded("TIFF"),
-        "tiff, by hand": tiff(base(), {}),
-        "tiff, big-endian": _big_endian(),
-        "tiff, LZW": encoded("TIFF", compression="tiff_lzw"),
-        "tiff, deflate": encoded("TIFF", compression="tiff_adobe_deflate"),
-        "tiff, JPEG": encoded("TIFF", compression="jpeg"),
-        "tiff, packbits": encoded("TIFF", compression="packbits"),
-        "tiff, 1 bit, group 4": encoded("TIFF", "1", compression="group4"),
-        "tiff, grey": encoded("TIFF", "L"),
-        "tiff, palette": encoded("TIFF", "P"),
-        "tiff, alpha": encoded("TIFF", "RGBA", _faded()),
-        "tiff, CMYK": encoded("TIFF", "CMYK"),
         "tiff, Lab": tiff(base(), {262: 8}),
-        "tiff, YCbCr": encoded("TIFF", "YCbCr"),
-        "tiff, grey of 16 bits": encoded("TIFF", "I;16", Image.fromarray(levels.astype(np.uint16) * 257)),
-        "tiff, grey of 32 bits": encoded("TIFF", "I"),
-        "tiff, grey of float32": encoded("TIFF", "F"),
-        "tiff, RGB of 16 bits": tiff(base().astype(np.uint16) * 257, {}),
-        "tiff, two pages": encoded("TIFF", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
         "tiff, next directory is itself": tiff(base(), {}, following=own),
         "tiff, next directory behind its end": tiff(base(), {}, following=10**6),
-        "tiff, BigTIFF": encoded("TIFF", big_tiff=True),
     }
     bad = {
-        "cut within its header": tiff(base(), {})[:6],
         "cut before its directory": tiff(base(), {})[:own],
-        "cut within its directory": tiff(base(), {})[: own + 30],
         "directory behind its end": _patched(tiff(base(), {}), 4, b"\xff\xff\xff\x7f"),
         "no tags": b"II*\0\x08\0\0\0\0\0\0\0\0\0",
         "claims 60000x60000": tiff(base(), {256: 60000, 257: 60000, 278: 60000}),
@@ -714,8 +599,6 @@ def _tiff() -> dict[str, Odd]:
         "RGB of 32 bits": tiff(base().astype(np.uint32) << 24, {}),
         "grey of 64 bits": tiff(levels.astype(np.uint64) << 56, {}),
         "grey of 17 bits": tiff(levels.astype(np.uint32), {258: 17}),
-        "compression 9999": tiff(base(), {259: 9999}),
-        "colour space 999": tiff(base(), {262: 999}),
         "data behind its end": tiff(base(), {273: 10**6}),
         "LZW cut at half": encoded("TIFF", compression="tiff_lzw")[:-3000],
     }
@@ -729,66 +612,40 @@ def _tiff() -> dict[str, Odd]:
     )
 
 
-def _big_endian() -> bytes:
-    """One grey strip."""
-    tags = {256: WIDTH, 257: HEIGHT, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: HEIGHT, 279: WIDTH * HEIGHT}
-    entries = b"".join(struct.pack(">HHII", tag, LONG, 1, value) for tag, value in tags.items())
-    data = base()[..., 0].tobytes()
-    return b"MM\0*" + struct.pack(">I", 8 + len(data)) + data + struct.pack(">H", len(tags)) + entries + bytes(4)
-
-
 # JPEG2000
 
 
 def _jpeg2000() -> dict[str, Odd]:
     boxed, stream = encoded("JPEG2000"), encoded("JPEG2000", no_jp2=True)
     size = boxed.index(b"\xff\x51") + 2
-    values, deep = _twelve_bits("RGB")
-    good = {
-        "jpeg2000": boxed,
-        "jpeg2000, codestream": stream,
-        "jpeg2000, lossy": encoded("JPEG2000", quality_mode="rates", quality_layers=[20], irreversible=True),
-        "jpeg2000, grey": encoded("JPEG2000", "L"),
-        "jpeg2000, alpha": encoded("JPEG2000", "RGBA", _faded()),
-        "jpeg2000, grey of 12 bits": _twelve_bits("I;16")[1],
-        "jpeg2000, tiles": encoded("JPEG2000", tile_size=(32, 32)),
-    }
+    values, deep = _twelve_bits()
     bad = {
-        "cut within its boxes": boxed[:60],
-        "cut before its codestream": boxed[: size - 4],
         "cut at half": boxed[: len(boxed) // 2],
-        "cut within its size": boxed[: size + 10],
         "cut before its first tile": boxed[: boxed.index(b"\xff\x90")],
         "codestream cut before its first tile": stream[: stream.index(b"\xff\x90")],
         "tiles of height 0": _patched(boxed, size + 24, bytes(4)),
         "tiles of width 0": _patched(boxed, size + 20, bytes(4)),
         "claims 60000x60000": _patched(boxed, size + 4, struct.pack(">II", 60000, 60000)),
         "size 0": _patched(boxed, size + 4, bytes(8)),
-        "no component": _patched(boxed, size + 36, bytes(2)),
         "codestream of subsampling 0": _patched(stream, stream.index(b"\xff\x51") + 41, b"\0"),
         "16384 components": _patched(boxed, size + 36, b"\x40\0"),
     }
-    return (
-        _exact("pillow", good)
-        | {"jpeg2000, 12 bits": Odd(deep, "pillow", np.rint(values * 255.0 / 4095).astype(np.uint8), 1.0)}
-        | {f"jpeg2000, {name}": Odd(content, "bad") for name, content in bad.items()}
-    )
+    return {
+        "jpeg2000": Odd(boxed, "pillow"),
+        "jpeg2000, 12 bits": Odd(deep, "pillow", np.rint(values * 255.0 / 4095).astype(np.uint8), 1.0),
+    } | {f"jpeg2000, {name}": Odd(content, "bad") for name, content in bad.items()}
 
 
-def _twelve_bits(mode: str) -> tuple[np.ndarray, bytes]:
+def _twelve_bits() -> tuple[np.ndarray, bytes]:
     """Levels in [0, 4095] and their codestream.
 
-    Pillow writes 8 bits, or 16 for grey. The header's depth only sets the offset added to the decoded, signed values:
-    half of the range. So values shifted by the difference of the two halves are correct once the header says 12.
+    Pillow writes 8 bits. The header's depth only sets the offset added to the decoded, signed values: half of the
+    range. So values shifted by the difference of the two halves are correct once the header says 12.
     """
-    if mode == "RGB":
-        pixels, values = base(), base().astype(np.uint16) + 2**11 - 2**7
-    else:
-        values = np.linspace(0, 4095, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
-        pixels = values + np.uint16(2**15 - 2**11)
-    content = encoded("JPEG2000", mode, Image.fromarray(pixels), no_jp2=True, mct=0)
+    values = base().astype(np.uint16) + 2**11 - 2**7
+    content = encoded("JPEG2000", no_jp2=True, mct=0)
     depths = content.index(b"\xff\x51") + 2 + 38
-    for place in range(depths, depths + 3 * values[0, 0].size, 3):
+    for place in range(depths, depths + 9, 3):
         content = _patched(content, place, b"\x0b")
     return values, content
 
@@ -800,43 +657,26 @@ def _pnm() -> dict[str, Odd]:
     pixels, size = base().tobytes(), b"96 64"
     percent = (base().astype(int) * 100 // 255).astype(np.uint8)
     ascii_ = b" ".join(b"%d" % value for value in pixels)
-    wide = (base().astype(">u2") * 257).tobytes()
     pam = b"P7\nWIDTH 96\nHEIGHT 64\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n" + pixels
-    good = {
-        "pnm": b"P6 %b 255\n%b" % (size, pixels),
-        "pnm, comment": b"P6\n# made by hand\n%b\n255\n%b" % (size, pixels),
-        "pnm, grey": encoded("PPM", "L"),
-        "pnm, 1 bit": encoded("PPM", "1"),
-        "pnm, text": b"P3 %b 255\n%b\n" % (size, ascii_),
-        "pnm, 16 bits": b"P6 %b 65535\n%b" % (size, wide),
-        "pnm, float (PFM)": encoded("PPM", "F"),
-    }
     bad = {
         "header only": b"P6 %b 255\n" % size,
-        "cut within its header": b"P6 96",
         "cut at half": b"P6 %b 255\n%b" % (size, pixels[: len(pixels) // 2]),
         "text cut at half": b"P3 %b 255\n%b" % (size, ascii_[: len(ascii_) // 2]),
-        "text that is no number": b"P3 %b 255\n%b" % (size, b"x " * len(pixels)),
         "claims 60000x60000": b"P6 60000 60000 255\n" + pixels,
         "size 0": b"P6 0 0 255\n",
-        "negative size": b"P6 -96 64 255\n" + pixels,
         "maxval 0": b"P6 %b 0\n%b" % (size, pixels),
-        "maxval 70000": b"P6 %b 70000\n%b" % (size, pixels),
         "size of 100 digits": b"P6 %b 64 255\n%b" % (b"9" * 100, pixels),
     }
-    return (
-        _exact("pillow", good)
-        | {
-            "pnm, maxval 100": Odd(
-                b"P6 %b 100\n%b" % (size, percent.tobytes()),
-                "pillow",
-                np.rint(percent * 2.55).astype(np.uint8),
-                0.5,
-            ),
-            "pnm, PAM": Odd(pam, "bad"),
-        }
-        | {f"pnm, {name}": Odd(content, "bad") for name, content in bad.items()}
-    )
+    return {
+        "pnm": Odd(b"P6 %b 255\n%b" % (size, pixels), "pillow"),
+        "pnm, maxval 100": Odd(
+            b"P6 %b 100\n%b" % (size, percent.tobytes()),
+            "pillow",
+            np.rint(percent * 2.55).astype(np.uint8),
+            0.5,
+        ),
+        "pnm, PAM": Odd(pam, "bad"),
+    } | {f"pnm, {name}": Odd(content, "bad") for name, content in bad.items()}
 
 
 # Formats that only Pillow reads
@@ -844,22 +684,7 @@ def _pnm() -> dict[str, Odd]:
 
 def _rare() -> dict[str, Odd]:
     avif, tga, ico = encoded("AVIF", quality=100), encoded("TGA"), _ico(encoded("PNG", "RGBA"))
-    good = {
-        "avif": avif,
-        "tga": tga,
-        "tga, run lengths": encoded("TGA", compression="tga_rle"),
-        "ico": ico,
-        "icns": _icns(),
-        "dds": encoded("DDS"),
-        "pcx": encoded("PCX"),
-        "sgi": encoded("SGI"),
-        "im": encoded("IM"),
-        "qoi": encoded("QOI"),
-        "msp": encoded("MSP", "1"),
-        "xbm": encoded("XBM", "1"),
-        "blp": encoded("BLP", "P"),
-        "dib": encoded("DIB"),
-    }
+    good = {"avif": avif, "ico": ico}
     bad = {
         "avif, cut after 40 bytes": avif[:40],
         "avif, cut at half": avif[: len(avif) // 2],
@@ -878,8 +703,3 @@ def _rare() -> dict[str, Odd]:
 def _ico(image: bytes) -> bytes:
     """An icon whose directory says 96x64, whatever the size of `image`."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", WIDTH, HEIGHT, 0, 0, 1, 32, len(image), 22) + image
-
-
-def _icns() -> bytes:
-    image = encoded("PNG", "RGBA", Image.fromarray(base()).resize((128, 128)))
-    return struct.pack(">4sI4sI", b"icns", 16 + len(image), b"ic07", 8 + len(image)) + image

@@ -1,11 +1,9 @@
 """The benchmarks measure what they claim: a known delay is found in any order and with any queue."""
 
-import ast
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -19,7 +17,7 @@ pytest.importorskip("PIL")
 torch = pytest.importorskip("torch")
 from PIL import Image, JpegImagePlugin  # noqa: E402
 
-from benchmarks import contenders, data, harness, report  # noqa: E402
+from benchmarks import contenders, data, harness  # noqa: E402
 from benchmarks.harness import Candidate, compare, throughput  # noqa: E402
 
 RECIPES = ("none", "cutmix", "lumix")
@@ -105,29 +103,12 @@ def test_a_queue_refilled_while_idle_earns_no_credit():
     assert fooled > 2 / 0.03  # this test would catch it
 
 
-def test_an_epoch_that_is_too_short_is_refused():
-    length = harness.epoch_length(timed=4, ahead=2)
-    assert length == 2 + 1 + 4 + 2
-    with pytest.raises(ValueError, match=r"has 8 batches; timed=4, ahead=2 need 9"):
-        throughput(Delayed(0, length - 1), batch_size=1, timed=4, ahead=2)
-
-
 def test_cpu_time_counts_all_threads_and_no_waiting():
     def step():
         clock.sleep(0.5)
         clock.work(0.01, threads=3)
 
     assert harness.cpu_milliseconds(step, 4, "cpu") == pytest.approx(30, rel=1e-3)
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations((0.005, 0.015, 0.03))))
-def test_the_order_of_candidates_does_not_change_the_ranking(order, tmp_path):
-    def turn(delay):
-        return lambda: throughput(Prefetching(delay, 2, 9), batch_size=1, timed=4, ahead=2)
-
-    rows = run([Candidate(str(delay), turn(delay)) for delay in order], tmp_path / "x.json", rounds=3)["rows"]
-    ranking = sorted(rows, key=lambda row: -row["median"])
-    assert [row["name"] for row in ranking] == ["0.005", "0.015", "0.03"]
 
 
 def test_candidates_take_turns_and_the_first_round_is_not_counted(tmp_path):
@@ -172,28 +153,6 @@ def test_a_stage_has_its_own_cost_and_the_measured_times(tmp_path):
     assert "until" not in a
     assert c["until"] == {"values": [12, 10, 11], "median": 11, "quartiles": [10.5, 11.5]}
     assert json.loads((tmp_path / "x.json").read_text()) == result
-
-
-def test_stages_are_the_same_however_a_result_stores_them():
-    from benchmarks import cost
-
-    before = [dict(name=name, part="loader", values=found) for name, found in (("a", [1.0, 2]), ("b", [4.0, 6]))]
-    now = [
-        dict(name="a", part="loader", values=[1.0, 2], median=1.5, quartiles=[1.25, 1.75]),
-        dict(name="b", part="loader", values=[3.0, 4], median=3.5, quartiles=[3.25, 3.75], until=dict(values=[4.0, 6])),
-    ]
-    wanted = [("a", 1.5, [1.25, 1.75]), ("b", 3.5, [3.25, 3.75])]
-    for rows in (before, now):
-        found = cost.stages(dict(rows=rows))
-        assert [(stage["name"], stage["ms"], stage["quartiles"]) for stage in found] == wanted
-
-
-def test_picked_stages_follow_their_predecessors():
-    from benchmarks import stages
-
-    parts = [("read", "loader"), ("resize", "loader"), ("forward", "model"), ("loss", "model"), ("build", "epoch")]
-    chosen = stages.chained([Candidate(name, float, where=dict(part=part)) for name, part in parts])
-    assert [candidate.after for candidate in chosen] == [None, "read", None, "forward", None]
 
 
 @pytest.mark.parametrize("where", ["prepare", "first turn", "later turn"])
@@ -281,39 +240,6 @@ def test_results_and_figures_do_not_make_a_tree_dirty_but_code_does(tmp_path, mo
     assert not harness._clean()
 
 
-def test_the_command_has_the_variables_that_change_its_result(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "a b")
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    assert harness.metadata("python -m x")["command"] == "OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY='a b' python -m x"
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
-def test_a_missing_device_is_named(device):
-    with pytest.raises(ValueError, match=f"--device {device}: torch sees"):
-        harness.resolve_device(device)
-
-
-def calls(name):
-    """(file, node) of every call of the dotted `name` in the sources."""
-    for folder in ("lumix_dali", "pipelines", "benchmarks", "tests"):
-        for path in (harness.ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
-                    yield path.name, node
-
-
-def test_no_other_thread_can_fail_a_capture():
-    """DALI's threads allocate and synchronise while a loader lives, which the default capture mode forbids."""
-    modes = [
-        (file, {word.arg: ast.unparse(word.value) for word in call.keywords}.get("capture_error_mode"))
-        for file, call in calls("torch.cuda.graph")
-    ]
-    assert modes
-    assert {mode for _, mode in modes} == {"'thread_local'"}, modes
-
-
 # --- data
 
 
@@ -387,36 +313,6 @@ def test_all_loaders_run_to_the_end_and_none_is_missing(loaders, folder, tmp_pat
     assert all(row["median"] > 0 for row in result["rows"] if not row["error"])
 
 
-@pytest.mark.parametrize(
-    ("rates", "best"),
-    [
-        ({2: [100, 90, 95], 1: [120, 99, 101], 4: [99, 120, 99]}, 1),  # ahead in every turn
-        ({2: [100, 90, 95], 1: [130, 130, 94]}, 2),  # behind in one
-        ({2: [100, 100, 100], 1: [104, 104, 104]}, 2),  # by less than 5 %
-        ({2: [100, 100, 100]}, 2),
-    ],
-)
-def test_a_worker_count_is_not_chosen_on_noise(loaders, rates, best):
-    assert loaders.best_count(rates) == best
-
-
-def test_worker_counts_take_turns_before_one_is_chosen(loaders):
-    delays = {1: 0.03, 2: 0.01}
-    entry = contenders.Entry(
-        "x",
-        lambda s, workers, batches: Delayed(delays[workers], batches),
-        ahead=lambda workers: workers,
-        swept=True,
-        whole=False,
-    )
-    turn = loaders.Turn(entry, SimpleNamespace(batch_size=10, device="cpu"), list(delays), images=70)
-    prepared = turn.prepare()
-    assert prepared["workers"] == 2
-    assert prepared["timed_batches"] == 8  # a multiple of the worker count
-    assert {count: len(rates) for count, rates in prepared["sweep"].items()} == {"1": 3, "2": 3}
-    assert turn.measure() == pytest.approx(1000, rel=0.01)
-
-
 def has_spdl():
     try:
         import spdl.io
@@ -425,36 +321,6 @@ def has_spdl():
     except (ImportError, RuntimeError):  # RuntimeError: no FFmpeg
         return False
     return True
-
-
-def test_an_unexpected_batch_is_refused(loaders, folder, tmp_path):
-    from benchmarks.contenders import Setting
-    from lumix_dali.data.sources import load
-
-    s = Setting(load(folder), 2, 8, "cpu", tmp_path)
-    s.check((torch.zeros(2, 3, 8, 8), None))
-    wrong = [
-        torch.zeros(2, 3, 8, 9),
-        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-        torch.full((2, 3, 8, 8), 255.0),
-        torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last),
-    ]
-    for images in wrong:
-        with pytest.raises(ValueError, match="batch: "):
-            s.check((images, None))
-
-
-def test_spdls_crop_follows_the_distribution(loaders):
-    from benchmarks.contenders import random_crop
-
-    for width, height in ((500, 375), (40, 400)):
-        for _ in range(200):
-            x, y, w, h = random_crop(width, height)
-            assert 0 <= x <= x + w <= width
-            assert 0 <= y <= y + h <= height
-            if width == 500:
-                assert 0.07 < w * h / (width * height) <= 1
-                assert 0.72 < w / h < 1.36
 
 
 COLOURS = np.array(list(itertools.product((40, 200), (30, 90, 150, 210), (60, 190))))  # one class per image
@@ -584,25 +450,6 @@ def test_parts_of_cost_run_and_are_compared(folder, tmp_path, capsys, parts, nam
     assert f"benchmarks.cost measures the parts {parts.replace(',', ', ')}:" in capsys.readouterr().out
 
 
-@pytest.fixture
-def cost_on(folder, tmp_path):
-    """`cost_on(device)`: the setting of benchmarks.cost on that device."""
-    from benchmarks.contenders import Setting
-    from lumix_dali.data.sources import load_files
-
-    return lambda device: Setting(load_files(folder), 4, 16, device, tmp_path)
-
-
-def test_a_copied_batch_is_pytorchs_own_memory(cost_on):
-    from benchmarks.stages import HANDOVERS, build
-
-    for output in build(cost_on("cpu"), 1, 5).run():
-        tensor = output.as_tensor()
-        shared, copied = (take(tensor) for take in HANDOVERS.values())
-        assert torch.equal(shared, copied)
-        assert shared.data_ptr() != copied.data_ptr()
-
-
 # --- tune
 
 
@@ -624,39 +471,6 @@ def test_the_fastest_value_of_each_knob_is_chosen_unless_it_is_noise(monkeypatch
     assert all(values["threads"] == 2 for values in seen[-20:])
     assert saved[0] == {"threads": 1, "depth": 2}  # a run that is cut has choices too
     assert saved[-1] == chosen
-
-
-def test_fewer_than_five_rounds_choose_nothing():
-    from benchmarks import tune
-
-    def faster(values):
-        return {1: 100.0, 2: 200.0}[values["threads"]]
-
-    for rounds, best in ((4, 1), (5, 2)):
-        chosen, _ = tune.tune(faster, {"threads": [1, 2]}, rounds, lambda rows, chosen: None)
-        assert chosen == {"threads": best}
-
-
-def test_a_tuning_that_is_stopped_keeps_its_rows(folder, tmp_path, monkeypatch, capsys):
-    from benchmarks import tune
-
-    turns, out = iter([1.0, 2.0, 3.0]), tmp_path / "tune.json"
-
-    def speed(*_):
-        for value in turns:
-            return value
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tune, "speed", speed)
-    with pytest.raises(SystemExit) as stopped:
-        tune.main(["--data", str(folder), "--device", "cpu", "--out", str(out)])
-    assert stopped.value.code == 130
-    result = json.loads(out.read_text())
-    assert not result["complete"]
-    assert [row["values"] for row in result["rows"] if row["values"]] == [[2.0], [3.0]]
-    assert result["chosen"]["prefetch_queue_depth"] == 2
-    assert "The run was stopped" in capsys.readouterr().out
-    assert report.rounds_of(result) == 1
 
 
 # --- every program
@@ -690,12 +504,3 @@ def test_wrong_arguments_get_one_line(name, wrong, tmp_path, capsys):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert wrong[1] in last
     assert len(last) < 400
-
-
-def test_waiting_openmp_threads_are_passive():
-    code = "import benchmarks, os; print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=harness.ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout == "PASSIVE\n"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SmallFeed
-from images import encoded, ramps, write
+from images import ramps, write
 from nvidia.dali import types
 from PIL import Image
 from timm.data import create_transform
@@ -133,32 +133,6 @@ def test_output(tmp_path, device, name, dtype, channels_last):
     np.testing.assert_array_equal(target[0], range(3))
     if name == "train":
         assert not any(field.any() for field in target[2:5])
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("name", PIPELINES)
-def test_exif_orientation_is_ignored(tmp_path, device, name, kind):
-    """Pillow, torchvision and timm do not rotate either. Orientation 6 is a quarter turn."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    pixels = ramps(40, 60) * 4
-    (tmp_path / "plain").write_bytes(encoded(pixels, kind))
-    (tmp_path / "turned").write_bytes(encoded(pixels, kind, exif=exif))
-    assert Image.open(tmp_path / "turned").getexif()[0x0112] == 6
-    plain, turned = (
-        run(PIPELINES[name], [tmp_path / file], device, size=(20, 20), dtype="uint8")[0] for file in ("plain", "turned")
-    )
-    np.testing.assert_array_equal(turned, plain)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_every_colour_mode_is_delivered_as_rgb(tmp_path, mode):
-    grey = Image.fromarray(np.uint8(np.linspace(0, 255, 600).reshape(20, 30)))
-    file = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    grey.convert("RGB").convert(mode).save(file)
-    images, _ = run(pipelines.val_pipeline, [file], size=(20, 30), crop_pct=1.0, dtype="uint8")
-    expected = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)[None]
-    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=2)
 
 
 # The training crop

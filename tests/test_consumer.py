@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.consumer import ROOT, blocks, check, module
+from tests.consumer import check
 
 RIGHT = """# A page
 
@@ -13,16 +13,6 @@ for images, target in loader:
     print(LUMixLoss(r_r=0.4)(model(images), target))
 ```
 """
-
-
-def test_blocks_become_modules(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(RIGHT)
-    ((line, block),) = blocks(page).items()
-    assert line == 4
-    assert module(block).startswith("import typing; model: typing.Any; root: typing.Any\n")
-    assert module("import os\n    x = os.sep\n").endswith("import os\nx = os.sep\n")
-    assert blocks(ROOT / "README.md")
 
 
 @pytest.mark.slow

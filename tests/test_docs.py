@@ -60,18 +60,6 @@ def broken(page):
             yield target
 
 
-def test_anchors_match_githubs():
-    text = "# The `fn.mix` of λ0\n## A, b & c\n```bash\n# no heading\n```\n## [Two](x.md) (2)\n## A, b & c\n"
-    assert anchors(text) == ["the-fnmix-of-λ0", "a-b--c", "two-2", "a-b--c-1"]
-
-
-def test_broken_links_are_found(tmp_path):
-    (tmp_path / "b.md").write_text("# There\n")
-    page = tmp_path / "a.md"
-    page.write_text("# Here\n[](b.md) [](b.md#there) [](#here) [](https://x.org/y) [](c.md) [](b.md#here) ![](d.png)\n")
-    assert list(broken(page)) == ["c.md", "b.md#here", "d.png"]
-
-
 @pages
 def test_links_lead_somewhere(page):
     assert not list(broken(page))
@@ -315,42 +303,6 @@ def check(argv, whole=True):
 def test_commands_and_their_flags_exist(page):
     for argv, whole in commands(page):
         check(argv, whole)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "make tests",
-        "make gpu ARGS='--minuts 9'",
-        "pip install '.[cuda14]'",
-        "lumix-dali chek imagenet/train",
-        "lumix-dali check imagenet/train --ful",
-        "python -m pipelines.trian imagenet",
-        "torchrun --nproc_per_node=8 -m pipelines.train imagenet --lrr 1",
-        "python -m pipelines.evaluate shufle --data-dir imagenet --pretrained",
-        "python -m pipelines.evaluate wsas --data-dir voc --box annotations",
-        "python -m experiments.ablations --table 4 --out x.json",
-        "python -m tests.consumer --strict",
-    ],
-)
-def test_commands_that_do_not_exist_are_found(wrong):
-    with pytest.raises((AssertionError, SystemExit)):
-        check(shlex.split(wrong))
-
-
-def test_commands_are_read_from_blocks_and_sentences(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "```bash\nmake demo   # a comment\nA=$PWD/b python -m x.y \\\n    --z 'a b' && pip install c\n```\n"
-        "`make check` and `lumix-dali show …`\n<!-- begin: t -->\n`python -m old`\n<!-- end: t -->\n"
-    )
-    assert list(commands(page)) == [
-        (["make", "demo"], True),
-        (["python", "-m", "x.y", "--z", "a b"], True),
-        (["pip", "install", "c"], True),
-        (["make", "check"], False),
-        (["lumix-dali", "show"], False),
-    ]
 
 
 # The site

@@ -14,7 +14,3 @@ def test_examples(module):
     failed, tried = doctest.testmod(importlib.import_module(f"lumix_dali.{module}"), optionflags=doctest.ELLIPSIS)
     assert tried
     assert not failed
-
-
-def test_the_law_and_the_target_have_examples():
-    assert {"mixing", "target"} <= set(EXAMPLES)

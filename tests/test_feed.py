@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import encoded, write
+from formats import chunk
+from images import encoded
 from nvidia.dali import fn
 from PIL import Image
 
@@ -26,10 +27,6 @@ from lumix_dali.loading.feed import Feed
 from lumix_dali.loading.plan import Plan
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8)
-
-
-def chunk(kind, content=b""):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png(*extra, width=18, height=12, depth=8, colour=2, end=True):
@@ -49,68 +46,6 @@ def jpeg(*segments, marker=0xC0, bits=8, components=3):
 def webp(kind, content):
     body = b"WEBP" + kind + struct.pack("<I", len(content)) + content
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-# Inspecting headers
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        encoded(PIXELS, "JPEG"),
-        encoded(PIXELS, "JPEG", progressive=True),
-        encoded(PIXELS[..., 0], "JPEG"),
-        jpeg(marker=0xC1),
-        jpeg(b"\xff\xe1\xff\xff" + bytes(65533), b"\xff\xff\xff\xe0\x00\x04ab"),
-        png(),
-        png(depth=16),
-        png(chunk(b"tEXt", bytes(9000))),
-        encoded(PIXELS, "WEBP"),
-        encoded(PIXELS, "WEBP", lossless=True),
-        webp(b"VP8X", bytes([0x10, 0, 0, 0, 17, 0, 0, 11, 0, 0])),
-    ],
-    ids=lambda content: f"{content[:4]}{len(content)}",
-)
-def test_what_dali_decodes(content):
-    assert formats.look(io.BytesIO(content))[::2] == (Decoder.DALI, 12)
-    assert formats.look(io.BytesIO(content)).width == 18
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *(encoded(PIXELS, kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "DDS", "PCX")),
-        encoded(PIXELS, "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
-        png(chunk(b"acTL", struct.pack(">II", 2, 0))),
-        png(end=False),
-        encoded(np.dstack([PIXELS, PIXELS[..., 0]]), "TIFF"),
-    ],
-    ids=lambda content: f"{content[:4]}{len(content)}",
-)
-def test_what_pillow_decodes(content):
-    assert formats.look(io.BytesIO(content))[0] == Decoder.PILLOW
-    with Image.open(io.BytesIO(content)) as image:
-        expected = np.array(image.convert("RGB"))
-    np.testing.assert_array_equal(np.array(formats.pillow_pixels(io.BytesIO(content))), expected)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "not an image that DALI or Pillow can read"),
-        (b"<html></html>", "not an image that DALI or Pillow can read"),
-        (b"\xff\xd8\xff", "not an image"),
-        (b"RIFF", "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "not an image"),
-        (encoded(PIXELS, "EPS"), "not an image that DALI or Pillow can read"),
-        (png(width=60_000, height=60_000), "60000x60000 pixels, the limit is 100000000"),
-        (encoded(np.zeros((10_001, 10_000)), "TIFF", compression="tiff_lzw"), "10000x10001 pixels, the limit is"),
-    ],
-    ids=["empty", "html", "jpeg", "riff", "png", "eps", "claim", "tiff claim"],
-)
-def test_what_is_bad(content, reason):
-    with pytest.raises(BadImage, match=reason):
-        formats.look(io.BytesIO(content))
 
 
 @pytest.mark.parametrize(
@@ -352,18 +287,6 @@ def test_pillows_pixels_arrive_bit_for_bit(tmp_path, batch_size):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_images_that_dali_refuses_and_pillow_reads_are_delivered(tmp_path):
-    """A PNG with an unknown critical chunk: DALI's decoder refuses it, Pillow reads its pixels."""
-    contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
-    samples = write_files(tmp_path / "a", contents)
-    loader = make(samples, is_training=False, crop_pct=1.0)
-    with pytest.warns(UserWarning, match=r"05\.png': DALI refuses it .*; Pillow decodes it from now on"):
-        np.testing.assert_array_equal(delivered(loader), [PIXELS] * 12)
-    assert loader.bad == {}
-    state = make(samples, is_training=False, crop_pct=1.0).state_dict()
-    assert (state["refused"], loader.state_dict()["refused"]) == ([], [5])
-
-
 @pytest.mark.parametrize("is_training", [True, False])
 def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
     contents = {f"{i:02}.png": png(chunk(b"ABCD")) if i == 5 else png() for i in range(12)}
@@ -376,35 +299,6 @@ def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
     resumed.load_state_dict(state)
     assert resumed._faults.decoder[5] == Decoder.PILLOW
     np.testing.assert_array_equal(delivered(resumed), after)
-
-
-def test_paths_that_are_not_regular_files(tmp_path):
-    """The loader never waits for a FIFO or a device."""
-    for name in ("0", "5"):
-        write(PIXELS, tmp_path / "a" / f"{name}.png")
-    os.mkfifo(tmp_path / "a" / "1.png")
-    (tmp_path / "a" / "2.png").symlink_to("/dev/zero")
-    (tmp_path / "a" / "3.png").mkdir()
-    (tmp_path / "a" / "4.png").symlink_to(tmp_path / "a" / "nowhere")
-    samples = Files(str(tmp_path / "a"), [f"{i}.png" for i in range(6)], np.zeros(6, np.int64), ["a"])
-    loader = make(samples, is_training=False)
-    with pytest.warns(UserWarning, match="takes its place") as caught:
-        assert len(delivered(loader)) == 6
-    assert list(loader.bad) == [samples.name(i) for i in (1, 2, 3, 4)]
-    assert len(caught) == 4
-    assert list(loader.bad.values()) == ["not a regular file"] * 3 + ["No such file or directory"]
-
-
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_claim_of_too_many_pixels_is_bad_at_run_time(tmp_path, is_training):
-    contents = {f"{i}.png": png() for i in range(8)} | {"3.png": png(width=60_000, height=60_000)}
-    loader = make(write_files(tmp_path / "a", contents), is_training=is_training)
-    with pytest.warns(UserWarning, match=r"3\.png' cannot be used \(60000x60000 pixels, the limit is 100000000\)"):
-        list(loader)
-    assert list(loader.bad.values()) == ["60000x60000 pixels, the limit is 100000000"]
-    small = make(write_files(tmp_path / "b", {f"{i}.png": png() for i in range(4)}), max_pixels=12 * 18 - 1)
-    with pytest.raises(ValueError, match=r"18x12 pixels, the limit is 215\), nor can any of the 3 samples"):
-        list(small)
 
 
 SHAPES = {"2x30000": (2, 30_000), "30000x2": (30_000, 2), "10000x10000": (10_000, 10_000), "1x60000": (1, 60_000)}

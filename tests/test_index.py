@@ -10,12 +10,11 @@ import threading
 import numpy as np
 import pytest
 from archives import pack
-from filelock import Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.records import bytes_feature, example, image_record, int_feature, message, record, write_records
-from lumix_dali.data import check, index, sources, storage
+from lumix_dali.data import check, index, sources
 from lumix_dali.data import shards as shards_module
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
@@ -83,20 +82,6 @@ def test_members_match_tarfiles(tmp_path_factory, format, sizes, data):
     except ValueError:  # such a name does not fit into ustar
         return
     assert members(path) == theirs(path)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("length", [99, 100, 101, 155, 256, 300, 5000])
-def test_long_names(tmp_path, format, length):
-    name = "/".join(["folder"] * (length // 7))[: length - 4].rstrip("/") + ".jpg"
-    try:
-        pack(tmp_path / "a.tar", (name, b"content"), ("b.cls", b"1"), format=format)
-    except ValueError:
-        assert format == tarfile.USTAR_FORMAT
-        return
-    found = members(tmp_path / "a.tar")
-    assert found == theirs(tmp_path / "a.tar")
-    assert [member.name for member in found] == [name, "b.cls"]
 
 
 def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
@@ -417,11 +402,6 @@ def many(tmp_path, monkeypatch):
     return tmp_path / "many"
 
 
-def test_several_processes_scan_many_shards(many, scans):
-    assert labels(many) == [label for k in range(16) for label in range(k, k + 1 + k % 3)]
-    assert scans == []
-
-
 def test_no_main_guard_is_needed(many, tmp_path):
     """A script without a guard, which `multiprocessing` would execute again in each child."""
     script = tmp_path / "script.py"
@@ -449,39 +429,11 @@ def test_a_damaged_shard_is_named_from_its_process(many):
         sources.load(many)
 
 
-def test_progress_counts_shards(many):
-    totals, seen = [], []
-
-    def progress(items, total):
-        totals.append(total)
-        for item in items:
-            seen.append(len(item))
-            yield item
-
-    sources.load(many, progress=progress)
-    assert totals == [16]
-    assert seen == [1 + k % 3 for k in range(16)]
-
-
 def test_the_name_of_a_sample(shards):
     found = sources.load(shards)
     assert found.name(3) == f"'{shards}/1.tar', '3.jpg' (byte {found._rows[3, 0]})"
     write_records(shards / "a.tfrecord", [(b"x", 1, "y.jpg")])
     assert sources.load(shards / "a.tfrecord").name(0).startswith(f"'{shards}/a.tfrecord', record 0 (y.jpg) (byte ")
-
-
-def test_a_lock_held_by_another_process_is_waited_for(tmp_path):
-    code = (
-        "import sys, time; from lumix_dali.data import storage\n"
-        "with storage.locked(sys.argv[1]):\n    print('held', flush=True); time.sleep(.5)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE) as other:
-        assert other.stdout.read(4) == b"held"
-        with pytest.raises(Timeout), storage.locked(str(tmp_path / "lock"), wait=False):
-            pass
-        with storage.locked(str(tmp_path / "lock")):
-            pass
-    assert other.returncode == 0
 
 
 def test_descriptors_are_closed(shards, monkeypatch):

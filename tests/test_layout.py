@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("pipelines", "benchmarks", "experiments", "examples")
 MODULES = [p for p in sorted((ROOT / "lumix_dali").rglob("*.py")) if p.name != "__init__.py"]
-SCRIPTS = sorted(p for name in PROGRAMS for p in (ROOT / name).rglob("*.py"))
 LONGEST = 60  # max lines of a function, without its docstring
 # Its signature lists all options, which are only passed on.
 LONG = {("loader.py", "create_loader")}
@@ -86,14 +84,6 @@ def test_functions_can_be_read_without_scrolling(path):
         if lines(function) > LONGEST and (path.name, function.name) not in LONG
     }
     assert not long
-
-
-@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_code_asks_which_order_it_has(path):
-    """`Order` and `Window` have the same interface."""
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    asked = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "type")]
-    assert not [call.lineno for call in asked if re.search(r"\b(Order|Window)\b", ast.unparse(call))]
 
 
 @pytest.fixture(scope="module")

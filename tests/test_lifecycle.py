@@ -112,18 +112,6 @@ def test_an_error_in_user_code_leaves_nothing_running(folder):
     assert settled_threads(before) == before
 
 
-def test_closed_loaders_and_iterators_say_so(folder):
-    loader = make(folder)
-    batches = iter(loader)
-    next(batches)
-    loader.close()
-    with pytest.raises(RuntimeError, match="this iteration was abandoned"):
-        next(batches)
-    with pytest.raises(ValueError, match=r"closed; create a new one with create_loader"):
-        iter(loader)
-    loader.close()  # a second close is harmless
-
-
 def test_an_abandoned_iterator_says_so(folder):
     loader = make(folder)
     first = iter(loader)

@@ -5,14 +5,12 @@ tensor. In all other tests, images carry column, row and file in their channels,
 files, crops, flips and mixing are. A state is taken after every batch, and each must restore the same stream.
 """
 
-import ast
 import contextlib
 import gc
 import itertools
 import json
 import shutil
 import warnings
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -240,24 +238,6 @@ def test_kept_batches_do_not_change(make, ramp_files):
     assert_same(stream(kept[1:]), copies[1:])
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_covers_each_file_once(make, colour_files, world_size):
-    root, colours, labels = colour_files
-    seen = []
-    for rank in range(world_size):
-        loader = make(root, is_training=False, batch_size=5, rank=rank, world_size=world_size)
-        batches = list(loader)
-        assert len(batches) == len(loader) == -(-COUNT // world_size // 5)
-        for images, target in batches:
-            assert (type(target), target.dtype, target.device) == (torch.Tensor, torch.int64, loader.device)
-            levels = grey_levels(images)
-            assert (levels == levels[:, :1, :1]).all()
-            files = [int(np.nonzero((colours == level).all(1))[0][0]) for level in levels[:, 0, 0]]
-            np.testing.assert_array_equal(target.cpu(), labels[files])
-            seen += files
-    assert sorted(seen) == list(range(COUNT))
-
-
 def test_evaluation_with_more_ranks_than_samples(make, ramp_files):
     few = Files(ramp_files.root, ramp_files.names[:2], np.arange(2), ramp_files.classes)
     loaders = [make(few, is_training=False, rank=rank, world_size=4) for rank in range(4)]
@@ -372,27 +352,6 @@ def test_close(make, ramp_files):
     loader.close()
 
 
-def test_a_pipeline_is_freed_without_the_garbage_collector(make, ramp_files):
-    loader = make(ramp_files)
-    pipes = []
-    gc.disable()
-    try:
-        for _ in range(3):
-            batches = iter(loader)
-            next(batches)
-            pipes.append(weakref.ref(batches._pipe))
-        assert [pipe() is None for pipe in pipes] == [True, True, False]
-        del batches  # as after a break
-        assert pipes[2]() is None
-        batches = iter(loader)
-        next(batches)
-        pipe = weakref.ref(batches._pipe)
-        loader.close()
-        assert pipe() is None
-    finally:
-        gc.enable()
-
-
 # Resume
 
 
@@ -461,15 +420,6 @@ def test_a_state_can_be_loaded_in_mid_epoch(make, ramp_files):
     assert len(stream(loader)) == 5
 
 
-def test_resume_in_evaluation(make, ramp_files):
-    loader = make(ramp_files, is_training=False, batch_size=3)
-    expected = stream(loader)
-    next(iter(loader))
-    resumed = make(ramp_files, is_training=False, batch_size=3)
-    resumed.load_state_dict(loader.state_dict())
-    assert_same(stream(resumed), expected[1:])
-
-
 def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
     """A training loop calls it before every epoch, including the resumed one."""
     loader = make(ramp_files, **MIX)
@@ -483,15 +433,6 @@ def test_set_epoch_keeps_a_resumed_place(make, ramp_files):
     loader.load_state_dict(state)
     loader.set_epoch(4)
     assert len(stream(loader)) == 5
-
-
-def test_a_state_after_the_last_batch_starts_the_next_epoch(make, ramp_files):
-    loader, resumed = make(ramp_files, **MIX), make(ramp_files, **MIX)
-    batches = iter(loader)
-    for _ in range(len(loader)):
-        next(batches)
-    resumed.load_state_dict(loader.state_dict())
-    assert_same(stream(resumed), stream(loader))
 
 
 def test_set_epoch_is_in_the_state(make, ramp_files):
@@ -586,24 +527,6 @@ def refusal(loader, damaged_state):
     assert loader.state_dict() == before
 
 
-def test_a_damaged_state_is_refused(make, ramp_files, state):
-    """200 one-bit flips in the state's text: whatever still parses is either the state or refused."""
-    loader, content, read = make(ramp_files, **STATE_OPTIONS), repr(state).encode(), 0
-    for place in np.random.default_rng(0).integers(0, 8 * len(content), 200):
-        flipped = bytearray(content)
-        flipped[place // 8] ^= 1 << place % 8
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes that the text now happens to contain
-            try:
-                other = ast.literal_eval(flipped.decode())
-            except (ValueError, SyntaxError, TypeError):
-                continue
-        if repr(other) != repr(state):
-            read += 1
-            refusal(loader, other)
-    assert read > 50
-
-
 def test_every_field_of_a_state_is_under_its_checksum(make, ramp_files, state):
     loader = make(ramp_files, **STATE_OPTIONS)
     for key in state:
@@ -673,42 +596,6 @@ def test_a_damaged_file_is_named_and_replaced(make, spoilt, damage, batch):
     assert caught[0].filename == __file__
     assert replaced(loader) == {index: (index + 1) % 20}
     assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
-
-
-def test_a_file_damaged_during_the_epoch(make, spoilt):
-    samples, spoil = spoilt
-    loader = make(samples, prefetch_queue_depth=1, **MIX)
-    iterator = iter(loader)
-    batches = [flat(next(iterator))]
-    index = int(Order(20, 4).epoch(0)[18])
-    spoil(index, content=None)
-    with pytest.warns(UserWarning, match=REPLACED) as caught:
-        batches += stream(iterator)
-    assert_named(caught, samples, index)
-    assert_same(batches, stream(make(substituted(samples, replaced(loader)), **MIX)))
-
-
-def test_replacements_persist(make, spoilt):
-    """Two adjacent damaged files, one replaced in each epoch: each is warned about and counted only once."""
-    samples, spoil = spoilt
-    spoil(7, 8)
-    loader = make(samples, max_bad=3, **MIX)
-    with pytest.warns(UserWarning, match=REPLACED) as caught:
-        first = stream(loader)
-    assert_named(caught, samples, 7, 8)
-    assert set(replaced(loader)) == {7, 8}
-    assert not set(replaced(loader).values()) & {7, 8}
-    repaired = substituted(samples, replaced(loader))
-    expected = epochs(make(repaired, **MIX), 3)
-    assert_same(first, expected[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same(stream(loader), expected[1])
-    spoil(12)  # possibly in a batch with files that are already replaced
-    with pytest.warns(UserWarning, match=REPLACED) as caught:
-        list(loader)
-    assert_named(caught, samples, 12)
-    assert set(replaced(loader)) == {7, 8, 12}
 
 
 def test_a_damaged_substitute_is_replaced(make, spoilt):
@@ -828,11 +715,7 @@ def test_pillow_decodes_a_batch_that_no_image_explains(make, spoilt, monkeypatch
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet50.a1_in1k",
         "deit_small_patch16_224.fb_in1k",
-        "vit_base_patch16_384.augreg_in21k_ft_in1k",
-        "efficientnet_b0.ra_in1k",
-        "convnext_tiny.fb_in22k",
         "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
     ],
 )
@@ -847,15 +730,9 @@ def test_timms_data_config_is_accepted_unchanged(make, ramp_files, name):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0: give a whole number >= 1"),
-        ({"batch_size": 4.0}, "batch_size=4.0: give a whole number >= 1"),
         ({"batch_size": 21}, r"batch_size=21: 20 samples do not fill a batch on each of 1 rank\(s\); give a smaller"),
-        ({"batch_size": 11, "world_size": 2}, r"batch_size=11: 20 samples do not fill a batch on each of 2 rank\(s\)"),
-        ({"input_size": 0}, r"input_size=0: give a side, \(H, W\) or \(3, H, W\)"),
         ({"input_size": (1, 28, 28)}, r"input_size=\(1, 28, 28\): give a side"),
-        ({"input_size": 22.5}, r"input_size=22.5: give a side"),
-        ({"input_size": None}, r"input_size=None: give a side"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16': give one of 'float32', 'float16', 'uint8'"),
-        ({"interpolation": "lanczos"}, "interpolation='lanczos': give one of 'bilinear', 'bicubic', 'random'"),
         (
             {"is_training": False, "interpolation": "random"},
             "interpolation='random': evaluation draws nothing",
@@ -872,55 +749,33 @@ def test_timms_data_config_is_accepted_unchanged(make, ramp_files, name):
             "is_training=False: evaluation augments nothing; leave out re_prob, num_aug_repeats",
         ),
         ({"scale": (0, 1)}, r"scale=\(0, 1\): give \(low, high\) with 0 < low <= high <= 1"),
-        ({"scale": (0.5, 0.2)}, r"scale=\(0.5, 0.2\): give \(low, high\)"),
-        ({"scale": (0.5, 2)}, r"scale=\(0.5, 2\): give \(low, high\)"),
-        ({"scale": 0.08}, r"scale=0.08: give \(low, high\)"),
         ({"ratio": (0, 1)}, r"ratio=\(0, 1\): give \(low, high\) with 0 < low <= high"),
         ({"hflip": 1.5}, r"hflip=1.5: give a number in \[0, 1\]"),
-        ({"hflip": "often"}, r"hflip='often': give a number in \[0, 1\]"),
         ({"mean": 0.5}, "mean=0.5: give three numbers"),
-        ({"std": (1, 1)}, r"std=\(1, 1\): give three numbers"),
         ({"std": (0, 1, 1)}, r"std=\(0, 1, 1\): give three numbers.*above 0"),
         ({"device": "tpu"}, "device='tpu': give 'auto', 'cpu', 'cuda' or 'cuda:N'"),
         ({"device": "cuda:99"}, r"device='cuda:99': PyTorch sees \d+ GPU\(s\) here; give 'cpu' or 'auto'"),
         ({"device": "mps"}, "device='mps'"),
         ({"cutmix_alpha": -1}, "cutmix_alpha=-1: give a finite number >= 0"),
         ({"mixup_alpha": float("nan")}, "mixup_alpha=nan: give a finite number >= 0"),
-        ({"cutmix_alpha": 1.0, "prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
         ({"prob": 1.5}, r"prob=1.5: give a number in \[0, 1\]"),
         ({"cutmix_alpha": 1.0, "switch_prob": -1}, r"switch_prob=-1: give a number in \[0, 1\]"),
-        ({"cutmix_alpha": 1.0, "mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
         ({"mode": "pair"}, "mode='pair': pair is not supported; give 'elem'"),
         ({"cutmix_minmax": (0.5, 0.2)}, r"cutmix_minmax=\(0.5, 0.2\): give \(low, high\)"),
-        ({"cutmix_minmax": ()}, r"cutmix_minmax=\(\): give two numbers"),
         ({"is_training": False, "cutmix_alpha": 1.0}, "is_training=False: evaluation mixes nothing; leave"),
         ({"is_training": False, "crop_mode": "border"}, "crop_mode='border': give one of 'center', 'squash'"),
-        ({"is_training": False, "crop_pct": 0}, "crop_pct=0: give a number in"),
-        ({"is_training": False, "crop_pct": 1e-9}, "crop_pct=1e-09: give a number in"),
-        ({"mean": (float("nan"),) * 3}, "mean="),
-        ({"std": (float("inf"),) * 3}, "std="),
-        ({"ratio": (1, float("inf"))}, "ratio="),
-        ({"hflip": True}, "hflip=True"),
         ({"num_threads": 100_000}, "num_threads=100000: give"),
         ({"decoder": {"nonsense": 1}}, "decoder=.*'nonsense' is unknown; give .*hw_decoder_load"),
-        ({"decoder": {"adjust_orientation": True}}, "decoder=.*'adjust_orientation' is unknown"),
         ({"decoder": 5}, "decoder=5: give a dict"),
         ({"reader": {"nonsense": 1}}, "reader=.*'nonsense' is unknown; give .*dont_use_mmap"),
         ({"cache_bytes": -1}, "cache_bytes=-1"),
         ({"return_index": "no"}, "return_index='no': give True or False"),
         ({"channels_last": "no"}, "channels_last='no': give True or False"),
         ({"decode_regions": "no"}, "decode_regions='no': give True or False"),
-        ({"cutmix_minmax": ("a", "b")}, "cutmix_minmax="),
-        ({"color_jitter": True}, "color_jitter=True: give a number"),
-        ({"device": None}, "device=None: give 'auto'"),
         ({"is_training": False, "crop_pct": 1.5}, "crop_pct=1.5: give a number in"),
         ({"seed": -1}, "seed=-1: give a whole number >= 0"),
-        ({"seed": None}, "seed=None: give a whole number >= 0"),
-        ({"seed": 5 * 2**32 + 7}, "seed=21474836487: give a whole number >= 0 and < 4294967296"),
         ({"rank": 1}, r"rank=1: give a rank in \[0, world_size\), world_size=1"),
-        ({"rank": "0"}, "rank='0': give a whole number >= 0"),
         ({"world_size": 0}, "world_size=0: give a whole number >= 1"),
-        ({"num_threads": 0}, "num_threads=0: give a whole number >= 1"),
         ({"prefetch_queue_depth": 0}, "prefetch_queue_depth=0: give a whole number >= 1"),
         ({"on_bad_sample": "skip"}, "on_bad_sample='skip': give one of 'replace', 'raise'"),
         ({"max_bad": -1}, "max_bad=-1: give a whole number >= 0"),
@@ -929,20 +784,6 @@ def test_timms_data_config_is_accepted_unchanged(make, ramp_files, name):
 def test_a_bad_argument_is_named(ramp_files, options, message):
     with pytest.raises(ValueError, match=message):
         create_loader(ramp_files, **{"batch_size": 4, "device": "cpu"} | options)
-
-
-def test_no_two_seeds_are_alike(make, ramp_files, monkeypatch):
-    """The largest seed and epoch fit in one word each, so no two (seed, epoch, ...) tuples give the same generator."""
-    seeded = []
-    for name in ("default_rng", "SeedSequence"):
-        real = getattr(np.random, name)
-        monkeypatch.setattr(np.random, name, lambda words, real=real: seeded.append(list(words)) or real(words))
-    seed, epoch = 2**32 - 1, 2**31 - 1  # later epochs are words, too
-    loader = make(ramp_files, **MIX | dict(seed=seed, rank=1, world_size=2))
-    loader.set_epoch(epoch)
-    next(iter(loader))
-    assert {tuple(found[:3]) for found in seeded} >= {(seed, epoch), (seed, epoch, 1), (seed, epoch + 1)}
-    assert all(0 <= word < 2**32 for found in seeded for word in found)
 
 
 @pytest.mark.parametrize("is_training", [True, False])

@@ -105,14 +105,6 @@ def cut(images, patch):
     return split.swapaxes(2, 3).reshape(count, -1, patch, patch, 3)
 
 
-def test_equal_draws_still_give_a_permutation(graph, monkeypatch):
-    constant = lambda **options: mixing.types.Constant(np.full(options["shape"], 0.5, np.float32))  # noqa: E731
-    monkeypatch.setattr(mixing.fn.random, "uniform", constant)
-    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    mixed, _ = graph(shuffled, 4, size=(8, 8), patch=4)(images, np.arange(4))
-    np.testing.assert_array_equal(mixed, images)
-
-
 def test_each_patch_has_its_own_weight_and_lam0_is_their_mean(graph):
     size, patch = (8, 12), 4
     images, labels = plain_images(size)
@@ -131,11 +123,6 @@ def test_each_patch_has_its_own_weight_and_lam0_is_their_mean(graph):
             all_weights.extend(weights)
     assert len(all_weights) > 60 and len(np.unique(np.round(all_weights, 2))) > 30
     assert abs(np.mean(all_weights) - 0.5) < 0.12 and abs(np.var(all_weights) - 1 / 12) < 0.04  # Beta(1, 1)
-
-
-def test_images_that_cannot_be_cut_are_refused():
-    with pytest.raises(ValueError, match=r"patch=5: images of 8 x 12"):
-        mixing._grid((8, 12), 5)
 
 
 # --- SaliencyMix
@@ -188,20 +175,6 @@ def boxes(*rows, kind=2):
     )
 
 
-def test_transmix_by_hand():
-    """8x8 pixels, 2x2 tokens: nearest-neighbour resampling reads rows and columns 0 and 4."""
-    attention = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).repeat(4, 1) * torch.tensor([[1.0], [1.0], [1.0], [0.5]])
-    target = boxes((0, 0, 4, 4), (0, 0, 8, 5), (1, 1, 4, 4), (4, 4, 8, 8))
-    lam0 = mixing.transmix(target, attention, (8, 8)).lam0
-    # area and attention: 16/64 and .1; 40/64 and all; 9/64 and none; 16/64 and .2/.5
-    np.testing.assert_allclose(lam0, [(0.25 + 0.1) / 2, (0.625 + 1) / 2, (9 / 64) / 2, (0.25 + 0.4) / 2], rtol=1e-6)
-
-
-def test_transmix_leaves_other_kinds_alone():
-    target = boxes((0, 0, 4, 4), kind=1)
-    assert mixing.transmix(target, torch.tensor([[0.7, 0.1, 0.1, 0.1]]), (8, 8)).lam0.tolist() == [0.25]
-
-
 def test_transmix_equals_a_loop_in_numpy():
     rng = np.random.default_rng(0)
     corners = np.sort(rng.integers(0, 9, (50, 2, 2)), axis=1).reshape(50, 4)
@@ -234,8 +207,3 @@ def test_class_attention_is_the_last_blocks():
     found = attention()
     assert not found.requires_grad
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-def test_transmix_refuses_a_model_without_class_token():
-    with pytest.raises(ValueError, match="no class token"):
-        mixing.class_attention(timm.create_model("resnet10t"))

@@ -6,13 +6,13 @@ import os
 import struct
 import subprocess
 import sys
-import tarfile
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from formats import chunk, png
 from PIL import Image
 
 from lumix_dali import create_loader
@@ -31,12 +31,8 @@ def encoded(kind, seed=0, size=(64, 48)):
 
 def claiming(side):
     """A PNG of a few bytes whose header claims side x side."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND")
 
 
 JPEG, PNG = encoded("JPEG"), encoded("PNG")
@@ -188,18 +184,6 @@ def test_killing_a_check_ends_its_processes(root):
         time.sleep(0.02)
 
 
-def deep_png(colour):
-    """A PNG with 16 bits per channel, written by hand; `colour`: 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    row = b"\0" + bytes(8 * 2 * {0: 1, 2: 3, 4: 2, 6: 4}[colour])
-    header = struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)
-    data = chunk(b"IDAT", zlib.compress(row * 8))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
-
-
 def notable():
     """{name: content} of files that Pillow decodes, or that DALI decodes to pixels other than timm's."""
     animated, first = io.BytesIO(), Image.new("RGB", (8, 8))
@@ -212,7 +196,7 @@ def notable():
     found = {f"{kind}-{i}.tif": encoded("TIFF", i) for i in range(3) for kind in ("a", "b")}
     found |= {"still.gif": encoded("GIF"), "moving.png": animated.getvalue(), "turned.webp": webp.getvalue()}
     found |= {"print.jpg": cmyk.getvalue(), "plain.png": PNG, "flat.webp": encoded("WEBP")}
-    return found | {f"deep-{colour}.png": deep_png(colour) for colour in (0, 2, 4, 6)}
+    return found | {f"deep-{colour}.png": png(colour, 16) for colour in (0, 2, 4, 6)}
 
 
 # By format: which decoder reads how many of `notable`, and what its line says.
@@ -227,35 +211,15 @@ NOTES = {
 }
 
 
-@pytest.fixture(params=["folder", "list", "shards"])
-def notable_source(request, tmp_path):
-    """The files of `notable` and one that no decoder reads, as a source of each kind."""
-    contents = notable() | {"cut.tif": encoded("TIFF")[:200]}
-    (tmp_path / "c").mkdir()
-    for name, content in contents.items():
-        # A list takes files of any name; a folder and a shard recognise files by their extensions.
-        name = name if request.param == "list" else name.replace(".gif", ".jpg")
-        (tmp_path / "c" / name).write_bytes(content)
-    names = sorted(os.listdir(tmp_path / "c"))
-    if request.param == "list":
-        (tmp_path / "list.txt").write_text("".join(f"c/{name} 0\n" for name in names))
-        return tmp_path / "list.txt"
-    if request.param == "shards":
-        with tarfile.open(tmp_path / "a.tar", "w") as archive:
-            for name in names:
-                archive.add(tmp_path / "c" / name, name)
-                label = tarfile.TarInfo(f"{Path(name).stem}.cls")
-                label.size = 1
-                archive.addfile(label, io.BytesIO(b"0"))
-        return tmp_path / "a.tar"
-    return tmp_path
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
-def test_slow_and_differing_decoding_is_counted_by_format(notable_source, full):
+def test_slow_and_differing_decoding_is_counted_by_format(tmp_path, full):
     """The truncated TIFF counts until decoding shows that it is bad."""
+    (tmp_path / "c").mkdir()
+    for name, content in notable().items():
+        (tmp_path / "c" / name.replace(".gif", ".jpg")).write_bytes(content)
+    (tmp_path / "c" / "cut.tif").write_bytes(encoded("TIFF")[:200])
     stated = {(kind, decoder, count + (kind == "TIFF" and not full)): why for kind, decoder, count, why in NOTES}
-    report = check.scan(notable_source, full=full, workers=1)
+    report = check.scan(tmp_path, full=full, workers=1)
     found = {(note["format"], note["decoder"], note["images"]): note["why"] for note in report.as_dict()["notes"]}
     assert found.keys() == stated.keys()
     lines = [line for line in check.show(report).splitlines() if line.startswith("note: ")]
@@ -270,8 +234,7 @@ def test_slow_and_differing_decoding_is_counted_by_format(notable_source, full):
 
 def test_the_full_scan_reports_what_dali_refuses(root):
     """A PNG with an unknown critical chunk, as in test_feed.py: only decoding shows it."""
-    chunk = struct.pack(">I", 0) + b"ABCD" + struct.pack(">I", zlib.crc32(b"ABCD"))
-    (root / "a" / "odd.png").write_bytes(PNG[:33] + chunk + PNG[33:])
+    (root / "a" / "odd.png").write_bytes(PNG[:33] + chunk(b"ABCD") + PNG[33:])
     expected = {check.Note("JPEG", Decoder.PILLOW, check._ODD["JPEG"]): 1}  # the CMYK file of `root`
     assert check.scan(root, workers=1).notes == expected
     report = check.scan(root, full=True, workers=1)

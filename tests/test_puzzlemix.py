@@ -47,16 +47,6 @@ def test_the_cut_is_the_best_of_all_labellings(rng, grid, labels):
         assert puzzlemix.cost(found, unary, down, right) == pytest.approx(best)
 
 
-def test_a_block_that_must_not_be_halved():
-    """Its neighbours are halved, and no cut may split it: with nodes out of order, its edges would cost nothing."""
-    unary = np.tile([50, 0, 50], (3, 3, 1))
-    unary[1, 1] = [0, 100, 1]
-    weights = np.full((2, 3), 10), np.full((3, 2), 10)
-    expected = np.ones((3, 3), int)
-    expected[1, 1] = 0
-    np.testing.assert_array_equal(puzzlemix.cut(unary, *weights), expected)
-
-
 def test_cost_by_hand():
     """Labels (0, 2; 1, 0) of three: 1 + 20 + 40 + 3 alone; down 5·(1/2)² + 6·1, right 7·1 + 8·(1/2)²."""
     unary = np.zeros((2, 2, 3), int)
@@ -128,17 +118,6 @@ def test_a_salient_block_goes_to_the_samples_place():
     assert puzzlemix.move(images, puzzlemix.transport(mask, share, 0.6))[0, 0, 1, 1] == 4
 
 
-def test_blocks_move_whole(rng):
-    images = torch.from_numpy(rng.random((1, 3, 6, 6)))
-    plan = torch.zeros(1, 4, 4, dtype=images.dtype)
-    plan[0, [0, 1, 2, 3], [2, 0, 3, 1]] = 1
-    moved = puzzlemix.move(images, plan)
-    assert torch.equal(moved[:, :, 3:, :3], images[:, :, :3, :3])
-    assert torch.equal(moved[:, :, :3, :3], images[:, :, :3, 3:])
-    assert torch.equal(moved[:, :, 3:, 3:], images[:, :, 3:, :3])
-    assert torch.equal(moved[:, :, :3, 3:], images[:, :, 3:, 3:])
-
-
 # --- the complete method
 
 
@@ -160,19 +139,6 @@ def test_pixels_and_ratio_agree(rng):
     torch.testing.assert_close(1 - mixed[1::2].mean((1, 2, 3)), own[1::2])
 
 
-def test_target_and_partners(rng):
-    images = torch.from_numpy(rng.random((6, 3, 16, 16)).astype(np.float32))
-    labels = torch.arange(6)
-    mixed, target = puzzlemix.puzzle_mix(images, labels, images.mean(1), rng)
-    assert mixed.shape == images.shape and mixed.dtype == images.dtype
-    assert torch.equal(target.labels, labels) and (target.partner_labels != labels).all()
-    assert sorted(target.partner_labels.tolist()) == labels.tolist()
-    assert (target.kind == 3).all() and not target.box.any() and target.lam0.dtype == torch.float32
-    grids = {2**k for k in range(1, 5)}
-    halves = [2 * grid**2 * target.lam0 for grid in grids]
-    assert any(torch.allclose(count, count.round(), atol=1e-3) for count in halves)
-
-
 def test_the_target_weighs_the_partner(rng):
     """All saliency is in the white sample: nothing of a black partner is worth keeping, so λ0 is 0."""
     images, labels = torch.ones(2, 3, 16, 16), torch.arange(2)
@@ -183,12 +149,6 @@ def test_the_target_weighs_the_partner(rng):
     mixed, target = puzzlemix.puzzle_mix(images, labels, salient, rng, settings=settings)
     assert target.lam0[0] != 0.5
     torch.testing.assert_close(1 - target.lam0[0], mixed[0].mean())
-
-
-def test_images_that_do_not_divide_into_blocks_are_refused(rng):
-    images, salient, partner = pairs(rng, 6)
-    with pytest.raises(ValueError, match=r"images of 6 x 6: .* multiple of the 4 blocks"):
-        puzzlemix.mix_pairs(images, salient, partner, 0.5, 4)
 
 
 @pytest.mark.slow

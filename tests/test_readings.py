@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import accuracy, harness, loss, pages, plot, report
+from benchmarks import harness, plot, report
 
 META = {
     "command": "python -m benchmarks.x --out x",
@@ -89,52 +89,6 @@ def test_a_verdict_needs_five_rounds(kind, rounds):
     assert not re.search("faster|slower|bottleneck|less time|more time", text)
 
 
-def test_a_stopped_run_says_so():
-    assert report.read(loaders() | dict(complete=False)).said[0].startswith("The run was stopped")
-
-
-def test_graphed_steps_are_compared_with_graphed_ones():
-    times = {"LUMix eager": [4.0], "LUMix graphed": [2.0], "timm soft target": [3.0], "timm soft target graphed": [4.0]}
-    found = {row["name"]: row["median"] for row in loss.to_best_peer(result_of("loss", times, **SIZE))}
-    assert found == {"LUMix eager": pytest.approx(4 / 3), "LUMix graphed": 0.5}
-
-
-# --- figures
-
-
-@pytest.mark.parametrize("kind", MADE)
-def test_a_figure_shows_every_ratio_sorted(kind):
-    chart = report.kind_of(MADE[kind]()).chart(MADE[kind]())
-    assert chart.title
-    for panel in chart.panels:
-        assert len(panel.dots) > 0
-        if kind != "cost":
-            assert [dot.middle for dot in panel.dots] == sorted((dot.middle for dot in panel.dots), reverse=True)
-    figure = plot.draw(MADE[kind]())
-    drawn = [len(axes.lines) for axes in figure.axes]
-    assert drawn == [3 * len(panel.dots) + (panel.line is not None) for panel in chart.panels]
-    sizes = [text.get_fontsize() for axes in figure.axes for text in (*axes.get_yticklabels(), axes.xaxis.label)]
-    assert min(sizes) * 96 / 72 * 690 / (96 * plot.WIDTH) >= 10  # pixels, where a page is 690 wide
-
-
-def test_figures_without_data_are_errors():
-    empty = result_of("loaders", {"lumix/none": [1.0]})
-    with pytest.raises(ValueError, match="no data for"):
-        plot.draw(empty)
-    with pytest.raises(ValueError, match="no data for any panel"):
-        plot.draw(result_of("cost", {"build": [1.0]}, part="epoch"))
-
-
-def test_a_method_has_one_colour_that_is_read_on_white_and_on_black():
-    for name in ("lumix/none", "LUMix eager", "loader: cutmix elem", "cpu: today", "lumix tar"):
-        assert plot.colour(name) == plot.COLOURS["lumix"]
-    for shade in {*plot.COLOURS.values(), plot.GREY}:
-        channels = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        assert min(1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05) > 2.5
-
-
 # --- pages
 
 
@@ -173,73 +127,11 @@ def test_pages_are_made_from_the_results_and_checked(page, capsys):
     assert main("--check") == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("<!-- begin: nothing -->\n<!-- end: nothing -->\n", "begin: nothing -->: no .*nothing.json; measure it"),
-        ("<!-- begin: loaders -->\n", "markers: one has no counterpart"),
-    ],
-)
-def test_invalid_markers_are_named(page, text, message, capsys):
-    main, path, *_ = page
-    path.write_text(text)
-    with pytest.raises(SystemExit):
-        main()
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_missed_targets_come_first_with_their_bounds(tmp_path, monkeypatch):
-    harness.write(tmp_path / "loaders.json", loaders())
-    to = ("loaders", "lumix/cutmix+mixup elem")
-    wanted = [
-        pages.Target("met", 0.7, *to, "dali/+normalise", {}, "x"),
-        pages.Target("absent", 1.0, *to, "nobody", {}, "x"),
-        pages.Target("missed", -0.7, *to, "dali/+normalise", {}, "decoding"),
-    ]
-    monkeypatch.setattr(pages, "TARGETS", wanted)
-    assert pages.targets(tmp_path).splitlines()[2:] == [
-        "| missed | ≤ 0.7 | 0.750 | 0.750 – 0.750 | missed: decoding |",
-        "| absent | ≥ 1 | not measured yet |  |  |",
-        "| met | ≥ 0.7 | 0.750 | 0.750 – 0.750 | met |",
-        "",
-        f"Measured: `loaders`, {report.source_of(loaders())}.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "mine.json: not JSON .*give what a benchmark wrote with --out"),
-        ('{"kind": "odd"}', "its kind is 'odd'; give a result of a benchmark, one of loaders, "),
-        ('{"kind": "tune", "rows": [{"name": "x"}]}', "a tune result without what its figure shows"),
-    ],
-)
-def test_what_cannot_be_drawn_is_named(tmp_path, capsys, content, message):
-    (tmp_path / "mine.json").write_text(content)
-    with pytest.raises(SystemExit):
-        plot.main([str(tmp_path / "mine.json"), "-o", str(tmp_path / "x.png")])
-    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
-
-
 def test_one_result_is_drawn_and_read(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(loaders()))
     assert plot.main([str(tmp_path / "mine.json"), "-o", str(tmp_path / "new" / "x.png")]) == 0
     assert capsys.readouterr().out == report.report(loaders()) + "\n"
     assert (tmp_path / "new" / "x.png").stat().st_size > 10_000
-
-
-def test_accuracy_rows_are_sorted_by_their_difference():
-    def runs(*top1):
-        return [dict(seed=seed, top1=[value]) for seed, value in enumerate(top1)]
-
-    rows = [
-        dict(name=name, runs=runs(*top1), error=None)
-        for name, top1 in (("CutMix", (50, 51, 52)), ("LUMix", (52, 53.1, 54.2)), ("Mixup", (49, 50, 52)))
-    ]
-    (panel,) = accuracy.chart(dict(rows=rows)).panels
-    assert [dot.label for dot in panel.dots] == ["LUMix", "Mixup"]
-    assert panel.dots[0].middle == pytest.approx(2.1)
-    assert panel.dots[1].values == [-1, -1, 0]
 
 
 def test_the_committed_figures_and_tables_are_current():

@@ -115,12 +115,6 @@ def folder_with(file, tmp_path):
     return folder
 
 
-def test_checkpoints_are_written_within_epochs(whole):
-    _, kept = whole
-    every = [(epoch, step) for epoch in range(3) for step in range(0, 13, 2)]
-    assert sorted(kept) == [*every[1:], (3, 0)]
-
-
 # first update, within an epoch, its last update, after its validation, where mixing is switched off
 @pytest.mark.parametrize(
     "place",
@@ -198,15 +192,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(whole, data, tmp_path, capsys):
     assert results(folder)[1:] == results(whole[0])[1:]
 
 
-def test_names_of_a_checkpoint_are_links(whole):
-    """Links to one file, or copies if the file system has no links; all have the same content."""
-    folder, _ = whole
-    best = max(json.loads(line)["top1"] for line in (folder / "log.jsonl").read_text().splitlines())
-    assert load(folder / "model_best.pth.tar")["metric"] == best
-    (kept,) = folder.glob("checkpoint-*.pth.tar")
-    assert kept.samefile(folder / "model_best.pth.tar")
-
-
 def test_without_links_a_checkpoint_is_copied(data, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
     train.main(argv(data, tmp_path, "--epochs", "1"))
@@ -239,24 +224,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(number, whole, data, tmp_path, 
     monkeypatch.undo()
     train.main(argv(data, tmp_path, *more, "--resume"))
     assert results(tmp_path / "run") == results(whole[0])
-
-
-@pytest.mark.slow
-def test_sigterm_ends_the_process_soon(data, tmp_path):
-    command = [sys.executable, "-m", "pipelines.train", *argv(data, tmp_path, *NOISY, "--epochs", "1000")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "last.pth.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143
-    assert "stopped by SIGTERM" in err
-    assert time.monotonic() - start < 10  # two seconds on idle CPUs
-    load(tmp_path / "run" / "last.pth.tar")
 
 
 @pytest.mark.parametrize("moment", ["validation", "saving"])
@@ -394,14 +361,9 @@ def test_some_things_may_change(whole, data, tmp_path):
     ("flags", "message"),
     [
         (["-b", "16"], "--batch-size was 8 and is 16"),
-        (["--seed", "2"], "--seed was 1 and is 2"),
         (["--model", "test_vit"], "--model was test_resnet and is test_vit"),
-        (["--lr", "1e-3"], "--lr was 0.003 and is 0.001"),
-        (["--cutmix", ".5"], r"--cutmix was 1\.0 and is 0\.5"),
         (["--noise", "uniform"], r"--noise was \['beta', 2\.0\] and is \['uniform'\]"),
-        (["--r-s", ".2"], "--r-s was 0.1 and is 0.2"),
         (["--scale", ".5", "1"], "--scale was "),
-        (["--grad-accum-steps", "1"], "--grad-accum-steps was 2 and is 1"),
         (["--validation-batch-size", "2"], "--validation-batch-size was None and is 2"),
     ],
 )

@@ -19,13 +19,9 @@ NEW, REPLACED = SimpleNamespace(overwrite=False), SimpleNamespace(overwrite=True
     ("name", "content", "worth"),
     [
         ("last.pth.tar", "x", True),
-        ("model_best.pth.tar", "x", True),
         ("checkpoint-3.pth.tar", "x", True),
-        ("milestone-3.pth.tar", "x", True),
         ("log.jsonl", "{}", True),
-        ("log.jsonl", "", False),
         ("args.yaml", "x", False),
-        ("tmp.pth.tar", "x", False),
         ("notes.txt", "x", False),
     ],
 )
@@ -75,16 +71,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with (
         pytest.raises(ValueError, match=r"cannot be written \(Not a directory\); give a writable folder as --output"),
         claimed(tmp_path / "file" / "run", NEW, None),
-    ):
-        pytest.fail("it was written")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path):
-    tmp_path.chmod(0o500)
-    with (
-        pytest.raises(ValueError, match=r"cannot be written \(Permission denied\); give a writable folder as --output"),
-        claimed(tmp_path, NEW, None),
     ):
         pytest.fail("it was written")
 

@@ -146,14 +146,6 @@ def test_decoder_is_the_mask_transformer():
     np.testing.assert_allclose(masks, by_hand(decoder.state_dict(), tokens, (3, 4)), atol=1e-5)
 
 
-def test_decoder_trains_all_its_weights():
-    decoder = model.MaskTransformer(5, 64, drop_path=0.5)
-    assert [block.drop_path1.drop_prob for block in decoder.blocks[1:]] == [0.5]
-    assert not hasattr(decoder.blocks[0].drop_path1, "drop_prob")
-    decoder(torch.randn(8, 12, 64), (3, 4)).square().sum().backward()
-    assert all(weight.grad.abs().max() > 0 for weight in decoder.parameters())
-
-
 @pytest.fixture(scope="module")
 def official():
     """The authors' code, https://github.com/rstrudel/segmenter, where SEGMENTER names a checkout of it."""
@@ -365,20 +357,6 @@ def test_pixels_stay_on_the_gpu(define, options, kinds):
     assert sorted(kind for kind in found if not kind.startswith("_")) == sorted(kinds)
 
 
-def test_the_run_is_a_function_of_its_seed(context):
-    split, transform = data.load(context, "train", 4), data.Augmentation(64, 72)
-    source = data.TrainSource(split, transform, 7, seed=3)
-    for epoch in range(2):
-        numbers = range(24 * epoch, 24 * epoch + 24)
-        assert sorted(map(source.index, numbers)) == list(range(24))
-    resumed = data.train_batches(data.TrainSource(split, transform, 7, seed=3, first=4), torch.device("cpu"), 1)
-    batches = data.train_batches(source, torch.device("cpu"), 2)
-    fifth = [next(batches) for _ in range(5)][-1]
-    assert all(map(torch.equal, fifth, next(resumed)))
-    other = data.TrainSource(split, transform, 7, seed=4)
-    assert [other.index(k) for k in range(24)] != [source.index(k) for k in range(24)]
-
-
 def test_distribution_of_the_draws():
     """MMSegmentation's: scale, crop and flip are uniform; each colour change applies half of the time."""
     rng, transform = np.random.default_rng(0), data.Augmentation(480, 520)
@@ -483,18 +461,12 @@ def damage(root, what):
     photograph, mask = root / "JPEGImages/train_001.jpg", root / "SegmentationClassContext/train_001.png"
     if what == "list":
         (root / "ImageSets/SegmentationContext/train.txt").unlink()
-    elif what == "empty":
-        (root / "ImageSets/SegmentationContext/train.txt").write_text("")
     elif what == "missing":
         mask.unlink()
     elif what == "class":
         Image.fromarray(np.full((96, 120), 4, np.uint8)).save(mask)
-    elif what == "mode":
-        Image.fromarray(np.zeros((96, 120, 3), np.uint8)).save(mask)
     elif what == "size":
         Image.fromarray(np.zeros((7, 9), np.uint8)).save(mask)
-    elif what == "text":
-        photograph.write_text("<html>")
     elif what == "cut":
         photograph.write_bytes(photograph.read_bytes()[:700])
 
@@ -503,12 +475,9 @@ def damage(root, what):
     ("what", "message"),
     [
         ("list", r"ImageSets/SegmentationContext/train.txt is missing; it needs JPEGImages"),
-        ("empty", "train.txt: it lists no photograph"),
         ("missing", r"1 files are missing, such as .*train_001.png"),
         ("class", r"train_001.png: it has class 4, and --num-classes 4 ends at 3"),
-        ("mode", r"train_001.png: pixels of mode RGB"),
         ("size", r"train_001.png: its size is \(7, 9\), that of train_001.jpg \(96, 120\)"),
-        ("text", r"train_001.jpg: not an image"),
         ("cut", r"train_001.jpg: .*; replace it"),
     ],
 )
@@ -538,25 +507,7 @@ def test_a_palette_does_not_change_classes(tmp_path):
     assert np.array_equal(split.mask(0), pairs[0][1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "size=0"),
-        ({"scale": (2.0, 1.0)}, r"scale=\(2.0, 1.0\)"),
-        ({"hflip": 1.5}, "hflip=1.5"),
-    ],
-)
-def test_transform_checks_itself(options, message):
-    with pytest.raises(ValueError, match=message):
-        data.Augmentation(**options)
-
-
 # --- windows and metrics
-
-
-@pytest.mark.parametrize(("length", "expected"), [(480, [0]), (520, [0, 40]), (1000, [0, 320, 520])])
-def test_where_windows_begin(length, expected):
-    assert evaluation.starts(length, 480, 320) == expected
 
 
 def test_windows_are_averaged():
@@ -618,13 +569,6 @@ def test_scores_of_absent_classes():
     assert result["mIoU"] == pytest.approx(100 * (6 / 9 + 1 / 6 + 0) / 3)
     assert result["mAcc"] == pytest.approx(100 * (6 / 8 + 1 / 4) / 2)
     assert result["IoU"][3] is None
-
-
-def test_palette_is_vocs():
-    expected = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]  # background, aeroplane, bicycle
-    assert evaluation.palette(255)[:5] == expected
-    assert evaluation.palette(60)[20] == (0, 64, 128)
-    assert len(set(evaluation.palette(255))) == 255
 
 
 class Oracle(torch.nn.Module):
@@ -726,31 +670,6 @@ def test_loss_counts_labelled_pixels(tmp_path):
         training.save(run, args)
 
 
-def test_checkpoint_of_another_program(tmp_path):
-    path = tmp_path / "last.pth.tar"
-    with pytest.raises(ValueError, match="cannot be read"):
-        training.read_checkpoint(path)
-    torch.save({"run_format": runs.FORMAT}, path)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of this program"):
-        training.read_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "--data-dir is required"),
-        (["--data-dir", "x", "--num-classes", "256"], "masks have 8 bits"),
-        (["--data-dir", "x", "--iterations", "0"], "--iterations 0: give at least 1"),
-        (["--data-dir", "x", "--resume"], "name the run to resume"),
-        (["--data-dir", "x", "--backbone", "f", "--pretrained"], "give one of them"),
-    ],
-)
-def test_invalid_flags(given, message, capsys):
-    with pytest.raises(SystemExit):
-        flags.parse_args(["train", *given])
-    assert message in capsys.readouterr().err
-
-
 def test_recipe_is_the_official_one(capsys):
     args = flags.parse_args(["train", "--config", str(RECIPE), "--data-dir", "x"])
     assert capsys.readouterr().err == ""  # every key is a flag
@@ -767,55 +686,17 @@ def test_recipe_is_the_official_one(capsys):
 
 
 @pytest.mark.slow
-def test_from_pretraining_to_a_picture(context, tmp_path):
-    """A classifier from pipelines.train, segmentation killed and resumed, multi-scale evaluation, a picture."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 2)):
-        for name, color in (("red", RED), ("blue", BLUE), ("yellow", YELLOW)):
-            (tmp_path / f"images/{split}/{name}").mkdir(parents=True)
-            for number in range(count):
-                pixels = np.uint8((color + rng.normal(0, 18, (40, 40, 3))).clip(0, 255))
-                Image.fromarray(pixels).save(tmp_path / f"images/{split}/{name}/{number}.png")
+def test_from_a_kill_to_a_picture(context, tmp_path):
+    """Training killed, stopped and resumed, multi-scale evaluation, a picture."""
     python = [sys.executable, "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [
-            *python,
-            "pipelines.train",
-            "--data-dir",
-            str(tmp_path / "images"),
-            "--model",
-            "test_vit",
-            "--img-size",
-            "32",
-            "--opt",
-            "adamw",
-            "--lr",
-            "1e-3",
-            "-b",
-            "8",
-            "--epochs",
-            "2",
-            "--device",
-            "cpu",
-            "--output",
-            str(tmp_path),
-            "--experiment",
-            "classifier",
-        ],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-    )
     command = [
         *python,
         "pipelines.segment",
         "train",
         "--data-dir",
         str(context),
-        *SMALL[2:],
-        "--backbone",
-        str(tmp_path / "classifier/model_best.pth.tar"),
+        *SMALL,
         "--iterations",
         "150",
         "--checkpoint-interval",
@@ -834,7 +715,7 @@ def test_from_pretraining_to_a_picture(context, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     stopped = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert any("resuming after update" in stopped.stdout.readline() for _ in range(2))
+    assert any("resuming after update" in stopped.stdout.readline() for _ in range(3))
     stopped.terminate()
     assert stopped.wait() == 128 + signal.SIGTERM
     subprocess.run(command, cwd=ROOT, env=environment, check=True)

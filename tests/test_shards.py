@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 from archives import as_records, pack
-from images import damaged, encoded, ramp_samples
+from images import encoded, ramp_samples
 from PIL import Image
 from test_train import argv, rows, write_folder
 
-from benchmarks.records import bytes_feature, example, int_feature, record
+from benchmarks.records import int_feature
 from lumix_dali import create_loader
 from lumix_dali.cli import main
-from lumix_dali.data import check, index, sources, storage
+from lumix_dali.data import check, sources, storage
 from lumix_dali.data.convert import convert
 from lumix_dali.data.files import Files, class_folder
 from lumix_dali.data.shards import Shards
@@ -160,71 +160,7 @@ def test_labels_are_int64_scalars_whatever_holds_them(tmp_path, is_training):
         assert sorted(field.tolist()) == sorted(labels)
 
 
-def test_packed_and_unpacked_integers_of_tfrecords(tmp_path):
-    """Protocol buffers allow both; TensorFlow writes packed integers."""
-    content = b"".join(
-        record(example({index.IMAGE: bytes_feature(JPEG), index.LABEL: int_feature(label, packed=packed)}))
-        for label in (3, 300, 70000)
-        for packed in (True, False)
-    )
-    (tmp_path / "a.tfrecord").write_bytes(content)
-    loader = make(tmp_path / "a.tfrecord", is_training=False)
-    assert labels_of(loader) == [3, 3, 300, 300, 70000, 70000]
-
-
 # Which rank reads what
-
-
-def assert_fair(source, n, batch_size, world_size, epochs=3):
-    """Training: equal batch counts, each sample at most once per epoch. Evaluation: each sample exactly once."""
-    small = {"batch_size": batch_size, "world_size": world_size, "input_size": 4}
-    val = [make(source, is_training=False, rank=rank, **small) for rank in range(world_size)]
-    per_rank = [labels_of(loader) for loader in val]
-    assert sorted(itertools.chain(*per_rank)) == list(range(n))
-    assert [len(loader) for loader in val] == [-(-len(labels) // batch_size) for labels in per_rank]
-    assert max(map(len, per_rank)) - min(map(len, per_rank)) <= 1
-    if n < batch_size * world_size:
-        return
-    train = [make(source, rank=rank, hflip=0, shuffle="window", window=6, **small) for rank in range(world_size)]
-    seen = []
-    for _ in range(epochs):
-        batches = [list(loader) for loader in train]
-        assert {len(each) for each in batches} == {n // (batch_size * world_size)}
-        assert {len(images) for each in batches for images, _ in each} == {batch_size}
-        labels = [labels_of(each) for each in batches]
-        assert len(set(itertools.chain(*labels))) == len(list(itertools.chain(*labels)))
-        seen.append(labels)
-    assert n < 12 or len({str(labels) for labels in seen}) == epochs
-
-
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory):
-    """`counted(kind, n)`: a folder of n samples, labels 0 to n - 1, in shards of 7."""
-    pixel, made = tmp_path_factory.mktemp("pixel"), {}
-    (pixel / "a.png").write_bytes(encoded(np.full((4, 4, 3), 9), "PNG"))
-
-    def build(kind, n):
-        if (kind, n) not in made:
-            made[kind, n] = tmp_path_factory.mktemp("counted") / "shards"
-            samples = Files(str(pixel), ["a.png"] * n, np.arange(n), [str(k) for k in range(n)])
-            write(samples, made[kind, n], kind, 7)
-        return made[kind, n]
-
-    return build
-
-
-@pytest.mark.parametrize(("n", "batch_size", "world_size"), [(97, 8, 4), (6, 3, 2), (2, 1, 3)])
-def test_each_sample_once_by_brute_force(counted, kind, n, batch_size, world_size):
-    assert_fair(counted(kind, n), n, batch_size, world_size)
-
-
-def test_ranks_seeds_and_epochs_differ(counted):
-    loaders = [
-        make(counted("webdataset", 97), batch_size=8, seed=seed, rank=rank, world_size=2)
-        for seed in range(2)
-        for rank in range(2)
-    ]
-    assert len({tuple(labels_of(loader)) for loader in loaders for _ in range(3)}) == 12
 
 
 def test_shards_come_in_a_new_order_every_epoch(folder, files):
@@ -237,13 +173,6 @@ def test_shards_come_in_a_new_order_every_epoch(folder, files):
 
 
 # The stream
-
-
-def test_threads_and_prefetch_change_nothing(folder):
-    expected = [stream(loader) for loader in [make(folder, **MIX)] for _ in range(2)]
-    loader = make(folder, num_threads=2, prefetch_queue_depth=5, **MIX)
-    for each in expected:
-        assert_same(stream(loader), each)
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -263,13 +192,6 @@ def test_every_state_leads_to_the_same_stream(folder, is_training):
         endless = itertools.chain.from_iterable(itertools.repeat(resumed))
         expected = batches[place : place + 5]  # into the next epoch
         assert_same(stream(itertools.islice(endless, len(expected))), expected)
-
-
-def test_a_complete_epoch_follows_a_break(folder):
-    expected = [stream(loader) for loader in [make(folder)] for _ in range(2)]
-    loader = make(folder)
-    next(iter(loader))
-    assert_same(stream(loader), expected[1])
 
 
 @pytest.mark.parametrize("change", ["name", "size", "label", "classes", "order", "window"])
@@ -303,76 +225,6 @@ def test_a_state_of_other_shards_is_refused(folder, kind, copy, change):
 # Samples that cannot be used
 
 
-@pytest.fixture
-def spoilt(kind, tmp_path):
-    """`spoilt(damage)`: shards of 12 samples of which one is bad, its index, and the text that names it."""
-
-    def build(damage):
-        for i in range(12):
-            (tmp_path / f"{i}.jpg").write_bytes(damaged()[damage] if i == 7 else JPEG)
-        names = [f"{i}.jpg" for i in range(12)]
-        samples = Files(str(tmp_path), names, np.arange(12), names)
-        write(samples, tmp_path / "out", kind, 5)
-        place = np.random.default_rng(0).permutation(12).tolist().index(7)
-        name = "'000000007.jpg'" if kind == "webdataset" else rf"record {place % 5} \(7\.jpg\)"
-        return tmp_path / "out", place, f"'{tmp_path}/out/shard-{place // 5:06}{SUFFIX[kind]}', {name}"
-
-    return build
-
-
-DAMAGE = pytest.mark.parametrize("damage", ["truncated.jpg", "text.jpg", "zero bytes.jpg"])
-
-
-@DAMAGE
-@pytest.mark.parametrize("is_training", [True, False])
-def test_a_damaged_sample_is_named_and_replaced(spoilt, damage, is_training):
-    root, place, name = spoilt(damage)
-    loader = make(root, batch_size=3, prefetch_queue_depth=3, is_training=is_training)
-    with pytest.warns(UserWarning, match=rf"^{name}.* cannot be used .* takes its place") as caught:
-        labels = labels_of(loader)
-    assert len(caught) == 1
-    assert list(loader.bad.values()) == [re.search(r"cannot be used \((.*)\);", str(caught[0].message))[1]]
-    assert re.match(name, next(iter(loader.bad)))
-    written = np.random.default_rng(0).permutation(12).tolist()
-    assert sorted(labels) == sorted([*(set(range(12)) - {7}), written[(place + 1) % 12]])
-
-
-@DAMAGE
-def test_a_damaged_sample_can_be_an_error(spoilt, damage):
-    root, _, name = spoilt(damage)
-    loader = make(root, batch_size=3, on_bad_sample="raise")
-    with pytest.raises(ValueError, match=rf"^{name}.* cannot be used .* repair or remove it"):
-        list(loader)
-    assert loader.bad == {}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"cat",
-        b"",
-        b"-1",
-        b"1.5",
-        b"\n",
-        b"1234567890",
-        b"n01440764",
-        b"0x1",
-        b"1 ",
-        b"\t1\n",
-        b"1 2",
-        b"1" + b" " * 90,
-    ],
-)
-def test_a_label_that_is_not_a_number_is_named(tmp_path, text):
-    pack(tmp_path / "a.tar", ("0.jpg", JPEG), ("0.cls", b"3"), ("1.jpg", JPEG), ("1.cls", text))
-    loader = make(tmp_path / "a.tar", batch_size=2, is_training=False)
-    if text in (b"1 ", b"\t1\n"):
-        assert labels_of(loader) == [3, 1]
-        return
-    with pytest.warns(UserWarning, match=r"a\.tar', '1\.jpg' \(byte \d+\) cannot be used \(its \.cls is b"):
-        assert labels_of(loader) == [3, 3]
-
-
 def test_a_label_beyond_the_classes_is_named(copy, files):
     content = json.loads((copy / "shards.json").read_text())
     (copy / "shards.json").write_text(json.dumps(content | {"classes": files.classes[:-1]}))
@@ -380,19 +232,6 @@ def test_a_label_beyond_the_classes_is_named(copy, files):
     with pytest.warns(UserWarning, match="its label is 22, of 22 classes"):
         labels = labels_of(loader)
     assert max(labels) == 21
-
-
-def test_a_shard_truncated_during_the_run_is_an_error(copy, kind):
-    loader = make(copy, is_training=False)
-    list(loader)
-    path = sorted(copy.glob(f"*{SUFFIX[kind]}"))[2]
-    with open(path, "rb") as file:
-        offset, size, _ = index.scan(str(path), file.fileno())[
-            -1
-        ].tolist()  # truncated in the middle of its last sample
-    os.truncate(path, offset + size // 2)
-    with pytest.raises(ValueError, match=rf"source='{path}': it ends before byte \d+; it was longer when the run"):
-        list(loader)
 
 
 @pytest.mark.parametrize("change", ["cut", "gone"])
@@ -424,19 +263,6 @@ def test_training_from_shards(kind, tmp_path):
 
 
 # Arguments and files
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shuffle": "some"}, "shuffle='some': give one of 'auto', 'global', 'window'"),
-        ({"shuffle": "window", "window": 0}, "window=0: give a whole number >= 1"),
-        ({"batch_size": 24}, "batch_size=24: 23 samples do not fill a batch"),
-    ],
-)
-def test_a_bad_argument_is_named(folder, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(folder, **options)
 
 
 def test_only_shards_have_a_window(files, folder):
@@ -552,21 +378,6 @@ def converted(folders):
     return folders["webdataset"]
 
 
-def test_the_description(files, converted):
-    content = json.loads((converted / "shards.json").read_text())
-    names = [f"shard-{i:06}.tar" for i in range(5)]
-    assert content == {
-        "format": "lumix_dali.shards/1",
-        "complete": True,
-        "seed": 0,
-        "shard_size": 5,
-        "digest": files.digest,
-        "classes": files.classes,
-        "counts": [1] * COUNT,
-        "shards": dict(zip(names, [5, 5, 5, 5, 3], strict=True)),
-    }
-
-
 @pytest.mark.parametrize("stop", range(0, COUNT, 4))
 def test_a_killed_conversion_resumes(files, converted, tmp_path, monkeypatch, stop):
     out, read, count = tmp_path / "out", storage.read_bytes, itertools.count()
@@ -667,13 +478,7 @@ def test_the_command(tmp_path, capsys):
     [
         ("convert", "--seed", -1),
         ("convert", "--shard-size", 0),
-        ("convert", "--workers", -1),
-        ("check", "--ranks", 0),
         ("check", "--batch-size", 0),
-        ("check", "--workers", 0),
-        ("check", "--max-pixels", 0),
-        ("show", "--count", 0),
-        ("show", "--seed", -1),
         ("show", "--input-size", 0),
     ],
 )

@@ -51,12 +51,6 @@ def test_classes_are_numbered_as_timm_numbers_them(tmp_path, classes):
     assert class_folder(root).class_to_idx == create_dataset("", str(root)).reader.class_to_idx
 
 
-def test_natural_order_is_not_alphabetical(tmp_path):
-    samples = class_folder(touch(tmp_path, "10/a.png", "2/a.png", "1/a.png"))
-    assert samples.classes == ["1", "2", "10"]
-    assert samples.class_to_idx == {"1": 0, "2": 1, "10": 2}
-
-
 def scan_in_order(monkeypatch, key, scandir=os.scandir):
     """Makes `os.scandir` list in the order of `key`, as another file system might."""
     monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(sorted(scandir(path), key=key)))
@@ -118,12 +112,6 @@ def test_names_that_are_not_unicode(tmp_path):
     samples = class_folder(tmp_path)
     assert os.path.exists(samples.path(0))
     assert len(samples.digest) == 64
-
-
-def test_links_are_followed(tmp_path):
-    touch(tmp_path, "elsewhere/deep/a.jpg", "root/b/b.jpg")
-    (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
-    assert list(class_folder(tmp_path / "root").names) == ["a/deep/a.jpg", "b/b.jpg"]
 
 
 def test_order_of_names_is_the_same_everywhere(tmp_path, monkeypatch):
@@ -215,15 +203,6 @@ def test_a_missing_source_is_named(tmp_path):
         sources.load(tmp_path / "nowhere")
 
 
-def test_load_takes_each_source(tmp_path):
-    root = touch(tmp_path / "root", "a/x.jpg")
-    (tmp_path / "list.txt").write_text("root/a/x.jpg 0\n")
-    samples = sources.load(root)
-    assert list(sources.load(str(root)).names) == list(samples.names)
-    assert sources.load(samples) is samples
-    assert os.path.samefile(sources.load(tmp_path / "list.txt").path(0), samples.path(0))
-
-
 # Lists
 
 
@@ -238,8 +217,6 @@ def write_list(path, content):
     [
         ("a.jpg 0\nb.jpg 1\n", ["a.jpg", "b.jpg"], [0, 1]),
         ("a.jpg 2\nb.jpg 0", ["a.jpg", "b.jpg"], [2, 0]),
-        ("a.jpg 0\r\nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
-        ("\ufeffa.jpg 0\n", ["a.jpg"], [0]),
         ("\ufeffa.jpg 0\r\n\r\n  \nb.jpg 1\r\n", ["a.jpg", "b.jpg"], [0, 1]),
         ("my cat 7.jpg 3\n", ["my cat 7.jpg"], [3]),
         ("a.jpg\t3 \n", ["a.jpg"], [3]),
@@ -269,20 +246,13 @@ def test_roots_of_lists(tmp_path):
     "line",
     [
         "a.jpg",
-        "a.jpg -1",
         "a.jpg 1.5",
         "a.jpg 1e3",
-        "a.jpg one",
-        "a.jpg 99999999999",
-        f"a.jpg {2**31 - 1}",
         "a.jpg 1000000",
         "a.jpg " + "9" * 5000,
-        "7",
         "  7",
         "a.jpg,7",
         "a.jpg ٣",
-        "a.jpg 0x1",
-        "a.jpg +1",
         "a.jpg 1_0",
     ],
 )
@@ -317,44 +287,13 @@ def test_any_bytes_are_a_list_or_a_message(tmp_path_factory, content):
             assert int(line[len(name) :]) == label
 
 
-# The digest
-
-
-def test_the_digest_tells_samples_apart(tmp_path):
-    def digest(names=("a", "b"), labels=(0, 1), classes=("x", "y"), root="/"):
-        return Files(root, names, np.int64(labels), classes).digest
-
-    assert digest() == digest(root=str(tmp_path))
-    different = {
-        digest(),
-        digest(names=("b", "a")),
-        digest(names=("a", "c")),
-        digest(labels=(1, 0)),
-        digest(classes=("x", "z")),
-        digest(names=("a",), labels=(0,), classes=("b", "x", "y")),
-    }
-    assert len(different) == 6
+# Labels
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, -1], [0, 2], [0.0, 1.0], [[0], [1]], ["0", "1"], None])
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match=r"label.*give .*whole number"):
         Files("/", ["a", "b"], labels, ["x", "y"])
-
-
-def test_labels_of_any_integer_type():
-    digests = {
-        Files("/", ["a", "b"], labels, ["x", "y"]).digest
-        for labels in ([0, 1], (0, 1), np.uint8([0, 1]), np.int32([0, 1]))
-    }
-    assert len(digests) == 1
-
-
-def test_a_folder_that_moves_keeps_its_digest(tmp_path):
-    root = touch(tmp_path / "here", "a/x.jpg", "b/y.jpg")
-    before = class_folder(root).digest
-    shutil.move(root, tmp_path / "there")
-    assert class_folder(tmp_path / "there").digest == before
 
 
 # Links and unusual folders
@@ -451,13 +390,11 @@ def test_an_image_folder_of_torchvision(tmp_path):
         (["a.jpg", "b.jpg"], r"'a\.jpg' is not a shard; for images, give \(path, label\) pairs or a list file"),
         ([("a.jpg", 0), ("b.jpg",)], "give pairs of a path and a label"),
         ([("a.jpg", 0), ("b.jpg", "cat")], r"label 'cat' \(str\) of '.*/b\.jpg': give whole numbers from 0"),
-        ([("a.jpg", -1)], r"label -1 \(int\) of '.*/a\.jpg': give whole numbers"),
         ([("a.jpg", 0.0), ("b.jpg", 0.5)], r"label 0\.5 \(float\) of '.*/b\.jpg'"),
         ([], r"source=\[\]: it is empty; give at least one sample"),
         ([1, 2], r"source: row 0 is int; give \(image, label\)"),
         ([{"jpg": b"", "cls": 1}], r"row 0 is a mapping of 'jpg', 'cls'; .* name its keys: data\.rows\.Rows\(rows"),
         (3, "source=3: give a folder, a list file, shards, pairs, or a map-style data set"),
-        (None, "source=None: give a folder"),
     ],
 )
 def test_what_is_not_a_source_is_named(source, message):
@@ -586,11 +523,6 @@ def test_names_equal_the_list_they_were_made_from(names, data):
         with pytest.raises(IndexError):
             ours[i]
     assert repr(ours) == f"<{len(names)} names>"
-
-
-def test_names_that_differ_only_in_their_ends_have_different_hashes():
-    digests = [Files("/", names, [0, 0], ["x"]).digest for names in (["ab", "c"], ["a", "bc"], ["", "abc"])]
-    assert len(set(digests)) == 3
 
 
 class Merged:

@@ -21,11 +21,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from images import ramp_samples
 
-from lumix_dali.cli import main
 from lumix_dali.data import check, index, sources, storage
 from lumix_dali.data.convert import convert
 from lumix_dali.data.files import write_manifest
-from lumix_dali.data.shards import braces
 
 N, PER_SHARD = 23, 5
 
@@ -263,32 +261,6 @@ def test_remote_shards_and_rows_are_checked(memory, shards, full):
     report = check.scan([(good, 0), (b"text", 0), (good, 1), (good, -1)], full=full, workers=1)
     assert list(report.bad) == ["row 1", "row 3"]
     assert report.labels.tolist() == [0, 1]
-
-
-def test_remote_shards_are_not_written(capsys, tmp_path):
-    (tmp_path / "in" / "a").mkdir(parents=True)
-    (tmp_path / "in" / "a" / "a.jpg").write_bytes(b"x")
-    assert main(["convert", str(tmp_path / "in"), "--out", "memory://out"]) == 2
-    assert "shards are written to a local folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("a-{0000..0002}.tar", ["a-0000.tar", "a-0001.tar", "a-0002.tar"]),
-        ("a-{8..11}.tar", ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]),
-        ("a-{08..10}.tar", ["a-08.tar", "a-09.tar", "a-10.tar"]),
-        ("{a,b}/{0..1}.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
-        ("s3://{x,}y/1.tar", ["s3://xy/1.tar", "s3://y/1.tar"]),
-        ("a{}b{c}.tar", ["a{}b{c}.tar"]),
-    ],
-)
-def test_braces(pattern, expected):
-    """As a shell and WebDataset expand them."""
-    assert braces(pattern) == expected
-    if shutil.which("bash") and "{}" not in pattern:
-        shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True)
-        assert shell.stdout.split() == expected
 
 
 def test_braces_of_local_shards(shards, tmp_path):
@@ -592,19 +564,6 @@ def test_a_changed_object_is_never_served_stale(bucket, shards):
         source.read([5])
     again = sources.load("s3://images/changing")
     assert again.read(range(5, 10))[1].tolist() == sources.load(shards).read(range(5))[1].tolist()
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("s3://images/nowhere", "does not exist"),
-        ("s3://nobucket/a", "does not exist"),
-        ("s3://images/nowhere.tar", "does not exist"),
-    ],
-)
-def test_missing_s3_objects_are_named(bucket, source, message):
-    with pytest.raises(ValueError, match=f"source='{source}': .*{message}"):
-        sources.load(source)
 
 
 def test_a_remote_shards_digest_tells_its_version(memory, tmp_path):

@@ -30,14 +30,3 @@ def test_is_fixed(name):
         if run.returncode in DEATHS or (run.returncode == 1 and "\nfault: " in "\n" + run.stderr):
             raise StillThereError(f"{name}: exit status {run.returncode}, {run.stderr[-200:]}")
         assert run.returncode == 0, run.stderr  # anything else is an error in the script
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_each_script_has_a_report(name):
-    report = (FOLDER / f"{name}.md").read_text()
-    assert report.startswith("# ")
-    assert f"{name}.py" in report
-    assert "DALI 2.4.0" in report
-    assert f"{name}.md" in (FOLDER / "README.md").read_text()
-    compile((FOLDER / f"{name}.py").read_text(), name, "exec")
-    assert "lumix" not in (FOLDER / f"{name}.py").read_text()

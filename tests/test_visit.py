@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import device, gpu, harness, mixing
+from benchmarks import gpu, harness
 from benchmarks.gpu import Step
 
 SLEEPER = "import os, time; open({!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
@@ -122,77 +122,8 @@ def test_every_step_is_a_command_line_that_its_program_accepts(tmp_path, monkeyp
     assert old.variables["PYTHONPATH"].startswith(str(tmp_path / "old"))
 
 
-def test_the_visit_takes_eight_minutes_in_the_order_of_importance():
-    assert sum(gpu.SHARES.values()) == 100
-    assert gpu.parse_args(["--out", "/nowhere", "--device", "cpu"]).minutes == 8
-    assert list(gpu.SHARES)[2:6] == ["decode-whole", "decode-regions", "decode-old", "tests"]
-
-
 def test_the_tests_of_the_visit_exist():
     for file, names in gpu.TESTS.items():
         text = (harness.ROOT / f"tests/test_{file}.py").read_text()
         for name in names:
             assert f"def {name}(" in text
-
-
-def test_outcomes_of_the_tests_are_read_from_the_output():
-    output = (
-        "collecting ... collected 30 items / 24 deselected / 6 selected\n\n"
-        "tests/test_a.py::test_b[cpu-a b] PASSED [ 50%]\ntests/test_a.py::test_c FAILED [ 60%]\n"
-        "tests/test_a.py::test_d SKIPPED (no triton) [ 70%]\nE   PASSED\ntests/test_a.py::test_e "
-        "\n=== short test summary info ===\nERROR tests/test_f.py - ModuleNotFoundError: 'x'\n"
-        "ERROR tests/test_a.py::test_g - of a fixture\n"
-    )
-    assert gpu.result_of(Step("tests", ["pytest"]), "collecting ... collected 2 items\n")["selected"] == 2
-    assert gpu.result_of(Step("tests", ["pytest"]), output) == {
-        "selected": 6,
-        "passed": 1,
-        "failed": ["tests/test_a.py::test_c"],
-        "error": ["tests/test_f.py"],
-        "skipped": ["tests/test_a.py::test_d"],
-    }
-
-
-def test_kernels_are_summed_by_name():
-    events = [
-        {"cat": "kernel", "name": "a", "dur": 3.0},
-        {"cat": "kernel", "name": "a", "dur": 5.0},
-        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "dur": 2.0},
-        {"cat": "cpu_op", "name": "c", "dur": 100.0},
-    ]
-    assert mixing.summed(events, 2) == {
-        "kernel_us": 5.0,
-        "launches": 1.5,
-        "copies": {"HtoD": 0.5},
-        "longest": {"a": 4.0, "Memcpy HtoD (Pinned -> Device)": 1.0},
-    }
-
-
-def test_a_decoder_on_the_cpu_is_reported(tmp_path):
-    """The GPU's pixels that equal the CPU's everywhere were decoded on the CPU."""
-    off = {"4:4:4": dict(largest=0), "4:2:0": dict(largest=9)}
-    found = device.decoder(off, "cuda:0")
-    assert found["ran"] == {"4:4:4": "cpu", "4:2:0": "gpu"}
-    assert device.decoder(off, "cpu")["ran"] == {"4:4:4": "cpu", "4:2:0": "cpu"}
-    first, *rest = device.warnings(found | dict(libnvjpeg=[]))
-    assert first.startswith("THE CPU DECODED, NOT THE GPU: 4:4:4 (")
-    assert "libnvjpeg is not loaded" in rest[0]
-    assert device.warnings(dict(ran={"4:4:4": "gpu"}, libnvjpeg=["/lib/libnvjpeg.so.13"])) == []
-    said = json.dumps({"warnings": ["the CPU decoded"]})
-    line = gpu.run(Step("environment", program(f"print({said!r})")), 60, tmp_path / "log.txt")
-    assert (line["status"], line["reason"]) == ("ok", "WARNING: the CPU decoded")
-
-
-def test_decoders_are_compared_by_the_pixels_of_whole_images():
-    found = device.differences(None)
-    assert {name: off["largest"] for name, off in found.items()} == {"4:4:4": 0, "4:2:0": 0, "progressive": 0}
-
-
-def test_the_gpus_clocks_power_and_link_are_in_the_metadata(monkeypatch):
-    printed = "595.58, 1980 MHz, 1980 MHz, 2619 MHz, 75.04 W, 700.00 W, 31, 5, 16, 0x0000000000000001"
-    monkeypatch.setattr(harness, "_run", lambda *command: printed)
-    state = harness.gpu_state()
-    assert state["clocks.sm"] == "1980 MHz"
-    assert (state["power.draw"], state["temperature.gpu"], state["pcie.link.width.current"]) == ("75.04 W", "31", "16")
-    monkeypatch.setattr(harness, "_run", lambda *command: None)
-    assert harness.gpu_state() == {}

@@ -164,7 +164,7 @@ def create_loader(
         classes: K class names, in the order of their labels, normally the training loader's `classes`; a class of the
             source that is not among them is an error. None: those of the source.
         is_training: True: shuffle, random crop, flip and mix, with equally many batches on all ranks. False: resize and
-            centre crop in order, with every sample on exactly one rank.
+            centre crop in order, with every sample on exactly one rank; the label of one that cannot be used is -100.
         device: where the pipeline runs and delivers: "cpu", "cuda", "cuda:N", or "auto", a GPU if there is one.
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam: see `Mixing`; with both
             alphas 0 nothing is mixed, and targets have kind 0.
