@@ -249,7 +249,6 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--against",
         metavar="MODULE:FUNCTION",
-        type=_function,
         help="a function of yours that makes a loader, whose batches are (images, ...), to compare with this one",
     )
     add("--batch-size", type=int, default=64, help="(%(default)s)")
@@ -262,13 +261,13 @@ def _add_speed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _function(text: str) -> Callable[[], Any]:
-    """An argparse type: a function of an importable module, which may lie in the working directory."""
+    """MODULE:FUNCTION of an importable module, which may lie in the working directory."""
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         found: Callable[[], Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}; give MODULE:FUNCTION") from error
+        raise ValueError(f"--against {text}: {error}; give MODULE:FUNCTION") from error
     return found
 
 
@@ -278,6 +277,7 @@ def _speed(args: argparse.Namespace) -> int:
 
     options = vars(args)
     del options["run"]
-    root = options.pop("root")
+    root, against = options.pop("root"), options.pop("against")
+    options["against"] = None if against is None else _function(against)
     print(speed(sources.load(root), **options, report=partial(print, flush=True)))
     return 0

@@ -136,8 +136,9 @@ def test_loop(stand_ins, capsys):
     check_batch(names["images"], names["target"], 8, (160, 160))
     assert names["soft"].shape == (8, 1000)
     torch.testing.assert_close(names["soft"].sum(1), torch.ones(8))
-    accuracy, place, bad = capsys.readouterr().out.splitlines()
+    accuracy, place, again, bad = capsys.readouterr().out.splitlines()
     assert float(accuracy) in [k / 24 for k in range(25)]
+    assert again == f"tensor({float(accuracy):.4f})"
     assert place == "1 2"  # one batch of epoch 1 was taken, and the next one is the second
     assert bad == "{}"
 

@@ -486,8 +486,8 @@ def test_disabled_mixing_is_not_in_the_graph():
 
 
 BAD = [
-    ({"cutmix_alpha": -1.0}, "cutmix_alpha=-1.0", "0 to switch it off"),
-    ({"mixup_alpha": -0.1}, "mixup_alpha=-0.1", "0 to switch it off"),
+    ({"cutmix_alpha": -1.0}, "cutmix_alpha=-1.0", "a finite number >= 0"),
+    ({"mixup_alpha": -0.1}, "mixup_alpha=-0.1", "a finite number >= 0"),
     ({"mixup_alpha": float("nan")}, "mixup_alpha=nan", "finite"),
     ({"cutmix_alpha": float("inf")}, "cutmix_alpha=inf", "finite"),
     ({"cutmix_alpha": None}, "cutmix_alpha=None", "finite"),
@@ -500,10 +500,10 @@ BAD = [
     ({"mode": "pair"}, "mode='pair'", "not supported.*'elem'.*'batch'"),
     ({"mode": "half"}, "mode='half'", "'elem'.*'batch'"),
     ({"cutmix_minmax": (0.8, 0.2)}, r"cutmix_minmax=\(0.8, 0.2\)", "low < high"),
-    ({"cutmix_minmax": (0.2, 1.2)}, r"cutmix_minmax=\(0.2, 1.2\)", "low < high"),
-    ({"cutmix_minmax": (-0.1, 0.5)}, r"cutmix_minmax=\(-0.1, 0.5\)", "low < high"),
-    ({"cutmix_minmax": 0.5}, "cutmix_minmax=0.5", "low, high"),
-    ({"cutmix_minmax": (0.2, 0.3, 0.4)}, r"cutmix_minmax=\(0.2, 0.3, 0.4\)", "low, high"),
+    ({"cutmix_minmax": (0.2, 1.2)}, r"cutmix_minmax=\(0.2, 1.2\)", r"two numbers, each a number in \[0, 1\]"),
+    ({"cutmix_minmax": (-0.1, 0.5)}, r"cutmix_minmax=\(-0.1, 0.5\)", r"two numbers, each a number in \[0, 1\]"),
+    ({"cutmix_minmax": 0.5}, "cutmix_minmax=0.5", "two numbers"),
+    ({"cutmix_minmax": (0.2, 0.3, 0.4)}, r"cutmix_minmax=\(0.2, 0.3, 0.4\)", "two numbers"),
 ]
 
 

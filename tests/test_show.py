@@ -110,7 +110,7 @@ def test_a_list_of_files(tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "lumix-dali: source='nowhere': no such folder or list file; give one that exists"),
-        (["ROOT", "--mixup", "-1"], "mixup_alpha=-1.0: give a finite number > 0"),
+        (["ROOT", "--mixup", "-1"], "mixup_alpha=-1.0: give a finite number >= 0"),
         (["ROOT", "--mixup-mode", "pair"], "mode='pair': pair is not supported"),
         (["ROOT", "--count", "0"], "--count=0: give a whole number >= 1"),
         (["ROOT", "--input-size", "32", "-o", "TMP/mixed.xyz"], "mixed.xyz: Pillow knows no format of this ending"),
