@@ -115,5 +115,5 @@ $(ready): pyproject.toml setup.py
 
 .venv-lowest/.ready: pyproject.toml tests/lowest.txt
 	python3.11 -m venv .venv-lowest
-	.venv-lowest/bin/python -m pip install --no-compile --disable-pip-version-check -c tests/lowest.txt --editable '.[cuda12,test]'
+	.venv-lowest/bin/python -m pip install --no-compile --disable-pip-version-check -c tests/lowest.txt --editable '.[cuda12,segmentation]' aiohttp google-crc32c hypothesis pytest pytest-xdist
 	@touch $@

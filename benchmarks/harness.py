@@ -36,6 +36,8 @@ from typing import Any, Protocol, TypeVar
 from lumix_dali.cpus import available
 from lumix_dali.data.storage import replacing
 
+from .report import ROUNDS
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
@@ -470,6 +472,8 @@ def begin(program: str, args: argparse.Namespace, seconds: float, what: str) -> 
     """
     minutes = "less than a minute" if seconds < 60 else f"about {seconds / 60:.0f} min"
     say(f"benchmarks.{program} measures {what}: {minutes} on two idle cores. Ctrl-C keeps what is in {args.out}.")
+    if args.rounds < ROUNDS:
+        say(f"{args.rounds} round(s) give no verdict, which takes {ROUNDS}.")
 
 
 class Named(Protocol):

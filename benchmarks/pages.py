@@ -84,7 +84,7 @@ TARGETS = [
     ),
     Target("step of a DeiT-S, LUMix ÷ CutMix", -1.01, "cost-deit_small", "lumix replayed", "cutmix replayed"),
 ]
-HEADLINE = [TARGETS[0], TARGETS[1], TARGETS[3], TARGETS[13], TARGETS[16]]
+HEADLINE = [TARGETS[number] for number in (0, 1, 2, 3, 13)]
 
 
 def measured(results: Path, target: Target) -> dict[str, Any] | None:

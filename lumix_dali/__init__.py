@@ -6,7 +6,7 @@ The names below load on first use: the loss works without DALI, and `lumix_dali.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Kind", "LUMixLoss", "Loader", "MixTarget", "Mixing", "check_target", "create_loader"]
 
 if TYPE_CHECKING:  # without __getattr__, so that a type checker sees a misspelt name

@@ -216,9 +216,9 @@ def _leaves(policy: Policy, warp: Operation) -> list[tuple[int, Operation]]:
         "Equalize": lambda images, _: equalize(images),
     }
     leaves: list[tuple[int, Operation]] = [(0, first), (2 * _WARPS, warp)]
-    for place, name in enumerate(OPERATIONS):
+    for number, name in enumerate(OPERATIONS):
         if name in single:
-            leaves.append((2 * place + 2, lambda images, _, argument, name=name: single[name](images, argument)))
+            leaves.append((2 * number + 2, lambda images, _, argument, name=name: single[name](images, argument)))
     return leaves
 
 
@@ -459,7 +459,7 @@ def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNo
     Returns:
         int32 [2] start and int32 [2] sides, both (y, x); the sides are 0 if no draw fits.
     """
-    tries, place = drawn[:_ATTEMPTS], drawn[_ATTEMPTS, :2]
+    tries, corner = drawn[:_ATTEMPTS], drawn[_ATTEMPTS, :2]
     area = (tries[:, 0] * (1 / 3 - 0.02) + 0.02) * (size[0] * size[1]) / number
     aspect = math.exp((tries[:, 1] * 2 - 1) * pymath.log(1 / 0.3))
     sides = fn.cast(math.sqrt(fn.stack(area * aspect, area / aspect, axis=1)), dtype=types.INT32)
@@ -467,7 +467,7 @@ def region_of(size: DataNode, drawn: DataNode, number: DataNode) -> tuple[DataNo
     weight = fits * tries[:, 2:]
     taken = fits * (weight == fn.reductions.max(weight, axes=[0], keep_dims=True))
     side = fn.reductions.max(sides * taken, axes=[0])
-    return fn.cast(math.floor(place * (size - side + 1)), dtype=types.INT32), side
+    return fn.cast(math.floor(corner * (size - side + 1)), dtype=types.INT32), side
 
 
 def _fill(

@@ -68,8 +68,8 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
         tiles = [_tile(Image.fromarray(image), classes, *row) for image, *row in rows]
     width, height = tiles[0].size
     grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
-    for place, tile in enumerate(tiles):
-        grid.paste(tile, (place % columns * width, place // columns * height))
+    for number, tile in enumerate(tiles):
+        grid.paste(tile, (number % columns * width, number // columns * height))
     with replacing(out) as file:
         grid.save(file, Image.registered_extensions()[os.path.splitext(out)[1].lower()])
 
@@ -180,7 +180,7 @@ def _check(args: argparse.Namespace) -> int:
     print(check.show(report))
     print(
         "{ranks} rank(s), batches of {batch_size}: {batches} per rank, {left_out} samples left out".format(
-            **report.shards(args.ranks, args.batch_size)
+            **report.epoch(args.ranks, args.batch_size)
         )
     )
     if args.manifest and report.samples is None:
@@ -188,7 +188,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.manifest and report.samples is not None:
         write_manifest(report.samples, args.manifest)
     if args.report:
-        content = report.as_dict() | dict(shards=report.shards(args.ranks, args.batch_size))
+        content = report.as_dict() | dict(epoch=report.epoch(args.ranks, args.batch_size))
         with replacing(args.report) as file:
             file.write(json.dumps(content, indent=1).encode("ascii"))
     return 0 if report.ok else 1

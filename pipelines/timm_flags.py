@@ -39,7 +39,7 @@ WITHOUT_EFFECT = {
 }
 
 SPLITS = "augmentation splits are not supported; a batch has one version of each image (or --aug-repeats)"
-DISTILL = "distillation is not supported; train with timm's train.py, which takes this loader (README)"
+DISTILL = "distillation is not supported; train with timm's train.py, which takes this loader (docs/timm.md)"
 NAFLEX = "the NaFlex loader is not supported; use timm's train.py"
 SIZES = "every batch has --batch-size images, whatever their size"
 FOLDER = "data come from a class folder, a list or shards (README); create one of them"
@@ -217,7 +217,7 @@ def table(parser: argparse.ArgumentParser) -> str:
             if dest in OWN
         ),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("docs/timm.md", "[timm.md](timm.md)") + "\n"
 
 
 def _shown(default: Any) -> str:

@@ -143,7 +143,7 @@ def test_the_report_is_for_scripts(root, tmp_path_factory, capsys):
     content = json.loads(report.read_text())
     assert content["ok"] is True
     assert content["images"] == 10
-    assert content["shards"] == dict(ranks=2, batch_size=2, batches=2, left_out=2)
+    assert content["epoch"] == dict(ranks=2, batch_size=2, batches=2, left_out=2)
     assert "10 usable images in 2 classes" in capsys.readouterr().out
     assert main(["check", str(root / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err

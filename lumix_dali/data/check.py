@@ -103,7 +103,7 @@ class Report:
         numbers = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
         return dict(zip(self.classes, numbers.tolist(), strict=True))
 
-    def shards(self, ranks: int, batch_size: int) -> dict[str, int]:
+    def epoch(self, ranks: int, batch_size: int) -> dict[str, int]:
         """Batches per rank, and samples left out, of a training epoch over `ranks` at `batch_size`."""
         batches = len(self.labels) // (ranks * batch_size)
         return dict(
@@ -240,8 +240,9 @@ def _survey(source: Any, workers: int, progress: Progress) -> _Survey:
             return _survey_of_shards(shards, workers, progress)
         if storage.is_folder(path) and not shards:
             found = folder_survey(path)
-            samples = found.samples
-            return _Survey(samples, samples.names.__getitem__, path, ignored=found.ignored, empty=found.empty)
+            doubts = [found.doubt] if found.doubt else []
+            name = found.samples.names.__getitem__
+            return _Survey(found.samples, name, path, ignored=found.ignored, empty=found.empty, warnings=doubts)
     samples_of_any = sources.load(source, progress=progress)
     if isinstance(samples_of_any, Files):
         return _Survey(samples_of_any, samples_of_any.names.__getitem__, samples_of_any.root)
@@ -331,8 +332,8 @@ def _checksum_faults(handle: int) -> dict[int, str]:
         return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
     return {
-        number: f"its checksum at byte {place} does not match"
-        for number, (place, content) in enumerate(index.records(handle))
+        number: f"its checksum at byte {offset} does not match"
+        for number, (offset, content) in enumerate(index.records(handle))
         if content[8:12] + content[-4:] != masked(content[:8]) + masked(content[12:-4])
     }
 

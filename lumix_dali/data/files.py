@@ -37,18 +37,18 @@ class Names(Sequence[str]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, index: slice) -> list[str]: ...
 
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
-        return os.fsdecode(self.content[self._ends[place] : self._ends[place + 1]])
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return os.fsdecode(self.content[self._ends[index] : self._ends[index + 1]])
 
     def __repr__(self) -> str:
         return f"<{len(self)} names>"
@@ -189,6 +189,14 @@ class Survey(NamedTuple):
     ignored: list[str]
     empty: list[str]
 
+    @property
+    def doubt(self) -> str:
+        """Why these may not be the classes that are meant; empty where nothing speaks for it."""
+        names = self.samples.classes
+        if len(names) < 2 or not {name.lower() for name in names} <= SPLITS:
+            return ""
+        return f"its classes are {', '.join(names)}; is the data set one of these folders?"
+
 
 def survey(root: str) -> Survey:
     """Looks at all names in a class folder, ``root/class/**/image``, or in a folder of images without classes.
@@ -231,9 +239,8 @@ def class_folder(root: storage.StrPath) -> Files:
     """
     root = os.fspath(root)
     found = survey(root)
-    if len(found.samples.classes) > 1 and {name.lower() for name in found.samples.classes} <= SPLITS:
-        names = ", ".join(found.samples.classes)
-        warnings.warn(f"source={root!r}: its classes are {names}; is the data set one of these folders?", stacklevel=4)
+    if found.doubt:
+        warnings.warn(f"source={root!r}: {found.doubt}", stacklevel=4)
     seen = [name for name in found.ignored if name[0] != "." and "/." not in name]
     passed = [
         f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"

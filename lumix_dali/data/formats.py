@@ -257,22 +257,22 @@ def _dali(file: BinaryIO) -> Look | None:
 
 def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
     """(height, width) of a Huffman-coded 8-bit JPEG with one or three components."""
-    place = 2
+    offset = 2
     for _ in range(_MAX_SEGMENTS):
-        prefix, marker, length = struct.unpack(">BBH", read(place, 4))
+        prefix, marker, length = struct.unpack(">BBH", read(offset, 4))
         if prefix != 0xFF:
             return None
         if marker == 0xFF:  # fill bytes may stand before a marker
-            place += 1
+            offset += 1
         elif marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
-            bits, height, width, components = struct.unpack(">BHHB", read(place + 4, 6))
+            bits, height, width, components = struct.unpack(">BHHB", read(offset + 4, 6))
             return (height, width) if bits == 8 and components in (1, 3) else None
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless, hierarchical or arithmetic-coded
         elif marker in (0xD9, 0xDA) or length < 2:  # the image data begins or ends before a frame header
             return None
         else:
-            place += 2 + length
+            offset += 2 + length
     return None
 
 
@@ -284,25 +284,25 @@ def has_stray_marker(file: BinaryIO) -> bool:
     """
     file.seek(0)
     content = file.read()
-    place, components, allowed = 2, 0, _SEGMENTS | _FRAMES
+    offset, components, allowed = 2, 0, _SEGMENTS | _FRAMES
     while True:
         try:
-            prefix, marker, length = struct.unpack_from(">BBH", content, place)
+            prefix, marker, length = struct.unpack_from(">BBH", content, offset)
         except struct.error:  # the file ends, perhaps with its end marker
-            return content[place:] != b"\xff\xd9"
+            return content[offset:] != b"\xff\xd9"
         if prefix == marker == 0xFF:  # fill bytes may stand before a marker
-            place += 1
+            offset += 1
             continue
         if prefix != 0xFF or marker not in allowed:
             return (prefix, marker) != (0xFF, 0xD9)
-        segment = content[place + 4 : place + 2 + length]
-        place += 2 + length
+        segment = content[offset + 4 : offset + 2 + length]
+        offset += 2 + length
         if marker in _FRAMES and len(segment) > 5:
             components, allowed = segment[5], _SEGMENTS
         if marker == 0xDA:
-            if (end := _IN_SCAN.search(content, place)) is None:
+            if (end := _IN_SCAN.search(content, offset)) is None:
                 return True
-            place = end.end() - 2
+            offset = end.end() - 2
             if segment[:1] == bytes([components]) and segment[-3:] == b"\0\x3f\0":
                 allowed = frozenset()  # this scan has all components and coefficients: only the end may follow
 
@@ -325,14 +325,14 @@ def _png(read: Read, size: int) -> tuple[int, int] | None:
         return None
     if (compression, filtering) != (0, 0) or interlace > 1:
         return None
-    place = 33
-    while place + 12 <= size:
-        length, kind = struct.unpack(">I4s", read(place, 8))
+    offset = 33
+    while offset + 12 <= size:
+        length, kind = struct.unpack(">I4s", read(offset, 8))
         if kind == b"IEND":
             return height, width
         if kind == b"acTL":
             return None
-        place += 12 + length
+        offset += 12 + length
     return None
 
 
@@ -351,6 +351,6 @@ def _webp(read: Read, size: int) -> tuple[int, int] | None:
         signature, packed = struct.unpack("<BI", read(20, 5))
         return ((packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1) if signature == 0x2F else None
     if kind == b"VP8X" and not read(20, 1)[0] & _WEBP_EXIF:
-        width, height = (int.from_bytes(read(place, 3), "little") + 1 for place in (24, 27))
+        width, height = (int.from_bytes(read(offset, 3), "little") + 1 for offset in (24, 27))
         return height, width
     return None

@@ -119,9 +119,9 @@ def name_at(path: str, handle: int, offset: int) -> str:
 
 def reason(path: str, handle: int, row: Sequence[int]) -> str:
     """Why a sample cannot be used, given its row: offset, size and `Fault`; quotes an invalid label."""
-    _, place, fault = row
+    _, offset, fault = row
     if fault == Fault.LABEL and kind_of(path) == "webdataset":
-        return f"its .cls is {os.pread(handle, 20, place).rstrip(bytes(1))!r}, not 1 to {DIGITS} digits"
+        return f"its .cls is {os.pread(handle, 20, offset).rstrip(bytes(1))!r}, not 1 to {DIGITS} digits"
     return Fault(fault).reason
 
 
@@ -250,17 +250,17 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
     Raises:
         ValueError: it is damaged, or a member's path is absolute or leads out of the archive.
     """
-    place, end = 0, os.fstat(handle).st_size
+    offset, end = 0, os.fstat(handle).st_size
     keys: dict[str, str] = {}  # what extended headers say about the next member
-    while place < end:
-        block = _read(handle, place, _BLOCK)
+    while offset < end:
+        block = _read(handle, offset, _BLOCK)
         if not block.strip(b"\0"):
             return  # the end mark
         name, size = _name_and_size(block)
-        kind, place = block[156:157], place + _BLOCK
+        kind, offset = block[156:157], offset + _BLOCK
         if kind in _EXTENDED:
-            _check_whole(repr(name), place + size, end)
-            content = _read(handle, place, size)
+            _check_whole(repr(name), offset + size, end)
+            content = _read(handle, offset, size)
             keys |= _pax(content) if kind in b"xX" else {"path": _text(content)} if kind == b"L" else {}
         else:
             name, size = keys.get("path") or name, int(keys.get("size", size)) if kind not in _EMPTY else 0
@@ -268,16 +268,16 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
             keys = {}
             more = kind == b"S" and block[482]
             while more:  # blocks of the map of a sparse file
-                more, place = _read(handle, place, _BLOCK)[504], place + _BLOCK
-            _check_whole(repr(name), place + size, end)
+                more, offset = _read(handle, offset, _BLOCK)[504], offset + _BLOCK
+            _check_whole(repr(name), offset + size, end)
             if name.startswith("/") or ".." in name.split("/"):
                 raise ValueError(f"member {name!r} leads out of the archive; refused")
             if is_regular and not name.rpartition("/")[2].startswith("."):
-                yield Member(name, place, size)
+                yield Member(name, offset, size)
             elif kind != b"5" and ignored is not None:
                 ignored.append(name)
-        place += -(-size // _BLOCK) * _BLOCK
-        _check_whole(repr(name), place, end)
+        offset += -(-size // _BLOCK) * _BLOCK
+        _check_whole(repr(name), offset, end)
     if keys:
         raise ValueError("not a complete tar archive: its last member is cut short")
 
@@ -321,14 +321,14 @@ _PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
 
 def _pax(content: bytes) -> dict[str, str]:
     """The records of an extended header: ``LENGTH KEY=VALUE``, each with a newline."""
-    found, place = {}, 0
-    while place < len(content) and content[place]:
-        match = _PAX_RECORD.match(content, place)
-        stop = place + int(match[1]) if match else 0
+    found, offset = {}, 0
+    while offset < len(content) and content[offset]:
+        match = _PAX_RECORD.match(content, offset)
+        stop = offset + int(match[1]) if match else 0
         if not match or not match.end() < stop <= len(content):
             raise ValueError("not a complete tar archive: an extended header is damaged")
         found[match[2].decode("utf-8", "replace")] = content[match.end() : stop - 1].decode("utf-8", "surrogateescape")
-        place = stop
+        offset = stop
     if not found.get("size", "0").isdecimal():
         raise ValueError("not a complete tar archive: an extended header is damaged")
     return found
@@ -399,20 +399,20 @@ def records(handle: int) -> Iterator[tuple[int, bytes]]:
     Raises:
         ValueError: a record is cut short.
     """
-    place, end = 0, os.fstat(handle).st_size
-    while place < end:
-        header = os.pread(handle, 12, place)
+    offset, end = 0, os.fstat(handle).st_size
+    while offset < end:
+        header = os.pread(handle, 12, offset)
         (length,) = struct.unpack("<Q", header[:8]) if len(header) == 12 else (1 << 63,)
-        if length + 16 > end - place:  # checked before reading: a false length could take all memory
-            raise ValueError(f"the record at byte {place} is cut short")
-        yield place, _read(handle, place, length + 16)
-        place += length + 16
+        if length + 16 > end - offset:  # checked before reading: a false length could take all memory
+            raise ValueError(f"the record at byte {offset} is cut short")
+        yield offset, _read(handle, offset, length + 16)
+        offset += length + 16
 
 
 def _record_rows(handle: int) -> Iterator[Row]:
-    for number, (place, content) in enumerate(records(handle)):
+    for number, (offset, content) in enumerate(records(handle)):
         name, start, stop, label = parse_record(content)
-        yield Row(f"record {number}{name and f' ({name})'}", place + start, stop - start, label)
+        yield Row(f"record {number}{name and f' ({name})'}", offset + start, stop - start, label)
 
 
 def parse_record(content: bytes) -> tuple[str, int, int, int]:
@@ -447,39 +447,39 @@ def _features(content: bytes, start: int, stop: int) -> dict[str, list[Any]]:
 
 def _fields(content: bytes, message: tuple[int, int], wanted: int) -> Iterator[Any]:
     """The values of field `wanted` of a message: integers, or (start, stop) of bytes."""
-    place, stop = message
+    offset, stop = message
     value: Any
-    while place < stop:
-        tag, place = _varint(content, place)
+    while offset < stop:
+        tag, offset = _varint(content, offset)
         kind = tag & 7
         if kind == 0:
-            value, place = _varint(content, place)
+            value, offset = _varint(content, offset)
         elif kind in (1, 2, 5):
-            size, place = _varint(content, place) if kind == 2 else (8 if kind == 1 else 4, place)
-            value, place = (place, place + size), place + size
+            size, offset = _varint(content, offset) if kind == 2 else (8 if kind == 1 else 4, offset)
+            value, offset = (offset, offset + size), offset + size
         else:
             raise ValueError(f"wire type {kind}")
-        if place > stop:
+        if offset > stop:
             raise ValueError("a field is cut short")
         if tag >> 3 == wanted:
             yield value
 
 
-def _varint(content: bytes, place: int) -> tuple[int, int]:
+def _varint(content: bytes, offset: int) -> tuple[int, int]:
     """A number, as int64 in two's complement, and the position after it."""
     value = shift = 0
-    while (byte := content[place]) > 127:
+    while (byte := content[offset]) > 127:
         value |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if shift > 63:
             raise ValueError("a number is too long")
     value |= byte << shift
-    return (value & (1 << 64) - 1) - (value >> 63 << 64), place + 1
+    return (value & (1 << 64) - 1) - (value >> 63 << 64), offset + 1
 
 
 def _varints(content: bytes) -> list[int]:
-    values, place = [], 0
-    while place < len(content):
-        value, place = _varint(content, place)
+    values, offset = [], 0
+    while offset < len(content):
+        value, offset = _varint(content, offset)
         values.append(value)
     return values

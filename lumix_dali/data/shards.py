@@ -132,7 +132,7 @@ class Shards(Source):
         """
         images: list[Image] = []
         labels = np.zeros(len(indices), np.int64)
-        for place, index_ in enumerate(indices):
+        for k, index_ in enumerate(indices):
             number, shard, row = self._at(index_)
             offset, size, label = row
             if label < 0:
@@ -148,7 +148,7 @@ class Shards(Source):
                         "run began"
                     )
                 images.append(image)
-                labels[place] = label
+                labels[k] = label
         return images, labels
 
     def prefetch(self, indices: np.ndarray) -> None:
@@ -330,14 +330,14 @@ def load_shards(
     if len(set(map(index.kind_of, paths))) != 1 or len(set(paths)) != len(paths):
         raise ValueError(f"source={list(paths)[:4]!r}: give shards of one kind, each only once")
     folders = sorted({storage.split(path)[0] for path in paths})
-    listed = {place: _files_in(place) for place in folders}
-    entries = [listed[place].get(name) for place, name in map(storage.split, paths)]
+    listed = {folder: _files_in(folder) for folder in folders}
+    entries = [listed[folder].get(name) for folder, name in map(storage.split, paths)]
     unknown = [
         k for k, entry in enumerate(entries) if entry is None or not entry.version
     ]  # HTTP servers list only names
     for k, entry in zip(unknown, storage.entries([paths[k] for k in unknown]), strict=True):
         entries[k] = entry
-    known = {place: _description(place, listed[place]) for place in folders}
+    known = {folder: _description(folder, listed[folder]) for folder in folders}
     lists = [each[0] for each in known.values() if each[0] is not None]
     if any(classes != lists[0] for classes in lists):
         raise ValueError(f"source={list(paths)[:4]!r}: their {DESCRIPTION} differ in classes; give one set")
@@ -348,37 +348,37 @@ def load_shards(
     return Shards(paths, cast(Any, entries), counts, classes, cache, progress)
 
 
-def _files_in(place: str) -> dict[str, storage.Entry]:
+def _files_in(folder: str) -> dict[str, storage.Entry]:
     """Files beside the shards; empty if a web server lists none."""
     try:
-        return storage.listing(place)
+        return storage.listing(folder)
     except ValueError:
-        if storage.is_remote(place):
+        if storage.is_remote(folder):
             return {}
         raise
 
 
-def _description(place: str, files: Mapping[str, Any]) -> tuple[list[str] | None, dict[str, int]]:
+def _description(folder: str, files: Mapping[str, Any]) -> tuple[list[str] | None, dict[str, int]]:
     """Class names and the number of samples of each shard, as far as files beside the shards tell."""
     for name in (DESCRIPTION, _HUB) if not files else ():  # the server lists nothing, but they may exist
         with suppress(storage.Missing):
-            files = {name: storage.entry(os.path.join(place, name))}
+            files = {name: storage.entry(os.path.join(folder, name))}
             break
     if DESCRIPTION in files:
-        found = description(place)
+        found = description(folder)
         return found["classes"], found["shards"]
     if _HUB in files:
-        return None, _hub_counts(os.path.join(place, _HUB))
+        return None, _hub_counts(os.path.join(folder, _HUB))
     return None, {}
 
 
-def description(place: str) -> dict[str, Any]:
+def description(folder: str) -> dict[str, Any]:
     """Class names and the number of samples of each shard, as written by ``lumix-dali convert``.
 
     Raises:
         ValueError: the description is damaged, or not all shards are written.
     """
-    path = os.path.join(place, DESCRIPTION)
+    path = os.path.join(folder, DESCRIPTION)
     try:
         content = json.loads(storage.read_bytes(path))
         if content["format"] == FORMAT and content["complete"]:

@@ -144,9 +144,9 @@ class _Renumbered(_Defaults):
         """Images, and the labels in the table; a `BadImage` for a label beyond it."""
         images, labels = super().read(indices)
         fits = (labels >= 0) & (labels < len(self._table))
-        for place in np.flatnonzero(~fits).tolist():
-            if not isinstance(images[place], BadImage):
-                images[place] = BadImage(f"its label is {labels[place]}, of {len(self._table)} classes")
+        for row in np.flatnonzero(~fits).tolist():
+            if not isinstance(images[row], BadImage):
+                images[row] = BadImage(f"its label is {labels[row]}, of {len(self._table)} classes")
         return images, self._table[np.where(fits, labels, 0)]
 
 
