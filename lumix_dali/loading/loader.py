@@ -2,8 +2,8 @@
 
 Every epoch has its own pipeline, whose order, plans and draws are a pure function of (seed, epoch, rank). The next
 pipeline is built, and starts to decode, while the last batches of the current one are consumed. An abandoned epoch, a
-switch of mixing, a bad sample and a resume all do the same: they build a pipeline at a given position. Batches leave DALI
-through DLPack, without a copy.
+switch of mixing, a bad sample and a resume all do the same: they build a pipeline at a given position. Batches leave
+DALI through DLPack, without a copy.
 """
 
 from __future__ import annotations
