@@ -325,3 +325,15 @@ def test_the_site_is_built_and_loads_nothing_from_a_network(tmp_path):
     fn = (tmp_path / "api" / "fn.html").read_text()
     assert 'id="lumix_dali.fn.mix"' in fn
     assert "probability in [0, 1] that a sample is mixed" in fn
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/training.md", "tests/README.md"])
+def test_the_tests_that_a_page_names_exist(page):
+    """A test named without its file is of the file that was named before."""
+    file, lost = "", []
+    for named, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", (ROOT / page).read_text()):
+        file = named or file
+        path = ROOT / "tests" / file
+        if not path.is_file() or (test and f"def {test}(" not in path.read_text()):
+            lost.append(f"{file}::{test}")
+    assert not lost
