@@ -83,7 +83,7 @@ results: $(ready)  # measure what the pages show, an hour on an idle machine: DA
 	$(python) -m benchmarks.mix --out $(OUT)/mix.json --rounds 9
 	$(python) -m benchmarks.scaling --out $(OUT)/scaling.json
 	$(python) -m benchmarks.cost --out $(OUT)/cost-resnet50.json --data $(DATA) --rounds 9 --batch-size 8 --steps 2 --parts model,step,epoch --model resnet50
-	$(python) -m benchmarks.cost --out $(OUT)/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 128 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
+	$(python) -m benchmarks.cost --out $(OUT)/cost-deit_small.json --data $(DATA) --rounds 9 --batch-size 32 --steps 1 --parts step --model deit_small_patch16_224 --only 'cutmix replayed,lumix replayed'
 	$(MAKE) figures
 
 evidence: $(ready)  # does LUMix help? train the models of experiments/PLAN.md, or go on with them: hours

@@ -51,9 +51,11 @@ RATIOS = {
     "DLPack ÷ copied": ("dlpack", "copied", {}),
     "CutMix ÷ no mixing, 8x8 pixels": ("tiny cutmix", "tiny none", {}),
     "CutMix + Mixup ÷ no mixing, 8x8 pixels": ("tiny cutmix+mixup", "tiny none", {}),
-    "CPU time of an image ÷ with nearest-neighbour resize": (TODAY, NEAREST, {}),
+    "CPU time of an image ÷ with nearest-neighbour resize": (TODAY, NEAREST, dict(part="cpu")),
     "4000x3000 pixels, converted to 512 ÷ as it is": ("converted to 512", LARGE, {}),
-    **{f"{side}x{side} pixels, today ÷ {BEFORE}": (TODAY, BEFORE, dict(side=side)) for side in (8, 32, 64)},
+    **{
+        f"{side}x{side} pixels, today ÷ {BEFORE}": (TODAY, BEFORE, dict(part="tiny", side=side)) for side in (8, 32, 64)
+    },
 }
 BOTTLENECK = 1.05
 
