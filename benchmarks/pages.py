@@ -134,17 +134,17 @@ def targets(results: Path) -> str:
         bound = f"{'≥' if target.bound > 0 else '≤'} {abs(target.bound):g}"
         ratio = measured(results, target)
         if ratio is None:
-            lines.append((1, [target.what, bound, "not measured yet", "", ""]))
+            lines.append((1, [target.what, bound, "not measured yet", ""]))
             continue
         limit = target.limit.format(allowed(results, target))
         if ratio["quartiles"][0] <= abs(target.bound) <= ratio["quartiles"][1]:
             limit = "by less than the rounds vary"
         met = ratio["median"] >= target.bound if target.bound > 0 else ratio["median"] <= -target.bound
         low, high = ratio["quartiles"]
-        cells = [f"{ratio['median']:.3f}", f"{low:.3f} – {high:.3f}", "met" if met else f"missed: {limit}"]
+        cells = [f"{ratio['median']:.3f} ({low:.3f} – {high:.3f})", "met" if met else f"missed: {limit}"]
         lines.append((2 if met else 0, [target.what, bound, *cells]))
     ordered = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
-    table = report.grid([["ratio within one run", "target", "median", "quartiles", ""], *ordered])
+    table = report.grid([["ratio within one run", "target", "median and quartiles", ""], *ordered])
     return f"{table}\n\n{sources(results, TARGETS)}"
 
 

@@ -53,6 +53,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.spines.left": False,
     "savefig.transparent": True,
+    "legend.frameon": False,  # its white box would show on black
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
 }
 WIDTH, PER_DOT = 8.0, 0.27  # inches

@@ -17,6 +17,7 @@ COPIES = "repository"  # folder of the copies, within the site
 LINK = re.compile(r"(\]\()([^)\s#]+)")
 RANGE = re.compile(r"-?[\d.]+ [–±] -?[\d.]+|\([+-]?[\d.]+ (?:–|to) [+-]?[\d.]+[;)]")
 CELL = re.compile(r"<td>[^<]*</td>")
+FLAG = re.compile(r"<code>(--[\w-]+)</code>")
 SPELLINGS = [
     (r"^Example:$", "Examples:"),
     (r"^(    (?:\w+, )*\w+,)\n +((?:\w+, )*\w+: )", r"\1 \2"),  # names of one item on two lines
@@ -64,7 +65,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, **_):
-    """Keeps both ends of a range, and a mean and its deviation, on one line."""
+    """Keeps both ends of a range, a mean and its deviation, and a flag, on one line."""
+    html = FLAG.sub(r'<code class="flag">\1</code>', html)
     return CELL.sub(lambda cell: RANGE.sub(r'<span class="range">\g<0></span>', cell[0]), html)
 
 
