@@ -610,7 +610,7 @@ def test_the_report_of_shards(folder, tmp_path, capsys):
     content = json.loads(report.read_text())
     assert content["ok"] is True
     assert content["images"] == COUNT
-    assert content["shards"] == {"ranks": 2, "batch_size": 3, "batches": 3, "left_out": 5}
+    assert content["epoch"] == {"ranks": 2, "batch_size": 3, "batches": 3, "left_out": 5}
     assert list(content["files"].values()) == [5, 5, 5, 5, 3]
     assert main([*command, "--manifest", str(tmp_path / "m.json")]) == 2
     assert "a manifest lists files, not shards" in capsys.readouterr().err
