@@ -33,7 +33,8 @@ def kernel(size: Sequence[int], device: str) -> str:
     Without AVX2 PyTorch has no kernel for uint8: it converts to float, with OpenMP threads of its own.
     """
     suits = device == "cpu" and size[0] * size[1] >= _FEWEST_PIXELS
-    return "torch" if suits and "AVX" in torch.backends.cpu.get_cpu_capability() else "dali"
+    # "NO AVX" (PyTorch 2.6) or "DEFAULT" without it.
+    return "torch" if suits and torch.backends.cpu.get_cpu_capability().startswith("AVX") else "dali"
 
 
 def resize_mirror(images: DataNode, size: tuple[int, int], interpolation: TrainInterpolation, hflip: float) -> DataNode:
