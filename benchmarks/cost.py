@@ -28,13 +28,11 @@ from lumix_dali.cpus import available
 
 from . import harness, report
 from .harness import summary
+from .names import BEFORE, LARGE, NEAREST, TODAY
 from .report import compared, is_shown, ratio_cell, ratio_of
 
-LOADER_STAGES = ("read", "decode", "resize", "mix", "normalise", "copy")
-MODEL_STAGES = ("forward", "loss", "backward", "optimiser")
 PARTS = ("loader", "model", "step", "epoch", "handover", "cpu", "mixing", "host", "tiny", "large")
 QUICK = ("loader", "model", "step", "cpu")
-BEFORE, TODAY, NEAREST, LARGE = "9ac746d", "today", "nearest neighbour", "4000x3000 as it is"
 # Part: the row to which its rows are compared.
 COMPARED = {
     "step": "cutmix replayed",
@@ -44,7 +42,7 @@ COMPARED = {
     "tiny": BEFORE,
     "large": LARGE,
 }
-RATIOS = {
+RATIOS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LUMix ÷ CutMix, whole step": ("lumix replayed", "cutmix replayed", {}),
     "CutMix ÷ no mixing, whole step": ("cutmix replayed", "none replayed", {}),
     "fed by the loader ÷ replayed": ("lumix loaded", "lumix replayed", {}),

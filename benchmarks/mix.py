@@ -16,9 +16,8 @@ from typing import Any
 from lumix_dali.cpus import available
 
 from . import harness, report
+from .names import FLOOR, NOTHING, ONE_PIXEL
 from .report import compared, ratio_cell, ratio_of, spread, timed
-
-FLOOR, NOTHING, ONE_PIXEL = "floor: copy", "nothing", "RandAugment of one pixel"
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:

@@ -20,7 +20,7 @@ from lumix_dali.mixing import Mixing
 
 from . import harness
 from .contenders import normalised_in_dali
-from .mix import FLOOR, NOTHING, ONE_PIXEL
+from .names import FLOOR, NOTHING, ONE_PIXEL
 
 MIXES: dict[str, dict[str, Any]] = {
     "cutmix elem": dict(cutmix_alpha=1.0),

@@ -33,7 +33,7 @@ from lumix_dali.loading.resize import resize_mirror
 
 from . import harness
 from .contenders import AHEAD, PREFETCH, Epoch, Setting, guarded_crop, normalised_in_dali
-from .cost import BEFORE, LARGE, LOADER_STAGES, MODEL_STAGES, NEAREST, TODAY
+from .names import BEFORE, LARGE, LOADER_STAGES, MODEL_STAGES, NEAREST, TODAY
 
 CUTMIX: dict[str, Any] = dict(cutmix_alpha=1.0)
 BOTH: dict[str, Any] = CUTMIX | dict(mixup_alpha=0.8)
