@@ -36,10 +36,10 @@ quick: $(ready)  # only the tests that need neither DALI nor a compiler: about h
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 -k "$(QUICK)" $(foreach name,$(PURE),tests/test_$(name).py) $(ARGS)
 
 test: $(ready)  # every test that needs no GPU and no patience: about 6 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-lowest: .venv-lowest/.ready  # the tests with the lowest promised versions, in .venv-lowest, on Python 3.11
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadscope $(foreach name,$(NEWEST),--ignore tests/test_$(name).py) $(ARGS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(foreach name,$(NEWEST),--ignore tests/test_$(name).py) $(ARGS)
 
 check: $(ready)  # formatting, lint, types, the documentation's examples and figures
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync $(CHECKS)
