@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_BEHIND = {".git", ".venv", "data", "mutants", "runs", "site"}  # large, and of this folder only
+LEFT_BEHIND = {"build", "data", "mutants", "runs", "site"}  # of this folder only, as are hidden ones
+
+
+def left_behind(folder, names):
+    """What `shutil.copytree` leaves out of a copy of the tree: environments, caches and results."""
+    if Path(folder) != ROOT:
+        return {"__pycache__"}
+    return {name for name in names if name in LEFT_BEHIND or name.startswith(".")}
+
+
 SECONDS = 300
 
 
@@ -399,7 +408,7 @@ def run_tests(arguments, mutant=None):
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder, "tree")
-        shutil.copytree(ROOT, tree, ignore=lambda at, names: LEFT_BEHIND if Path(at) == ROOT else {"__pycache__"})
+        shutil.copytree(ROOT, tree, ignore=left_behind)
         if mutant:
             source = tree / mutant.file
             source.write_text(source.read_text().replace(mutant.old, mutant.new))
