@@ -59,3 +59,11 @@ def test_best_jaccard_by_hand():
     assert metrics.best_jaccard(masks, target, ignore_void=True) == pytest.approx((1 / 2 + 2 / 3) / 2)
     with pytest.raises(ValueError, match="only background and void"):
         metrics.best_jaccard(masks, torch.zeros(2, 3))
+
+
+def test_cells_that_touch_at_a_corner_belong_together_only_with_connectivity_8():
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0, 0] = mask[1, 1] = mask[2, 2] = True  # a diagonal of three
+    mask[3, 4] = mask[3, 5] = True  # two side by side
+    assert metrics.mask_box(mask, corners=True).tolist() == [0, 0, 3 / 6, 3 / 4]
+    assert metrics.mask_box(mask, corners=False).tolist() == [4 / 6, 3 / 4, 1, 1]
