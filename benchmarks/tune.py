@@ -116,9 +116,10 @@ def tune(
 def speed(s: "Setting", args: argparse.Namespace, chosen: dict[str, Any]) -> float:
     """Images/s of the loader with these values, in its steady state."""
     from lumix_dali import create_loader
-    from lumix_dali.loading.loader import EARLY
 
-    ahead = max(chosen["prefetch_queue_depth"], EARLY + 1)  # the next epoch's start must not be counted
+    from .contenders import AHEAD
+
+    ahead = max(chosen["prefetch_queue_depth"], AHEAD)
     batches = harness.epoch_length(args.batches, ahead)
     with create_loader(
         s.repeated(batches),

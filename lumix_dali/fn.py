@@ -190,7 +190,7 @@ def apply(
             share = box_lam0(box[2:] - box[:2], put(size, device))
             lam0 = share + lam0 if mixing.with_mixup else share
     if mixing.with_mixup:
-        mixed = _blend(mixed, partners, weight, drawn.kind == MIXUP, size)
+        mixed = _blend(mixed, partners, weight, drawn.kind == MIXUP, size, first)
     labels = _scalar(labels, device)
     partner = fn.cast(put(drawn.partner, device), dtype=types.INT64)
     others = fn.permute_batch(labels, indices=drawn.partner)
@@ -245,10 +245,7 @@ def lay(images: DataNode, inputs: Mapping[str, DataNode], size: Size) -> DataNod
         pasted = fn.permute_batch(images, indices=ids[1])
     if weight is None:
         return pasted
-    blend = _blending(images.device, size)
-    if images.device == "gpu":
-        return blend(images, pasted, weight)
-    return branch(inputs["is_mixup"], blend, lambda own, pasted, weight: pasted, images, pasted, weight)
+    return _blend(images, pasted, weight, inputs.get("is_mixup"), size, lambda own, pasted, weight: pasted)
 
 
 def lam0(inputs: Mapping[str, Any], size: Sequence[int], put: Callable[[Any], Any]) -> Any:
@@ -351,16 +348,25 @@ def _paste(values: DataNode, partners: DataNode, box: DataNode, size: Size) -> D
     return branch(fn.reductions.min(extent) > 0, paste, keep, values, partners, anchors, shapes)
 
 
-def _blend(images: DataNode, partners: DataNode, weight: DataNode, is_mixup: DataNode, size: Size) -> DataNode:
-    """images·(1 - w) + partners·w within one grey level. `weight` is 0, which is exact, unless `is_mixup`.
+def _blend(
+    images: DataNode,
+    partners: DataNode,
+    weight: DataNode,
+    is_mixup: DataNode | None,
+    size: Size,
+    otherwise: Callable[..., DataNode],
+) -> DataNode:
+    """images·(1 - w) + partners·w within one grey level; `weight` is 0 or 1, which is exact, unless `is_mixup`.
 
     On a GPU the number of operators costs, and all samples are blended. On a CPU the number of pixels does: only those
-    of Mixup are, and float arithmetic with its cast would cost six times as much as two uint8 scalings.
+    of Mixup are, the others are what `otherwise` makes of the same nodes, and float arithmetic with its cast would cost
+    six times as much as two uint8 scalings.
     """
     blend = _blending(images.device, size)
     if images.device == "gpu":
         return blend(images, partners, weight)
-    return branch(is_mixup, blend, first, images, partners, weight)
+    assert is_mixup is not None
+    return branch(is_mixup, blend, otherwise, images, partners, weight)
 
 
 def _blending(device: str, size: Size) -> Callable[..., DataNode]:
