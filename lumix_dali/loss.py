@@ -75,7 +75,7 @@ class LUMixLoss(nn.Module):
 
         Second derivatives (`create_graph=True`) are supported in eager mode, and need more memory than a backward
         pass. PyTorch refuses the transforms of `torch.func`, forward-mode derivatives and batches of gradients for a
-        `MixTarget`: `log_softmax.py` writes the gradient over log p.
+        `MixTarget`: `log_softmax.py` writes the gradient over p.
 
         The paper leaves some choices open. This project chose η = 1, a detached λ_s (see `detach_lam_s`), OR for the
         AND of Eq. 8, and plain cross entropy at λ0 for Mixup samples (see `apply_to`). An unmixed sample and a
@@ -153,8 +153,7 @@ class LUMixLoss(nn.Module):
         if not _is_zero(self.eta):
             if off:  # the same class twice is one class of y, with one `off`
                 y = y.add(torch.stack((a != b, b == b), 1), alpha=off)
-            regulariser = -(active[:, None] * y * log_p.expm1()).sum(1)  # R: Eq. 7
-            loss = loss + self.eta * regulariser
+            loss = loss - (self.eta * (active[:, None] * y) * log_p.expm1()).sum(1)  # η·R: Eq. 7
         return loss / logits.shape[1] if self.base == "bce" and self.bce_reduction == "mean" else loss
 
     def _plain(self, logits: Tensor, labels: Tensor) -> Tensor:

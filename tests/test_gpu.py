@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import loss as benchmark
 from lumix_dali import LUMixLoss, MixTarget, create_loader, reference
 from lumix_dali.data.files import Files
+from lumix_dali.log_softmax import log_softmax_at
 
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 CLASSES = 20
@@ -356,6 +357,23 @@ def test_a_step_is_captured_while_a_loader_works(files, where):
         replay()
     assert_same(found, expected)
     np.testing.assert_allclose(logits.grad.cpu(), oracle(logits, target, lam_r)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1e5])  # no sum may see the logits' own size
+@pytest.mark.parametrize("classes", [1, 7, 1000, 5000, 21841])  # PyTorch has a softmax kernel for each of some ranges
+def test_log_softmax_written_over_itself_equals_numpys(where, classes, offset):
+    """The softmax is made in place, for which PyTorch promises nothing; the oracle computes in float64."""
+    rng = np.random.default_rng(classes)
+    logits = torch.tensor(rng.normal(size=(8, classes)) * 3 + offset, dtype=torch.float32, device=where)
+    columns = torch.tensor(rng.integers(classes, size=(8, 2)), device=where)
+    log_p, total = log_softmax_at(logits.requires_grad_(), columns, torch.float32)
+    (log_p.sum() + total.sum() / classes).backward()
+    exact = logits.detach().double().cpu().numpy()
+    exact = exact - np.logaddexp.reduce(exact, axis=1, keepdims=True)
+    chosen = (columns.cpu().numpy()[:, :, None] == np.arange(classes)).sum(1)
+    np.testing.assert_allclose(log_p.detach().cpu(), np.take_along_axis(exact, columns.cpu().numpy(), 1), atol=2e-5)
+    np.testing.assert_allclose(total.detach().cpu() / classes, exact.mean(1), atol=2e-5)
+    np.testing.assert_allclose(logits.grad.cpu(), chosen + 1 / classes - 3 * np.exp(exact), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
