@@ -67,9 +67,8 @@ class Feed:
     def arrays(self, info: Any, names: Iterable[str]) -> list[np.ndarray]:
         """That they are paths, and the plan."""
         drawn = self.drawn(info)
-        planned = self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn)
-        named = planned | dict(is_path=np.ones(len(drawn), bool))
-        return [named[name] for name in names]
+        planned = self.plan.batch(info.iteration, self.s.samples.labels[drawn], drawn, np.ones(len(drawn), bool))
+        return [planned[name] for name in names]
 
 
 @pipeline_def

@@ -6,16 +6,14 @@ The message names the argument, its value and what to give. No check takes a boo
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from math import inf, isfinite
 from numbers import Real
-from typing import Concatenate, ParamSpec, SupportsIndex, TypeVar
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-_P = ParamSpec("_P")
+_Word = TypeVar("_Word")
 
 
 def error(name: str, value: object, remedy: str) -> ValueError:
@@ -35,19 +33,16 @@ def whole(name: str, value: SupportsIndex, minimum: int, limit: int | None = Non
     return number
 
 
-def number(
-    name: str, value: float, low: float = -inf, high: float = inf, *, above_low: bool = False, below_high: bool = False
-) -> float:
-    """A finite number in [low, high]; an end is left out with `above_low` or `below_high`, or where it is infinite."""
-    inside = _is_number(value) and low <= value <= high
-    if not inside or (above_low and value == low) or (below_high and value == high):
-        raise error(name, value, f"give {_range(low, high, above_low, below_high)}")
+def number(name: str, value: float, low: float = -inf, high: float = inf, *, below_high: bool = False) -> float:
+    """A finite number in [low, high]; `high` itself is left out with `below_high`."""
+    if not (_is_number(value) and low <= value <= high) or (below_high and value == high):
+        raise error(name, value, f"give {_range(low, high, below_high)}")
     return float(value)
 
 
-def fraction(name: str, value: float, positive: bool = False, below_one: bool = False) -> float:
-    """A number in [0, 1], or in (0, 1] where it must be positive, or in [0, 1) where it must be below one."""
-    return number(name, value, 0, 1, above_low=positive, below_high=below_one)
+def fraction(name: str, value: float, below_one: bool = False) -> float:
+    """A number in [0, 1], or in [0, 1) where it must be below one."""
+    return number(name, value, 0, 1, below_high=below_one)
 
 
 def flag(name: str, value: bool | np.bool_) -> bool:
@@ -57,7 +52,7 @@ def flag(name: str, value: bool | np.bool_) -> bool:
     return bool(value)
 
 
-def one_of(name: str, value: _In, known: Collection[_In]) -> _In:
+def one_of(name: str, value: _Word, known: Collection[_Word]) -> _Word:
     """One of the `known` values, of the same type: True is not 1."""
     if not any(isinstance(value, type(word)) and _is_bool(value) == _is_bool(word) and value == word for word in known):
         raise error(name, value, f"give one of {', '.join(map(repr, known))}")
@@ -98,11 +93,10 @@ def image_size(name: str, value: SupportsIndex | Sequence[int]) -> tuple[int, in
     return height, width
 
 
-def optional(
-    check: Callable[Concatenate[str, _In, _P], _Out], name: str, value: _In | None, *args: _P.args, **kwargs: _P.kwargs
-) -> _Out | None:
-    """None, or what `check(name, value, ...)` returns."""
-    return None if value is None else check(name, value, *args, **kwargs)
+def assign(options: object, **checked: object) -> None:
+    """Makes these the fields of a frozen dataclass, in its ``__post_init__``."""
+    for name, value in checked.items():
+        object.__setattr__(options, name, value)
 
 
 def _is_bool(value: object) -> bool:
@@ -123,11 +117,11 @@ def _are_numbers(value: object, count: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == count and all(map(_is_number, value))
 
 
-def _range(low: float, high: float, above_low: bool = False, below_high: bool = False) -> str:
+def _range(low: float, high: float, below_high: bool = False) -> str:
     if isfinite(low) and isfinite(high):
-        return f"a number in {'[('[above_low]}{low}, {high}{'])'[below_high]}"
+        return f"a number in [{low}, {high}{'])'[below_high]}"
     if isfinite(low):
-        return f"a finite number {'>' if above_low else '>='} {low}"
+        return f"a finite number >= {low}"
     return f"a finite number {'<' if below_high else '<='} {high}" if isfinite(high) else "a finite number"
 
 

@@ -69,10 +69,10 @@ def _lay(images: ndd.Batch, inputs: Mapping[str, np.ndarray]) -> ndd.Batch:
         mixed = ndd.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=shapes)
     else:
         mixed = ndd.permute_batch(images, indices=ndd.as_batch(inputs["ids"][:, 1].copy()))
-    if "weight" not in inputs:
+    if "opacity" not in inputs:
         return mixed
-    weight = np.where(inputs["is_mixup"], inputs["weight"], np.float32(1))  # a weight of 1 is exact
-    return _scaled(images, 1 - weight) + _scaled(mixed, weight)
+    opacity = np.where(inputs["is_mixup"], inputs["opacity"], np.float32(1))  # 1 is exact
+    return _scaled(images, 1 - opacity) + _scaled(mixed, opacity)
 
 
 def _scaled(images: ndd.Batch, factor: np.ndarray) -> ndd.Batch:

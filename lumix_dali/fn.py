@@ -1,8 +1,8 @@
 """CutMix and Mixup as DALI graph functions.
 
 ``mix`` is ``apply(draw())``: it samples from the law of `lumix_dali.mixing` with DALI's own operators, on either
-backend, for a pipeline whose batches the host does not see. A callback that does see its batch draws with
-`mixing.draw`, at a tenth of the cost, and the graph applies that `Draw`. The loader works that way.
+backend, for a pipeline whose batches the host does not see. The loader's callback does see its batch: it draws with
+`mixing.draw`, at a tenth of the cost, and the graph needs only ``lay`` and ``lam0``, which read `mixing.graph_inputs`.
 
 On a GPU pipeline the draw stays on the CPU, where DALI's random operators and argument inputs live; pixels, λ0 and
 box are computed on the GPU. A small CPU operator costs about 1 µs per sample whatever it computes.
@@ -237,15 +237,15 @@ def lay(images: DataNode, inputs: Mapping[str, DataNode], size: Size) -> DataNod
             images are blended.
         size: (H, W) of the images.
     """
-    ids, weight = inputs["ids"], inputs.get("weight")
+    ids, opacity = inputs["ids"], inputs.get("opacity")
     if "anchors" in inputs:
         anchors = inputs["anchors"]
         pasted = fn.multi_paste(images, in_ids=ids, in_anchors=anchors, out_anchors=anchors, shapes=inputs["shapes"])
     else:
         pasted = fn.permute_batch(images, indices=ids[1])
-    if weight is None:
+    if opacity is None:
         return pasted
-    return _blend(images, pasted, weight, inputs.get("is_mixup"), size, lambda own, pasted, weight: pasted)
+    return _blend(images, pasted, opacity, inputs.get("is_mixup"), size, lambda own, pasted, opacity: pasted)
 
 
 def lam0(inputs: Mapping[str, Any], size: Sequence[int], put: Callable[[Any], Any]) -> Any:
@@ -260,7 +260,7 @@ def lam0(inputs: Mapping[str, Any], size: Sequence[int], put: Callable[[Any], An
         return put(inputs["lam0"])
     # The share of a whole image is exactly 1, which leaves Mixup's weight as it is.
     share = box_lam0((put(inputs["height"]), put(inputs["width"])), size)
-    return share * put(inputs["weight"]) if "weight" in inputs else share
+    return share * put(inputs["opacity"]) if "opacity" in inputs else share
 
 
 def _share(partner: DataNode, mode: str) -> Share:

@@ -1,8 +1,9 @@
 """The law of mixing: which sample of a batch is mixed into which, how, and where. NumPy only.
 
 `Mixing` holds the options, and a `Draw` what is mixed. `draw` samples from the law, as a pure function of a random
-generator; `lumix_dali.fn.draw` samples from the same law inside a graph, for pipelines whose batches the host does not
-see. `lumix_dali.fn.apply` mixes images by a `Draw` from either.
+generator; `graph_inputs` turns that into the arrays by which a graph mixes (`fn.lay`) and computes λ0 (`fn.lam0`). This
+is the loader's way. `fn.draw` samples from the same law inside a graph, for pipelines whose batches the host does not
+see, and `fn.apply` mixes by it.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class Mixing:
                 raise checks.error("cutmix_minmax", minmax, "give (low, high) with 0 <= low < high <= 1")
             values["cutmix_minmax"] = (low, high)
         values["correct_lam"] = checks.flag("correct_lam", self.correct_lam)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        checks.assign(self, **values)
         if not (self.with_mixup or self.with_cutmix):
             raise ValueError("mixup_alpha=0, cutmix_alpha=0: nothing to mix; give one of them an alpha > 0")
         if self.mode not in get_args(Mode):
@@ -187,9 +187,9 @@ def graph_inputs(drawn: Draw, size: Sequence[int], mixing: Mixing | None) -> dic
     Only those that these options need, always the same ones: each costs the training thread 15 µs a batch.
 
     Returns:
-        "ids", "anchors" and "shapes" of `patches`; "is_mixup", bool [n]; "weight", float32 [n], of the second patch:
-        Mixup's λ0, 1 for CutMix, 0 where nothing is mixed; and "height" and "width", int32 [n], of the patch whose
-        share of the image is λ0, or "lam0" where λ0 is as drawn, float32 [n].
+        "ids", "anchors" and "shapes" of `patches`; "is_mixup", bool [n]; "opacity", float32 [n], of the second patch:
+        Mixup's λ0, 1 for CutMix, 0 where nothing is mixed; and "height" and "width", int32 [n], of the second patch,
+        whose share of the image times its opacity is λ0, or "lam0" where λ0 is as drawn, float32 [n].
     """
     if mixing is None:
         return dict(lam0=drawn.weight)
@@ -199,8 +199,8 @@ def graph_inputs(drawn: Draw, size: Sequence[int], mixing: Mixing | None) -> dic
     if mixing.with_cutmix:
         inputs |= dict(anchors=anchors, shapes=shapes)
     if mixing.with_mixup:
-        weight = np.where(is_mixup, drawn.weight, (ids[:, 0] != ids[:, 1]).astype(np.float32))
-        inputs |= dict(is_mixup=is_mixup, weight=weight)
+        opacity = np.where(is_mixup, drawn.weight, (ids[:, 0] != ids[:, 1]).astype(np.float32))
+        inputs |= dict(is_mixup=is_mixup, opacity=opacity)
     if not (mixing.with_cutmix and mixing.counts_lam0):
         return inputs | dict(lam0=drawn.weight)
     y0, x0, y1, x1 = drawn.box.T.copy()  # contiguous, as DALI needs them

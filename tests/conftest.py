@@ -59,9 +59,8 @@ class SmallFeed:
 
     def arrays(self, info, names):
         places = self.places(info)
-        self.planned.append(self.plan.batch(info.iteration, places, places))
-        named = self.planned[-1] | dict(is_path=np.ones(len(places), bool))
-        return [named[name] for name in names]
+        self.planned.append(self.plan.batch(info.iteration, places, places, np.ones(len(places), bool)))
+        return [self.planned[-1][name] for name in names]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 
+from .. import checks
 from . import storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
 from .protocol import MAX_CLASSES, SPLITS, Image, Source
@@ -94,9 +95,8 @@ class Files(Source):
         sha.update("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         sha.update(labels.tobytes())
         remote = storage.is_remote(root) or b"://" in names.content
-        facts = dict(root=root, names=names, labels=labels, digest=sha.hexdigest(), remote=remote)
-        for key, value in (facts | dict(gives_paths=not remote)).items():
-            object.__setattr__(self, key, value)
+        checks.assign(self, root=root, names=names, labels=labels)
+        checks.assign(self, digest=sha.hexdigest(), remote=remote, gives_paths=not remote)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -41,7 +41,7 @@ class Position(NamedTuple):
     epoch: int
     iteration: int
     checkpoint: bytes | None = None
-    mixed: bool | None = None  # None: from `mixup_enabled` and `input_size` when the epoch starts
+    mixed: bool | None = None  # None, and for the size too: from the loader's settings when the epoch starts
     size: tuple[int, int] | None = None
 
 
@@ -251,6 +251,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         (seed,) = np.random.SeedSequence([order.seed, position.epoch, order.rank]).generate_state(1)
         self.version = self._faults.version
         threads, depth = spec.execution.threads, spec.execution.prefetch_queue_depth
+        # The pipeline calls the feed for each batch (`pipelines.read`), up to `depth` batches ahead of `_run`.
         feed = Feed(self._faults, order.epoch(position.epoch), order.batch_size, plan, threads, depth)
         define = pipelines.train_pipeline if order.shuffle else pipelines.val_pipeline
         self._feed, self._pipe = (

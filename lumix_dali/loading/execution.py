@@ -39,16 +39,17 @@ class Execution:
     decode_regions: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.num_threads is not None:
-            object.__setattr__(self, "num_threads", checks.whole("num_threads", self.num_threads, 1, _MAX_THREADS + 1))
         depth = checks.whole("prefetch_queue_depth", self.prefetch_queue_depth, 1, _MAX_THREADS + 1)
-        object.__setattr__(self, "prefetch_queue_depth", depth)
-        checks.optional(checks.flag, "decode_regions", self.decode_regions)
+        checks.assign(self, prefetch_queue_depth=depth)
+        if self.num_threads is not None:
+            checks.assign(self, num_threads=checks.whole("num_threads", self.num_threads, 1, _MAX_THREADS + 1))
+        if self.decode_regions is not None:
+            checks.flag("decode_regions", self.decode_regions)
         if self.decoder is not None:
-            decoder = check_options(self.decoder, "decoder", "decoders__Image", "decoders__ImageSlice")
-            object.__setattr__(self, "decoder", decoder)
+            operators = "decoders__Image", "decoders__ImageSlice"
+            checks.assign(self, decoder=check_options(self.decoder, "decoder", *operators))
         if self.reader is not None:
-            object.__setattr__(self, "reader", check_options(self.reader, "reader", "io__file__Read"))
+            checks.assign(self, reader=check_options(self.reader, "reader", "io__file__Read"))
 
     @property
     def threads(self) -> int:

@@ -46,15 +46,13 @@ class Batch(NamedTuple):
         iteration: its number.
         samples: indices of the samples, after replacement.
         images: uint8 [n] arrays: an encoded image, or a path.
-        is_path: bool [n], which of them are paths.
-        plan: of `Plan.batch`.
+        inputs: of `Plan.batch`.
     """
 
     iteration: int
     samples: list[int]
     images: list[np.ndarray]
-    is_path: np.ndarray
-    plan: dict[str, np.ndarray]
+    inputs: dict[str, np.ndarray]
 
 
 class Feed:
@@ -93,9 +91,9 @@ class Feed:
         return self._batch(info.iteration).images
 
     def arrays(self, info: Any, names: Iterable[str]) -> list[np.ndarray]:
-        """Arrays of the plan of iteration ``info.iteration`` by name; "is_path" is `Batch.is_path`."""
-        batch = self._batch(info.iteration)
-        return [batch.is_path if name == "is_path" else batch.plan[name] for name in names]
+        """`Batch.inputs` of iteration ``info.iteration`` by name, another callback of the pipeline."""
+        inputs = self._batch(info.iteration).inputs
+        return [inputs[name] for name in names]
 
     def samples(self, iteration: int) -> list[int]:
         """The samples that an iteration in DALI's queue was given; none if it is not there."""
@@ -120,8 +118,10 @@ class Feed:
         A file can become a FIFO at any time after it was looked at. To look again at every file before each opening
         would cost tiny images a tenth of their throughput.
         """
+        if not self.gives_paths:
+            return
         for batch in [batch for batch in list(self._batches) if batch.iteration >= delivered]:
-            for image, is_path in zip(batch.images, batch.is_path, strict=True):
+            for image, is_path in zip(batch.images, batch.inputs["is_path"], strict=True):
                 if is_path and _is_fifo(path := image.tobytes()):
                     with suppress(OSError):  # DALI does not wait for this one
                         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
@@ -157,9 +157,9 @@ class Feed:
         else:  # each sample once: a substitute must not count twice
             labels = [read.label if read.sample == read.wanted else UNUSABLE for read in reads]
             index = [read.wanted for read in reads]
-        plan = self.plan.batch(iteration, np.array(labels, np.int64), np.array(index, np.int64))
-        images = [np.frombuffer(read.image, np.uint8) for read in reads]
-        return Batch(iteration, used, images, np.array([read.is_path for read in reads]), plan)
+        is_path = np.array([read.is_path for read in reads]) if self.gives_paths else None
+        inputs = self.plan.batch(iteration, np.array(labels, np.int64), np.array(index, np.int64), is_path)
+        return Batch(iteration, used, [np.frombuffer(read.image, np.uint8) for read in reads], inputs)
 
     def _good(self, read: _Read) -> _Read:
         while isinstance(read.image, BadImage):  # a substitute may turn bad too

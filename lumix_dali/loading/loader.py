@@ -546,7 +546,7 @@ class Loader:
             max_pixels=self._faults.max_pixels,
             data=self.samples.digest,
             device=self.device.type,
-            resize=resize.kernel(self.input_size, self.device.type),
+            fast_resize=resize.has_fast_kernel(self.device.type),  # for any size, since a state restores its own
             dali=dali.__version__,
         )
 

@@ -57,7 +57,8 @@ class Output:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        self._set(
+        checks.assign(
+            self,
             size=checks.image_size("input_size", self.size),
             mean=checks.channels("mean", self.mean),
             std=checks.channels("std", self.std, positive=True),
@@ -67,10 +68,6 @@ class Output:
         for name in ("mean", "std"):
             if max(map(abs, values := getattr(self, name))) > _GREY_LEVELS:
                 raise checks.error(name, values, "these are grey levels; give them in units of [0, 1], divided by 255")
-
-    def _set(self, **values: object) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,8 @@ class TrainTransform(Output):
         jitter = augment.jitter_of(self.color_jitter) if self.color_jitter is not None else None
         if self.auto_augment:
             augment.parse(self.auto_augment)
-        self._set(
+        checks.assign(
+            self,
             scale=checks.interval("scale", self.scale, 1.0),
             ratio=checks.interval("ratio", self.ratio),
             hflip=checks.fraction("hflip", self.hflip),
@@ -138,7 +136,8 @@ class EvalTransform(Output):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(
+        checks.assign(
+            self,
             crop_pct=checks.number("crop_pct", self.crop_pct, _MIN_CROP, 1.0),
             crop_mode=checks.one_of("crop_mode", self.crop_mode, get_args(CropMode)),
             interpolation=checks.one_of("interpolation", self.interpolation, get_args(Interpolation)),
@@ -263,8 +262,8 @@ def read(feed: Feed, reader: Mapping[str, Any] | None = None) -> tuple[DataNode,
     given = fn.external_source(
         feed.images, batch=True, batch_info=True, dtype=types.UINT8, ndim=1, no_copy=not feed.gives_paths
     )
-    one = np.zeros(1, np.int64)
-    like = (dict(is_path=np.ones(1, bool)) if feed.gives_paths else {}) | feed.plan.batch(0, one, one)
+    one = np.zeros(1, np.int64)  # a batch of one, for the names and types of the inputs
+    like = feed.plan.batch(0, one, one, np.ones(1, bool) if feed.gives_paths else None)
     if Pipeline.current().device_id is not None:
         like.pop("is_mixup", None)  # see `fn.lay`
     # Not with the images: the target reaches the user, so DALI must have a copy of its own.

@@ -37,19 +37,27 @@ class Plan:
     mixing: Mixing | None
     training: bool
 
-    def batch(self, iteration: int, labels: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
-        """What the graph reads for samples with these labels and indices (int64 [n]); always the same names.
+    def batch(
+        self, iteration: int, labels: np.ndarray, index: np.ndarray, is_path: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """What the graph reads beside the images; always the same names.
+
+        Args:
+            iteration: number of the batch in its epoch.
+            labels, index: of its samples, int64 [n].
+            is_path: bool [n], which images are given as paths; None: DALI opens no files.
 
         Returns:
-            "target", as above, or [n, 2, 2] of labels and indices in evaluation; in training also
-            `mixing.graph_inputs`.
+            "target", as above, or [n, 2, 2] of labels and indices in evaluation; "is_path" unless it is None; in
+            training also `mixing.graph_inputs`.
         """
+        inputs = {} if is_path is None else dict(is_path=is_path)
         if not self.training:
-            return dict(target=np.stack([labels, index], axis=1).view(np.int32).reshape(-1, 2, 2))
+            return inputs | dict(target=np.stack([labels, index], axis=1).view(np.int32).reshape(-1, 2, 2))
         # Five words, unlike the two of the order, so that the two streams differ.
         rng = np.random.default_rng([self.seed, self.epoch, self.rank, iteration, 1])
         drawn = draw(rng, len(labels), self.size, self.mixing)
-        return dict(target=_target(drawn, labels, index)) | graph_inputs(drawn, self.size, self.mixing)
+        return inputs | dict(target=_target(drawn, labels, index)) | graph_inputs(drawn, self.size, self.mixing)
 
 
 def _target(drawn: Draw, labels: np.ndarray, index: np.ndarray) -> np.ndarray:

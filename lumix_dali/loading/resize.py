@@ -28,13 +28,14 @@ _FEWEST_PIXELS = 64 * 64
 
 
 def kernel(size: Sequence[int], device: str) -> str:
-    """Who resizes to (H, W) `size` on a `device` type: "torch" or "dali". Their pixels differ by up to two grey levels.
+    """Who resizes to (H, W) `size` on a `device` type: "torch" or "dali", up to two grey levels apart."""
+    return "torch" if has_fast_kernel(device) and size[0] * size[1] >= _FEWEST_PIXELS else "dali"
 
-    Without AVX2 PyTorch has no kernel for uint8: it converts to float, with OpenMP threads of its own.
-    """
-    suits = device == "cpu" and size[0] * size[1] >= _FEWEST_PIXELS
+
+def has_fast_kernel(device: str) -> bool:
+    """Whether PyTorch has a kernel for uint8: without AVX2 it converts to float, with OpenMP threads of its own."""
     # "NO AVX" (PyTorch 2.6) or "DEFAULT" without it.
-    return "torch" if suits and torch.backends.cpu.get_cpu_capability().startswith("AVX") else "dali"
+    return device == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def resize_mirror(images: DataNode, size: tuple[int, int], interpolation: TrainInterpolation, hflip: float) -> DataNode:
