@@ -1,4 +1,4 @@
-"""The index of shards, against `tarfile`, hand-made TFRecords, and shards truncated or damaged anywhere."""
+"""The index of shards: tar archives and hand-made TFRecords, whole, truncated, and damaged anywhere."""
 
 import os
 import struct
@@ -31,16 +31,6 @@ def members(path):
         return list(index.members(file.fileno()))
 
 
-def theirs(path):
-    """(name, offset, size) of the regular members that are not hidden, according to tarfile."""
-    with tarfile.open(path) as archive:
-        return [
-            (info.name, info.offset_data, info.size)
-            for info in archive
-            if info.isreg() and not info.sparse and not os.path.basename(info.name).startswith(".")
-        ]
-
-
 def rows(path):
     with open(path, "rb", buffering=0) as file:
         return list(index.rows(str(path), file.fileno()))
@@ -62,26 +52,25 @@ def info(name, kind=tarfile.REGTYPE, **fields):
 # Tar
 
 
-NAMES = st.lists(st.text("ab.é犬 ", min_size=1, max_size=60), min_size=1, max_size=4).map("/".join)
-KINDS = st.sampled_from([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-
-
-@settings(max_examples=150, deadline=None, database=None)
-@given(format=st.sampled_from(FORMATS), sizes=st.lists(st.integers(0, 1600), max_size=6), data=st.data())
-def test_members_match_tarfiles(tmp_path_factory, format, sizes, data):
-    path = tmp_path_factory.getbasetemp() / "any.tar"
-    found = []
-    for size in sizes:
-        name = data.draw(NAMES.filter(lambda name: ".." not in name.split("/")))
-        if data.draw(st.booleans()):
-            found.append(info(name, data.draw(KINDS), linkname="b/" * data.draw(st.integers(0, 90)) + "a"))
-        else:
-            found.append((name, os.urandom(size)))
-    try:
-        pack(path, *found, format=format)
-    except ValueError:  # such a name does not fit into ustar
-        return
-    assert members(path) == theirs(path)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_bytes_at_the_offsets_are_those_written(tmp_path, format):
+    """Long names, names of any bytes, and sizes around tar's blocks, between members that are passed over."""
+    depth = 20 if format == tarfile.USTAR_FORMAT else 60
+    contents = {
+        f"{'folder/' * (depth if size % 2 else 1)}é犬 \udcff{size}.bin": os.urandom(size)
+        for size in (0, 1, 511, 512, 513, 1600, 70_000)
+    }
+    packed = []
+    for number, member in enumerate(contents.items()):
+        packed += [
+            info(f"{number}", tarfile.DIRTYPE),
+            member,
+            (f"d/.hidden{number}", b"x" * 600),
+            info("link" * 20, tarfile.SYMTYPE, linkname="b/" * depth + "a"),
+        ]
+    content = pack(tmp_path / "any.tar", *packed, format=format).read_bytes()
+    found = members(tmp_path / "any.tar")
+    assert {each.name: content[each.offset_data : each.offset_data + each.size] for each in found} == contents
 
 
 def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
@@ -95,8 +84,7 @@ def test_sizes_in_base_256_and_in_pax_headers(tmp_path):
             file.write(head)
             file.seek(-(-size // 512) * 512, os.SEEK_CUR)
             file.write(small.tobuf(format=format) + b"abc".ljust(512, b"\0") + bytes(1024))
-        assert [(name, size_) for name, _, size_ in members(path)] == [("big.bin", size), ("a.jpg", 3)]
-        assert members(path) == theirs(path)
+        assert [(each.name, each.size) for each in members(path)] == [("big.bin", size), ("a.jpg", 3)]
         path.unlink()
 
 
@@ -115,7 +103,8 @@ def test_sparse_members_links_and_devices_are_skipped(tmp_path):
     sparse = bytes(head) + bytes(more) + bytes(512) + b"x" * 512
     (tmp_path / "a.tar").write_bytes(good[0] + sparse + good[1] + bytes(1024))
     assert [member.name for member in members(tmp_path / "a.tar")] == ["a.jpg", "a.cls"]
-    pax = info("GNUSparseFile.0/b.jpg", size=600, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "b.jpg"})
+    keys = {"major": "1", "minor": "0", "name": "b.jpg", "realsize": "9000"}
+    pax = info("GNUSparseFile.0/b.jpg", size=600, pax_headers={f"GNU.sparse.{key}": keys[key] for key in keys})
     links = [
         info(name, kind, size=5000, linkname="a.jpg")
         for name, kind in [
@@ -125,48 +114,38 @@ def test_sparse_members_links_and_devices_are_skipped(tmp_path):
             ("pipe", tarfile.FIFOTYPE),
         ]
     ]
-    content = pax.tobuf(format=tarfile.PAX_FORMAT) + bytes(1024) + b"".join(link.tobuf() for link in links)
+    stored = b"1\n0\n88\n".ljust(512, b"\0") + bytes(512)
+    content = pax.tobuf(format=tarfile.PAX_FORMAT) + stored + b"".join(link.tobuf() for link in links)
     (tmp_path / "b.tar").write_bytes(content + good[0] + info("c", tarfile.CONTTYPE, size=1).tobuf() + b"c".ljust(512))
     assert [member.name for member in members(tmp_path / "b.tar")] == ["a.jpg", "c"]
     ignored = []
     with open(tmp_path / "b.tar", "rb") as file:
         list(index.members(file.fileno(), ignored))
-    assert ignored == ["GNUSparseFile.0/b.jpg", "hard", "soft", "device", "pipe"]
+    assert ignored == ["b.jpg", "hard", "soft", "device", "pipe"]
 
 
-def test_checksums_over_signed_bytes(tmp_path):
-    head = bytearray(info("é.jpg", size=0).tobuf(format=tarfile.GNU_FORMAT))
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(np.frombuffer(bytes(head), np.int8).astype(int))
-    (tmp_path / "a.tar").write_bytes(bytes(head) + bytes(1024))
-    assert members(tmp_path / "a.tar") == theirs(tmp_path / "a.tar")
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_flipped_bit_in_a_header_is_an_error(tmp_path, format):
+    """tarfile alone takes it for the end of the archive."""
+    path = pack(tmp_path / "a.tar", *SAMPLES[:4], format=format)
+    content = path.read_bytes()
+    starts = {start for each in members(path) for start in (each.offset, each.offset_data - 512)}
+    for place in (start + k for start in starts for k in (*range(148), *range(156, 512))):  # between is its checksum
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"source='.*a\.tar': not a complete tar archive: .* cut short.*; repair or"
+        ):
+            scan(path)
 
 
-@pytest.mark.parametrize("place", [0, 60, 110, 124, 130, 150, 156, 300, 511])
-def test_a_damaged_header_is_an_error(tmp_path, place):
-    pack(tmp_path / "a.tar", ("a.jpg", b"x" * 700), ("a.cls", b"1"))
-    content = bytearray((tmp_path / "a.tar").read_bytes())
-    content[512 + 1024 + place] ^= 0x55  # in the second header
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"source='.*a\.tar': not a complete tar archive: a header is damaged; repair or"
-    ):
-        scan(tmp_path / "a.tar")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"30 path=", b"9 path=ab\n", b"999 path=a\n", b"x", b"12 size=abc\n", b"11 size=-1\n", b"0 path=a\n"],
-)
+@pytest.mark.parametrize("content", [b"12 size=abc\n", b"11 size=-1\n", b"0 path=a\n"])
 def test_a_damaged_extended_header_is_an_error(tmp_path, content):
-    pack(tmp_path / "a.tar", ("a.jpg", b"x"))
+    pack(tmp_path / "a.tar", ("a.jpg", bytes(2000)))
     head = info("pax", tarfile.XHDTYPE, size=len(content)).tobuf()
-    padded = content.ljust(-(-len(content) // 512) * 512, b"\0")
-    (tmp_path / "a.tar").write_bytes(head + padded + (tmp_path / "a.tar").read_bytes())
-    if not content:
-        assert members(tmp_path / "a.tar")[0].name == "a.jpg"
-        return
-    with pytest.raises(ValueError, match="not a complete tar archive: an extended header is damaged"):
+    (tmp_path / "a.tar").write_bytes(head + content.ljust(512, b"\0") + (tmp_path / "a.tar").read_bytes()[:2560])
+    with pytest.raises(ValueError, match="not a complete tar archive"):
         members(tmp_path / "a.tar")
 
 
@@ -174,7 +153,6 @@ def test_a_damaged_extended_header_is_an_error(tmp_path, content):
 def test_what_follows_the_end_mark_is_not_read(tmp_path, garbage):
     path = pack(tmp_path / "a.tar", ("a.jpg", b"x"), ("a.cls", b"1"))
     path.write_bytes(path.read_bytes()[:2048] + bytes(1024) + garbage)
-    assert members(path) == theirs(path)
     assert len(rows(path)) == 1
 
 
@@ -193,11 +171,11 @@ def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, forma
     """A cut between two members leaves no trace: there are fewer samples, and `check` reports the missing end mark."""
     path = pack(tmp_path / "a.tar", *SAMPLES, format=format)
     whole, content = rows(path), path.read_bytes()
-    ends = [member.offset + -(-member.size // 512) * 512 for member in members(path)]
+    ends = [member.offset_data + -(-member.size // 512) * 512 for member in members(path)]
     stops = {*range(0, len(content), 512), *range(1, ends[-1], 97)}
     for stop in sorted(stops):
         path.write_bytes(content[:stop])
-        if stop in (0, *ends) or stop >= ends[-1]:
+        if stop in ends or stop >= ends[-1]:
             found = [row for row in rows(path) if row.label >= 0]
             assert found == whole[: sum(end <= stop for end in ends) // 2]
         else:
@@ -208,10 +186,13 @@ def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, forma
     assert report.warnings == ["a.tar: no end mark; if its original is longer it was cut short: copy it again"]
 
 
-def test_a_size_beyond_the_file_takes_no_memory(tmp_path):
+@pytest.mark.parametrize("size", [2**40, 2**70, -1, -600])
+def test_an_impossible_size_is_an_error(tmp_path, size):
+    """Of 1 TiB, which would take all memory, and one that leads back to its own header."""
     for kind in (tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-        (tmp_path / "a.tar").write_bytes(info("a.jpg", kind, size=2**40).tobuf(format=tarfile.GNU_FORMAT))
-        with pytest.raises(ValueError, match="is cut short"):
+        head = info("a.jpg", kind, size=size).tobuf(format=tarfile.GNU_FORMAT)
+        (tmp_path / "a.tar").write_bytes(head + bytes(1024))
+        with pytest.raises(ValueError, match="cut short"):
             members(tmp_path / "a.tar")
 
 

@@ -293,7 +293,7 @@ def test_unusable_shards(copy, kind):
     first.write_bytes(content[:1000])
     refused(f"source='{first}': .*cut short.*; repair or remove it")
     first.write_bytes(b"")
-    refused(f"source='{first}': no sample in it")
+    refused(f"source='{first}': .*(no sample in it|empty file)")
     first.write_bytes((copy / f"shard-000004{suffix}").read_bytes())
     refused(f"source='{first}': it contains 3 samples, its description says 5")
     first.write_bytes(content)

@@ -10,10 +10,12 @@ import hashlib
 import os
 import re
 import struct
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -33,8 +35,6 @@ _NO_SHARD = {
     (b"<!doctype", b"<html"), "a web page, not a shard: the server wants a login, or the address is wrong"
 )
 _FORMAT = 5  # of the kept file
-_BLOCK = 512  # tar's unit
-_REGULAR, _EMPTY, _EXTENDED = b"0\x007", b"123456", b"xXgLK"  # kinds of members; _EMPTY have no content
 _ALONE = 8  # shards for which a process of their own does not pay
 
 
@@ -233,105 +233,45 @@ def _read(handle: int, offset: int, size: int) -> bytes:
     return content
 
 
-# WebDataset: tar archives (POSIX ustar and pax, GNU)
+# WebDataset: tar archives
 
 
-class Member(NamedTuple):
-    """A file in a tar archive."""
-
-    name: str
-    offset: int
-    size: int
-
-
-def members(handle: int, ignored: list[str] | None = None) -> Iterator[Member]:
+def members(handle: int, ignored: list[str] | None = None) -> Iterator[tarfile.TarInfo]:
     """The regular members of a tar archive that are not hidden.
 
     Raises:
         ValueError: it is damaged, or a member's path is absolute or leads out of the archive.
     """
-    offset, end = 0, os.fstat(handle).st_size
-    keys: dict[str, str] = {}  # what extended headers say about the next member
-    while offset < end:
-        block = _read(handle, offset, _BLOCK)
-        if not block.strip(b"\0"):
-            return  # the end mark
-        name, size = _name_and_size(block)
-        kind, offset = block[156:157], offset + _BLOCK
-        if kind in _EXTENDED:
-            _check_whole(repr(name), offset + size, end)
-            content = _read(handle, offset, size)
-            keys |= _pax(content) if kind in b"xX" else {"path": _text(content)} if kind == b"L" else {}
-        else:
-            name, size = keys.get("path") or name, int(keys.get("size", size)) if kind not in _EMPTY else 0
-            is_regular = kind in _REGULAR and not any(key.startswith("GNU.sparse.") for key in keys)
-            keys = {}
-            more = kind == b"S" and block[482]
-            while more:  # blocks of the map of a sparse file
-                more, offset = _read(handle, offset, _BLOCK)[504], offset + _BLOCK
-            _check_whole(repr(name), offset + size, end)
-            if name.startswith("/") or ".." in name.split("/"):
-                raise ValueError(f"member {name!r} leads out of the archive; refused")
-            if is_regular and not name.rpartition("/")[2].startswith("."):
-                yield Member(name, offset, size)
-            elif kind != b"5" and ignored is not None:
-                ignored.append(name)
-        offset += -(-size // _BLOCK) * _BLOCK
-        _check_whole(repr(name), offset, end)
-    if keys:
-        raise ValueError("not a complete tar archive: its last member is cut short")
+    end = os.fstat(handle).st_size
+    for info, stop in _headers(handle):
+        is_regular = info.isreg() and not info.issparse()
+        size = info.size if is_regular else 0
+        is_number = info.pax_headers.get("size", "0").isdecimal()  # else tarfile takes it for 0
+        if not is_number or not info.offset_data <= info.offset_data + size <= stop <= end:
+            raise ValueError(f"not a complete tar archive: {info.name!r} is cut short")
+        if info.name.startswith("/") or ".." in info.name.split("/"):
+            raise ValueError(f"member {info.name!r} leads out of the archive; refused")
+        if is_regular and not os.path.basename(info.name).startswith("."):
+            yield info
+        elif not info.isdir() and ignored is not None:
+            ignored.append(info.name)
 
 
-def _check_whole(name: str, stop: int, end: int) -> None:
-    if stop > end:  # checked before reading: a false size could take all memory
-        raise ValueError(f"not a complete tar archive: {name} is cut short")
-
-
-def _name_and_size(block: bytes) -> tuple[str, int]:
-    """What a tar header says.
-
-    Raises:
-        ValueError: its checksum does not match.
-    """
+def _headers(handle: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Each member of a tar archive, and where the next one begins."""
     try:
-        claimed = _octal(block[148:156])
-        size = int.from_bytes(block[125:136]) if block[124] & 0x80 else _octal(block[124:136])
-    except ValueError:
-        claimed, size = -1, -1
-    total = sum(block) - sum(block[148:156]) + 8 * 32
-    if claimed != total:  # some old programs sum signed bytes
-        total -= 256 * sum(byte > 127 for byte in block[:148] + block[156:])
-    if claimed != total or size < 0:
-        raise ValueError("not a complete tar archive: a header is damaged")
-    name = _text(block[:100])
-    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name, size
-
-
-def _octal(field: bytes) -> int:
-    return int(field.partition(b"\0")[0].strip() or b"0", 8)
-
-
-def _text(field: bytes) -> str:
-    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-
-
-_PAX_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")
-
-
-def _pax(content: bytes) -> dict[str, str]:
-    """The records of an extended header: ``LENGTH KEY=VALUE``, each with a newline."""
-    found, offset = {}, 0
-    while offset < len(content) and content[offset]:
-        match = _PAX_RECORD.match(content, offset)
-        stop = offset + int(match[1]) if match else 0
-        if not match or not match.end() < stop <= len(content):
-            raise ValueError("not a complete tar archive: an extended header is damaged")
-        found[match[2].decode("utf-8", "replace")] = content[match.end() : stop - 1].decode("utf-8", "surrogateescape")
-        offset = stop
-    if not found.get("size", "0").isdecimal():
-        raise ValueError("not a complete tar archive: an extended header is damaged")
-    return found
+        # Opened again, as other threads move the descriptor's position; UTF-8 whatever the locale.
+        with (
+            open(f"/proc/self/fd/{handle}", "rb") as file,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive,
+        ):
+            while info := archive.next():
+                cast(Any, archive).members.clear()  # it would keep millions
+                yield info, archive.offset
+            if os.pread(handle, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
+                raise tarfile.ReadError(f"byte {archive.offset}")  # tarfile takes it for the end
+    except Exception as error:  # tarfile raises almost anything
+        raise ValueError(f"not a complete tar archive: a header is damaged or cut short ({error!r})") from error
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -343,26 +283,11 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
     """Samples: consecutive members with the same key, one of them an image and one its .cls."""
-    for group in _groups(handle, ignored):
-        yield from _grouped(handle, group)
+    for _, group in groupby(members(handle, ignored), lambda member: split_name(member.name)[0]):
+        yield from _grouped(handle, [(split_name(member.name)[1], member) for member in group])
 
 
-def _groups(handle: int, ignored: list[str] | None = None) -> Iterator[list[tuple[str, Member]]]:
-    """Groups of consecutive members with the same key, each with its extension."""
-    group: list[tuple[str, Member]] = []
-    last: str | None = None
-    for member in members(handle, ignored):
-        key, extension = split_name(member.name)
-        if key != last and group:
-            yield group
-            group = []
-        last = key
-        group.append((extension, member))
-    if group:
-        yield group
-
-
-def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
+def _grouped(handle: int, group: list[tuple[str, tarfile.TarInfo]]) -> Iterator[Row]:
     images = [member for extension, member in group if f".{extension}" in EXTENSIONS]
     # x.mask.png is an extra beside x.jpg; without x.jpg it is an image with one dot too many in its name
     images = images or [member for extension, member in group if is_image(f"x.{extension}")]
@@ -380,8 +305,8 @@ def _grouped(handle: int, group: list[tuple[str, Member]]) -> Iterator[Row]:
         label = Fault.NO_LABEL
     else:
         size = labels[0].size
-        label = parse_label(_read(handle, labels[0].offset, size)) if size <= DIGITS + 64 else Fault.LABEL
-    yield Row(image.name, image.offset, labels[0].offset if label == Fault.LABEL else image.size, label)
+        label = parse_label(_read(handle, labels[0].offset_data, size)) if size <= DIGITS + 64 else Fault.LABEL
+    yield Row(image.name, image.offset_data, labels[0].offset_data if label == Fault.LABEL else image.size, label)
 
 
 def parse_label(text: bytes) -> int:
