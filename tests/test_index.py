@@ -2,8 +2,6 @@
 
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
 
@@ -320,7 +318,7 @@ def scans(monkeypatch):
 
 def test_an_index_is_kept_beside_its_shards(shards, scans, cache):
     assert labels(shards) == [0, 1, 2, 3, 4, 5]
-    assert scans == ["0.tar", "1.tar", "2.tar"]
+    assert sorted(scans) == ["0.tar", "1.tar", "2.tar"]
     assert labels(shards) == [0, 1, 2, 3, 4, 5]
     assert len(scans) == 3
     kept = [path for path in (shards / ".lumix_dali").iterdir() if path.suffix == ".npy"]
@@ -373,41 +371,11 @@ def test_processes_that_start_at_once_scan_once(shards, scans):
     assert sorted(scans) == ["0.tar", "1.tar", "2.tar"]
 
 
-@pytest.fixture
-def many(tmp_path, monkeypatch):
-    """16 shards, enough for two processes."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    (tmp_path / "many").mkdir()
-    for k in range(16):
-        write_tar(tmp_path / "many" / f"{k:02}.tar", range(k, k + 1 + k % 3))
-    return tmp_path / "many"
-
-
-def test_no_main_guard_is_needed(many, tmp_path):
-    """A script without a guard, which `multiprocessing` would execute again in each child."""
-    script = tmp_path / "script.py"
-    script.write_text(f"""print("once")
-import os
-os.sched_getaffinity = lambda _: {{0, 1}}
-from lumix_dali.data import index, sources
-index.scan = None  # none in this process
-print(len(sources.load({str(many)!r})))
-""")
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )
-    assert (done.stdout, done.stderr) == ("once\n31\n", "")
-
-
-def test_a_damaged_shard_is_named_from_its_process(many):
-    path = many / "09.tar"
+def test_a_damaged_shard_is_named(shards):
+    path = shards / "1.tar"
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ValueError, match=f"source='{path}': .*cut short.*; repair or remove it"):
-        sources.load(many)
+        sources.load(shards)
 
 
 def test_the_name_of_a_sample(shards):

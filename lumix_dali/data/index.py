@@ -13,6 +13,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import IntEnum
 from itertools import groupby
@@ -22,7 +23,7 @@ import numpy as np
 
 from ..cpus import available
 from ..progress import Progress
-from . import children, storage
+from . import storage
 from .formats import EXTENSIONS, is_image
 
 IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's names for ImageNet
@@ -35,7 +36,6 @@ _NO_SHARD = {
     (b"<!doctype", b"<html"), "a web page, not a shard: the server wants a login, or the address is wrong"
 )
 _FORMAT = 5  # of the kept file
-_ALONE = 8  # shards for which a process of their own does not pay
 
 
 class Fault(IntEnum):
@@ -203,19 +203,9 @@ def kept(path: str) -> np.ndarray:
 
 
 def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
-    """`scan` of each shard, in order, in several processes if that pays."""
-    workers = min(available(), len(paths) // _ALONE)
-    if workers < 2:
-        yield from map(_scan_path, paths)
-        return
-    for (rows_of_one,) in children.run(_scan_paths, [[path] for path in paths], workers):
-        if isinstance(rows_of_one, children.Died):
-            raise ValueError("source: the process that scans its shards died; try again")
-        yield rows_of_one
-
-
-def _scan_paths(paths: Sequence[str]) -> list[np.ndarray]:
-    return [_scan_path(path) for path in paths]
+    """`scan` of each shard, in order; several at once, since reading from a network waits."""
+    with ThreadPoolExecutor(available()) as pool:
+        yield from pool.map(_scan_path, paths)
 
 
 def _scan_path(path: str) -> np.ndarray:
