@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -147,27 +147,19 @@ def entries(paths: Sequence[str]) -> list[Entry]:
 def replacing(path: StrPath) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` once it is complete; a failure leaves nothing behind."""
     path = os.path.abspath(path)
-    file = NamedTemporaryFile(dir=os.path.dirname(path), prefix=".part-", delete=False)  # noqa: SIM115
+    part = os.path.join(os.path.dirname(path), f".part-{uuid4().hex}")
     try:
-        with file:
-            yield cast(BinaryIO, file)
+        with open(part, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o666 & ~_UMASK)
-        os.replace(file.name, path)
+        os.replace(part, path)
     except BaseException as error:
-        os.remove(file.name)
+        with suppress(OSError):  # it may not have been opened
+            os.remove(part)
         if isinstance(error, OSError) and error.filename is None:  # such as a full disk
             error.filename = path
         raise
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0o077))
-    return mask
-
-
-_UMASK = _umask()  # asked once: it belongs to the whole process
 
 
 def cache_folder() -> str:
@@ -297,18 +289,11 @@ def _ask(url: str, question: Callable[[Any, str], _Answer]) -> _Answer:
         raise Missing(f"source={url!r}: it does not exist; give one that does") from error
     except ImportError as error:
         raise ValueError(f"source={url!r}: {error}") from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"source={url!r}: no space for its copy in the cache; set cache_dir to another disk"
-            ) from error
-        raise ValueError(_unanswered(url, error)) from error
     except Exception as error:  # every protocol raises its own errors
-        raise ValueError(_unanswered(url, error)) from error
-
-
-def _unanswered(url: str, error: Exception) -> str:
-    return f"source={url!r}: {type(error).__name__}: {str(error)[:150]}; check address, region and credentials"
+        why = f"{type(error).__name__}: {str(error)[:150]}; check address, region and credentials"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "no space for its copy in the cache; set cache_dir to another disk"
+        raise ValueError(f"source={url!r}: {why}") from error
 
 
 def _options(url: str) -> dict[str, Any]:
