@@ -1,17 +1,19 @@
 """Work in child processes, where a file that ends its process does no harm and is found.
 
-Not multiprocessing: its children import the caller's main module again, which may lack a guard, and would run it.
+Not a pool of multiprocessing's processes: they import the caller's main module again, which may lack a guard, and would
+run it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from typing import Any
 
@@ -89,13 +91,10 @@ class _Child:
 
     def __call__(self, items: list[Any]) -> list[Any]:
         process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            pickle.dump(items, process.stdin)
-            process.stdin.flush()
-            failed, result = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            self._pipe.send(items)
+            failed, result = self._pipe.recv()
+        except (EOFError, OSError) as error:
             code = process.wait()
             self.end = f"signal {-code}" if code < 0 else f"exit status {code}"
             self._process = None
@@ -107,19 +106,19 @@ class _Child:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise RuntimeError("the scan has ended")
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
+            )
         try:
-            pickle.dump(self._task, self._process.stdin)
-            self._process.stdin.flush()
-            pickle.load(self._process.stdout)  # it has imported all that it needs
-        except (EOFError, BrokenPipeError) as error:
+            self._pipe.send(self._task)
+            self._pipe.recv()  # it has imported all that it needs
+        except (EOFError, OSError) as error:
             raise RuntimeError(f"{sys.executable}: the scan's process could not start; see its error above") from error
         return self._process
 
@@ -131,28 +130,19 @@ class _Child:
             self._process.wait()
 
 
-def serve() -> None:
-    """Answers requests from stdin on stdout until the parent ends, which closes both."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    task = pickle.load(sys.stdin.buffer)
-    pickle.dump(None, out)
-    out.flush()
-    # Decoders print lines without a file's name to both; what is wrong comes back as a result.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    warnings.simplefilter("ignore")  # no filter decides which files are good
-    while True:
-        try:
-            items = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer: tuple[bool, Any] = (False, task(items))
-        except Exception as error:
-            answer = (True, error)
-        try:
-            pickle.dump(answer, out)
-            out.flush()
-        except BrokenPipeError:
-            return
+def serve(descriptor: int) -> None:
+    """Answers requests from a pipe until the parent ends, which closes it."""
+    with Connection(descriptor) as pipe, suppress(EOFError, ConnectionError):
+        task = pipe.recv()
+        pipe.send(None)
+        # Decoders print lines without a file's name to both; what is wrong comes back as a result.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        warnings.simplefilter("ignore")  # no filter decides which files are good
+        while True:
+            items = pipe.recv()
+            try:
+                answer: tuple[bool, Any] = (False, task(items))
+            except Exception as error:
+                answer = (True, error)
+            pipe.send(answer)
