@@ -178,10 +178,7 @@ def load(
 
 def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
     content = kept(path)
-    counts, rows_of_all = np.array(content[:shards]), content[shards:].reshape(-1, 3)
-    if counts.sum() != len(rows_of_all):
-        raise ValueError(f"{path}: damaged")
-    return rows_of_all, counts
+    return content[shards:].reshape(-1, 3), np.array(content[:shards])
 
 
 def keep(path: str, content: np.ndarray) -> None:
