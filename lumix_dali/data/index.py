@@ -229,13 +229,12 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[tarfile.T
     Raises:
         ValueError: it is damaged, or a member's path is absolute or leads out of the archive.
     """
-    end = os.fstat(handle).st_size
     for info, stop in _headers(handle):
         is_regular = info.isreg() and not info.issparse()
         size = info.size if is_regular else 0
         is_number = info.pax_headers.get("size", "0").isdecimal()  # else tarfile takes it for 0
-        if not is_number or not info.offset_data <= info.offset_data + size <= stop <= end:
-            raise ValueError(f"not a complete tar archive: {info.name!r} is cut short")
+        if not is_number or not info.offset_data <= info.offset_data + size <= stop:
+            raise ValueError(f"not a complete tar archive: the size of {info.name!r} is damaged")
         if info.name.startswith("/") or ".." in info.name.split("/"):
             raise ValueError(f"member {info.name!r} leads out of the archive; refused")
         if is_regular and not os.path.basename(info.name).startswith("."):
@@ -258,7 +257,7 @@ def _headers(handle: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
             if os.pread(handle, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
                 raise tarfile.ReadError(f"byte {archive.offset}")  # tarfile takes it for the end
     except Exception as error:  # tarfile raises almost anything
-        raise ValueError(f"not a complete tar archive: a header is damaged or cut short ({error!r})") from error
+        raise ValueError(f"not a complete tar archive: damaged or cut short ({error!r})") from error
 
 
 def split_name(name: str) -> tuple[str, str]:
