@@ -20,6 +20,7 @@ from lumix_dali.cli import main
 from lumix_dali.data import check, children
 from lumix_dali.data.files import class_folder, write_manifest
 from lumix_dali.data.formats import Decoder
+from lumix_dali.data.protocol import Source
 
 
 def encoded(kind, seed=0, size=(64, 48)):
@@ -154,6 +155,27 @@ def test_lists_are_also_checked(root):
     report = check.scan(root / "list.txt", full=True)
     assert list(report.bad) == ["a/gone.jpg"]
     assert list(report.samples.names) == ["a/0.jpg", "b c/1.jpg"]
+
+
+class TwoShards(Source):
+    """A source of one's own that tells the sizes of its shards, but has no names for them."""
+
+    classes, digest, counts = ["a", "b"], "", np.array([2, 3])
+
+    def __len__(self):
+        return 5
+
+    def name(self, index):
+        return f"sample {index}"
+
+    def read(self, indices):
+        return [JPEG if i else b"text" for i in indices], np.array([i % 2 for i in indices])
+
+
+def test_shards_of_a_source_of_ones_own_are_numbered():
+    report = check.scan(TwoShards(), workers=1)
+    assert report.bad.keys() == {"sample 0"}
+    assert report.files == {"shard 0": 1, "shard 1": 3}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])

@@ -27,7 +27,7 @@ from .files import Files, natural_key
 from .files import survey as folder_survey
 from .formats import MAX_PIXELS, BadImage, Decoder
 from .protocol import Source
-from .shards import find_shards, load_shards
+from .shards import Shards, find_shards, load_shards
 
 _CHUNK = 256
 _DECODED = 32  # images that are in memory at once, for each process
@@ -246,8 +246,10 @@ def _survey(source: Any, workers: int, progress: Progress) -> _Survey:
     samples_of_any = sources.load(source, progress=progress)
     if isinstance(samples_of_any, Files):
         return _Survey(samples_of_any, samples_of_any.names.__getitem__, samples_of_any.root)
-    names = [] if samples_of_any.counts is None else getattr(samples_of_any, "paths", [])
-    return _Survey(samples_of_any, samples_of_any.name, str(source)[:200], shards=list(names))
+    counts = () if samples_of_any.counts is None else samples_of_any.counts
+    # Only our own shards have paths; a source of a user's own need not.
+    shards = samples_of_any.paths if isinstance(samples_of_any, Shards) else [f"shard {k}" for k in range(len(counts))]
+    return _Survey(samples_of_any, samples_of_any.name, str(source)[:200], shards=shards)
 
 
 # The structure of shards
