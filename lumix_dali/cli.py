@@ -223,8 +223,9 @@ def _convert(args: argparse.Namespace) -> int:
     if inside and os.path.isdir(args.root):
         raise ValueError(f"--out {args.out}: it lies in the source, which it would spoil; give another folder")
     if not is_manifest(args.root):
-        report = check.scan(args.root, full=args.full, workers=args.workers, progress=bar("chunk"))
-        samples = report.samples or samples
+        report = check.scan(samples, full=args.full, workers=args.workers, progress=bar("chunk"))
+        assert report.samples is not None  # files in, files out
+        samples = report.samples
         for name, reason in report.bad.items():
             print(f"left out {name!r}: {reason}", file=sys.stderr)
     paths = convert.convert(

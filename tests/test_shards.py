@@ -476,6 +476,14 @@ def test_the_command(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "in" / "cat")) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "bad.jpg"]
 
 
+def test_nothing_is_converted_where_every_image_is_bad(tmp_path, capsys):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "bad.jpg").write_bytes(b"no image")
+    assert main(["convert", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert "none of the samples can be used; see lumix-dali check" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "flag", "value"),
     [

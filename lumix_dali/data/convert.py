@@ -72,8 +72,11 @@ def convert(
     out = os.fspath(out)
     if storage.is_remote(out):
         raise ValueError(f"out={out!r}: shards are written to a local folder; upload that")
-    if shard_size < 1 or not len(samples):
-        raise ValueError(f"shard_size={shard_size}: give a number >= 1, and samples ({len(samples)} here)")
+    checks.whole("shard_size", shard_size, 1)
+    checks.whole("seed", seed, 0)
+    checks.optional(checks.whole, "workers", workers, 1)
+    if not len(samples):
+        raise ValueError(f"source={samples.root!r}: none of the samples can be used; see lumix-dali check")
     encoding = None
     if max_size is not None:
         encoding = _Encoding(checks.whole("max_size", max_size, 1), checks.whole("quality", quality, 1, 101))
