@@ -67,7 +67,7 @@ def webp(kind, content):
     ids=lambda content: f"{content[:4]}{len(content)}",
 )
 def test_dali_never_sees_an_odd_header(content):
-    assert formats._dali(io.BytesIO(content)) is None
+    assert isinstance(formats._dali(io.BytesIO(content)), str)  # why Pillow decodes it
 
 
 # The graph

@@ -510,7 +510,7 @@ def test_good_shards_pass(files, folder, kind, full):
     assert report.ok
     assert (report.bad, report.ignored, report.warnings) == ({}, [], [])
     assert report.counts == dict.fromkeys(files.classes, 1)
-    assert list(report.files.values()) == [5, 5, 5, 5, 3]
+    assert list(report.shards.values()) == [5, 5, 5, 5, 3]
     assert f"{COUNT} usable images in {COUNT} classes\n" in check.show(report)
     assert "5 shards of 3 to 5 samples" in check.show(report)
 
@@ -591,6 +591,8 @@ def test_truncated_shards(copy, kind):
     report = check.scan(copy, workers=1)
     assert report.bad.keys() == {cut.name}
     assert "cut short" in report.bad[cut.name]
+    report = check.scan(cut, workers=1)  # and none is left
+    assert (len(report.labels), report.samples, report.shards) == (0, None, {cut.name: 0})
 
 
 def test_sorted_shards_and_repeated_keys_are_warned_about(tmp_path):
@@ -619,6 +621,6 @@ def test_the_report_of_shards(folder, tmp_path, capsys):
     assert content["ok"] is True
     assert content["images"] == COUNT
     assert content["epoch"] == {"ranks": 2, "batch_size": 3, "batches": 3, "left_out": 5}
-    assert list(content["files"].values()) == [5, 5, 5, 5, 3]
+    assert list(content["shards"].values()) == [5, 5, 5, 5, 3]
     assert main([*command, "--manifest", str(tmp_path / "m.json")]) == 2
     assert "a manifest lists files, not shards" in capsys.readouterr().err

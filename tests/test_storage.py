@@ -256,7 +256,7 @@ def test_remote_shards_and_rows_are_checked(memory, shards, full):
     put(memory, shards, "/data")
     report = check.scan("memory://data", full=full, workers=1)
     assert report.ok
-    assert list(report.files.values()) == [5, 5, 5, 5, 3]
+    assert list(report.shards.values()) == [5, 5, 5, 5, 3]
     good = bytes(sources.load(shards).read([0])[0][0])
     report = check.scan([(good, 0), (b"text", 0), (good, 1), (good, -1)], full=full, workers=1)
     assert list(report.bad) == ["row 1", "row 3"]

@@ -12,33 +12,26 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import PIL.Image
 
+from .. import checks
 from ..cpus import available
 from ..progress import Progress
 from . import children, formats, index, sources, storage
 from .files import Files, natural_key
 from .files import survey as folder_survey
-from .formats import MAX_PIXELS, BadImage, Decoder
+from .formats import FOREIGN, MAX_PIXELS, BadImage, Decoder, Look
+from .order import Order
 from .protocol import Source
 from .shards import Shards, find_shards, load_shards
 
-_CHUNK = 256
-_DECODED = 32  # images that are in memory at once, for each process
-# Why `formats.look` gives images of these formats to Pillow.
-_ODD = {
-    "JPEG": "neither grey nor of three components, or not Huffman-coded with 8 bits",
-    "MPO": "neither grey nor of three components, or not Huffman-coded with 8 bits",
-    "PNG": "animated, or without an end",
-    "WEBP": "with EXIF, or damaged",
-}
-_FOREIGN = "DALI is given only JPEG, PNG and WebP"
+_CHUNK = 32  # images that are in memory at once, for each process
 _REFUSED = "DALI refuses them"
 _MANIFEST = "--manifest FILE writes a list of the others, for create_loader"
 _REWRITE = (
@@ -49,16 +42,13 @@ _SORTED = (
     "sorted by class: no matter on local storage, but remote shards are shuffled only within a window; "
     "give shuffle='global', or write them in random order, as lumix-dali convert does"
 )
-# The rows of docs/reliability.md whose pixels are not timm's.
-_DEEP_GREY = "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"
-_DEEP = "16 bits are rounded to 8, where Pillow takes the upper byte"
 
 
 class Note(NamedTuple):
     """What sets a usable image apart: Pillow decodes it, or DALI does so to other pixels than timm's loader."""
 
     format: str
-    decoder: Decoder
+    decoder: str
     why: str
 
 
@@ -67,30 +57,30 @@ class Report:
     """What a scan found.
 
     Args:
+        root: where the source is.
         samples: the usable image files; None if the source does not consist of files.
         labels: int64 [n], of the usable samples.
         classes: K class names; numbers if they are unknown.
-        root: where the source is.
         digest: identifies the usable samples.
-        bad: {name: reason} of samples that cannot be used.
+        bad: {name: reason} of samples and shards that cannot be used.
         ignored: names passed over: hidden, or without an image's extension.
         empty: classes without a usable image.
-        files: of shards: usable samples of each.
+        shards: usable samples of each shard.
         warnings: what hinders training, though every sample can be used.
         notes: number of usable images of each kind that Pillow decodes, or whose pixels are not timm's.
     """
 
-    samples: Files | None
-    labels: np.ndarray
-    classes: Sequence[str]
     root: str
-    digest: str
-    bad: dict[str, str]
-    ignored: list[str]
-    empty: list[str]
-    files: dict[str, int]
-    warnings: list[str]
-    notes: dict[Note, int]
+    samples: Files | None = None
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    classes: Sequence[str] = ()
+    digest: str = ""
+    bad: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    shards: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    notes: dict[Note, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -105,48 +95,19 @@ class Report:
 
     def epoch(self, ranks: int, batch_size: int) -> dict[str, int]:
         """Batches per rank, and samples left out, of a training epoch over `ranks` at `batch_size`."""
-        batches = len(self.labels) // (ranks * batch_size)
-        return dict(
-            ranks=ranks,
-            batch_size=batch_size,
-            batches=batches,
-            left_out=len(self.labels) - batches * ranks * batch_size,
-        )
+        batches = 0
+        with suppress(ValueError):  # too few samples for a batch on each rank
+            batches = len(Order(len(self.labels), batch_size, world_size=ranks))
+        left_out = len(self.labels) - batches * ranks * batch_size
+        return dict(ranks=ranks, batch_size=batch_size, batches=batches, left_out=left_out)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for machines, as ``--report`` writes it."""
-        return dict(
-            root=self.root,
+        plain = ("root", "digest", "ok", "counts", "bad", "empty", "ignored", "shards", "warnings")
+        return {name: getattr(self, name) for name in plain} | dict(
             images=len(self.labels),
-            digest=self.digest,
-            ok=self.ok,
-            counts=self.counts,
-            bad=self.bad,
-            empty=self.empty,
-            ignored=self.ignored,
-            files=self.files,
-            warnings=self.warnings,
-            notes=[dict(images=number, **_plain(note)) for note, number in self.notes.items()],
+            notes=[dict(images=number, **note._asdict()) for note, number in self.notes.items()],
         )
-
-
-def _plain(note: Note) -> dict[str, str]:
-    return note._asdict() | dict(decoder=note.decoder.name)
-
-
-@dataclass
-class _Survey:
-    """A source, and what its names and the structure of its shards tell before any image is looked at."""
-
-    source: Source
-    name: Callable[[int], str]
-    root: str
-    bad: dict[str, str] = field(default_factory=dict)
-    reasons: dict[int, str] = field(default_factory=dict)  # of samples
-    ignored: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    shards: list[str] = field(default_factory=list)
 
 
 def scan(
@@ -170,11 +131,11 @@ def scan(
         A `Report`.
 
     Raises:
-        ValueError: nothing is there, or a list's line is wrong.
+        ValueError: nothing is there, a list's line is wrong, or an argument is invalid.
     """
-    workers = workers or available()
-    survey = _survey(source, workers, progress)
-    samples = survey.source
+    checks.whole("max_pixels", max_pixels, 1)
+    workers = checks.optional(checks.whole, "workers", workers, 1) or available()
+    samples, name, reasons, report = _survey(source, workers, progress)
     labels = np.zeros(len(samples), np.int64)
 
     def prepare(chunk: list[int]) -> list[str | bytes | BadImage]:
@@ -184,132 +145,129 @@ def scan(
         images, labels[chunk] = samples.read(chunk)
         return [image if isinstance(image, BadImage) else bytes(image) for image in images]
 
-    size = _DECODED if full or not samples.gives_paths else _CHUNK
-    chunks = [list(range(i, min(i + size, len(labels)))) for i in range(0, len(labels), size)]
-    task = partial(_decode if full else _look_at, max_pixels=max_pixels)
-    reasons, notes = survey.reasons, Counter[Note]()
-    results = progress(children.run(task, chunks, workers, prepare), len(chunks))
-    for chunk, said in zip(chunks, results, strict=True):
-        reasons |= {i: each for i, each in zip(chunk, said, strict=True) if isinstance(each, str) and i not in reasons}
-        notes.update(each for i, each in zip(chunk, said, strict=True) if isinstance(each, Note) and i not in reasons)
-    return _report(survey, labels, reasons, dict(notes.most_common()))
-
-
-def _report(survey: _Survey, labels: np.ndarray, reasons: dict[int, str], notes: dict[Note, int]) -> Report:
-    samples = survey.source
-    is_good = np.ones(len(labels), bool)
-    is_good[list(reasons)] = False
-    good = np.flatnonzero(is_good)
-    files = None
-    if isinstance(samples, Files):
-        files = Files(samples.root, [samples.names[i] for i in good.tolist()], labels[good], samples.classes)
-    classes = samples.classes
-    if classes is None:
-        classes = [str(k) for k in range(int(labels[good].max(initial=-1)) + 1)]
-    parts = [] if samples.counts is None else np.split(is_good, np.cumsum(samples.counts)[:-1])
-    usable = [int(part.sum()) for part in parts]
-    report = Report(
-        samples=files,
-        labels=labels[good],
-        classes=classes,
-        root=survey.root,
-        digest=samples.digest if files is None else files.digest,
-        bad=survey.bad | {survey.name(i): reasons[i] for i in sorted(reasons)},
-        ignored=survey.ignored,
-        empty=survey.empty,
-        files=dict.fromkeys(survey.shards, 0) | dict(zip(_readable(survey), usable, strict=True)),
-        warnings=survey.warnings,
-        notes=notes,
-    )
-    report.empty += [name for name, number in report.counts.items() if not number]
-    report.empty.sort(key=natural_key)
-    if usable and _is_sorted(report.labels):
-        report.warnings.append(_SORTED)
+    chunks = [list(range(i, min(i + _CHUNK, len(labels)))) for i in range(0, len(labels), _CHUNK)]
+    results = children.run(partial(_judge, full=full, max_pixels=max_pixels), chunks, workers, prepare)
+    notes = Counter[Note]()
+    for chunk, said in zip(chunks, progress(results, len(chunks)), strict=True):
+        for i, each in zip(chunk, said, strict=True):
+            if isinstance(each, str):
+                reasons.setdefault(i, each)
+            elif each.why and i not in reasons:
+                notes[Note(each.format, each.decoder.name, each.why)] += 1
+    report.notes = dict(notes.most_common())
+    _count(report, samples, labels, {i: (name(i), reasons[i]) for i in sorted(reasons)})
     return report
 
 
-def _readable(survey: _Survey) -> list[str]:
-    return [shard for shard in survey.shards if shard not in survey.bad]
+def _count(report: Report, samples: Source, labels: np.ndarray, bad: dict[int, tuple[str, str]]) -> None:
+    """Completes a report, given the labels of all samples, and {number: (name, reason)} of those that are bad."""
+    is_good = np.ones(len(labels), bool)
+    is_good[list(bad)] = False
+    report.labels, report.digest = labels[is_good], samples.digest
+    report.classes = samples.classes or [str(k) for k in range(int(report.labels.max(initial=-1)) + 1)]
+    if isinstance(samples, Files) and not report.shards:
+        names = [samples.names[i] for i in np.flatnonzero(is_good).tolist()]
+        report.samples = Files(samples.root, names, report.labels, samples.classes)
+        report.digest = report.samples.digest
+    if samples.counts is not None:
+        parts = np.split(is_good, np.cumsum(samples.counts)[:-1])
+        whole = [shard for shard in report.shards if shard not in report.bad]
+        report.shards |= {shard: int(part.sum()) for shard, part in zip(whole, parts, strict=True)}
+        if _is_sorted(report.labels):
+            report.warnings.append(_SORTED)
+    report.bad |= bad.values()
+    report.empty = sorted({*report.empty, *(k for k, number in report.counts.items() if not number)}, key=natural_key)
+
+
+def _is_sorted(labels: np.ndarray) -> bool:
+    """Whether neighbours are of one class far more often than in a random order."""
+    shares = np.bincount(labels) / max(1, len(labels))
+    return len(labels) > 1 and bool((np.diff(labels) != 0).mean() < (1 - (shares**2).sum()) / 2)
+
+
+# What names and the structure of shards tell before any image is looked at
+
+
+class _Survey(NamedTuple):
+    """A source, the names of its samples, {number: reason} of those that are bad, and the report so far."""
+
+    samples: Source
+    name: Callable[[int], str]
+    reasons: dict[int, str]
+    report: Report
 
 
 def _survey(source: Any, workers: int, progress: Progress) -> _Survey:
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        shards = find_shards(path)
-        if shards and not storage.is_remote(path):
-            return _survey_of_shards(shards, workers, progress)
-        if storage.is_folder(path) and not shards:
-            found = folder_survey(path)
-            doubts = [found.doubt] if found.doubt else []
-            name = found.samples.names.__getitem__
-            return _Survey(found.samples, name, path, ignored=found.ignored, empty=found.empty, warnings=doubts)
-    samples_of_any = sources.load(source, progress=progress)
-    if isinstance(samples_of_any, Files):
-        return _Survey(samples_of_any, samples_of_any.names.__getitem__, samples_of_any.root)
-    counts = () if samples_of_any.counts is None else samples_of_any.counts
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+    shards = find_shards(path) if path else []
+    if shards and not storage.is_remote(path):
+        return _survey_of_shards(shards, workers, progress)
+    if path and not shards and storage.is_folder(path):
+        found = folder_survey(path)
+        doubts = [found.doubt] if found.doubt else []
+        report = Report(path, ignored=found.ignored, empty=found.empty, warnings=doubts)
+        return _Survey(found.samples, found.samples.names.__getitem__, {}, report)
+    samples = load_shards(shards, progress=progress) if shards else sources.load(source, progress=progress)
+    if isinstance(samples, Files):
+        return _Survey(samples, samples.names.__getitem__, {}, Report(samples.root))
+    counts = () if samples.counts is None else samples.counts
     # Only our own shards have paths; a source of a user's own need not.
-    shards = samples_of_any.paths if isinstance(samples_of_any, Shards) else [f"shard {k}" for k in range(len(counts))]
-    return _Survey(samples_of_any, samples_of_any.name, str(source)[:200], shards=shards)
-
-
-# The structure of shards
+    names = samples.paths if isinstance(samples, Shards) else [f"shard {k}" for k in range(len(counts))]
+    return _Survey(samples, samples.name, {}, Report(str(source)[:200], shards=dict.fromkeys(names, 0)))
 
 
 class _Audit(NamedTuple):
-    """What one shard holds: its samples' names, the faults of some, members passed over, and what hinders reading."""
+    """What one shard holds: its samples' names and keys, the faults of some, members passed over, and doubts."""
 
     names: list[str]
+    keys: set[str]
     reasons: dict[int, str]
     ignored: list[str]
     warnings: list[str]
-    damage: str
 
 
 def _survey_of_shards(paths: list[str], workers: int, progress: Progress) -> _Survey:
-    results = children.run(_audits, [[path] for path in paths], workers)
-    audits = [audit for (audit,) in progress(results, len(paths))]
-    audits = [_Audit([], {}, [], [], each) if isinstance(each, str) else each for each in audits]
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    shown = [os.path.relpath(os.path.abspath(path), root) for path in paths]
-    whole = [path for path, audit in zip(paths, audits, strict=True) if not audit.damage]
+    report, whole = Report(root), []
     names: list[str] = []
     reasons: dict[int, str] = {}
-    for shard, audit in zip(shown, audits, strict=True):
+    keys: Counter[str] = Counter()
+    audits = children.run(_audits, [[path] for path in paths], workers)
+    for path, (audit,) in zip(paths, progress(audits, len(paths)), strict=True):
+        shard = os.path.relpath(os.path.abspath(path), root)
+        report.shards[shard] = 0
+        if isinstance(audit, str):
+            report.bad[shard] = audit
+            continue
+        whole.append(path)
         reasons |= {len(names) + i: reason for i, reason in audit.reasons.items()}
         names += [f"{shard}/{name}" for name in audit.names]
-    survey = _Survey(
-        load_shards(whole) if whole else Files(root, [], np.zeros(0, np.int64), ()),
-        names.__getitem__,
-        root,
-        bad={shard: audit.damage for shard, audit in zip(shown, audits, strict=True) if audit.damage},
-        reasons=reasons,
-        ignored=[f"{shard}/{name}" for shard, audit in zip(shown, audits, strict=True) for name in audit.ignored],
-        warnings=[warning for audit in audits for warning in audit.warnings],
-        shards=shown,
-    )
-    keys = [key for audit in audits for key in {os.path.splitext(name)[0] for name in audit.names}]
-    if (twice := len(keys) - len(set(keys))) and not keys[0].startswith("record "):
-        survey.warnings.append(
+        report.ignored += [f"{shard}/{name}" for name in audit.ignored]
+        report.warnings += audit.warnings
+        keys.update(audit.keys)
+    if (twice := keys.total() - len(keys)) and index.kind_of(paths[0]) == "webdataset":
+        report.warnings.append(
             f"{twice} keys occur in more than one shard: if they are the same samples twice, leave one of them out"
         )
-    return survey
+    samples = load_shards(whole) if whole else Files(root, [], np.zeros(0, np.int64), ())
+    return _Survey(samples, names.__getitem__, reasons, report)
 
 
-def _audits(paths: list[str]) -> list[_Audit]:
+def _audits(paths: list[str]) -> list[_Audit | str]:
     return [_audit(path) for path in paths]
 
 
-def _audit(path: str) -> _Audit:
-    audit, is_tar = _Audit([], {}, [], [], ""), index.kind_of(path) == "webdataset"
-    seen = set()
+def _audit(path: str) -> _Audit | str:
+    """What a shard holds, or why it cannot be read to its end."""
+    audit, is_tar = _Audit([], set(), {}, [], []), index.kind_of(path) == "webdataset"
     try:
         with open(path, "rb", buffering=0) as file:
             handle = file.fileno()
             for number, row in enumerate(index.rows(path, handle, audit.ignored)):
                 key = index.split_name(row.name)[0] if is_tar else row.name
-                if key in seen:
+                if key in audit.keys:
                     audit.reasons[number] = "its key occurs twice"
-                seen.add(key)
+                audit.keys.add(key)
                 audit.names.append(row.name)
             if not is_tar:
                 audit.reasons.update(_checksum_faults(handle))
@@ -318,8 +276,8 @@ def _audit(path: str) -> _Audit:
                     f"{os.path.basename(path)}: no end mark; if its original is longer it was cut short: copy it again"
                 )
     except (ValueError, OSError) as error:
-        return audit._replace(names=[], reasons={}, damage=str(error))
-    return audit if seen else audit._replace(damage="no sample in it")
+        return str(error)
+    return audit if audit.keys else "no sample in it"
 
 
 def _checksum_faults(handle: int) -> dict[int, str]:
@@ -340,91 +298,54 @@ def _checksum_faults(handle: int) -> dict[int, str]:
     }
 
 
-def _is_sorted(labels: np.ndarray) -> bool:
-    """Whether neighbours are of one class far more often than in a random order."""
-    shares = np.bincount(labels) / max(1, len(labels))
-    return len(labels) > 1 and bool((np.diff(labels) != 0).mean() < (1 - (shares**2).sum()) / 2)
+# Images, in a child process
 
 
-# One image, in a child process
-
-
-def _look_at(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
-    """Why an image cannot be used, or what is notable about it, as far as headers, markers and ends tell."""
-    return [_said(item, partial(_look, max_pixels=max_pixels)) for item in items]
-
-
-def _said(item: str | bytes | BadImage, question: Callable[[BinaryIO], Note | None]) -> str | Note | None:
-    """The answer about a path or encoded image, or the reason why it is bad."""
-    PIL.Image.MAX_IMAGE_PIXELS = None  # `max_pixels` alone counts
-    try:
-        if isinstance(item, BadImage):
-            raise item
-        with formats.open_regular(item) if isinstance(item, str) else io.BytesIO(item) as file:
-            return question(file)
-    except BadImage as error:
-        return str(error)
-
-
-def _look(file: BinaryIO, max_pixels: int) -> Note | None:
-    """What is notable about an image; raises `BadImage` where its structure says that it is bad."""
-    found = formats.look(file, max_pixels)
-    # Pillow judges odd files of the formats that DALI decodes. A JPEG may lack its end marker because a film
-    # follows it, as in motion photos, or because it is cut short.
-    is_odd = found.decoder == Decoder.PILLOW or (found.format == "JPEG" and formats.has_stray_marker(file))
-    if found.format in ("JPEG", "PNG", "WEBP") and is_odd:
-        formats.pillow_pixels(file, max_pixels)
-    return _note(file, found)
-
-
-def _decode(items: list[str | bytes | BadImage], max_pixels: int) -> list[str | Note | None]:
-    """As `_look_at`, by decoding: JPEGs that DALI decodes are decoded once more with Pillow.
-
-    libjpeg's fatal errors inside a scan count as success in nvImageCodec, which then delivers a partly grey image.
-    """
-    from ..decoding import refused  # the processes of the fast scan need no DALI
-
-    contents: dict[int, bytes] = {}
-    said: list[str | Note | None] = []
+def _judge(items: list[str | bytes | BadImage], full: bool, max_pixels: int) -> list[Look | str]:
+    """What the header of each image says, given as a path or encoded; or why the image cannot be used."""
+    said: list[Look | str] = []
+    given: dict[int, bytes] = {}  # to DALI
     for number, item in enumerate(items):
-        look = partial(_decode_with_pillow, number=number, contents=contents, max_pixels=max_pixels)
-        said.append(_said(item, look))
-    encoded = {number: np.frombuffer(content, np.uint8) for number, content in contents.items()}
-    for number in refused(encoded):
-        said[number] = _said(contents[number], partial(_decode_refused, max_pixels=max_pixels))
+        try:
+            if isinstance(item, BadImage):
+                raise item
+            with formats.open_regular(item) if isinstance(item, str) else io.BytesIO(item) as file:
+                look = _look(file, full, max_pixels)
+                if full and look.decoder == Decoder.DALI:
+                    file.seek(0)
+                    given[number] = file.read()
+            said.append(look)
+        except BadImage as error:
+            said.append(str(error))
+    if given:
+        from ..decoding import refused  # the processes of the fast scan need no DALI
+
+        for number in refused({i: np.frombuffer(content, np.uint8) for i, content in given.items()}):
+            said[number] = _look_at_refused(io.BytesIO(given[number]), max_pixels)
     return said
 
 
-def _decode_refused(file: BinaryIO, max_pixels: int) -> Note:
-    """Of an image that DALI refuses: Pillow decodes it, or it is bad."""
-    formats.pillow_pixels(file, max_pixels)
-    return Note(formats.look(file, max_pixels).format, Decoder.PILLOW, _REFUSED)
-
-
-def _decode_with_pillow(file: BinaryIO, number: int, contents: dict[int, bytes], max_pixels: int) -> Note | None:
-    """What is notable; keeps the content of what DALI decodes."""
-    found = formats.look(file, max_pixels)
-    file.seek(0)
-    content = file.read()
-    # Not PNG: Pillow refuses some for a text chunk, whose pixels DALI decodes as they should be.
-    if found.decoder == Decoder.PILLOW or found.format == "JPEG":
+def _look(file: BinaryIO, full: bool, max_pixels: int) -> Look:
+    """What a header says; raises `BadImage` where Pillow, asked about doubtful images or all, says that it is bad."""
+    look = formats.look(file, max_pixels)
+    if look.decoder == Decoder.PILLOW:
+        ask = full or look.why != FOREIGN  # odd files of the formats that DALI decodes are often damaged
+    else:
+        # libjpeg's fatal errors inside a scan count as success in nvImageCodec, which then delivers a partly grey
+        # image. Not PNG: Pillow refuses some for a text chunk, whose pixels DALI decodes as they should be.
+        ask = look.format == "JPEG" and (full or formats.has_stray_marker(file))
+    if ask:
         formats.pillow_pixels(file, max_pixels)
-    if found.decoder == Decoder.DALI:
-        contents[number] = content
-    return _note(file, found)
+    return look
 
 
-def _note(file: BinaryIO, found: formats.Look) -> Note | None:
-    """Whether Pillow decodes an image, or DALI does so to other pixels than timm's loader."""
-    if found.decoder == Decoder.PILLOW:
-        return Note(found.format, found.decoder, _ODD.get(found.format, _FOREIGN))
-    if found.format != "PNG":
-        return None
-    file.seek(24)
-    depth, colour = file.read(2)
-    if depth != 16:
-        return None
-    return Note(found.format, found.decoder, _DEEP if colour else _DEEP_GREY)
+def _look_at_refused(file: BinaryIO, max_pixels: int) -> Look | str:
+    """Of an image that DALI refuses: Pillow decodes it, or it is bad."""
+    try:
+        formats.pillow_pixels(file, max_pixels)
+    except BadImage as error:
+        return str(error)
+    return formats.look(file, max_pixels)._replace(decoder=Decoder.PILLOW, why=_REFUSED)
 
 
 def show(report: Report, most: int = 20) -> str:
@@ -434,12 +355,12 @@ def show(report: Report, most: int = 20) -> str:
         by_count = sorted(report.counts, key=lambda name: report.counts[name])
         low, high = by_count[0], by_count[-1]
         lines.append(f"smallest class: {low!r}, {report.counts[low]}; largest: {high!r}, {report.counts[high]}")
-    if report.files:
-        sizes = report.files.values()
+    if report.shards:
+        sizes = report.shards.values()
         lines.append(f"{len(sizes)} shards of {min(sizes)} to {max(sizes)} samples")
     lines += [f"warning: {warning}" for warning in report.warnings]
     for note, number in report.notes.items():
-        slow = note.decoder == Decoder.PILLOW
+        slow = note.decoder == Decoder.PILLOW.name
         how = "by Pillow, slower than by DALI" if slow else "to other pixels than timm's"
         lines.append(f"note: {number} {note.format} decoded {how}: {note.why}")
     for title, items in (
@@ -452,6 +373,6 @@ def show(report: Report, most: int = 20) -> str:
             lines += [f"  {item}" for item in islice(items, most)]
             lines += [f"  … and {len(items) - most} more"] * (len(items) > most)
     if report.bad:
-        remedy = _REWRITE if report.files else _MANIFEST
+        remedy = _REWRITE if report.shards else _MANIFEST
         lines.append(f"what to do: {remedy}. A run replaces them by others, and counts them (loader.bad)")
     return "\n".join(lines)

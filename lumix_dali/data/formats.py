@@ -21,7 +21,7 @@ from functools import cache
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 # Extensions of images: timm's, and some more.
@@ -45,6 +45,7 @@ EXTENSIONS = (
 # Pillow decodes Encapsulated PostScript with Ghostscript, a program that untrusted files must not reach.
 _REFUSED = {"EPS"}
 _HEAD = 4096
+FOREIGN = "DALI is given only JPEG, PNG and WebP"  # why Pillow decodes other formats
 # No camera writes more segments before a JPEG's frame header; Pillow judges files with more.
 _MAX_SEGMENTS = 1000
 
@@ -64,12 +65,20 @@ class BadImage(ValueError):
 
 
 class Look(NamedTuple):
-    """What a header says: the decoder of the image, its format, and its size in pixels."""
+    """What a header says.
+
+    Args:
+        decoder: of the image.
+        format: Pillow's name of it.
+        height, width: in pixels.
+        why: why Pillow decodes it, or how DALI's pixels differ from those of timm's loader.
+    """
 
     decoder: Decoder
     format: str
     height: int
     width: int
+    why: str = ""
 
 
 def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
@@ -83,9 +92,9 @@ def look(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Look:
         BadImage: neither DALI nor Pillow can read the file, or its header claims more pixels than the limit.
     """
     found = _dali(file)
-    if found is None:
-        with opened(file) as image:
-            found = Look(Decoder.PILLOW, image.format or "", image.height, image.width)
+    if isinstance(found, str):
+        with _by_pillow(lambda: _opened(file), max_pixels) as image:
+            found = Look(Decoder.PILLOW, image.format or "", image.height, image.width, found)
     check_pixels(found.height, found.width, max_pixels)
     return found
 
@@ -101,73 +110,49 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         raise BadImage(f"{width}x{height} pixels, the limit is {max_pixels}")
 
 
-def opened(file: BinaryIO) -> Image.Image:
-    """Opens an image with Pillow, which reads only its header.
-
-    Unlike ``Image.open``, without Pillow's own pixel limit: `check_pixels` has ours.
-
-    Raises:
-        BadImage: Pillow does not know the format, or the header is damaged.
-    """
-    return _without_limits(lambda: _opened(file))
-
-
 def pillow_pixels(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes an image as timm's loader does: Pillow's ``convert("RGB")``, without applying the EXIF orientation.
 
     Raises:
         BadImage: Pillow cannot decode it, or it has more pixels than the limit.
     """
-    return _without_limits(lambda: _pixels(file, max_pixels), max_pixels)
+
+    def decode() -> Image.Image:
+        with _opened(file) as image:
+            check_pixels(image.height, image.width, max_pixels)
+            return image.convert("RGB")
+
+    return _by_pillow(decode, max_pixels)
 
 
 def _opened(file: BinaryIO) -> Image.Image:
-    file.seek(0)
-    prefix = file.read(16)
-    for name in _pillow_formats():
-        factory, accept = Image.OPEN[name]
-        try:
-            accepted = not accept or accept(prefix)
-            if accepted and not isinstance(accepted, str):  # a text says which feature of Pillow is missing
-                file.seek(0)
-                return factory(file, "")
-        except (SyntaxError, IndexError, TypeError, struct.error):  # not of this format
-            continue
-        except Image.DecompressionBombError:
-            raise
-        except Exception as error:  # a hostile header can make Pillow's parsers raise anything
-            raise BadImage(f"not an image: {_words(error)}") from error
-    raise BadImage("not an image that DALI or Pillow can read")
+    return Image.open(file, formats=_pillow_formats())
 
 
-def _pixels(file: BinaryIO, max_pixels: int) -> Image.Image:
-    with _opened(file) as image:
-        check_pixels(image.height, image.width, max_pixels)
-        try:
-            return image.convert("RGB")
-        except Image.DecompressionBombError:
-            raise
-        except Exception as error:  # as above: struct.error, IndexError, zlib.error, …
-            raise BadImage(_words(error)) from error
-
-
-def _without_limits(work: Callable[[], Image.Image], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def _by_pillow(work: Callable[[], Image.Image], max_pixels: int) -> Image.Image:
     """What `work` returns, with our pixel limit instead of Pillow's and without the user's warning filters.
 
     Neither may decide which images exist. Both are global: they are touched only where they would matter.
 
     Raises:
-        BadImage: an image has more pixels than the limit, perhaps one within another, as in an ICO.
+        BadImage: Pillow cannot do it, or an image has more pixels than the limit, perhaps one within another, as in
+            an ICO.
     """
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and limit <= MAX_PIXELS and all(action != "error" for action, *_ in warnings.filters):
-        with suppress(Image.DecompressionBombError):
+    try:
+        if limit is not None and limit <= MAX_PIXELS and all(action != "error" for action, *_ in warnings.filters):
+            with suppress(Image.DecompressionBombError):
+                return work()
+        with _limits_replaced(max_pixels):
             return work()
-    with _limits_replaced(max_pixels):
-        try:
-            return work()
-        except Image.DecompressionBombError as error:
-            raise BadImage(f"more than {max_pixels} pixels") from error
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than {max_pixels} pixels") from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image that DALI or Pillow can read") from error
+    except Exception as error:  # a hostile file can make Pillow raise anything: struct.error, zlib.error, ...
+        raise BadImage(_words(error)) from error
 
 
 def bitmap(image: Image.Image) -> bytes:
@@ -229,8 +214,8 @@ def _words(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _dali(file: BinaryIO) -> Look | None:
-    """What the header of a file for DALI says; None: leave the file to Pillow."""
+def _dali(file: BinaryIO) -> Look | str:
+    """What the header of a file for DALI says, or why the file is left to Pillow."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(_HEAD)
@@ -241,22 +226,22 @@ def _dali(file: BinaryIO) -> Look | None:
         file.seek(offset)
         return file.read(count)
 
-    for name, magic, parse in (
-        ("JPEG", b"\xff\xd8\xff", _jpeg),
-        ("PNG", b"\x89PNG\r\n\x1a\n", _png),
-        ("WEBP", b"RIFF", _webp),
+    for magic, parse, otherwise in (
+        (b"\xff\xd8\xff", _jpeg, "neither grey nor of three components, or not Huffman-coded with 8 bits"),
+        (b"\x89PNG\r\n\x1a\n", _png, "animated, or without an end"),
+        (b"RIFF", _webp, "with EXIF, or damaged"),
     ):
         if head.startswith(magic):
-            try:
+            with suppress(struct.error, IndexError):  # the file ends within the header
                 found = parse(read, size)
-            except (struct.error, IndexError):  # the file ends within the header
-                return None
-            return Look(Decoder.DALI, name, *found) if found and min(found) > 0 else None
-    return None
+                if found and found.height and found.width:
+                    return found
+            return otherwise
+    return FOREIGN
 
 
-def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a Huffman-coded 8-bit JPEG with one or three components."""
+def _jpeg(read: Read, size: int) -> Look | None:
+    """A Huffman-coded 8-bit JPEG with one or three components."""
     offset = 2
     for _ in range(_MAX_SEGMENTS):
         prefix, marker, length = struct.unpack(">BBH", read(offset, 4))
@@ -266,7 +251,7 @@ def _jpeg(read: Read, size: int) -> tuple[int, int] | None:
             offset += 1
         elif marker in (0xC0, 0xC1, 0xC2):  # baseline, extended sequential, progressive
             bits, height, width, components = struct.unpack(">BHHB", read(offset + 4, 6))
-            return (height, width) if bits == 8 and components in (1, 3) else None
+            return Look(Decoder.DALI, "JPEG", height, width) if bits == 8 and components in (1, 3) else None
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless, hierarchical or arithmetic-coded
         elif marker in (0xD9, 0xDA) or length < 2:  # the image data begins or ends before a frame header
@@ -313,11 +298,14 @@ _FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 _IN_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither a stuffed zero, fill, nor a restart
 
 
+# The rows of docs/reliability.md where DALI's pixels are not timm's.
+_DEEP_GREY = "grey of 16 bits is scaled to 8 bits, where Pillow clips it at 255"
+_DEEP = "16 bits are rounded to 8, where Pillow takes the upper byte"
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
-def _png(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a PNG without animation whose chunks are complete and end with IEND."""
+def _png(read: Read, size: int) -> Look | None:
+    """A PNG without animation whose chunks are complete and end with IEND."""
     length, kind, width, height, depth, colour, compression, filtering, interlace = struct.unpack(
         ">I4sIIBBBBB", read(8, 21)
     )
@@ -329,7 +317,7 @@ def _png(read: Read, size: int) -> tuple[int, int] | None:
     while offset + 12 <= size:
         length, kind = struct.unpack(">I4s", read(offset, 8))
         if kind == b"IEND":
-            return height, width
+            return Look(Decoder.DALI, "PNG", height, width, (_DEEP if colour else _DEEP_GREY) if depth == 16 else "")
         if kind == b"acTL":
             return None
         offset += 12 + length
@@ -339,18 +327,19 @@ def _png(read: Read, size: int) -> tuple[int, int] | None:
 _WEBP_EXIF = 0x08
 
 
-def _webp(read: Read, size: int) -> tuple[int, int] | None:
-    """(height, width) of a WebP without EXIF: DALI's parser may fail to find that chunk."""
+def _webp(read: Read, size: int) -> Look | None:
+    """A WebP without EXIF: DALI's parser may fail to find that chunk."""
     length, form, kind = struct.unpack("<I4s4s", read(4, 12))
     if form != b"WEBP" or length + 8 > size:
         return None
     if kind == b"VP8 ":
         start, width, height = struct.unpack("<3sHH", read(23, 7))
-        return (height & 0x3FFF, width & 0x3FFF) if start == b"\x9d\x01\x2a" else None
+        return Look(Decoder.DALI, "WEBP", height & 0x3FFF, width & 0x3FFF) if start == b"\x9d\x01\x2a" else None
     if kind == b"VP8L":
         signature, packed = struct.unpack("<BI", read(20, 5))
-        return ((packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1) if signature == 0x2F else None
+        height, width = (packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1
+        return Look(Decoder.DALI, "WEBP", height, width) if signature == 0x2F else None
     if kind == b"VP8X" and not read(20, 1)[0] & _WEBP_EXIF:
         width, height = (int.from_bytes(read(offset, 3), "little") + 1 for offset in (24, 27))
-        return height, width
+        return Look(Decoder.DALI, "WEBP", height, width)
     return None
