@@ -26,9 +26,11 @@ from .progress import bar
 from .target import Kind
 
 KINDS = {Kind.NONE: "unmixed", Kind.MIXUP: "Mixup", Kind.CUTMIX: "CutMix", Kind.OTHER: "mixed"}
+# Asked before a scan, which may take hours.
 _FROM_ONE = "count input_size workers ranks batch_size shard_size max_pixels max_size quality rounds num_threads"
 _LOWEST = dict.fromkeys(_FROM_ONE.split(), 1) | dict(seed=0)
 BOX_COLOUR = (255, 64, 64)
+COLUMNS = 4  # of the picture
 # What the partner is to the canvas; CutMix' line has the colour of its box.
 PARTNERS: dict[Kind, tuple[str, Any]] = {Kind.MIXUP: ("blended", "black"), Kind.CUTMIX: ("pasted", BOX_COLOUR)}
 LEGEND = (
@@ -37,7 +39,7 @@ LEGEND = (
 )
 
 
-def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: Any) -> None:
+def show(root: str, out: str, *, count: int = 16, **options: Any) -> None:
     """Writes a picture of mixed samples as the model gets them: pixels, box, classes and λ0 (arXiv 2211.15846).
 
     Below each image stand the label of the canvas and that of the partner that is pasted or blended in.
@@ -46,7 +48,6 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
         root: class folder, list file, manifest or shards.
         out: name of the picture, by whose ending Pillow chooses the format.
         count: number of samples.
-        columns: samples a row.
         options: further arguments of `create_loader`; without an alpha, Mixup .8 and CutMix 1 are drawn.
 
     Raises:
@@ -58,18 +59,16 @@ def show(root: str, out: str, *, count: int = 16, columns: int = 4, **options: A
         raise ValueError(f"--out {out}: Pillow knows no format of this ending; give a name such as mixed.png")
     if not {"mixup_alpha", "cutmix_alpha", "cutmix_minmax"} & options.keys():
         options |= dict(mixup_alpha=0.8, cutmix_alpha=1.0)
-    source = sources.load(root)
-    fixed: dict[str, Any] = dict(batch_size=count, dtype="uint8", device="cpu")
-    fixed["drop_last"] = False
-    with create_loader(source, **options, **fixed) as loader:
+    fixed: dict[str, Any] = dict(batch_size=count, dtype="uint8", device="cpu", drop_last=False)
+    with create_loader(root, **options, **fixed) as loader:
         images, target = next(iter(loader))
         rows = zip(images.permute(0, 2, 3, 1).numpy(), *(field.tolist() for field in target[:5]), strict=True)
         classes = loader.classes or range(1 << 31)  # without names, numbers
         tiles = [_tile(Image.fromarray(image), classes, *row) for image, *row in rows]
     width, height = tiles[0].size
-    grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
+    grid = Image.new("RGB", (COLUMNS * width, -(-len(tiles) // COLUMNS) * height), "white")
     for number, tile in enumerate(tiles):
-        grid.paste(tile, (number % columns * width, number // columns * height))
+        grid.paste(tile, (number % COLUMNS * width, number // COLUMNS * height))
     with replacing(out) as file:
         grid.save(file, Image.registered_extensions()[os.path.splitext(out)[1].lower()])
 
@@ -178,17 +177,14 @@ def _check(args: argparse.Namespace) -> int:
         args.root, full=args.full, max_pixels=args.max_pixels, workers=args.workers, progress=bar("chunk")
     )
     print(check.show(report))
-    print(
-        "{ranks} rank(s), batches of {batch_size}: {batches} per rank, {left_out} samples left out".format(
-            **report.epoch(args.ranks, args.batch_size)
-        )
-    )
-    if args.manifest and report.samples is None:
-        raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
-    if args.manifest and report.samples is not None:
+    epoch = report.epoch(args.ranks, args.batch_size)
+    print("{ranks} rank(s), batches of {batch_size}: {batches} per rank, {left_out} samples left out".format(**epoch))
+    if args.manifest:
+        if report.samples is None:
+            raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")
         write_manifest(report.samples, args.manifest)
     if args.report:
-        content = report.as_dict() | dict(epoch=report.epoch(args.ranks, args.batch_size))
+        content = report.as_dict() | dict(epoch=epoch)
         with replacing(args.report) as file:
             file.write(json.dumps(content, indent=1).encode("ascii"))
     return 0 if report.ok else 1

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -33,10 +32,8 @@ CACHED, TRAINED = "training, cached batches", "training, from the loader"
 _VERDICT = 5  # rounds that a verdict needs
 _NOTICEABLE = 0.97
 _LONG = 0.1  # share of the time that training may wait for batches
-_LOOKED_AT = 32  # images whose size is read
 _OVERHEAD = 1.5  # seconds that a turn takes besides, with its share of the start
 _AHEAD = 2  # batches that a loader prepares, and each of timm's workers
-_LARGE = 4  # times the pixels of the delivered image: decoding then takes most of the time
 
 
 @dataclass
@@ -77,15 +74,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Speed:
-    """The result: rates in images/s by candidate, one per round, and what the advice depends on."""
+    """The result: rates in images/s by candidate, one per round, and how long training waited."""
 
     rates: dict[str, list[float]]
     waits: list[float]  # of training from the loader
-    device: str
-    num_threads: int
-    cpus: int
-    input_pixels: int
-    image_pixels: float
+    device: str  # kind of it: "cpu" or "cuda"
 
     def ratio(self, above: str, below: str) -> tuple[float, float, float]:
         """Quartiles of the ratio of two candidates, round by round."""
@@ -126,16 +119,7 @@ class Speed:
                 "share the CPUs: on a GPU the model leaves them to the loader."
             )
         if limits:
-            yield from (f"- {advice}" for advice in self._advice())
-
-    def _advice(self) -> Iterator[str]:
-        if self.num_threads < self.cpus:
-            yield f"num_threads={self.num_threads}, but {self.cpus} CPUs are available"
-        if self.image_pixels > _LARGE * self.input_pixels:
-            yield (
-                f"an image has {self.image_pixels / self.input_pixels:.0f} times the pixels that the model gets: "
-                "`lumix-dali convert --max-size 512` stores smaller ones"
-            )
+            yield "More CPUs help, and smaller images: `lumix-dali convert --max-size 512` stores them."
 
 
 def speed(
@@ -190,7 +174,7 @@ def speed(
         _take_turns(candidates, rounds, seconds, report)
     rates = {name: candidate.rates for name, candidate in candidates.items() if candidate.rates}
     waits = candidates[TRAINED].waits if TRAINED in candidates else []
-    return Speed(rates, waits, mixed.device.type, threads, cpus.available(), input_size**2, _mean_pixels(source))
+    return Speed(rates, waits, mixed.device.type)
 
 
 def _take_turns(candidates: dict[str, Candidate], rounds: int, seconds: float, report: Callable[[str], None]) -> None:
@@ -280,17 +264,6 @@ def _training(loader: Loader, name: str) -> dict[str, Candidate]:
 
     kept = [(images.clone(), MixTarget(*(each.clone() for each in target))) for images, target in islice(loader, 4)]
     return {CACHED: Candidate(_endless(kept), step=step), TRAINED: _loader(loader, step)}
-
-
-def _mean_pixels(source: Source) -> float:
-    """Mean height times width of some images, spread over the source."""
-    numbers = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)).tolist()
-    sizes = []
-    for content in source.read(numbers)[0]:
-        if isinstance(content, bytes | memoryview):
-            with Image.open(io.BytesIO(content)) as image:
-                sizes.append(image.width * image.height)
-    return statistics.fmean(sizes) if sizes else 0.0
 
 
 def _quartiles(values: list[float]) -> list[float]:

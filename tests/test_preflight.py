@@ -67,6 +67,11 @@ def test_good_files_pass(root):
     assert report.samples.digest == class_folder(root).digest
 
 
+def test_a_scan_without_a_process_is_refused(root):
+    with pytest.raises(ValueError, match=r"workers=-1: give a whole number >= 1"):  # it would wait for ever
+        check.scan(root, workers=-1)
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])
 def test_every_damaged_file_is_found_with_a_reason(root, full):
     for name, content in DAMAGED.items():

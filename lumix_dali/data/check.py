@@ -133,7 +133,6 @@ def scan(
     Raises:
         ValueError: nothing is there, a list's line is wrong, or an argument is invalid.
     """
-    checks.whole("max_pixels", max_pixels, 1)
     workers = checks.optional(checks.whole, "workers", workers, 1) or available()
     samples, name, reasons, report = _survey(source, workers, progress)
     labels = np.zeros(len(samples), np.int64)

@@ -73,8 +73,6 @@ def convert(
     if storage.is_remote(out):
         raise ValueError(f"out={out!r}: shards are written to a local folder; upload that")
     checks.whole("shard_size", shard_size, 1)
-    checks.whole("seed", seed, 0)
-    checks.optional(checks.whole, "workers", workers, 1)
     if not len(samples):
         raise ValueError(f"source={samples.root!r}: none of the samples can be used; see lumix-dali check")
     encoding = None
