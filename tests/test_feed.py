@@ -201,6 +201,14 @@ def test_neither_pillows_limit_nor_a_warning_filter_decides(tmp_path, monkeypatc
     assert loader.bad == {}
 
 
+def test_a_loader_with_a_lower_limit_takes_nothing_from_another():
+    image = encoded(np.zeros((100, 100, 3), np.uint8), "BMP")
+    with formats._limits_replaced(10):  # as a thread of the other loader does
+        assert formats.pillow_pixels(io.BytesIO(image), 10**4).size == (100, 100)
+        with pytest.raises(BadImage, match="the limit is 9999"):
+            formats.pillow_pixels(io.BytesIO(image), 9999)
+
+
 def test_stray_markers_are_found_without_decoding():
     """Every JPEG that Pillow refuses has one, of 200 with 512 random bytes in their scan; no intact one has."""
     y, x = np.mgrid[:192, :256]

@@ -153,6 +153,9 @@ def scan(
                 reasons.setdefault(i, each)
             elif each.why and i not in reasons:
                 notes[Note(each.format, each.decoder.name, each.why)] += 1
+    if (classes := samples.classes) is not None:  # a source of a user's own may give any label
+        for i in np.flatnonzero(labels >= len(classes)).tolist():
+            reasons.setdefault(i, f"its label is {labels[i]}, of {len(classes)} classes")
     report.notes = dict(notes.most_common())
     _count(report, samples, labels, {i: (name(i), reasons[i]) for i in sorted(reasons)})
     return report
@@ -180,7 +183,7 @@ def _count(report: Report, samples: Source, labels: np.ndarray, bad: dict[int, t
 
 def _is_sorted(labels: np.ndarray) -> bool:
     """Whether neighbours are of one class far more often than in a random order."""
-    shares = np.bincount(labels) / max(1, len(labels))
+    shares = np.unique(labels, return_counts=True)[1] / max(1, len(labels))
     return len(labels) > 1 and bool((np.diff(labels) != 0).mean() < (1 - (shares**2).sum()) / 2)
 
 

@@ -185,14 +185,15 @@ _lifted_lock = Lock()
 @contextmanager
 def _limits_replaced(max_pixels: int) -> Iterator[None]:
     """For all threads, while any thread is in here; ``warnings.catch_warnings`` would put back a whole list."""
+    ours = -(-max_pixels // 2)  # Pillow raises an error above twice its limit, and only warns below
     with _lifted_lock:
         if not _lifted:
             warnings.filterwarnings("ignore", module=r"(PIL|lumix_dali)\.")
-            # Pillow raises an error above twice its limit, and only warns below.
-            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, -(-max_pixels // 2)
-            _lifted.append((warnings.filters[0], before))
+            _lifted.append((warnings.filters[0], Image.MAX_IMAGE_PIXELS))
+            Image.MAX_IMAGE_PIXELS = ours
         else:
             _lifted.append(_lifted[0])
+            Image.MAX_IMAGE_PIXELS = max(ours, Image.MAX_IMAGE_PIXELS or 0)
     try:
         yield
     finally:
