@@ -133,7 +133,7 @@ def scan(
     Raises:
         ValueError: nothing is there, a list's line is wrong, or an argument is invalid.
     """
-    workers = checks.optional(checks.whole, "workers", workers, 1) or available()
+    workers = available() if workers is None else checks.whole("workers", workers, 1)
     samples, name, reasons, report = _survey(source, workers, progress)
     labels = np.zeros(len(samples), np.int64)
 
