@@ -349,7 +349,7 @@ MUTANTS = [
         "return True if regions is None",
         tests("feed", "every_decoder_waits_for_a_peek_at_the_same_image"),
     ),
-    Mutant("a GPU does not blend", FN, "if weight is None:", 'if "is_mixup" not in inputs:', LIKE_A_CPU),
+    Mutant("a GPU does not blend", FN, "if opacity is None:", 'if "is_mixup" not in inputs:', LIKE_A_CPU),
     Mutant(
         "λ0 is computed on the CPU",
         PIPELINES,

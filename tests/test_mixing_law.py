@@ -309,7 +309,7 @@ def assert_counted(target, size, mixing, planned):
     """λ0 bit exact: the float32 quotient of pixel counts; for Mixup the drawn weight."""
     area = (target.box[:, 2:] - target.box[:, :2]).prod(1)
     counted = (area.astype(np.float32) / np.float32(np.prod(size))).astype(np.float32)
-    drawn = planned.get("weight", planned.get("lam0"))
+    drawn = planned.get("opacity", planned.get("lam0"))
     is_cutmix, is_mixup = target.kind == Kind.CUTMIX, target.kind == Kind.MIXUP
     if mixing.counts_lam0:
         np.testing.assert_array_equal(target.lam0[is_cutmix], counted[is_cutmix])
@@ -326,7 +326,7 @@ def test_a_plan_has_the_form_that_the_graph_takes(mixing, n):
     """dtype, dimensions and contiguity of each input; labels and indices travel unchanged."""
     plan, labels = Plan(1, 2, 3, (6, 5), mixing, True), np.arange(n) + 2**40
     arrays = plan.batch(4, labels, labels + 1)
-    dtypes = {"target": np.int32, "is_mixup": bool, "weight": np.float32, "lam0": np.float32}
+    dtypes = {"target": np.int32, "is_mixup": bool, "opacity": np.float32, "lam0": np.float32}
     dimensions = {"target": 3, "ids": 2, "anchors": 3, "shapes": 3}
     for name, array in arrays.items():
         assert (array.dtype, array.ndim, len(array)) == (dtypes.get(name, np.int32), dimensions.get(name, 1), n), name

@@ -195,7 +195,7 @@ def test_a_label_of_a_source_of_ones_own_that_is_no_class_is_named():
     source = TwoShards()
     source.read = lambda indices: ([JPEG for _ in indices], np.array([[0, 1, 2, -1, 0][i] for i in indices]))
     report = check.scan(source, workers=1)
-    assert report.bad == {"sample 2": "its label is 2, of 2 classes"}
+    assert report.bad == {"sample 2": "its label is 2, not a whole number in [0, 2)"}
     assert report.counts == {"a": 2, "b": 1}  # the label -1 says that there is none
 
 

@@ -28,7 +28,7 @@ from .files import Files, natural_key
 from .files import survey as folder_survey
 from .formats import FOREIGN, MAX_PIXELS, BadImage, Decoder, Look
 from .order import Order
-from .protocol import Source
+from .protocol import Source, wrong_label
 from .shards import Shards, find_shards, load_shards
 
 _CHUNK = 32  # images that are in memory at once, for each process
@@ -155,7 +155,7 @@ def scan(
                 notes[Note(each.format, each.decoder.name, each.why)] += 1
     if (classes := samples.classes) is not None:  # a source of a user's own may give any label
         for i in np.flatnonzero(labels >= len(classes)).tolist():
-            reasons.setdefault(i, f"its label is {labels[i]}, of {len(classes)} classes")
+            reasons.setdefault(i, wrong_label(int(labels[i]), classes))
     report.notes = dict(notes.most_common())
     _count(report, samples, labels, {i: (name(i), reasons[i]) for i in sorted(reasons)})
     return report

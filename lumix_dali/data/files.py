@@ -17,7 +17,7 @@ import numpy as np
 from .. import checks
 from . import storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
-from .protocol import MAX_CLASSES, SPLITS, Image, Source
+from .protocol import MAX_CLASSES, SPLITS, Image, Source, class_number, label_limit, wrong_label
 
 UNKNOWN = -1  # the label of images of which nothing is known
 MANIFEST = "lumix_dali.manifest/2"
@@ -83,7 +83,7 @@ class Files(Source):
     gives_paths: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        labels = _whole_labels(self.names, self.labels, len(self.classes))
+        labels = _whole_labels(self.names, self.labels, self.classes)
         names = self.names if isinstance(self.names, Names) else Names(self.names)
         root = os.fspath(self.root)
         if not storage.is_remote(root):
@@ -122,8 +122,8 @@ class Files(Source):
         return [content(self.path(index)) for index in indices], self.labels[np.asarray(indices, np.int64)]
 
 
-def _whole_labels(names: Sequence[str], labels: Any, k: int | None) -> np.ndarray:
-    """Labels as int64 [n], or an error that quotes the first that is none of the `k` classes (None: of any number)."""
+def _whole_labels(names: Sequence[str], labels: Any, classes: Sequence[str] | None) -> np.ndarray:
+    """Labels as int64 [n], or an error that quotes the first that is none of the classes (None: of any number)."""
     try:
         array = np.asarray(labels)
     except ValueError:  # not one number each
@@ -131,25 +131,17 @@ def _whole_labels(names: Sequence[str], labels: Any, k: int | None) -> np.ndarra
     count = len(array) if array.ndim else 0
     if count != len(names):
         raise ValueError(f"labels={str(labels)[:40]}: {count} for {len(names)} names; give one whole number per name")
-    limit = MAX_CLASSES if k is None else k
     if array.ndim == 1 and array.dtype.kind in "iu":
-        unknown = k is not None and bool((array == UNKNOWN).all())
-        if unknown or ((array >= 0) & (array < limit)).all():
+        unknown = classes is not None and bool((array == UNKNOWN).all())
+        if unknown or ((array >= 0) & (array < label_limit(classes))).all():
             return array.astype(np.int64)
-    wrong = [i for i, label in enumerate(labels) if not _is_label(label, limit)]
+    wrong = [i for i, label in enumerate(labels) if class_number(label, classes) is None]
     if not wrong:  # an array of Python's numbers, or none at all
         return np.array(list(labels), np.int64)
     # Among floats, .5 tells more than .0.
     i = next((i for i in wrong if isinstance(labels[i], float) and labels[i] % 1), wrong[0])
     label = labels[i].item() if isinstance(labels[i], np.generic) else labels[i]
-    raise ValueError(
-        f"label {label!r:.40} ({type(label).__name__}) of {names[i]!r:.150}: give whole numbers from 0"
-        f"{f' to {limit - 1}, one of the {k} classes' if k else f', below {MAX_CLASSES}'}"
-    )
-
-
-def _is_label(label: Any, limit: int) -> bool:
-    return isinstance(label, int | np.integer) and not isinstance(label, bool) and bool(0 <= label < limit)
+    raise ValueError(f"labels: {names[i]!r:.150}: {wrong_label(label, classes)}; give one for each name")
 
 
 def content(path: str) -> bytes | BadImage:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+import operator
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +18,25 @@ UNUSABLE = -100
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 Image = bytes | memoryview | np.ndarray | BadImage
+
+
+def class_number(label: Any, classes: Sized | None) -> int | None:
+    """A label as an int, from any kind of integer, a tensor's scalar too; None if it is none of the classes."""
+    try:
+        number = None if isinstance(label, bool | np.bool_) else operator.index(label)
+    except TypeError:
+        return None
+    return number if number is not None and 0 <= number < label_limit(classes) else None
+
+
+def label_limit(classes: Sized | None) -> int:
+    """What labels are below."""
+    return MAX_CLASSES if classes is None else len(classes)
+
+
+def wrong_label(label: Any, classes: Sized | None) -> str:
+    """Why a label is none of the classes."""
+    return f"its label is {label!r:.40}, not a whole number in [0, {label_limit(classes)})"
 
 
 @runtime_checkable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from . import files
 from .formats import BadImage
-from .protocol import MAX_CLASSES, Image, Source
+from .protocol import Image, Source, class_number, wrong_label
 
 _ENCODED = (bytes, bytearray, memoryview, np.ndarray, Mapping, str, os.PathLike, type(None))
 
@@ -50,10 +49,11 @@ class Rows(Source):
                     f"source: {kind} decodes its images: {kind}.__getitem__ returns {type(image).__name__}; return the "
                     "encoded bytes or a path there, or give (path, label) pairs, such as .samples of ImageFolder"
                 )
-            if self._number(label) is None:
+            if class_number(label, self.classes) is None:
                 raise ValueError(
-                    f"source: {kind}[0]: {self._wrong(label)}; several labels per image, or other targets, come by "
-                    "number: return_index=True and target.mix(labels[index]), as in examples/multilabel.py"
+                    f"source: {kind}[0]: {wrong_label(label, self.classes)}; several labels per image, or other "
+                    "targets, come by number: return_index=True and target.mix(labels[index]), as in "
+                    "examples/multilabel.py"
                 )
 
     def __len__(self) -> int:
@@ -69,27 +69,12 @@ class Rows(Source):
         many = getattr(self.rows, "__getitems__", None)
         rows = many(list(indices)) if many else [self._row(index) for index in indices]
         pairs = [self._pair(index, row) for index, row in zip(indices, rows, strict=True)]
-        numbers = [self._number(label) for _, label in pairs]
+        numbers = [class_number(label, self.classes) for _, label in pairs]
         images = [
-            BadImage(self._wrong(label)) if number is None else _encoded(image)
+            BadImage(wrong_label(label, self.classes)) if number is None else _encoded(image)
             for (image, label), number in zip(pairs, numbers, strict=True)
         ]
         return images, np.array([number or 0 for number in numbers], np.int64)
-
-    def _number(self, label: Any) -> int | None:
-        """The label as an int, from any kind of integer, a tensor's scalar too; None if it is none of the classes."""
-        try:
-            number = None if isinstance(label, bool) else operator.index(label)
-        except TypeError:
-            return None
-        return number if number is not None and 0 <= number < self._limit else None
-
-    def _wrong(self, label: Any) -> str:
-        return f"its label is {label!r}, not a whole number in [0, {self._limit})"
-
-    @property
-    def _limit(self) -> int:
-        return MAX_CLASSES if self.classes is None else len(self.classes)
 
     def _row(self, index: int) -> Any:
         try:

@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from ..progress import Progress
 from . import index, storage
 from .formats import BadImage
-from .protocol import MAX_CLASSES, SPLITS, Image, Source
+from .protocol import SPLITS, Image, Source, class_number, wrong_label
 
 DESCRIPTION, FORMAT = "shards.json", "lumix_dali.shards/1"
 _HUB = "_info.json"  # in WebDatasets on the Hugging Face Hub, such as timm's ImageNet
@@ -137,9 +137,8 @@ class Shards(Source):
             offset, size, label = row
             if label < 0:
                 images.append(BadImage(index.reason(self.paths[number], shard.handle, row)))
-            elif label >= (MAX_CLASSES if self.classes is None else len(self.classes)):
-                limit = f"of {len(self.classes)} classes" if self.classes else f"not below {MAX_CLASSES}"
-                images.append(BadImage(f"its label is {label}, {limit}"))
+            elif class_number(label, self.classes) is None:
+                images.append(BadImage(wrong_label(label, self.classes)))
             else:
                 image = os.pread(shard.handle, size, offset)
                 if len(image) < size:

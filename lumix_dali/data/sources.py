@@ -16,7 +16,7 @@ from ..progress import Progress
 from . import storage
 from .files import Files, class_folder, file_list, is_manifest, manifest, pairs
 from .formats import BadImage
-from .protocol import Image, Source
+from .protocol import Image, Source, wrong_label
 from .rows import Rows
 from .shards import CACHE_BYTES, braces, find_shards, load_shards
 
@@ -146,7 +146,7 @@ class _Renumbered(_Defaults):
         fits = (labels >= 0) & (labels < len(self._table))
         for row in np.flatnonzero(~fits).tolist():
             if not isinstance(images[row], BadImage):
-                images[row] = BadImage(f"its label is {labels[row]}, of {len(self._table)} classes")
+                images[row] = BadImage(wrong_label(int(labels[row]), self._table))
         return images, self._table[np.where(fits, labels, 0)]
 
 
