@@ -81,7 +81,7 @@ class Subject:
     def batches(self, samples: Files, **changes: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All samples once, as uint8 [B, 3, H, W] and labels [B]; `changes` override resize and crop."""
         # A damaged image is an error: a substitute would distort the result.
-        options = self.data | changes | dict(dtype="uint8", on_bad_sample="raise", is_training=False)
+        options = self.data | changes | dict(dtype="uint8", max_bad=0, is_training=False)
         loader = create_loader(
             samples, batch_size=self.args.batch_size, device=self.device, num_threads=self.args.workers, **options
         )

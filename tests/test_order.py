@@ -106,8 +106,7 @@ def test_an_epoch_is_a_pure_function_of_its_number():
 
 @pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (2, 2), (0, 0)])
 def test_a_rank_outside_the_world(rank, world_size):
-    message = rf"rank={rank}: give a rank in \[0, world_size\), world_size={world_size}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^(rank={rank}|world_size={world_size}): give a "):
         Order(100, 1, rank=rank, world_size=world_size)
 
 

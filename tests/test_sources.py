@@ -292,7 +292,7 @@ def test_any_bytes_are_a_list_or_a_message(tmp_path_factory, content):
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], [0, -1], [0, 2], [0.0, 1.0], [[0], [1]], ["0", "1"], None])
 def test_labels_that_do_not_fit(labels):
-    with pytest.raises(ValueError, match="not a whole number in \\[0, 2\\)|give one whole number per name"):
+    with pytest.raises(ValueError, match=r"not a whole number in \[0, 2\)|give one whole number per name"):
         Files("/", ["a", "b"], labels, ["x", "y"])
 
 

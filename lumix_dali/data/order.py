@@ -50,8 +50,15 @@ class Order:
     def __post_init__(self) -> None:
         # A SeedSequence takes a word of 32 bits from a smaller number, and two from a larger one: [5 * 2**32 + 7, 3]
         # would draw as [7, 5, 3].
-        checks.whole("seed", self.seed, 0, 2**32)
-        if not 0 <= self.rank < self.world_size:
+        checks.assign(
+            self,
+            batch_size=checks.whole("batch_size", self.batch_size, 1),
+            seed=checks.whole("seed", self.seed, 0, 2**32),
+            rank=checks.whole("rank", self.rank, 0),
+            world_size=checks.whole("world_size", self.world_size, 1),
+            repeats=checks.whole("num_aug_repeats", self.repeats, 0),
+        )
+        if self.rank >= self.world_size:
             raise ValueError(f"rank={self.rank}: give a rank in [0, world_size), world_size={self.world_size}")
         if self.drop_last and len(self) == 0:
             raise ValueError(
@@ -116,6 +123,10 @@ class Window(Order):
 
     counts: tuple[int, ...] = ()
     window: int = 4096
+
+    def __post_init__(self) -> None:
+        checks.assign(self, window=checks.whole("window", self.window, 1))
+        super().__post_init__()
 
     def epoch(self, epoch: int) -> np.ndarray:
         """As `Order`; without repetitions a rank makes only its own part."""

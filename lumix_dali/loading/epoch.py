@@ -71,14 +71,10 @@ class Spec:
         return self.device.index if self.device.type == "cuda" else None
 
     @property
-    def decode_options(self) -> dict[str, Any]:
-        """Arguments of `decoding.decode`."""
-        return self.execution.decode_options(self.device)
-
-    @property
     def decoder(self) -> dict[str, Any]:
         """Arguments of `decoding.refused` and `decoding.works`."""
-        return dict(device_id=self.device_id, num_threads=self.execution.threads, **self.decode_options)
+        execution = self.execution
+        return dict(device_id=self.device_id, num_threads=execution.threads, **execution.decode_options)
 
 
 class Epoch(Iterator[tuple[Any, ...]]):
@@ -227,7 +223,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         return bool(reasons or lost)
 
     def _broken(self, count: int, example: tuple[int, str]) -> RuntimeError:
-        regions = self.spec.decode_options["regions"]
+        regions = decoding.decodes_regions(self.spec.device_id is not None, self.spec.execution.decode_regions)
         operator = "image_slice" if regions else "image"
         remedy = "decode_regions=False" if regions else "other decoder= options"
         if self.spec.device.type == "cuda":
@@ -259,7 +255,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
             define(
                 feed,
                 transform,
-                decoder=spec.decode_options,
+                decoder=spec.execution.decode_options,
                 reader=spec.execution.reader,
                 batch_size=order.batch_size,
                 num_threads=threads,

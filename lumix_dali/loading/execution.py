@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .. import checks, cpus
 from ..data.protocol import Source
-from ..decoding import check_options, decodes_regions
+from ..decoding import check_options
 
 _MAX_THREADS = 1024
 
@@ -56,13 +54,10 @@ class Execution:
         """DALI's CPU threads."""
         return self.num_threads or max(1, cpus.available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    def regions(self, device: torch.device) -> bool:
-        """Whether only regions are decoded on `device`."""
-        return decodes_regions(device.type == "cuda", self.decode_regions)
-
-    def decode_options(self, device: torch.device) -> dict[str, Any]:
+    @property
+    def decode_options(self) -> dict[str, Any]:
         """Arguments of `decoding.decode`."""
-        return dict(regions=self.regions(device), **(self.decoder or {}))
+        return dict(regions=self.decode_regions, **(self.decoder or {}))
 
     def check_source(self, samples: Source) -> None:
         """Raises a ValueError if an option is for another kind of source."""

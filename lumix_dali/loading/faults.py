@@ -128,7 +128,7 @@ class Faults:
             if len(self.bad) >= self.max_bad:
                 raise ValueError(
                     f"{name} cannot be used ({reason}), {len(self.bad)} replaced so far; repair or remove it, or give "
-                    f"on_bad_sample='replace' and max_bad > {self.max_bad}"
+                    f"max_bad > {self.max_bad}"
                 )
             others = [(index + step) % n for step in range(1, min(n, _SEARCH + 1))]
             substitute = next((i for i in others if i not in self.bad and self._is_good(i)), None)

@@ -34,6 +34,7 @@ from ..data.order import Order, Window
 from ..data.protocol import Source
 from ..data.shards import CACHE_BYTES
 from ..data.storage import StrPath
+from ..decoding import decodes_regions
 from ..mixing import Mixing, Mode
 from ..progress import bar
 from . import pipelines, resize
@@ -46,7 +47,6 @@ from .resize import TrainInterpolation
 _FORMAT = "lumix_dali.loader/4"
 EARLY = 8  # batches before the end of an epoch at which the next one is prepared
 Shuffle = Literal["auto", "global", "window"]
-OnBadSample = Literal["replace", "raise"]
 
 
 # What timm's create_loader and its train.py call these arguments, and some others.
@@ -147,7 +147,6 @@ def create_loader(
     reader: Mapping[str, Any] | None = None,
     decode_regions: bool | None = None,
     # bad samples, and remote shards
-    on_bad_sample: OnBadSample = "replace",
     max_bad: int = 100,
     max_pixels: int = formats.MAX_PIXELS,
     cache_dir: StrPath | None = None,
@@ -186,9 +185,8 @@ def create_loader(
         window: places within which samples of shards are shuffled.
         num_aug_repeats: repeated augmentation, see `Order`; 0: off.
         num_threads, prefetch_queue_depth, decoder, reader, decode_regions: see `Execution`.
-        on_bad_sample: what to do with a sample that neither DALI nor Pillow can decode: "replace" it by the next good
-            one and warn with its name, or "raise".
-        max_bad: maximum number of replaced samples; the next bad one raises an error.
+        max_bad: how many samples that neither DALI nor Pillow can decode are replaced by the next good one, with a
+            warning that names them; one more is an error. 0: the first is.
         max_pixels: an image whose header claims more pixels is bad; no memory is allocated for it.
         cache_dir, cache_bytes: folder and size limit of the copies of remote shards.
 
@@ -240,18 +238,15 @@ def create_loader(
     order = _order(
         samples,
         checks.one_of("shuffle", shuffle, get_args(Shuffle)),
-        checks.whole("window", window, 1),
-        n=len(samples),
-        batch_size=checks.whole("batch_size", batch_size, 1),
+        window,
+        batch_size=batch_size,
         shuffle=is_training,
         drop_last=is_training and checks.flag("drop_last", drop_last),
-        seed=checks.whole("seed", seed, 0, 2**32),
+        seed=seed,
         rank=rank,
         world_size=world_size,
-        repeats=checks.whole("num_aug_repeats", num_aug_repeats, 0),
+        repeats=num_aug_repeats,
     )
-    max_bad = checks.whole("max_bad", max_bad, 0)
-    replaces = checks.one_of("on_bad_sample", on_bad_sample, get_args(OnBadSample)) == "replace"
     return Loader(
         samples,
         order,
@@ -259,7 +254,7 @@ def create_loader(
         mixing if with_mixing else None,
         Execution(num_threads, prefetch_queue_depth, decoder, reader, decode_regions),
         device=device,
-        max_bad=max_bad if replaces else 0,
+        max_bad=max_bad,
         max_pixels=max_pixels,
         return_index=return_index,
     )
@@ -273,7 +268,7 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
             "or world_size=1 if that is meant",
             stacklevel=4,
         )
-    return checks.whole("rank", rank or 0, 0), checks.whole("world_size", 1 if world_size is None else world_size, 1)
+    return 0 if rank is None else rank, 1 if world_size is None else world_size
 
 
 def _evaluation(train: TrainTransform, repeats: int, crop_pct: float, crop_mode: CropMode) -> EvalTransform:
@@ -301,8 +296,8 @@ def _order(samples: Source, how: Shuffle, window: int, **options: Any) -> Order:
     if how == "window" and counts is None:
         raise ValueError("shuffle='window': only shards have neighbours; give 'global'")
     if counts is not None and (how == "window" or (how == "auto" and samples.remote)):
-        return Window(**options, counts=tuple(counts.tolist()), window=window)
-    return Order(**options)
+        return Window(len(samples), **options, counts=tuple(counts.tolist()), window=window)
+    return Order(len(samples), **options)
 
 
 class Loader:
@@ -359,7 +354,8 @@ class Loader:
         self._options |= dataclasses.asdict(mixing) if mixing else {}
         self._execution = execution or Execution()
         self._execution.check_source(samples)
-        self._faults = Faults(samples, max_bad, checks.whole("max_pixels", max_pixels, 1))
+        max_bad, max_pixels = checks.whole("max_bad", max_bad, 0), checks.whole("max_pixels", max_pixels, 1)
+        self._faults = Faults(samples, max_bad, max_pixels)
         self._next = Position(0, 0)  # where the next iter() starts
         self._position: Position | None = None  # after the last delivered batch; None: `_next`
         # Weak reference: leaving the loop frees the iterator and its pipeline.
@@ -542,7 +538,7 @@ class Loader:
     def _fingerprint(self) -> dict[str, Any]:
         return self._options | dict(
             decoder=repr(self._execution.decoder),
-            decode_regions=self._execution.regions(self.device),
+            decode_regions=decodes_regions(self.device.type == "cuda", self._execution.decode_regions),
             max_pixels=self._faults.max_pixels,
             data=self.samples.digest,
             device=self.device.type,
