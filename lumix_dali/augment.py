@@ -242,7 +242,7 @@ def warp(
     images: DataNode,
     degrees: Number,
     shear: DataNode,
-    share: DataNode,
+    shift: DataNode,
     *,
     fill: Sequence[float],
     interpolation: int = types.INTERP_LINEAR,
@@ -254,18 +254,18 @@ def warp(
         images: uint8 HWC.
         degrees: float32 scalar, counter-clockwise about the centre.
         shear: float32 [2], along x and y, from the upper left corner.
-        share: float32 [2], fractions of width and height by which the content moves left and up.
+        shift: float32 [2], fractions of width and height by which the content moves left and up.
         fill, interpolation, size: as in `rand_augment`.
     """
     # Plain numbers, because a constant node has the size of the whole batch and cannot be used after a split.
     if size is None:
         shape = images.shape(dtype=types.FLOAT)
         center = fn.stack(shape[1], shape[0]) * 0.5
-        offset = share * 2 * center
+        offset = shift * 2 * center
     else:
         height, width = map(float, size)
         center = [width / 2, height / 2]
-        offset = fn.stack(share[0] * width, share[1] * height)
+        offset = fn.stack(shift[0] * width, shift[1] * height)
     matrix = fn.transforms.rotation(angle=degrees, center=center)
     matrix = fn.transforms.shear(matrix, shear=shear)
     matrix = fn.transforms.translation(matrix, offset=offset)

@@ -187,8 +187,8 @@ def apply(
     if mixing.with_cutmix:
         mixed = _paste(images, partners, drawn.box, size)
         if mixing.counts_lam0:
-            share = box_lam0(box[2:] - box[:2], put(size, device))
-            lam0 = share + lam0 if mixing.with_mixup else share
+            area = box_lam0(box[2:] - box[:2], put(size, device))
+            lam0 = area + lam0 if mixing.with_mixup else area
     if mixing.with_mixup:
         mixed = _blend(mixed, partners, weight, drawn.kind == MIXUP, size, first)
     labels = _scalar(labels, device)
@@ -258,9 +258,9 @@ def lam0(inputs: Mapping[str, Any], size: Sequence[int], put: Callable[[Any], An
     """
     if "lam0" in inputs:
         return put(inputs["lam0"])
-    # The share of a whole image is exactly 1, which leaves Mixup's weight as it is.
-    share = box_lam0((put(inputs["height"]), put(inputs["width"])), size)
-    return share * put(inputs["opacity"]) if "opacity" in inputs else share
+    # The area of a whole image over its own is exactly 1, which leaves Mixup's weight as it is.
+    area = box_lam0((put(inputs["height"]), put(inputs["width"])), size)
+    return area * put(inputs["opacity"]) if "opacity" in inputs else area
 
 
 def _share(partner: DataNode, mode: str) -> Share:

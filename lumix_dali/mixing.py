@@ -120,8 +120,10 @@ def draw(rng: np.random.Generator, n: int, size: Sequence[int], mixing: Mixing |
     partner = derangement(rng, n).astype(np.int32)
     drawn = n if mixing.mode == "elem" else 1  # one draw is broadcast over the batch
     chance = rng.random(drawn)
-    share = mixing.switch_prob if mixing.with_mixup and mixing.with_cutmix else float(mixing.with_cutmix)
-    kind[:] = np.select([chance < mixing.prob * share, chance < mixing.prob], [Kind.CUTMIX, Kind.MIXUP], Kind.NONE)
+    cutmix_prob = mixing.prob
+    if mixing.with_mixup:
+        cutmix_prob *= mixing.switch_prob if mixing.with_cutmix else 0
+    kind[:] = np.select([chance < cutmix_prob, chance < mixing.prob], [Kind.CUTMIX, Kind.MIXUP], Kind.NONE)
     if mixing.with_mixup:
         mixup = rng.beta(mixing.mixup_alpha, mixing.mixup_alpha, drawn)
         weight[:] = np.where(kind == Kind.MIXUP, mixup, 0)

@@ -176,8 +176,8 @@ MUTANTS = [
     Mutant(
         "switch_prob not a share of prob on the host",
         LAW,
-        "chance < mixing.prob * share",
-        "chance < share",
+        "cutmix_prob *= mixing.switch_prob",
+        "cutmix_prob = mixing.switch_prob",
         LAWS["kinds"],
     ),
     Mutant("prob ignored on the host", LAW, "chance < mixing.prob], [", "chance < 1], [", LAWS["kinds"]),

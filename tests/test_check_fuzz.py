@@ -83,8 +83,8 @@ def of_the_loader(content):
     try:
         faults.bitmap(0, io.BytesIO(content))
     except BadImage as error:
-        return Decoder(faults.decoder[0]), str(error)
-    return Decoder(faults.decoder[0]), None
+        return Decoder(faults.decoders[0]), str(error)
+    return Decoder(faults.decoders[0]), None
 
 
 def of_check(content):

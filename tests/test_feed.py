@@ -305,7 +305,7 @@ def test_a_refusal_is_part_of_the_state(tmp_path, is_training):
     state, after = loader.state_dict(), delivered(loader)
     resumed = make(samples, is_training=is_training, batch_size=3)
     resumed.load_state_dict(state)
-    assert resumed._faults.decoder[5] == Decoder.PILLOW
+    assert resumed._faults.decoders[5] == Decoder.PILLOW
     np.testing.assert_array_equal(delivered(resumed), after)
 
 

@@ -69,11 +69,11 @@ class Order:
     def __len__(self) -> int:
         """Number of batches."""
         if self.drop_last:
-            return (self._share if self.repeats else self.n // self.world_size) // self.batch_size
-        return -(-self._share // self.batch_size)
+            return (self._per_rank if self.repeats else self.n // self.world_size) // self.batch_size
+        return -(-self._per_rank // self.batch_size)
 
     @property
-    def _share(self) -> int:
+    def _per_rank(self) -> int:
         """Number of this rank's samples per epoch, before the incomplete batch is left out."""
         if self.repeats and self.n >= 256:
             return self.n // 256 * 256 // self.world_size
@@ -93,7 +93,7 @@ class Order:
             order = self._shuffled(epoch)
             kept = len(self) * self.batch_size * self.world_size
             order = np.asarray(self._dealt(order[:kept] if self.drop_last else self._even(order)))
-        return order[: min(self._share, len(self) * self.batch_size)]
+        return order[: min(self._per_rank, len(self) * self.batch_size)]
 
     def _even(self, order: np.ndarray) -> np.ndarray:
         """The order, repeated from its start until all ranks get the same number of samples."""
@@ -130,7 +130,7 @@ class Window(Order):
 
     def epoch(self, epoch: int) -> np.ndarray:
         """As `Order`; without repetitions a rank makes only its own part."""
-        count = len(self) * self.batch_size * self.world_size if self.drop_last else self._share * self.world_size
+        count = len(self) * self.batch_size * self.world_size if self.drop_last else self._per_rank * self.world_size
         if not self.shuffle or self.repeats or count > self.n:
             return super().epoch(epoch)
         block = self._dealt(range(count))

@@ -30,8 +30,8 @@ from .feed import Feed
 from .pipelines import EvalTransform, TrainTransform
 from .plan import Plan, unpack
 
-# A decoder that refuses more than this share of a batch, and more images than the minimum, may be broken.
-_SHARE, _FEW = 0.1, 3
+# A decoder that refuses more than this fraction of a batch, and more images than a few, may be broken.
+_MANY, _FEW = 0.1, 3
 _INHERITED: list[Any] = []  # pipelines that a forked child must not free
 
 
@@ -71,7 +71,7 @@ class Spec:
         return self.device.index if self.device.type == "cuda" else None
 
     @property
-    def decoder(self) -> dict[str, Any]:
+    def decoding(self) -> dict[str, Any]:
         """Arguments of `decoding.refused` and `decoding.works`."""
         execution = self.execution
         return dict(device_id=self.device_id, num_threads=execution.threads, **execution.decode_options)
@@ -201,14 +201,14 @@ class Epoch(Iterator[tuple[Any, ...]]):
             RuntimeError: so many that the decoder was tried with an image that is certainly good, and is broken.
         """
         given = self._feed.samples(self.position.iteration)
-        limit = max(_FEW, int(_SHARE * len(given)))
+        limit = max(_FEW, int(_MANY * len(given)))
         number, lost = decoding.sample_of(error), list[int]()
         if number is not None and number < len(given):
             reasons = {given[number]: decoding.reason_of(error)}
             self._refusals += 1
         else:
             encoded, lost = self._faults.encoded(given)
-            reasons = decoding.refused(encoded, limit=limit, **self.spec.decoder)
+            reasons = decoding.refused(encoded, limit=limit, **self.spec.decoding)
             if not reasons and not lost and decoding.is_decoders(error):
                 # The fault shows only in the regions of this batch, so any of its images may have it.
                 reasons = dict.fromkeys(encoded, decoding.reason_of(error))
@@ -216,7 +216,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
             else:
                 self._refusals += len(reasons)
         suspicious = self._refusals > limit or self._unexplained > _FEW
-        if suspicious and not decoding.works(**self.spec.decoder):
+        if suspicious and not decoding.works(**self.spec.decoding):
             raise self._broken(len(given), next(iter(reasons.items()))) from error
         for index, reason in reasons.items():
             self._faults.refuse(index, reason)

@@ -34,7 +34,7 @@ class Faults:
 
     Attributes:
         bad: {index: Replaced}.
-        decoder: uint8 [n], the `Decoder` of each sample.
+        decoders: uint8 [n], the `Decoder` of each sample.
         refused: indices of samples that DALI refused, and Pillow reads.
         version: changes with `bad` and `refused`; an epoch that was prepared at another version is stale.
     """
@@ -50,8 +50,8 @@ class Faults:
         """Starts from what an earlier run recorded."""
         self.bad = {index: Replaced(*replaced) for index, replaced in bad.items()}
         self.refused = set(refused)
-        self.decoder = np.zeros(len(self.source), np.uint8)
-        self.decoder[list(self.refused)] = Decoder.PILLOW
+        self.decoders = np.zeros(len(self.source), np.uint8)
+        self.decoders[list(self.refused)] = Decoder.PILLOW
         self.version += 1
 
     def usable(self, indices: Sequence[int]) -> list[int]:
@@ -69,23 +69,23 @@ class Faults:
         Raises:
             BadImage: neither can decode it.
         """
-        if self.decoder[index] == Decoder.UNKNOWN:
-            self.decoder[index] = formats.look(file, self.max_pixels).decoder
-        if self.decoder[index] == Decoder.DALI:
+        if self.decoders[index] == Decoder.UNKNOWN:
+            self.decoders[index] = formats.look(file, self.max_pixels).decoder
+        if self.decoders[index] == Decoder.DALI:
             return None
         return formats.bitmap(formats.pillow_pixels(file, self.max_pixels))
 
     def forget(self, index: int) -> None:
         """Has a sample inspected again, because its file has changed."""
         if index not in self.refused:
-            self.decoder[index] = Decoder.UNKNOWN
+            self.decoders[index] = Decoder.UNKNOWN
 
     def encoded(self, indices: Sequence[int]) -> tuple[dict[int, np.ndarray], list[int]]:
         """Encoded images of the samples that DALI decodes, and those of them that it no longer can.
 
         A file may have been removed or overwritten since it was inspected; such a sample is inspected again.
         """
-        wanted = [index for index in dict.fromkeys(indices) if self.decoder[index] == Decoder.DALI]
+        wanted = [index for index in dict.fromkeys(indices) if self.decoders[index] == Decoder.DALI]
         images: dict[int, np.ndarray] = {}
         lost: list[int] = []
         for index, image in zip(wanted, self.source.read(wanted)[0], strict=True):
@@ -109,7 +109,7 @@ class Faults:
                 self.replace(index, str(error))
                 return
             self.refused.add(index)
-            self.decoder[index] = Decoder.PILLOW
+            self.decoders[index] = Decoder.PILLOW
             self.version += 1
             self._messages.append(
                 f"{self.source.name(index)}: DALI refuses it ({reason}); Pillow decodes it from now on"

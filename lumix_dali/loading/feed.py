@@ -180,7 +180,7 @@ class Feed:
     def _read(self, indices: list[int]) -> list[_Read]:
         used = self._faults.usable(indices)
         # At once: to compare one element of an array takes as long as all the rest here.
-        known = (self._faults.decoder[used] == Decoder.DALI).tolist()
+        known = (self._faults.decoders[used] == Decoder.DALI).tolist()
         if self.gives_paths:
             assert self._source.labels is not None
             images: Sequence[Any] = [os.fsencode(self._source.path(index)) for index in used]
