@@ -166,6 +166,8 @@ def apply(
 ) -> tuple[DataNode, MixTarget]:
     """Mixes images as drawn and returns what was mixed: LUMix Eq. 1, with λ0 = r_w·r_h / HW of the clipped box.
 
+    With ``mixing.correct_lam`` off, λ0 is as drawn.
+
     Args:
         images: uint8 HWC, of one size.
         labels: one integer per sample, of any shape with one element.
@@ -233,8 +235,7 @@ def lay(images: DataNode, inputs: Mapping[str, DataNode], size: Size) -> DataNod
 
     Args:
         images: uint8 HWC, of one size.
-        inputs: `mixing.graph_inputs` on the CPU, "ids" among them. Without "is_mixup", which a GPU does not need, all
-            images are blended.
+        inputs: `mixing.graph_inputs` on the CPU, "ids" among them; "is_mixup" only for images on the CPU.
         size: (H, W) of the images.
     """
     ids, opacity = inputs["ids"], inputs.get("opacity")

@@ -1,4 +1,4 @@
-"""Pieces of DALI graphs that `fn` and `augment` share."""
+"""Pieces of DALI graphs that `fn`, `augment` and the loader's pipelines share."""
 
 from __future__ import annotations
 

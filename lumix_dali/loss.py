@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from math import inf
 from typing import Any, Literal, get_args
 
@@ -152,7 +153,7 @@ class LUMixLoss(nn.Module):
             loss = loss.sub(sum_log_p, alpha=off) if off else loss
         if not _is_zero(self.eta):
             if off:  # the same class twice is one class of y, with one `off`
-                y = y.add(torch.stack((a != b, b == b), 1), alpha=off)
+                y = y.add(torch.stack((a != b, b == b), 1), alpha=off)  # b == b: ones
             loss = loss - (self.eta * (active[:, None] * y) * log_p.expm1()).sum(1)  # η·R: Eq. 7
         return loss / logits.shape[1] if self.base == "bce" and self.bce_reduction == "mean" else loss
 
@@ -234,10 +235,7 @@ class LUMixLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in ("r_r", "r_s", "eta", "noise", "smoothing", "base", "apply_to", "reduction")
-        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in signature(LUMixLoss).parameters)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("r_r", "r_s", "eta"):

@@ -90,7 +90,7 @@ class Draw(NamedTuple):
         kind: int32 [n], a `Kind`: none, Mixup or CutMix.
         box: int32 [n, 4], half-open (y0, x0, y1, x1) of the pasted pixels; zeros unless the kind is CutMix.
         weight: float32 [n], λ0 as drawn: Mixup's blend weight; for CutMix before the box is rounded and clipped; zero
-            where nothing is mixed.
+            where nothing is mixed, and for CutMix with `cutmix_minmax`, which draws sides.
     """
 
     partner: Any
@@ -190,8 +190,9 @@ def graph_inputs(drawn: Draw, size: Sequence[int], mixing: Mixing | None) -> dic
 
     Returns:
         "ids", "anchors" and "shapes" of `patches`; "is_mixup", bool [n]; "opacity", float32 [n], of the second patch:
-        Mixup's λ0, 1 for CutMix, 0 where nothing is mixed; and "height" and "width", int32 [n], of the second patch,
-        whose share of the image times its opacity is λ0, or "lam0" where λ0 is as drawn, float32 [n].
+        Mixup's λ0, 1 for CutMix, 0 where nothing is mixed; and "height" and "width", int32 [n], of the box, or for
+        Mixup of the whole image: their share of the image times the opacity is λ0. Where λ0 is as drawn, "lam0",
+        float32 [n], instead.
     """
     if mixing is None:
         return dict(lam0=drawn.weight)

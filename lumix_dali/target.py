@@ -41,8 +41,8 @@ class MixTarget(NamedTuple):
     Args:
         labels: int64 [B], classes of the canvas, each sample's own image.
         partner_labels: int64 [B], classes of the image mixed into it.
-        lam0: float32 [B] in [0, 1], the partner's weight: pasted pixels over all pixels for CutMix, blend
-            weight for Mixup, 0 where nothing is mixed.
+        lam0: float32 [B] in [0, 1], the partner's weight: pasted pixels over all pixels for CutMix (as drawn with
+            ``correct_lam=False``), blend weight for Mixup, 0 where nothing is mixed.
         box: int32 [B, 4], the pasted pixels as half-open (y0, x0, y1, x1); zeros unless `kind` is 2.
         kind: int32 [B], what was drawn: a `Kind`.
         partner: int64 [B], index in the batch of the image mixed in, with which `mix` mixes anything else that belongs

@@ -118,7 +118,10 @@ class Files(Source):
         return repr(self.path(index))
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
-        """Contents and labels; a `BadImage` for what cannot be opened or is not a regular file."""
+        """Contents and labels; a `BadImage` for what cannot be opened or is not a regular file.
+
+        The loader reads remote files so, and local ones after a fault: DALI opens those itself, by `path`.
+        """
         return [content(self.path(index)) for index in indices], self.labels[np.asarray(indices, np.int64)]
 
 

@@ -50,7 +50,7 @@ class Spec:
     """What the epochs of a loader have in common.
 
     Args:
-        order: in which samples are read; ``order.shuffle`` tells whether this is training.
+        order: in which samples are read; it shuffles in training only.
         transform: applied to the images; their size is the position's.
         mixing: how they are mixed where the position says so.
         execution: how the work is done.
@@ -64,6 +64,11 @@ class Spec:
     execution: Execution
     device: torch.device
     return_index: bool
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the epochs are for training."""
+        return self.order.shuffle
 
     @property
     def device_id(self) -> int | None:
@@ -174,7 +179,7 @@ class Epoch(Iterator[tuple[Any, ...]]):
         position = self.position._replace(iteration=self.position.iteration + 1, checkpoint=self._pipe.checkpoint())
         if self.spec.transform.channels_last:
             images = images.permute(0, 3, 1, 2)  # NCHW to torch, channels-last in memory
-        target, index = unpack(outputs, self.spec.order.shuffle)
+        target, index = unpack(outputs, self.spec.is_training)
         return ((images, target, index) if self.spec.return_index else (images, target)), position
 
     def _run(self) -> Sequence[Any]:
@@ -242,14 +247,14 @@ class Epoch(Iterator[tuple[Any, ...]]):
         if position.size is not None:
             transform = replace(transform, size=position.size)
         mixing = spec.mixing if position.mixed else None
-        plan = Plan(order.seed, position.epoch, order.rank, transform.size, mixing, order.shuffle)
+        plan = Plan(order.seed, position.epoch, order.rank, transform.size, mixing, spec.is_training)
         # Not the seed of the order: the draws must differ by rank, the order must not.
         (seed,) = np.random.SeedSequence([order.seed, position.epoch, order.rank]).generate_state(1)
         self.version = self._faults.version
         threads, depth = spec.execution.threads, spec.execution.prefetch_queue_depth
         # The pipeline calls the feed for each batch (`pipelines.read`), up to `depth` batches ahead of `_run`.
         feed = Feed(self._faults, order.epoch(position.epoch), order.batch_size, plan, threads, depth)
-        define = pipelines.train_pipeline if order.shuffle else pipelines.val_pipeline
+        define = pipelines.train_pipeline if spec.is_training else pipelines.val_pipeline
         self._feed, self._pipe = (
             feed,
             define(

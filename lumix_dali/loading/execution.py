@@ -1,4 +1,4 @@
-"""How the work of a loader is done: threads, queues, and DALI's own options. None of it changes which batches come."""
+"""How the work of a loader is done: threads, queues, and DALI's own options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done; this does not change the batches.
+    """How the work is done; only `decoder` and `decode_regions` can change pixels, so a state knows them.
 
     Args:
         num_threads: DALI's CPU threads; None: this process's CPUs, divided by LOCAL_WORLD_SIZE.

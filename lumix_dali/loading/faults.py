@@ -1,4 +1,7 @@
-"""Which samples are good, who decodes each, and what takes the place of the others: one record for a whole run."""
+"""Which samples are good, who decodes each, and what takes the place of the others: one record for a whole run.
+
+Every sample passes here when it is read for the first time.
+"""
 
 from __future__ import annotations
 

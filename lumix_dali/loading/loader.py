@@ -1,5 +1,11 @@
 """`create_loader`: DALI's pipelines as a PyTorch loader.
 
+    create_loader     options, a `Source`, an `Order` -> `Loader`
+    Loader.__iter__   an `Epoch`: its pipeline, and a `Feed` that the pipeline calls for each batch
+    Feed              samples that can be decoded (`Faults`), and what is mixed: `Plan.batch` -> `mixing.draw`
+    the graph         `pipelines.train_pipeline`: decode, resize, augment, mix (`fn.lay`, `fn.lam0`), normalise
+    Epoch.__next__    the pipeline's outputs as tensors, `plan.unpack` -> (images, `MixTarget`)
+
 Every epoch has its own pipeline, whose order, plans and draws are a pure function of (seed, epoch, rank). The next
 pipeline is built, and starts to decode, while the last batches of the current one are consumed. An abandoned epoch, a
 switch of mixing, a bad sample and a resume all do the same: they build a pipeline at a given position. Batches leave
@@ -202,7 +208,7 @@ def create_loader(
     with_mixing = bool(mixup_alpha or cutmix_alpha or cutmix_minmax is not None)
     if with_mixing and not is_training:
         raise ValueError("is_training=False: evaluation mixes nothing; leave mixup_alpha and cutmix_alpha at 0")
-    mixing = Mixing(
+    mixing = Mixing(  # also checks the options of a loader that does not mix
         mixup_alpha=mixup_alpha,
         cutmix_alpha=cutmix_alpha if with_mixing else 1.0,
         cutmix_minmax=cutmix_minmax,
@@ -309,7 +315,7 @@ class Loader:
 
     Args:
         samples: source of images and labels.
-        order: the order in which they are read; ``order.shuffle`` tells whether this is training.
+        order: the order in which they are read; it shuffles in training only.
         transform: applied to the images: a `TrainTransform` in training, otherwise an `EvalTransform`.
         mixing: how they are mixed in training; None: not at all.
         execution: how the work is done.
@@ -397,7 +403,7 @@ class Loader:
         return len(self._order)
 
     def __repr__(self) -> str:
-        kind = "training" if self._order.shuffle else "evaluation"
+        kind = "training" if self._spec.is_training else "evaluation"
         return f"Loader({self.samples!r}, {kind}, {len(self)} batches of {self.batch_size} on {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -437,7 +443,7 @@ class Loader:
         self._position = position
         # Early enough that a thread builds it before it is needed, late enough that DALI holds little of two epochs.
         early = min(max(self._execution.prefetch_queue_depth, EARLY), len(self) - 1)
-        if self._order.shuffle and self._ahead is None and len(self) - position.iteration <= early:
+        if self._spec.is_training and self._ahead is None and len(self) - position.iteration <= early:
             self._ahead = Ahead(self._spec, self._start, self._faults)
 
     def _take_ahead(self) -> Epoch | None:

@@ -1,7 +1,7 @@
 """The plan of a batch: what the host decides, as the arrays that the graph reads.
 
 One of them is the target. It passes through the graph unchanged, and PyTorch unpacks it without a copy. λ0 is not in
-it: the graph computes it from the box that it pastes.
+it: the graph computes it (`fn.lam0`) from the sides of the box that it pastes, on the images' device.
 """
 
 from __future__ import annotations

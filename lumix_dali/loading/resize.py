@@ -1,4 +1,4 @@
-"""Antialiased resize: DALI's on a GPU, PyTorch's uint8 kernel on a CPU.
+"""Antialiased resize of training images: DALI's, or on a CPU from 64x64 pixels on PyTorch's uint8 kernel.
 
 On a CPU with AVX2 PyTorch resizes a photograph in about a tenth of DALI's time, and nearer to Pillow. It runs in the
 graph, through ``fn.python_function``, so that DALI still draws, checkpoints and schedules everything.
