@@ -24,7 +24,7 @@ def error(name: str, value: object, remedy: str) -> ValueError:
 def whole(name: str, value: SupportsIndex, minimum: int, limit: int | None = None) -> int:
     """A whole number >= `minimum`, and < `limit`."""
     try:
-        number = None if _is_bool(value) else operator.index(value)
+        number = None if is_bool(value) else operator.index(value)
     except TypeError:
         number = None
     if number is None or number < minimum or (limit is not None and number >= limit):
@@ -54,7 +54,7 @@ def flag(name: str, value: bool | np.bool_) -> bool:
 
 def one_of(name: str, value: _Word, known: Collection[_Word]) -> _Word:
     """One of the `known` values, of the same type: True is not 1."""
-    if not any(isinstance(value, type(word)) and _is_bool(value) == _is_bool(word) and value == word for word in known):
+    if not any(isinstance(value, type(word)) and is_bool(value) == is_bool(word) and value == word for word in known):
         raise error(name, value, f"give one of {', '.join(map(repr, known))}")
     return value
 
@@ -99,14 +99,14 @@ def assign(options: object, **checked: object) -> None:
         object.__setattr__(options, name, value)
 
 
-def _is_bool(value: object) -> bool:
-    # A bool tensor of PyTorch, or array of NumPy, counts as an index too.
+def is_bool(value: object) -> bool:
+    """Whether it is a bool, or a bool tensor of PyTorch or array of NumPy, which count as an index too."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _is_number(value: object) -> bool:
     try:
-        return isinstance(value, Real) and not _is_bool(value) and isfinite(value)
+        return isinstance(value, Real) and not is_bool(value) and isfinite(value)
     except OverflowError:  # a whole number beyond float64
         return False
 

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -191,6 +193,20 @@ def test_a_truncated_archive_is_usable_up_to_the_cut_or_an_error(tmp_path, forma
     assert report.warnings == ["a.tar: no end mark; if its original is longer it was cut short: copy it again"]
 
 
+@pytest.mark.parametrize("magic", [b"ustar  \0", bytes(8)], ids=["GNU", "V7"])
+def test_times_behind_a_name_are_no_part_of_it(tmp_path, magic):
+    """GNU tar's --listed-incremental writes them where POSIX has a prefix of the name."""
+    content = b""
+    for name, each in (("a/0.jpg", b"image"), ("a/0.cls", b"1")):
+        header = bytearray(info(name, size=len(each)).tobuf(format=tarfile.GNU_FORMAT))
+        header[257:265], header[345:369] = magic, b"14713410000\0" * 2
+        header[148:156] = b" " * 8
+        header[148:155] = b"%06o\0" % sum(header)
+        content += header + each.ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(content + bytes(1024))
+    assert rows(tmp_path / "a.tar") == [("a/0.jpg", 512, 5, 1)]
+
+
 @pytest.mark.parametrize("size", [2**40, 2**70, -1, -600])
 def test_an_impossible_size_is_an_error(tmp_path, size):
     """Of 1 TiB, which would take all memory, and one that leads back to its own header."""
@@ -376,6 +392,56 @@ def test_processes_that_start_at_once_scan_once(shards, scans):
         thread.join()
     assert found == [[0, 1, 2, 3, 4, 5]] * 4
     assert sorted(scans) == ["0.tar", "1.tar", "2.tar"]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """16 shards, enough for two processes."""
+    (tmp_path / "many").mkdir()
+    for k in range(16):
+        pack(
+            tmp_path / "many" / f"{k:02}.tar",
+            *[(f"{i}.{end}", b"1") for i in range(1 + k % 3) for end in ("jpg", "cls")],
+        )
+    return tmp_path / "many"
+
+
+def test_no_main_guard_is_needed(many, tmp_path):
+    """A script without a guard, which `multiprocessing` would execute again in each child."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""print("once")
+import os
+os.sched_getaffinity = lambda _: {{0, 1}}
+from lumix_dali.data import index, sources
+index.scan = None  # none in this process
+print(len(sources.load({str(many)!r})))
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("once\n31\n", "")
+
+
+def test_a_damaged_shard_is_named_from_its_process(many, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    path = many / "09.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=f"source='{path}': .*cut short.*; repair or remove it"):
+        sources.load(many)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """A limit of the file's size stands for the disk: NumPy itself would only count bytes."""
+    script = f"""import resource, signal, numpy
+from lumix_dali.data import index
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    index.keep({str(tmp_path / "a.npy")!r}, numpy.zeros(10000, numpy.int64))
+except OSError as error:
+    print(error.strerror, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"File too large {tmp_path / 'a.npy'}\n", done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_shard_is_named(shards):

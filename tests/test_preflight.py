@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from formats import chunk, png
 from PIL import Image
 
@@ -191,12 +192,41 @@ def test_shards_of_a_source_of_ones_own_are_numbered():
     assert report.shards == {"shard 0": 1, "shard 1": 3}
 
 
-def test_a_label_of_a_source_of_ones_own_that_is_no_class_is_named():
-    source = TwoShards()
-    source.read = lambda indices: ([JPEG for _ in indices], np.array([[0, 1, 2, -1, 0][i] for i in indices]))
+@pytest.mark.parametrize("wrong", [2, -1, 1.5, True, "a", torch.tensor([1])], ids=str)
+def test_a_label_of_a_source_of_ones_own_that_is_no_class_is_bad_in_check_and_loader(wrong):
+    source, image = TwoShards(), encoded("JPEG", 1)
+    source.read = lambda indices: (
+        [image for _ in indices],
+        [[0, np.uint8(1), wrong, torch.tensor(1), 0][i] for i in indices],
+    )
     report = check.scan(source, workers=1)
-    assert report.bad == {"sample 2": "its label is 2, not a whole number in [0, 2)"}
-    assert report.counts == {"a": 2, "b": 1}  # the label -1 says that there is none
+    assert report.bad == {"sample 2": f"its label is {wrong!r}, not a whole number in [0, 2)"}
+    assert report.counts == {"a": 2, "b": 2}
+    with create_loader(source, batch_size=5, device="cpu", input_size=8) as loader:
+        with pytest.warns(UserWarning, match="sample 2 cannot be used"):
+            ((_, target),) = loader
+        assert loader.bad == report.bad
+    assert target.labels.tolist().count(1) == 3  # sample 3 takes its place
+
+
+def test_known_labels_of_a_source_of_ones_own_are_checked_before_the_first_batch():
+    source = TwoShards()
+    source.labels = np.array([0, 1, 0, 7, 1])
+    with pytest.raises(ValueError, match=r"^labels: 3: its label is 7, not a whole number in \[0, 2\)"):
+        create_loader(source, batch_size=5, device="cpu")
+
+
+def test_check_works_without_stdin_and_stdout(root):
+    command = f"{sys.executable} -m lumix_dali check --full --report {root}.json {root} <&- >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path(f"{root}.json").read_text())["images"] == 10
+
+
+def test_classes_may_be_an_array(root):
+    source = TwoShards()
+    source.classes = np.array(["a", "b"])
+    assert check.scan(source, workers=1).counts == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["fast", "full"])

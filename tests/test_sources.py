@@ -181,6 +181,19 @@ def test_classes_number_every_source_by_name(tmp_path, kind):
         sources.load(source, classes=["ant", "cow"])
 
 
+def test_images_without_labels_stay_so_among_classes(tmp_path):
+    touch(tmp_path, "a.jpg")
+    found = sources.load(tmp_path, classes=["x", "y"])
+    assert (found.classes, found.labels.tolist()) == (["x", "y"], [-1])
+
+
+def test_labels_of_pairs_may_be_tensors(tmp_path):
+    image = str(touch(tmp_path, "a.jpg") / "a.jpg")
+    assert sources.load([(image, torch.tensor(1)), (image, np.uint8(0))]).labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"a\.jpg': its label is tensor\(\[1\]\), not"):
+        sources.load([(image, 0), (image, torch.tensor([1]))])
+
+
 def test_classes_of_a_source_of_numbers(tmp_path):
     """The labels number the classes already, and must fit."""
     image = str(touch(tmp_path, "a.jpg") / "a.jpg")

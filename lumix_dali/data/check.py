@@ -28,7 +28,7 @@ from .files import Files, natural_key
 from .files import survey as folder_survey
 from .formats import FOREIGN, MAX_PIXELS, BadImage, Decoder, Look
 from .order import Order
-from .protocol import Source, wrong_label
+from .protocol import Source
 from .shards import Shards, find_shards, load_shards
 
 _CHUNK = 32  # images that are in memory at once, for each process
@@ -153,9 +153,6 @@ def scan(
                 reasons.setdefault(i, each)
             elif each.why and i not in reasons:
                 notes[Note(each.format, each.decoder.name, each.why)] += 1
-    if (classes := samples.classes) is not None:  # a source of a user's own may give any label
-        for i in np.flatnonzero(labels >= len(classes)).tolist():
-            reasons.setdefault(i, wrong_label(int(labels[i]), classes))
     report.notes = dict(notes.most_common())
     _count(report, samples, labels, {i: (name(i), reasons[i]) for i in sorted(reasons)})
     return report
@@ -166,7 +163,8 @@ def _count(report: Report, samples: Source, labels: np.ndarray, bad: dict[int, t
     is_good = np.ones(len(labels), bool)
     is_good[list(bad)] = False
     report.labels, report.digest = labels[is_good], samples.digest
-    report.classes = samples.classes or [str(k) for k in range(int(report.labels.max(initial=-1)) + 1)]
+    report.classes = [] if samples.classes is None else list(samples.classes)
+    report.classes = report.classes or [str(k) for k in range(int(report.labels.max(initial=-1)) + 1)]
     if isinstance(samples, Files) and not report.shards:
         names = [samples.names[i] for i in np.flatnonzero(is_good).tolist()]
         report.samples = Files(samples.root, names, report.labels, samples.classes)
@@ -353,10 +351,10 @@ def _look_at_refused(file: BinaryIO, max_pixels: int) -> Look | str:
 def show(report: Report, most: int = 20) -> str:
     """The report for people: totals, then at most `most` names of each kind."""
     lines = [f"{len(report.labels)} usable images in {len(report.classes)} classes"]
-    if report.counts:
-        by_count = sorted(report.counts, key=lambda name: report.counts[name])
+    if counts := report.counts:
+        by_count = sorted(counts, key=lambda name: counts[name])
         low, high = by_count[0], by_count[-1]
-        lines.append(f"smallest class: {low!r}, {report.counts[low]}; largest: {high!r}, {report.counts[high]}")
+        lines.append(f"smallest class: {low!r}, {counts[low]}; largest: {high!r}, {counts[high]}")
     if report.shards:
         sizes = report.shards.values()
         lines.append(f"{len(sizes)} shards of {min(sizes)} to {max(sizes)} samples")

@@ -109,10 +109,9 @@ class _Child:
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+                stdin=theirs.fileno(),  # not a descriptor of its own: 0 and 1 may be free, and Popen uses them
+                stdout=subprocess.DEVNULL,
                 env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
             )
         try:
@@ -130,13 +129,12 @@ class _Child:
             self._process.wait()
 
 
-def serve(descriptor: int) -> None:
-    """Answers requests from a pipe until the parent ends, which closes it."""
-    with Connection(descriptor) as pipe, suppress(EOFError, ConnectionError):
+def serve() -> None:
+    """Answers requests from a pipe, which is stdin, until the parent ends, which closes it."""
+    with Connection(os.dup(0)) as pipe, suppress(EOFError, ConnectionError):
         task = pipe.recv()
         pipe.send(None)
         # Decoders print lines without a file's name to both; what is wrong comes back as a result.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         warnings.simplefilter("ignore")  # no filter decides which files are good
         while True:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast, overload
@@ -17,9 +17,8 @@ import numpy as np
 from .. import checks
 from . import storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
-from .protocol import MAX_CLASSES, SPLITS, Image, Source, class_number, label_limit, wrong_label
+from .protocol import MAX_CLASSES, SPLITS, UNKNOWN, Image, Source, class_number, label_limit, wrong_label
 
-UNKNOWN = -1  # the label of images of which nothing is known
 MANIFEST = "lumix_dali.manifest/2"
 # Folders that file systems and other programs leave beside classes.
 _FOREIGN = {"lost+found", "__MACOSX", "@eaDir"}
@@ -83,7 +82,7 @@ class Files(Source):
     gives_paths: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        labels = _whole_labels(self.names, self.labels, self.classes)
+        labels = whole_labels(self.names, self.labels, self.classes)
         names = self.names if isinstance(self.names, Names) else Names(self.names)
         root = os.fspath(self.root)
         if not storage.is_remote(root):
@@ -125,7 +124,7 @@ class Files(Source):
         return [content(self.path(index)) for index in indices], self.labels[np.asarray(indices, np.int64)]
 
 
-def _whole_labels(names: Sequence[str], labels: Any, classes: Sequence[str] | None) -> np.ndarray:
+def whole_labels(names: Sequence[object], labels: Any, classes: Sized | None) -> np.ndarray:
     """Labels as int64 [n], or an error that quotes the first that is none of the classes (None: of any number)."""
     try:
         array = np.asarray(labels)
@@ -138,13 +137,13 @@ def _whole_labels(names: Sequence[str], labels: Any, classes: Sequence[str] | No
         unknown = classes is not None and bool((array == UNKNOWN).all())
         if unknown or ((array >= 0) & (array < label_limit(classes))).all():
             return array.astype(np.int64)
-    wrong = [i for i, label in enumerate(labels) if class_number(label, classes) is None]
-    if not wrong:  # an array of Python's numbers, or none at all
-        return np.array(list(labels), np.int64)
+    numbers = [class_number(label, classes) for label in labels]
+    wrong = [i for i, number in enumerate(numbers) if number is None]
+    if not wrong:  # Python's numbers, tensors' scalars, or none at all
+        return np.array(numbers, np.int64)
     # Among floats, .5 tells more than .0.
     i = next((i for i in wrong if isinstance(labels[i], float) and labels[i] % 1), wrong[0])
-    label = labels[i].item() if isinstance(labels[i], np.generic) else labels[i]
-    raise ValueError(f"labels: {names[i]!r:.150}: {wrong_label(label, classes)}; give one for each name")
+    raise ValueError(f"labels: {names[i]!r:.150}: {wrong_label(labels[i], classes)}; give one for each name")
 
 
 def content(path: str) -> bytes | BadImage:
@@ -171,7 +170,7 @@ def pairs(samples: Sequence[tuple[storage.StrPath, int]], classes: Sequence[str]
     except (TypeError, ValueError) as error:
         raise ValueError(f"source={str(samples[:2])[:80]}…: give pairs of a path and a label") from error
     names = [name if storage.is_remote(name) else os.path.abspath(name) for name in names]
-    labels = _whole_labels(names, [label for _, label in samples], None)
+    labels = whole_labels(names, [label for _, label in samples], None)
     if classes is None:
         classes = [str(k) for k in range(int(labels.max()) + 1)]
     return Files("/", names, labels, classes)

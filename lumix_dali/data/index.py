@@ -13,17 +13,17 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import IntEnum
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 
 from ..cpus import available
 from ..progress import Progress
-from . import storage
+from . import children, storage
 from .formats import EXTENSIONS, is_image
 
 IMAGE, LABEL, NAME = "image/encoded", "image/class/label", "image/filename"  # TensorFlow's names for ImageNet
@@ -35,7 +35,8 @@ _NO_SHARD = {
 } | dict.fromkeys(
     (b"<!doctype", b"<html"), "a web page, not a shard: the server wants a login, or the address is wrong"
 )
-_FORMAT = 5  # of the kept file
+_FORMAT = 6  # of the kept file
+_ALONE = 8  # shards for which a process of their own does not pay
 
 
 class Fault(IntEnum):
@@ -184,7 +185,8 @@ def _opened(path: str, shards: int) -> tuple[np.ndarray, np.ndarray]:
 def keep(path: str, content: np.ndarray) -> None:
     """Writes int64 [n] and a checksum to a file that gets its name once it is complete."""
     with storage.replacing(path) as file:
-        np.save(file, np.append(content, zlib.crc32(content.tobytes())))
+        # NumPy writes to a real file by itself, and does not say that a disk is full.
+        np.save(cast(Any, SimpleNamespace(write=file.write)), np.append(content, zlib.crc32(content.tobytes())))
 
 
 def kept(path: str) -> np.ndarray:
@@ -200,9 +202,19 @@ def kept(path: str) -> np.ndarray:
 
 
 def _scanned(paths: Sequence[str]) -> Iterator[np.ndarray]:
-    """`scan` of each shard, in order; several at once, since reading from a network waits."""
-    with ThreadPoolExecutor(available()) as pool:
-        yield from pool.map(_scan_path, paths)
+    """`scan` of each shard, in order, in several processes if that pays."""
+    workers = min(available(), len(paths) // _ALONE)
+    if workers < 2:
+        yield from map(_scan_path, paths)
+        return
+    for (rows_of_one,) in children.run(_scan_paths, [[path] for path in paths], workers):
+        if isinstance(rows_of_one, children.Died):
+            raise ValueError("source: the process that scans its shards died; try again")
+        yield rows_of_one
+
+
+def _scan_paths(paths: Sequence[str]) -> list[np.ndarray]:
+    return [_scan_path(path) for path in paths]
 
 
 def _scan_path(path: str) -> np.ndarray:
@@ -243,21 +255,34 @@ def members(handle: int, ignored: list[str] | None = None) -> Iterator[tarfile.T
             ignored.append(info.name)
 
 
+class _Header(tarfile.TarInfo):
+    """A header whose name is its own: tarfile adds a prefix where ``tar --listed-incremental`` keeps times."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if buf[257:263] != b"ustar\0":
+            info.name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
+        return info
+
+
 def _headers(handle: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Each member of a tar archive, and where the next one begins."""
+    last = "its beginning"
     try:
         # Opened again, as other threads move the descriptor's position; UTF-8 whatever the locale.
         with (
             open(f"/proc/self/fd/{handle}", "rb") as file,
-            tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive,
+            tarfile.open(fileobj=file, mode="r:", encoding="utf-8", tarinfo=_Header) as archive,
         ):
             while info := archive.next():
                 cast(Any, archive).members.clear()  # it would keep millions
+                last = repr(info.name)
                 yield info, archive.offset
             if os.pread(handle, tarfile.BLOCKSIZE, archive.offset).strip(b"\0"):
                 raise tarfile.ReadError(f"byte {archive.offset}")  # tarfile takes it for the end
     except Exception as error:  # tarfile raises almost anything
-        raise ValueError(f"not a complete tar archive: damaged or cut short ({error!r})") from error
+        raise ValueError(f"not a complete tar archive: damaged or cut short after {last} ({error})") from error
 
 
 def split_name(name: str) -> tuple[str, str]:

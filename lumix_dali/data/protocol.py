@@ -8,10 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from .. import checks
 from .formats import BadImage
 
 # Bounds the labels of a source without class names, because every number up to the largest gets one.
 MAX_CLASSES = 10**6
+UNKNOWN = -1  # the label of images of which nothing is known
 # The label of a sample that could not be used, in evaluation: PyTorch's losses ignore it, and no prediction equals it.
 UNUSABLE = -100
 # Names of the parts of a data set.
@@ -21,11 +23,16 @@ Image = bytes | memoryview | np.ndarray | BadImage
 
 
 def class_number(label: Any, classes: Sized | None) -> int | None:
-    """A label as an int, from any kind of integer, a tensor's scalar too; None if it is none of the classes."""
+    """A label as an int, from any kind of integer, a tensor's scalar too; None if it is none of the classes.
+
+    Without a class, as in a folder of images for prediction, labels are `UNKNOWN`.
+    """
     try:
-        number = None if isinstance(label, bool | np.bool_) else operator.index(label)
+        number = None if checks.is_bool(label) or getattr(label, "ndim", False) else operator.index(label)
     except TypeError:
         return None
+    if number == UNKNOWN and classes is not None and not len(classes):
+        return number
     return number if number is not None and 0 <= number < label_limit(classes) else None
 
 
@@ -36,6 +43,7 @@ def label_limit(classes: Sized | None) -> int:
 
 def wrong_label(label: Any, classes: Sized | None) -> str:
     """Why a label is none of the classes."""
+    label = label.item() if isinstance(label, np.generic) else label
     return f"its label is {label!r:.40}, not a whole number in [0, {label_limit(classes)})"
 
 
@@ -67,8 +75,8 @@ class Source(Protocol):
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """Encoded images, and labels int64 [n]; called from several threads.
 
-        A `BadImage` takes the place of an image that cannot be read; that sample is then replaced. An exception means
-        that the source as a whole fails, and ends the run.
+        A `BadImage` takes the place of an image that cannot be read; that sample is then replaced, and so is one whose
+        label is none of the classes. An exception means that the source as a whole fails, and ends the run.
         """
 
     def path(self, index: int) -> str:

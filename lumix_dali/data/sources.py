@@ -6,7 +6,7 @@ import glob
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from .. import checks
 from ..progress import Progress
 from . import storage
-from .files import Files, class_folder, file_list, is_manifest, manifest, pairs
+from .files import Files, class_folder, file_list, is_manifest, manifest, pairs, whole_labels
 from .formats import BadImage
-from .protocol import Image, Source, wrong_label
+from .protocol import UNKNOWN, Image, Source, class_number, wrong_label
 from .rows import Rows
-from .shards import CACHE_BYTES, braces, find_shards, load_shards
+from .shards import CACHE_BYTES, Shards, braces, find_shards, load_shards
 
 _REQUIRED = ("classes", "digest", "__len__", "name", "read")
 _LIBRARIES = ("timm", "torchvision")
@@ -89,7 +89,8 @@ def renumbered(source: Source, classes: Sequence[str]) -> Source:
             f"classes: the source's {unknown[0]!r} is not among these {len(classes)} ({', '.join(classes)[:80]}); "
             "give the classes that the model was trained with, or take this one out of the source"
         )
-    table = np.arange(len(classes)) if own is None else np.array([number[name] for name in own], np.int64)
+    # Label -1, where nothing is known, stays what it is.
+    table = np.array([*(range(len(classes)) if own is None else [number[name] for name in own]), UNKNOWN])
     if isinstance(source, Files):
         return Files(source.root, source.names, table[source.labels], classes)
     return _Renumbered(source, table, classes)
@@ -106,8 +107,8 @@ def _class_names(classes: Sequence[str]) -> list[str]:
     return names
 
 
-class _Defaults(Source):
-    """Another source; what it lacks of the optional members has its default."""
+class _Checked(Source):
+    """A user's source: what it lacks of the optional members has its default, and labels must be of its classes."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -115,22 +116,37 @@ class _Defaults(Source):
         for member in ("remote", "gives_paths", "labels", "counts", "path", "prefetch"):
             if hasattr(source, member):
                 setattr(self, member, getattr(source, member))
+        if self.labels is not None:  # the loader may not ask for them again
+            self.labels = whole_labels(range(len(source)), self.labels, self._known)
+
+    @property
+    def _known(self) -> Sized | None:
+        known: Sized | None = self._source.classes
+        return known
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def __repr__(self) -> str:
+        return repr(self._source)
 
     def name(self, index: int) -> str:
         """As the other source."""
         return str(self._source.name(index))
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
-        """As the other source."""
+        """As the other source, but with a `BadImage` where a label is none of its classes."""
         images, labels = self._source.read(indices)
-        return images, np.asarray(labels)
+        numbers = [class_number(label, self._known) for label in labels]
+        images = [
+            BadImage(wrong_label(label, self._known)) if number is None and not isinstance(image, BadImage) else image
+            for image, label, number in zip(images, labels, numbers, strict=True)
+        ]
+        return images, np.array([number or 0 for number in numbers], np.int64)
 
 
-class _Renumbered(_Defaults):
-    """A source whose labels are looked up in a table, int64 [classes of the source]."""
+class _Renumbered(_Checked):
+    """A source whose labels are looked up in a table, int64 [classes of the source, and one for `UNKNOWN`]."""
 
     def __init__(self, source: Source, table: np.ndarray, classes: Sequence[str]) -> None:
         super().__init__(source)
@@ -138,16 +154,17 @@ class _Renumbered(_Defaults):
         self.digest = hashlib.sha256(
             f"{source.digest}\0{table.tolist()}\0{classes}".encode("utf-8", "surrogateescape")
         ).hexdigest()
-        self.labels = None if source.labels is None else table[source.labels]
+        self.labels = None if self.labels is None else table[self.labels]
+
+    @property
+    def _known(self) -> Sized | None:
+        own = super()._known
+        return self.classes if own is None else own
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
-        """Images, and the labels in the table; a `BadImage` for a label beyond it."""
+        """Images, and the labels in the table."""
         images, labels = super().read(indices)
-        fits = (labels >= 0) & (labels < len(self._table))
-        for row in np.flatnonzero(~fits).tolist():
-            if not isinstance(images[row], BadImage):
-                images[row] = BadImage(wrong_label(int(labels[row]), self._table))
-        return images, self._table[np.where(fits, labels, 0)]
+        return images, self._table[labels]
 
 
 def _load(
@@ -159,10 +176,10 @@ def _load(
 ) -> Source:
     if isinstance(source, str | os.PathLike):
         return _load_path(os.fspath(source), classes, cache_dir, cache_bytes, progress)
-    if isinstance(source, Source):
+    if isinstance(source, Files | Shards | Rows | _Checked):
         return source
     if all(hasattr(source, member) for member in _REQUIRED):
-        return _Defaults(source)
+        return _Checked(source)
     if isinstance(source, Sequence):
         if not len(source):
             raise ValueError(f"source={source!r}: it is empty; give at least one sample")
