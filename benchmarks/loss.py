@@ -2,14 +2,15 @@
 
 LUMixLoss, eager and compiled, is compared with what it replaces: timm's `mixup_target` with `SoftTargetCrossEntropy`,
 and PyTorch's cross entropy on probabilities; on a GPU also with Liger's fused cross entropy, on hard labels only.
-Every candidate includes building the target, which is new for every batch. "graphed" is a step captured in a CUDA
-graph: its kernels without the time to launch them. The floor reads the logits twice and writes the gradient once,
-which any loss has to do.
+OpenMP's threads wait as PyTorch lets them: they spin. Every candidate includes building the target, which is new for
+every batch. "graphed" is a step captured in a CUDA graph: its kernels without the time to launch them. The floor reads
+the logits twice and writes the gradient once, which any loss has to do.
 
     python -m benchmarks.loss --quick
     python -m benchmarks.loss --batch-sizes 256,1024 --classes 1000,21841 --dtypes float32
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +241,8 @@ def candidates(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
+    # Not passive, as beside loaders: a loss has the cores to itself, and to wake a thread takes 100 µs.
+    os.environ.pop("OMP_WAIT_POLICY", None)
     parser = harness.parser("loss", __doc__)
     add = parser.add_argument
     add("--batch-sizes", type=harness.positives, default=[128, 256, 1024, 4096], metavar="LIST")
