@@ -656,6 +656,28 @@ def test_resume_after_a_replacement(make, spoilt):
         assert resumed.bad == loader.bad
 
 
+@pytest.mark.parametrize(
+    ("positional", "named", "message"),
+    [
+        ((32, 8), {}, "give all but the source by name"),
+        ((), {"mixup": 0.8}, r"unknown argument mixup=; give mixup_alpha"),
+        ((), {"pin_memory": True}, "pin_memory=; leave it out"),
+        ((), {"colour": 1}, r"colour=; see help\(create_loader\)"),
+    ],
+)
+def test_arguments_of_other_loaders_are_named(ramp_files, positional, named, message):
+    with pytest.raises(TypeError, match=message):
+        create_loader(ramp_files, *positional, **named)
+
+
+@pytest.mark.parametrize("name", ["cutmix_alpha", "batch_size", "return_index", "seed"])
+def test_an_option_that_is_assigned_would_change_nothing(make, ramp_files, name):
+    loader = make(ramp_files)
+    with pytest.raises(AttributeError, match=rf"loader\.{name}: it is fixed .* mixup_enabled or input_size"):
+        setattr(loader, name, 0)
+    loader.mixup_enabled, loader.input_size, loader.comment = False, 16, "a user's own"
+
+
 def test_raise_on_a_bad_file(make, spoilt):
     samples, spoil = spoilt
     spoil(5)

@@ -92,6 +92,8 @@ def _with_hints(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if len(args) > 1:
+            raise TypeError("create_loader: give all but the source by name, as in batch_size=64, input_size=224")
         for name in kwargs:
             if name not in known:
                 hint = f"give {_HINTS[name]}" if name in _HINTS else "see help(create_loader)"
@@ -266,6 +268,9 @@ def create_loader(
     )
 
 
+_FIXED = signature(create_loader).parameters.keys() - {"input_size"}
+
+
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     told = os.environ.get("WORLD_SIZE", "1")
     if world_size is None and told.isdecimal() and int(told) > 1:
@@ -368,7 +373,7 @@ class Loader:
         self._current: Callable[[], Epoch | None] = lambda: None
         self._ahead: Ahead | None = None
         self._closed = False
-        self._pid = os.getpid()
+        self._pid = os.getpid()  # last, see __setattr__
 
     @property
     def num_classes(self) -> int:
@@ -405,6 +410,14 @@ class Loader:
     def __repr__(self) -> str:
         kind = "training" if self._spec.is_training else "evaluation"
         return f"Loader({self.samples!r}, {kind}, {len(self)} batches of {self.batch_size} on {self.device})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and hasattr(self, "_pid"):
+            raise AttributeError(
+                f"loader.{name}: it is fixed when a loader is created, so this would change nothing; create another "
+                "loader, or assign mixup_enabled or input_size"
+            )
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("loader: it has threads and a pipeline, so it cannot be copied or pickled; create another")
