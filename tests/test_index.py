@@ -131,7 +131,8 @@ def test_a_flipped_bit_in_a_header_is_an_error(tmp_path, format):
     path = pack(tmp_path / "a.tar", *SAMPLES[:4], format=format)
     content = path.read_bytes()
     starts = {start for each in members(path) for start in (each.offset, each.offset_data - 512)}
-    for place in (start + k for start in starts for k in (*range(148), *range(156, 512))):  # between is its checksum
+    places = [start + k for start in sorted(starts) for k in (*range(148), *range(156, 512))]  # between is its checksum
+    for place in places[::5]:  # 504 places in each header, which 5 does not divide
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
