@@ -278,22 +278,28 @@ def test_an_interrupted_next_loses_no_batch(folder):
     def ring(*_):
         raise Alarm
 
+    def interrupted(delay):
+        batches, found, rung = iter(make(folder)), [], 0
+        while True:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay * (len(found) == 1 and not rung))
+                _, target = next(batches)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                found.append(target.lam0.tolist())
+            except Alarm:
+                rung = 1
+            except StopIteration:
+                return found, rung
+
     previous, hits = signal.signal(signal.SIGALRM, ring), 0
     try:
         for delay in np.geomspace(1e-4, 0.1, 12):
-            batches, found = iter(make(folder)), []
-            while True:
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, delay * (len(found) == 1))
-                    _, target = next(batches)
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    found.append(target.lam0.tolist())
-                except Alarm:
-                    hits += 1
-                    delay = 0
-                except StopIteration:
+            for _ in range(3):  # it may ring between the end of `next` and the assignment, where nobody can help
+                found, rung = interrupted(delay)
+                if found == expected:
                     break
             assert found == expected
+            hits += rung
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
