@@ -169,7 +169,8 @@ class LUMixLoss(nn.Module):
         """λ of Eq. 3 before it is clamped to [0, 1]; override it for another label weight.
 
         Args:
-            lam0, lam_s, lam_r: [B], float32 or float64; `lam_r` is `lam0` where r_r is 0.
+            lam0, lam_s, lam_r: [B], float32 or float64; `lam_r` is `lam0` where r_r is 0. `lam_s` carries a gradient
+                only with `detach_lam_s` off and r_s above 0.
 
         Returns:
             [B].

@@ -23,7 +23,7 @@ class Kind(IntEnum):
     NONE = 0
     MIXUP = 1
     CUTMIX = 2
-    OTHER = 3  # mixed by other means: `lam0` without a box
+    OTHER = 3  # mixed by other means, `lam0` without a box; `LUMixLoss` treats it as Mixup, see its `apply_to`
 
 
 _NO_TENSOR = (

@@ -66,6 +66,11 @@ def check_target(target: MixTarget | Tensor, num_classes: int) -> None:
 
 def _check_fields(target: MixTarget | Tensor) -> None:
     if isinstance(target, Tensor):
+        if target.ndim == 2 and target.is_floating_point():
+            raise ValueError(
+                f"target is {_describe(target)}, soft labels, such as those of timm's Mixup: pass the MixTarget of a "
+                "lumix_dali loader, or one of your own (docs/loop.md)"
+            )
         _check_field("target", target, (target.shape[:1] or ("B",)), torch.int64)
         return
     if not isinstance(target, MixTarget):
@@ -80,6 +85,8 @@ def _check_fields(target: MixTarget | Tensor) -> None:
 
 def _check_field(name: str, field: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None) -> None:
     """`dtype` None: any floating dtype."""
+    if not isinstance(field, Tensor):
+        raise ValueError(f"{name} is a {type(field).__name__}: pass a tensor")
     right = field.is_floating_point() if dtype is None else field.dtype == dtype
     if field.shape != shape or not right:
         wanted = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")

@@ -461,7 +461,7 @@ def state(make, ramp_files):
         ({"rank": 1}, "rank was 0 and is 1"),
         ({"world_size": 3}, "world_size was 2 and is 3"),
         ({"drop_last": False}, "drop_last was True and is False"),
-        ({"input_size": 12}, r"size was \(12, 18\) and is \(12, 12\)"),
+        ({"input_size": 12}, r"input_size was \(12, 18\) and is \(12, 12\)"),
         ({"interpolation": "bilinear"}, "interpolation was 'bicubic' and is 'bilinear'"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean was "),
         ({"std": (0.5, 0.5, 0.5)}, "std was "),
@@ -663,6 +663,7 @@ def test_resume_after_a_replacement(make, spoilt):
         ((), {"mixup": 0.8}, r"unknown argument mixup=; give mixup_alpha"),
         ((), {"pin_memory": True}, "pin_memory=; leave it out"),
         ((), {"colour": 1}, r"colour=; see help\(create_loader\)"),
+        ((), {"scal": (0.2, 1)}, r"scal=; did you mean scale\?"),
     ],
 )
 def test_arguments_of_other_loaders_are_named(ramp_files, positional, named, message):
@@ -675,6 +676,8 @@ def test_an_option_that_is_assigned_would_change_nothing(make, ramp_files, name)
     loader = make(ramp_files)
     with pytest.raises(AttributeError, match=rf"loader\.{name}: it is fixed .* mixup_enabled or input_size"):
         setattr(loader, name, 0)
+    with pytest.raises(ValueError, match="mixup_enabled='False': give True or False"):
+        loader.mixup_enabled = "False"
     loader.mixup_enabled, loader.input_size, loader.comment = False, 16, "a user's own"
 
 

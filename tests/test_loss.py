@@ -641,6 +641,8 @@ GOOD = make_target(LABELS, LABELS.flip(0), 0.5)
         ),
         (torch.zeros(3, 4), GOOD, torch.zeros(4), r"lam_r is float32 \[4\]: pass a floating dtype \[3\]"),
         (torch.zeros(3, 4), GOOD, torch.zeros(3, device="meta"), "lam_r is on meta"),
+        (torch.zeros(3, 4), torch.zeros(3, 4), None, "soft labels, such as those of timm's Mixup: pass the MixTarget"),
+        (torch.zeros(3, 4), GOOD._replace(box=None), None, "box is a NoneType: pass a tensor"),
     ],
 )
 @pytest.mark.parametrize("method", ["forward", "lam"])

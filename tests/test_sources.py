@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import encoded
 from timm.data import create_dataset
+from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import ImageFolder
 
 from lumix_dali import create_loader
@@ -181,10 +182,71 @@ def test_classes_number_every_source_by_name(tmp_path, kind):
         sources.load(source, classes=["ant", "cow"])
 
 
-def test_images_without_labels_stay_so_among_classes(tmp_path):
+class Animals:
+    """A data set of one's own, with class names."""
+
+    def __init__(self, classes, digest=None):
+        self.classes = classes
+        if digest is not None:
+            self.digest = digest
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return b"image", index % len(self.classes)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda rows: rows, lambda rows: Subset(rows, [0, 1, 2, 3]), lambda rows: ConcatDataset([rows])]
+)
+def test_labels_of_a_wrapped_data_set_are_renumbered(wrap):
+    found = sources.load(wrap(Animals(["ant", "cow"])), classes=["ant", "bee", "cow"])
+    assert found.read([0, 1, 2, 3])[1].tolist() == [0, 2, 0, 2]
+
+
+def test_data_sets_of_other_classes_are_not_one():
+    with pytest.raises(ValueError, match="the data sets of a ConcatDataset have different classes"):
+        sources.load(ConcatDataset([Animals(["ant", "cow"]), Animals(["ant", "bee"])]))
+
+
+def test_parts_of_a_data_set_have_different_digests():
+    whole, other = Animals(["a"], "one"), Animals(["a"], "two")
+    parts = [Subset(whole, [0, 1]), Subset(whole, range(2, 4)), Subset(other, [0, 1]), ConcatDataset([whole, other])]
+    digests = [sources.load(part).digest for part in (whole, other, *parts)]
+    assert len(set(digests)) == len(digests)
+    assert sources.load(Subset(whole, np.array([0, 1]))).digest == digests[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(digest=None), "its digest is None; give a text"),
+        (dict(gives_paths=True), "it gives paths, but no labels"),
+        (dict(counts=[1, 2]), "its counts add up to 3, but it has 4 samples"),
+        (dict(read=lambda indices: ([b"image"], [0])), r"read\(\) of 2 samples returned 1 images and 1 labels"),
+    ],
+)
+def test_a_source_that_contradicts_itself_is_an_error(changes, message):
+    source = SimpleNamespace(classes=["a"], digest="", name=str, read=lambda indices: ([b"x"] * len(indices), [0] * 2))
+
+    class Own(SimpleNamespace):
+        def __len__(self):
+            return 4
+
+    with pytest.raises(ValueError, match=message):
+        sources.load(Own(**vars(source) | changes)).read([0, 1])
+
+
+def test_an_incomplete_source_is_told_what_it_lacks():
+    with pytest.raises(ValueError, match="as a Source it lacks digest, __len__; see"):
+        sources.load(SimpleNamespace(classes=["a"], name=str, read=str))
+
+
+def test_images_without_labels_cannot_number_classes(tmp_path):
     touch(tmp_path, "a.jpg")
-    found = sources.load(tmp_path, classes=["x", "y"])
-    assert (found.classes, found.labels.tolist()) == (["x", "y"], [-1])
+    with pytest.raises(ValueError, match=r"^classes: the images of .* have no labels; leave classes out to predict"):
+        sources.load(tmp_path, classes=["x", "y"])
 
 
 def test_labels_of_pairs_may_be_tensors(tmp_path):

@@ -56,7 +56,7 @@ class Source(Protocol):
         digest: a text that differs if names, labels or classes do; part of a loader's state.
         remote: whether reading waits for storage.
         gives_paths: whether `path` names local files that a decoder may open itself.
-        labels: int64 [n] if they are known without reading, as they must be where `gives_paths`; else None.
+        labels: int64 [n], as `read` returns them, where they are known before, as with `gives_paths`; else None.
         counts: samples of each shard, int64 [shards], or None if there are no shards.
     """
 

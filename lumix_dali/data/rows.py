@@ -23,7 +23,8 @@ class Rows(Source):
         rows: ``rows[i]`` is (image, label) or a mapping of both. An image is given as encoded bytes, as a path, or as
             Hugging Face's ``Image(decode=False)``; a column that decodes is cast to that.
         image, label: keys of the mapping.
-        classes: K class names; None: those of a Hugging Face ``ClassLabel``.
+        classes: K class names; None: those of `rows`, of the data sets that it wraps, such as PyTorch's ``Subset`` and
+            ``ConcatDataset``, or of a Hugging Face ``ClassLabel``.
 
     Note:
         Rows are read from several threads.
@@ -38,10 +39,9 @@ class Rows(Source):
         if getattr(features.get(image), "decode", False):
             rows = rows.cast_column(image, type(features[image])(decode=False))
         self.rows, self._image, self._label = rows, image, label
-        self.classes = getattr(features.get(label), "names", None) if classes is None else list(classes)
+        self.classes = _class_names(rows, label) if classes is None else list(classes)
         # Identifies the data set, as far as its digest or fingerprint, length and classes do.
-        known = getattr(rows, "digest", getattr(rows, "_fingerprint", type(rows).__qualname__))
-        self.digest = hashlib.sha256(repr((known, len(rows), self.classes)).encode()).hexdigest()
+        self.digest = hashlib.sha256(repr((_identity(rows), len(rows), self.classes)).encode()).hexdigest()
         if len(rows):
             (image, label), kind = self._pair(0, rows[0]), type(rows).__name__
             if not isinstance(image, _ENCODED) or (isinstance(image, np.ndarray) and image.ndim > 1):
@@ -93,6 +93,33 @@ class Rows(Source):
                 f"{self._label!r}, or name its keys: data.rows.Rows(rows, image=..., label=...)"
             ) from error
         return image, label
+
+
+def _wrapped(rows: Any) -> list[Any]:
+    """The data sets within PyTorch's Subset or ConcatDataset, or a class like them."""
+    return [rows.dataset] if hasattr(rows, "dataset") else list(getattr(rows, "datasets", ()))
+
+
+def _class_names(rows: Any, label: str) -> list[str] | None:
+    feature = (getattr(rows, "features", None) or {}).get(label)
+    own = getattr(rows, "classes", getattr(feature, "names", None))
+    if own is not None:
+        return list(own)
+    inner = [_class_names(each, label) for each in _wrapped(rows)]
+    if any(names != inner[0] for names in inner):
+        raise ValueError(
+            f"source: the data sets of a {type(rows).__name__} have different classes; renumber them first"
+        )
+    return inner[0] if inner else None
+
+
+def _identity(rows: Any) -> Any:
+    known = getattr(rows, "digest", getattr(rows, "_fingerprint", None))
+    if known is not None:
+        return known
+    inner = [(_identity(each), len(each)) for each in _wrapped(rows)]
+    chosen = hashlib.sha256(np.asarray(getattr(rows, "indices", ()), np.int64).tobytes()).hexdigest()
+    return (type(rows).__qualname__, inner, chosen) if inner else type(rows).__qualname__
 
 
 def _path(image: Any) -> str | None:

@@ -16,7 +16,7 @@ from ..progress import Progress
 from . import storage
 from .files import Files, class_folder, file_list, is_manifest, manifest, pairs, whole_labels
 from .formats import BadImage
-from .protocol import UNKNOWN, Image, Source, class_number, wrong_label
+from .protocol import Image, Source, class_number, wrong_label
 from .rows import Rows
 from .shards import CACHE_BYTES, Shards, braces, find_shards, load_shards
 
@@ -89,8 +89,12 @@ def renumbered(source: Source, classes: Sequence[str]) -> Source:
             f"classes: the source's {unknown[0]!r} is not among these {len(classes)} ({', '.join(classes)[:80]}); "
             "give the classes that the model was trained with, or take this one out of the source"
         )
-    # Label -1, where nothing is known, stays what it is.
-    table = np.array([*(range(len(classes)) if own is None else [number[name] for name in own]), UNKNOWN])
+    if own is not None and not len(own):
+        raise ValueError(
+            f"classes: the images of {source!r} have no labels; leave classes out to predict, or lay them out as "
+            "ROOT/CLASS/IMAGE.jpg"
+        )
+    table = np.arange(len(classes)) if own is None else np.array([number[name] for name in own], np.int64)
     if isinstance(source, Files):
         return Files(source.root, source.names, table[source.labels], classes)
     return _Renumbered(source, table, classes)
@@ -116,8 +120,16 @@ class _Checked(Source):
         for member in ("remote", "gives_paths", "labels", "counts", "path", "prefetch"):
             if hasattr(source, member):
                 setattr(self, member, getattr(source, member))
+        if not isinstance(self.digest, str):
+            raise ValueError(f"source: its digest is {self.digest!r:.40}; give a text that differs if the data do")
+        if self.gives_paths and self.labels is None:
+            raise ValueError("source: it gives paths, but no labels; give labels, int64 [n]")
         if self.labels is not None:  # the loader may not ask for them again
             self.labels = whole_labels(range(len(source)), self.labels, self._known)
+        if self.counts is not None:
+            self.counts = np.asarray(self.counts, np.int64)
+            if self.counts.sum() != len(source):
+                raise ValueError(f"source: its counts add up to {self.counts.sum()}, but it has {len(source)} samples")
 
     @property
     def _known(self) -> Sized | None:
@@ -137,6 +149,10 @@ class _Checked(Source):
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """As the other source, but with a `BadImage` where a label is none of its classes."""
         images, labels = self._source.read(indices)
+        if not len(images) == len(labels) == len(indices):
+            raise ValueError(
+                f"source: read() of {len(indices)} samples returned {len(images)} images and {len(labels)} labels"
+            )
         numbers = [class_number(label, self._known) for label in labels]
         images = [
             BadImage(wrong_label(label, self._known)) if number is None and not isinstance(image, BadImage) else image
@@ -146,7 +162,7 @@ class _Checked(Source):
 
 
 class _Renumbered(_Checked):
-    """A source whose labels are looked up in a table, int64 [classes of the source, and one for `UNKNOWN`]."""
+    """A source whose labels are looked up in a table, int64 [classes of the source]."""
 
     def __init__(self, source: Source, table: np.ndarray, classes: Sequence[str]) -> None:
         super().__init__(source)
@@ -191,7 +207,10 @@ def _load(
     if (samples := _samples(source)) is not None:
         return pairs(*samples)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return Rows(source, classes=getattr(source, "classes", None))
+        return Rows(source)
+    if hasattr(source, "read"):
+        missing = ", ".join(member for member in _REQUIRED if not hasattr(source, member))
+        raise ValueError(f"source={str(source)[:80]}: as a Source it lacks {missing}; see data.protocol.Source")
     raise ValueError(f"source={str(source)[:80]}: give {_KINDS}")
 
 

@@ -20,6 +20,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, get_args
@@ -96,7 +97,9 @@ def _with_hints(function: Callable[_P, _R]) -> Callable[_P, _R]:
             raise TypeError("create_loader: give all but the source by name, as in batch_size=64, input_size=224")
         for name in kwargs:
             if name not in known:
-                hint = f"give {_HINTS[name]}" if name in _HINTS else "see help(create_loader)"
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see help(create_loader)"
+                hint = f"give {_HINTS[name]}" if name in _HINTS else hint
                 hint = "leave it out: DALI needs nothing like it" if name in _NOT_NEEDED else hint
                 raise TypeError(f"create_loader: unknown argument {name}=; {hint}")
         return function(*args, **kwargs)
@@ -268,7 +271,7 @@ def create_loader(
     )
 
 
-_FIXED = signature(create_loader).parameters.keys() - {"input_size"}
+_FIXED = signature(create_loader).parameters.keys() - {"input_size"} | {"dataset", "samples"}
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
@@ -337,7 +340,8 @@ class Loader:
         device: torch.device of the batches.
         sampler: the loader itself, because timm's train.py and Lightning call `set_epoch` on it.
         mixup_enabled: timm's switch; takes effect at the next ``iter()`` and does not change the order.
-        input_size: (H, W) of the images; assigning it takes effect at the next ``iter()``.
+        input_size: (H, W) of the images; assigning it takes effect at the next ``iter()``. An epoch that a state
+            resumes ends as it began.
         bad: {name: reason} of unusable samples that were replaced.
     """
 
@@ -361,7 +365,9 @@ class Loader:
         self.batch_size, self.device = order.batch_size, _device(device)
         self.mixup_enabled, self.return_index = True, checks.flag("return_index", return_index)
         self._order, self._transform, self._mixing = order, transform, mixing
-        self._options = dataclasses.asdict(order) | dataclasses.asdict(transform)
+        own = dict(size="input_size", repeats="num_aug_repeats")  # names of our arguments
+        options = dataclasses.asdict(order) | dataclasses.asdict(transform)
+        self._options = {own.get(name, name): value for name, value in options.items()}
         self._options |= dataclasses.asdict(mixing) if mixing else {}
         self._execution = execution or Execution()
         self._execution.check_source(samples)
@@ -412,6 +418,8 @@ class Loader:
         return f"Loader({self.samples!r}, {kind}, {len(self)} batches of {self.batch_size} on {self.device})"
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mixup_enabled":
+            value = checks.flag(name, value)
         if name in _FIXED and hasattr(self, "_pid"):
             raise AttributeError(
                 f"loader.{name}: it is fixed when a loader is created, so this would change nothing; create another "
