@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,21 @@ def test_a_source_that_contradicts_itself_is_an_error(changes, message):
 
     with pytest.raises(ValueError, match=message):
         sources.load(Own(**vars(source) | changes)).read([0, 1])
+
+
+@pytest.mark.parametrize("wrong", [2, -1, 1.5, 2**70, True, np.True_, "a", None, torch.tensor([1]), torch.tensor(True)])
+def test_a_label_that_is_no_class_spoils_its_sample_only(wrong):
+    labels = [np.uint8(1), wrong, torch.tensor(0)]
+
+    class Own(SimpleNamespace):
+        def __len__(self):
+            return 3
+
+    source = Own(classes=["a", "b"], digest="", name=str, read=lambda indices: ([b"x"] * 3, labels))
+    images, found = sources.load(source).read([0, 1, 2])
+    assert images[::2] == [b"x"] * 2
+    assert re.fullmatch(r"its label is .*, not a whole number in \[0, 2\)", str(images[1]))
+    assert found[::2].tolist() == [1, 0]
 
 
 def test_an_incomplete_source_is_told_what_it_lacks():
