@@ -179,6 +179,8 @@ def _check(args: argparse.Namespace) -> int:
     print(check.show(report))
     epoch = report.epoch(args.ranks, args.batch_size)
     print("{ranks} rank(s), batches of {batch_size}: {batches} per rank, {left_out} samples left out".format(**epoch))
+    if not epoch["batches"]:
+        print("too few for a batch on each rank: give a smaller --batch-size, here and in training")
     if args.manifest:
         if report.samples is None:
             raise ValueError(f"--manifest {args.manifest}: a manifest lists files, not shards; leave it out")

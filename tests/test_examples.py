@@ -144,7 +144,7 @@ def test_the_notebook_runs(monkeypatch):
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:  # of 5, which take half a minute
+    for cell in notebook.cells:  # 5 take half a minute
         cell.source = cell.source.replace("EPOCHS = 5", "EPOCHS = 2")
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()

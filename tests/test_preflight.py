@@ -159,6 +159,8 @@ def test_the_report_is_for_scripts(root, tmp_path_factory, capsys):
     assert content["images"] == 10
     assert content["epoch"] == dict(ranks=2, batch_size=2, batches=2, left_out=2)
     assert "10 usable images in 2 classes" in capsys.readouterr().out
+    assert main(["check", str(root), "--batch-size", "11"]) == 0
+    assert "0 per rank, 10 samples left out\ntoo few for a batch on each rank" in capsys.readouterr().out
     assert main(["check", str(root / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
 
