@@ -206,6 +206,19 @@ def test_labels_of_a_wrapped_data_set_are_renumbered(wrap):
     assert found.read([0, 1, 2, 3])[1].tolist() == [0, 2, 0, 2]
 
 
+def test_a_wrapper_of_ones_own_speaks_for_itself():
+    """Its labels may be others than those of the data set within."""
+
+    class Mammals(Animals):
+        dataset = Animals(["ant", "cow", "dog"])
+
+    wrapper = Mammals(["cow", "dog"])
+    assert sources.load(wrapper).classes == ["cow", "dog"]
+    del wrapper.classes
+    wrapper.__class__.__getitem__ = lambda self, index: (b"image", 0)
+    assert sources.load(wrapper).classes is None
+
+
 def test_data_sets_of_other_classes_are_not_one():
     with pytest.raises(ValueError, match="the data sets of a ConcatDataset have different classes"):
         sources.load(ConcatDataset([Animals(["ant", "cow"]), Animals(["ant", "bee"])]))

@@ -23,7 +23,7 @@ class Rows(Source):
         rows: ``rows[i]`` is (image, label) or a mapping of both. An image is given as encoded bytes, as a path, or as
             Hugging Face's ``Image(decode=False)``; a column that decodes is cast to that.
         image, label: keys of the mapping.
-        classes: K class names; None: those of `rows`, of the data sets that it wraps, such as PyTorch's ``Subset`` and
+        classes: K class names; None: those of `rows`, of the data sets within PyTorch's ``Subset`` or
             ``ConcatDataset``, or of a Hugging Face ``ClassLabel``.
 
     Note:
@@ -96,7 +96,10 @@ class Rows(Source):
 
 
 def _wrapped(rows: Any) -> list[Any]:
-    """The data sets within PyTorch's Subset or ConcatDataset, or a class like them."""
+    """The data sets within PyTorch's Subset or ConcatDataset; a class of one's own may change their labels."""
+    method = getattr(type(rows), "__getitem__", None)
+    if not getattr(method, "__module__", "").startswith("torch."):
+        return []
     return [rows.dataset] if hasattr(rows, "dataset") else list(getattr(rows, "datasets", ()))
 
 
