@@ -219,6 +219,24 @@ def test_a_wrapper_of_ones_own_speaks_for_itself():
     assert sources.load(wrapper).classes is None
 
 
+def test_a_subset_of_ones_own_speaks_for_itself(tmp_path):
+    class Swapped(Subset):
+        def __getitem__(self, index):
+            path, label = self.dataset.samples[self.indices[index]]
+            return path, 1 - label
+
+        __getitems__ = None
+
+    for k in "ab":
+        touch(tmp_path, f"{k}/0.jpg")
+    assert sources.load(Swapped(ImageFolder(tmp_path), [0, 1])).read([0, 1])[1].tolist() == [1, 0]
+    assert sources.load(Subset(ImageFolder(tmp_path), [0, 1])).labels.tolist() == [0, 1]
+
+
+def test_parts_without_class_names_leave_numbers():
+    assert sources.load(ConcatDataset([Animals(["ant"]), [(b"image", 0)]])).classes is None
+
+
 def test_data_sets_of_other_classes_are_not_one():
     with pytest.raises(ValueError, match="the data sets of a ConcatDataset have different classes"):
         sources.load(ConcatDataset([Animals(["ant", "cow"]), Animals(["ant", "bee"])]))
@@ -238,6 +256,9 @@ def test_parts_of_a_data_set_have_different_digests():
         (dict(digest=None), "its digest is None; give a text"),
         (dict(gives_paths=True), "it gives paths, but no labels"),
         (dict(counts=[1, 2]), "its counts add up to 3, but it has 4 samples"),
+        (dict(counts=[5, -1]), r"counts=array\(\[ 5, -1\]\): give the samples of each shard"),
+        (dict(counts=[[2, 2]]), "give the samples of each shard"),
+        (dict(classes=None, labels=[0, 1, 2, 7]), r"labels: 2: its label is 2, not a whole number in \[0, 2\)"),
         (dict(read=lambda indices: ([b"image"], [0])), r"read\(\) of 2 samples returned 1 images and 1 labels"),
     ],
 )
@@ -249,7 +270,7 @@ def test_a_source_that_contradicts_itself_is_an_error(changes, message):
             return 4
 
     with pytest.raises(ValueError, match=message):
-        sources.load(Own(**vars(source) | changes)).read([0, 1])
+        sources.load(Own(**vars(source) | changes), classes=["x", "y"] if "classes" in changes else None).read([0, 1])
 
 
 @pytest.mark.parametrize("wrong", [2, -1, 1.5, 2**70, True, np.True_, "a", None, torch.tensor([1]), torch.tensor(True)])

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fcntl import F_DUPFD_CLOEXEC, fcntl
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from typing import Any
@@ -109,7 +110,7 @@ class _Child:
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve()"],
                 stdin=theirs.fileno(),  # not a descriptor of its own: 0 and 1 may be free, and Popen uses them
                 stdout=subprocess.DEVNULL,
                 env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path))),
@@ -131,7 +132,9 @@ class _Child:
 
 def serve() -> None:
     """Answers requests from a pipe, which is stdin, until the parent ends, which closes it."""
-    with Connection(os.dup(0)) as pipe, suppress(EOFError, ConnectionError):
+    # Above 2, which may be free; tasks find nothing to read.
+    with Connection(fcntl(0, F_DUPFD_CLOEXEC, 3)) as pipe, suppress(EOFError, ConnectionError):
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         task = pipe.recv()
         pipe.send(None)
         # Decoders print lines without a file's name to both; what is wrong comes back as a result.

@@ -97,10 +97,17 @@ class Rows(Source):
 
 def _wrapped(rows: Any) -> list[Any]:
     """The data sets within PyTorch's Subset or ConcatDataset; a class of one's own may change their labels."""
-    method = getattr(type(rows), "__getitem__", None)
-    if not getattr(method, "__module__", "").startswith("torch."):
+    if not is_of(rows, "torch"):
         return []
-    return [rows.dataset] if hasattr(rows, "dataset") else list(getattr(rows, "datasets", ()))
+    inner = getattr(rows, "datasets", None)  # a tuple or dict holds columns
+    return [rows.dataset] if hasattr(rows, "dataset") else inner if isinstance(inner, list) else []
+
+
+def is_of(rows: Any, *libraries: str) -> bool:
+    """Whether these libraries wrote all that a data set gives out."""
+    methods = (getattr(type(rows), name, None) for name in ("__getitem__", "__getitems__", "__len__"))
+    modules = (getattr(method, "__module__", "") or "" for method in methods if method is not None)
+    return all(module.split(".")[0] in libraries for module in modules)
 
 
 def _class_names(rows: Any, label: str) -> list[str] | None:
@@ -109,6 +116,8 @@ def _class_names(rows: Any, label: str) -> list[str] | None:
     if own is not None:
         return list(own)
     inner = [_class_names(each, label) for each in _wrapped(rows)]
+    if None in inner:
+        return None
     if any(names != inner[0] for names in inner):
         raise ValueError(
             f"source: the data sets of a {type(rows).__name__} have different classes; renumber them first"

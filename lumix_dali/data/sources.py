@@ -17,11 +17,10 @@ from . import storage
 from .files import Files, class_folder, file_list, is_manifest, manifest, pairs, whole_labels
 from .formats import BadImage
 from .protocol import Image, Source, class_number, wrong_label
-from .rows import Rows
+from .rows import Rows, is_of
 from .shards import CACHE_BYTES, Shards, braces, find_shards, load_shards
 
 _REQUIRED = ("classes", "digest", "__len__", "name", "read")
-_LIBRARIES = ("timm", "torchvision")
 _KINDS = "a folder, a list file, shards, pairs, or a map-style data set of encoded images"
 
 
@@ -114,9 +113,10 @@ def _class_names(classes: Sequence[str]) -> list[str]:
 class _Checked(Source):
     """A user's source: what it lacks of the optional members has its default, and labels must be of its classes."""
 
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self.classes, self.digest = source.classes, source.digest
+    def __init__(self, source: Any, known: Sized | None = None) -> None:
+        self._source, self.digest = source, source.digest
+        self.classes = source.classes.tolist() if isinstance(source.classes, np.ndarray) else source.classes
+        self._known: Sized | None = self.classes if known is None else known  # what labels number
         for member in ("remote", "gives_paths", "labels", "counts", "path", "prefetch"):
             if hasattr(source, member):
                 setattr(self, member, getattr(source, member))
@@ -127,14 +127,11 @@ class _Checked(Source):
         if self.labels is not None:  # the loader may not ask for them again
             self.labels = whole_labels(range(len(source)), self.labels, self._known)
         if self.counts is not None:
-            self.counts = np.asarray(self.counts, np.int64)
+            self.counts = np.asarray(self.counts)
+            if self.counts.dtype.kind not in "iu" or self.counts.ndim != 1 or (self.counts < 0).any():
+                raise ValueError(f"source: counts={self.counts!r:.60}: give the samples of each shard, int64 [shards]")
             if self.counts.sum() != len(source):
                 raise ValueError(f"source: its counts add up to {self.counts.sum()}, but it has {len(source)} samples")
-
-    @property
-    def _known(self) -> Sized | None:
-        known: Sized | None = self._source.classes
-        return known
 
     def __len__(self) -> int:
         return len(self._source)
@@ -165,17 +162,12 @@ class _Renumbered(_Checked):
     """A source whose labels are looked up in a table, int64 [classes of the source]."""
 
     def __init__(self, source: Source, table: np.ndarray, classes: Sequence[str]) -> None:
-        super().__init__(source)
+        super().__init__(source, known=classes if source.classes is None else None)
         self.classes, self._table = classes, table
         self.digest = hashlib.sha256(
             f"{source.digest}\0{table.tolist()}\0{classes}".encode("utf-8", "surrogateescape")
         ).hexdigest()
         self.labels = None if self.labels is None else table[self.labels]
-
-    @property
-    def _known(self) -> Sized | None:
-        own = super()._known
-        return self.classes if own is None else own
 
     def read(self, indices: Sequence[int]) -> tuple[list[Image], np.ndarray]:
         """Images, and the labels in the table."""
@@ -227,11 +219,11 @@ def _samples(source: Any) -> tuple[Sequence[Any], Sequence[str] | None] | None:
 
     A class with a `__getitem__` or `__len__` of its own may mean other samples by them than `samples` lists.
     """
-    if hasattr(source, "dataset") and hasattr(source, "indices"):  # torch.utils.data.Subset
+    if hasattr(source, "dataset") and hasattr(source, "indices") and is_of(source, "torch"):  # torch.utils.data.Subset
         if (whole := _samples(source.dataset)) is None:
             return None
         return [whole[0][i] for i in source.indices], whole[1]
-    if not _is_librarys(source):
+    if not is_of(source, "timm", "torchvision"):
         return None
     holder = getattr(source, "reader", source)  # timm's ImageDataset
     samples = getattr(holder, "samples", None)
@@ -245,12 +237,6 @@ def _samples(source: Any) -> tuple[Sequence[Any], Sequence[str] | None] | None:
     if getattr(source, "transform", None) is not None:
         warnings.warn("source: its transform is not applied; create_loader has timm's, by its arguments", stacklevel=5)
     return samples, names
-
-
-def _is_librarys(source: Any) -> bool:
-    methods = (getattr(type(source), name, None) for name in ("__getitem__", "__len__"))
-    modules = (getattr(method, "__module__", "") or "" for method in methods if method is not None)
-    return all(module.split(".")[0] in _LIBRARIES for module in modules)
 
 
 def _load_path(
