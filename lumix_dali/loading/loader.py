@@ -51,7 +51,7 @@ from .faults import Faults
 from .pipelines import CropMode, EvalTransform, TrainTransform
 from .resize import TrainInterpolation
 
-_FORMAT = "lumix_dali.loader/4"
+_FORMAT = "lumix_dali.loader/5"
 EARLY = 8  # batches before the end of an epoch at which the next one is prepared
 Shuffle = Literal["auto", "global", "window"]
 
