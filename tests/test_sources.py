@@ -237,6 +237,12 @@ def test_parts_without_class_names_leave_numbers():
     assert sources.load(ConcatDataset([Animals(["ant"]), [(b"image", 0)]])).classes is None
 
 
+def test_indices_of_a_data_set_of_ones_own_may_be_anything():
+    rows = Animals(["ant"])
+    rows.indices = ["first", "second"]
+    assert sources.load(rows).digest == sources.load(Animals(["ant"])).digest
+
+
 def test_data_sets_of_other_classes_are_not_one():
     with pytest.raises(ValueError, match="the data sets of a ConcatDataset have different classes"):
         sources.load(ConcatDataset([Animals(["ant", "cow"]), Animals(["ant", "bee"])]))

@@ -17,7 +17,7 @@ import numpy as np
 from .. import checks
 from . import storage
 from .formats import EXTENSIONS, BadImage, is_image, open_regular
-from .protocol import MAX_CLASSES, SPLITS, UNKNOWN, Image, Source, class_number, label_limit, wrong_label
+from .protocol import MAX_CLASSES, SPLITS, UNKNOWN, Image, Source, class_numbers, label_limit
 
 MANIFEST = "lumix_dali.manifest/2"
 # Folders that file systems and other programs leave beside classes.
@@ -137,13 +137,12 @@ def whole_labels(names: Sequence[object], labels: Any, classes: Sized | None) ->
         unknown = classes is not None and bool((array == UNKNOWN).all())
         if unknown or ((array >= 0) & (array < label_limit(classes))).all():
             return array.astype(np.int64)
-    numbers = [class_number(label, classes) for label in labels]
-    wrong = [i for i, number in enumerate(numbers) if number is None]
+    numbers, wrong = class_numbers(labels, classes)
     if not wrong:  # Python's numbers, tensors' scalars, or none at all
-        return np.array(numbers, np.int64)
+        return numbers
     # Among floats, .5 tells more than .0.
-    i = next((i for i in wrong if isinstance(labels[i], float) and labels[i] % 1), wrong[0])
-    raise ValueError(f"labels: {names[i]!r:.150}: {wrong_label(labels[i], classes)}; give one for each name")
+    i = next((i for i in wrong if isinstance(labels[i], float) and labels[i] % 1), min(wrong))
+    raise ValueError(f"labels: {names[i]!r:.150}: {wrong[i]}; give one for each name")
 
 
 def content(path: str) -> bytes | BadImage:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from itertools import groupby
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, cast
 
@@ -294,8 +295,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _tar_rows(handle: int, ignored: list[str] | None) -> Iterator[Row]:
     """Samples: consecutive members with the same key, one of them an image and one its .cls."""
-    for _, group in groupby(members(handle, ignored), lambda member: split_name(member.name)[0]):
-        yield from _grouped(handle, [(split_name(member.name)[1], member) for member in group])
+    named = ((*split_name(member.name), member) for member in members(handle, ignored))
+    for _, group in groupby(named, itemgetter(0)):
+        yield from _grouped(handle, [(extension, member) for _, extension, member in group])
 
 
 def _grouped(handle: int, group: list[tuple[str, tarfile.TarInfo]]) -> Iterator[Row]:

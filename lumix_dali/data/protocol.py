@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -34,6 +34,14 @@ def class_number(label: Any, classes: Sized | None) -> int | None:
     if number == UNKNOWN and classes is not None and not len(classes):
         return number
     return number if number is not None and 0 <= number < label_limit(classes) else None
+
+
+def class_numbers(labels: Iterable[Any], classes: Sized | None) -> tuple[np.ndarray, dict[int, BadImage]]:
+    """Labels as int64 [n], 0 for those that are none of the classes, and what says so of these by their place."""
+    labels = list(labels)
+    numbers = [class_number(label, classes) for label in labels]
+    wrong = {i: BadImage(wrong_label(labels[i], classes)) for i, number in enumerate(numbers) if number is None}
+    return np.array([number or 0 for number in numbers], np.int64), wrong
 
 
 def label_limit(classes: Sized | None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import files
 from .formats import BadImage
-from .protocol import Image, Source, class_number, wrong_label
+from .protocol import Image, Source, class_number, class_numbers, wrong_label
 
 _ENCODED = (bytes, bytearray, memoryview, np.ndarray, Mapping, str, os.PathLike, type(None))
 
@@ -69,12 +69,8 @@ class Rows(Source):
         many = getattr(self.rows, "__getitems__", None)
         rows = many(list(indices)) if many else [self._row(index) for index in indices]
         pairs = [self._pair(index, row) for index, row in zip(indices, rows, strict=True)]
-        numbers = [class_number(label, self.classes) for _, label in pairs]
-        images = [
-            BadImage(wrong_label(label, self.classes)) if number is None else _encoded(image)
-            for (image, label), number in zip(pairs, numbers, strict=True)
-        ]
-        return images, np.array([number or 0 for number in numbers], np.int64)
+        labels, wrong = class_numbers([label for _, label in pairs], self.classes)
+        return [wrong[i] if i in wrong else _encoded(image) for i, (image, _) in enumerate(pairs)], labels
 
     def _row(self, index: int) -> Any:
         try:
@@ -130,8 +126,10 @@ def _identity(rows: Any) -> Any:
     if known is not None:
         return known
     inner = [(_identity(each), len(each)) for each in _wrapped(rows)]
+    if not inner:  # a class of one's own may call anything indices
+        return type(rows).__qualname__
     chosen = hashlib.sha256(np.asarray(getattr(rows, "indices", ()), np.int64).tobytes()).hexdigest()
-    return (type(rows).__qualname__, inner, chosen) if inner else type(rows).__qualname__
+    return type(rows).__qualname__, inner, chosen
 
 
 def _path(image: Any) -> str | None:

@@ -16,7 +16,7 @@ from ..progress import Progress
 from . import storage
 from .files import Files, class_folder, file_list, is_manifest, manifest, pairs, whole_labels
 from .formats import BadImage
-from .protocol import Image, Source, class_number, wrong_label
+from .protocol import Image, Source, class_numbers
 from .rows import Rows, is_of
 from .shards import CACHE_BYTES, Shards, braces, find_shards, load_shards
 
@@ -150,12 +150,8 @@ class _Checked(Source):
             raise ValueError(
                 f"source: read() of {len(indices)} samples returned {len(images)} images and {len(labels)} labels"
             )
-        numbers = [class_number(label, self._known) for label in labels]
-        images = [
-            BadImage(wrong_label(label, self._known)) if number is None and not isinstance(image, BadImage) else image
-            for image, label, number in zip(images, labels, numbers, strict=True)
-        ]
-        return images, np.array([number or 0 for number in numbers], np.int64)
+        labels, wrong = class_numbers(labels, self._known)
+        return [image if isinstance(image, BadImage) else wrong.get(i, image) for i, image in enumerate(images)], labels
 
 
 class _Renumbered(_Checked):

@@ -405,6 +405,15 @@ class Loader:
         self._transform = dataclasses.replace(self._transform, size=checks.image_size("input_size", size))
 
     @property
+    def mixup_enabled(self) -> bool:
+        """timm's switch; assigning it takes effect at the next ``iter()``."""
+        return self._mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, on: bool) -> None:
+        self._mixup_enabled = checks.flag("mixup_enabled", on)
+
+    @property
     def bad(self) -> dict[str, str]:
         """{name: reason} of unusable samples that were replaced."""
         return {replaced.name: replaced.reason for replaced in self._faults.bad.values()}
@@ -418,8 +427,6 @@ class Loader:
         return f"Loader({self.samples!r}, {kind}, {len(self)} batches of {self.batch_size} on {self.device})"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "mixup_enabled":
-            value = checks.flag(name, value)
         if name in _FIXED and hasattr(self, "_pid"):
             raise AttributeError(
                 f"loader.{name}: it is fixed when a loader is created, so this would change nothing; create another "
@@ -464,7 +471,7 @@ class Loader:
         self._position = position
         # Early enough that a thread builds it before it is needed, late enough that DALI holds little of two epochs.
         early = min(max(self._execution.prefetch_queue_depth, EARLY), len(self) - 1)
-        if self._spec.is_training and self._ahead is None and len(self) - position.iteration <= early:
+        if self._ahead is None and len(self) - position.iteration <= early and self._spec.is_training:
             self._ahead = Ahead(self._spec, self._start, self._faults)
 
     def _take_ahead(self) -> Epoch | None:
